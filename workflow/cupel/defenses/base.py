@@ -1,0 +1,59 @@
+"""What a defender is given, and nothing else: the victim, some clean images, and a random stream."""
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from cupel.registry import Registry
+from cupel.training.engine import Recipe
+
+defence = Registry("defence", "cupel.defenses")
+
+
+@dataclass(frozen=True)
+class Budget:
+    """The defender's clean data and machine.
+
+    Attributes:
+        images: uint8 [N, H, W, C], clean.
+        labels: int64 [N], true.
+        classes: number of classes.
+        crop, flip: the augmentation of the data set, which the papers assume known.
+        device: where to compute.
+        precision: `fp32` or `bf16`, for training passes.
+        checkpoint: file for long runs to continue from, or None.
+    """
+
+    images: np.ndarray
+    labels: np.ndarray
+    classes: int
+    crop: int = 4
+    flip: bool = True
+    device: str = "cpu"
+    precision: str = "fp32"
+    checkpoint: str | None = None
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def take(self, indices: np.ndarray) -> "Budget":
+        """The budget reduced to `indices`."""
+        return replace(self, images=self.images[indices], labels=self.labels[indices])
+
+    def split(self, ratio: float, rng: np.random.Generator) -> tuple["Budget", "Budget"]:
+        """A training and a validation part: max(1, int(ratio·n)) validation images of each class of n (ims SPEC 4).
+
+        A class with a single image stays in the training part.
+        """
+        held = []
+        for c in range(self.classes):
+            members = rng.permutation(np.flatnonzero(self.labels == c))
+            if len(members) > 1:
+                held.append(members[: max(1, int(ratio * len(members)))])
+        validation = np.sort(np.concatenate(held))
+        return self.take(np.setdiff1d(np.arange(len(self)), validation)), self.take(validation)
+
+    def recipe(self, epochs: int, lr: float, **settings) -> Recipe:
+        """A training recipe with this budget's augmentation and precision."""
+        return Recipe(epochs=epochs, lr=lr, **{"crop": self.crop, "flip": self.flip, "precision": self.precision,
+                                               **settings})

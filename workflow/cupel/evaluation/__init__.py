@@ -1,0 +1,1 @@
+"""ACC, ASR, RA, their intervals, and the verdict on a claim."""

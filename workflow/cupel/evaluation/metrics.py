@@ -1,0 +1,60 @@
+"""ACC, ASR and RA of a network, and what the papers derive from them (fst SPEC 8, ims SPEC 8).
+
+All rates are fractions. ASR and RA share a denominator: test images whose true class is not the target.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from cupel.evaluation.intervals import wilson
+
+
+@dataclass(frozen=True)
+class Rate:
+    """A rate with the counts behind it."""
+
+    successes: int
+    n: int
+
+    @property
+    def value(self) -> float:
+        """The fraction; NaN without samples."""
+        return self.successes / self.n if self.n else float("nan")
+
+    def record(self, name: str) -> dict:
+        """Flat entries `name`, `name_n`, `name_low`, `name_high` (Wilson, 95 %)."""
+        low, high = wilson(self.successes, self.n)
+        return {name: self.value, f"{name}_n": self.n, f"{name}_low": low, f"{name}_high": high}
+
+
+def rates(clean_predictions: np.ndarray, clean_labels: np.ndarray, triggered_predictions: np.ndarray,
+          wanted: np.ndarray, true: np.ndarray) -> dict[str, Rate]:
+    """ACC, ASR, RA.
+
+    Args:
+        clean_predictions, clean_labels: int64 [N], clean test images.
+        triggered_predictions: int64 [M], stamped test images (none of the target class).
+        wanted: int64 [M], labels the attacker wants.
+        true: int64 [M], true labels.
+    """
+    return {
+        "acc": Rate(int((clean_predictions == clean_labels).sum()), len(clean_labels)),
+        "asr": Rate(int((triggered_predictions == wanted).sum()), len(wanted)),
+        "ra": Rate(int((triggered_predictions == true).sum()), len(true)),
+    }
+
+
+def der(acc_before: float, acc_after: float, asr_before: float, asr_after: float) -> float:
+    """Defence effectiveness rating in [0, 1]; 0.5 is no effect (backdoorbench SPEC 6, with its documented signs)."""
+    return (max(0.0, asr_before - asr_after) - max(0.0, acc_before - acc_after) + 1) / 2
+
+
+def arr(acc_before: float, acc_after: float) -> float:
+    """Accuracy reduction ratio, 1 − ACC_after / ACC_before (ims SPEC 8, Eq. 8); lower is better."""
+    return 1 - acc_after / acc_before
+
+
+def rdr(acc_before: float, ra_after: float) -> float:
+    """Recovery difference ratio, 1 − RA_after / ACC_before (ims SPEC 8, Eq. 9); lower is better."""
+    return 1 - ra_after / acc_before

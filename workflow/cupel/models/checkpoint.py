@@ -1,0 +1,99 @@
+"""Classifiers on disk: one safetensors file that holds the weights and the arguments that build the network."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from cupel.files import atomic
+from cupel.models.classifier import Classifier
+
+FORMAT = "cupel.classifier/1"
+
+
+class NotACheckpoint(ValueError):
+    """The file is not one that :func:`save` wrote, or it does not fit the network that it names."""
+
+
+def save(model: Classifier, path: str | os.PathLike[str]) -> None:
+    """Write ``model`` to ``path`` as safetensors, with its ``spec`` as metadata.
+
+    The file appears whole or not at all, and missing folders are made. Weights in channels-last order are stored in
+    the usual order with the same values.
+    """
+    model = getattr(model, "_orig_mod", model)  # torch.compile's wrapper would prefix every key
+    tensors = {key: value.detach().contiguous() for key, value in model.state_dict().items()}
+    with atomic(path) as temporary:
+        save_file(tensors, temporary, metadata={"format": FORMAT, "spec": json.dumps(model.spec)})
+
+
+def load(path: str | os.PathLike[str]) -> Classifier:
+    """Rebuild the classifier that :func:`save` wrote: same weights bit for bit, on the CPU, in training mode.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        NotACheckpoint: It is not safetensors, not by :func:`save`, or its tensors are not those of the network.
+    """
+    from cupel.models import build  # which imports this module
+
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"no checkpoint at {path}; train the model first (cupel.models.save writes this file)")
+    spec, tensors = _read(path)
+    try:
+        # Weights come from the file, so nothing is initialised, downloaded or drawn from a generator.
+        with torch.device("meta"):
+            model = build(**{**spec, "pretrained": False, "seed": None})
+    except (TypeError, ValueError) as error:
+        raise NotACheckpoint(f"{path}: its recipe {spec} builds no model of this version of cupel: {error}") from error
+    expected = {key: tuple(value.shape) for key, value in model.state_dict().items()}
+    found = {key: tuple(value.shape) for key, value in tensors.items()}
+    if expected != found:
+        raise NotACheckpoint(f"{path} does not fit the model {spec['name']!r} it names: {_difference(expected, found)}")
+    model.load_state_dict(tensors, assign=True)
+    model.spec = spec
+    return model
+
+
+def _read(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    right = "expected a .safetensors file written by cupel.models.save"
+    if not path.is_file():
+        raise NotACheckpoint(f"{path} is a folder; {right}")
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            # The tensors are views of the mapped file: were it truncated later, reading them would kill the process.
+            tensors = {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118 (not a mapping)
+    except SafetensorError as error:
+        with path.open("rb") as file:
+            pickled = file.read(1) in (b"P", b"\x80")  # a zip archive (torch.save) or a bare pickle
+        what = "a pickled file, which could run code when opened" if pickled else f"damaged or another format ({error})"
+        raise NotACheckpoint(f"{path} is {what}; {right}") from None
+    if metadata.get("format") != FORMAT:
+        found = metadata.get("format", "none")
+        raise NotACheckpoint(f"{path} is safetensors of format {found!r}, not {FORMAT!r}; {right}")
+    try:
+        spec = json.loads(metadata.get("spec", ""))
+    except json.JSONDecodeError:
+        spec = None
+    if not isinstance(spec, dict) or "name" not in spec:
+        raise NotACheckpoint(f"{path} does not say which model it holds (no 'spec' in its metadata); {right}")
+    return spec, tensors
+
+
+def _difference(expected: dict[str, tuple[int, ...]], found: dict[str, tuple[int, ...]]) -> str:
+    def some(keys: list[str]) -> str:
+        return ", ".join(keys[:3]) + (f" and {len(keys) - 3} more" if len(keys) > 3 else "")
+
+    missing, unexpected = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
+    reshaped = sorted(key for key in expected.keys() & found.keys() if expected[key] != found[key])
+    parts = {
+        "missing": missing,
+        "unexpected": unexpected,
+        "of another shape": [f"{key} {found[key]} instead of {expected[key]}" for key in reshaped],
+    }
+    return "; ".join(f"{what}: {some(keys)}" for what, keys in parts.items() if keys)

@@ -1,0 +1,97 @@
+"""Attacks, defences and plugins by name, and a check of their parameters that imports nothing heavy.
+
+A function or class enters a registry by decorator, in a file of the library or of the user:
+
+    @attack("mine")                 @defence("mine")
+    class Mine: ...                 def mine(victim, clean, rng, *, lr=0.01): ...
+"""
+
+import ast
+import difflib
+import importlib
+import importlib.util
+import pkgutil
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+
+class Registry(dict):
+    """A dict from name to attack class or defence function, filled by its decorator."""
+
+    def __init__(self, kind: str, package: str):
+        super().__init__()
+        self.kind, self.package = kind, package
+
+    def __call__(self, name: str) -> Callable:
+        """Decorator: register under `name`.
+
+        Raises:
+            ValueError: the name is taken by another file.
+        """
+        def register(entry):
+            if name in self and self[name].__module__ != entry.__module__:
+                raise ValueError(f"{self.kind} {name!r} is defined in {self[name].__module__} and in {entry.__module__}")
+            self[name] = entry
+            return entry
+
+        return register
+
+    def fill(self) -> "Registry":
+        """Import every module of the package, so that the registry is complete."""
+        package = importlib.import_module(self.package)
+        for module in pkgutil.iter_modules(package.__path__):
+            importlib.import_module(f"{self.package}.{module.name}")
+        return self
+
+    def find(self, name: str):
+        """The entry `name`.
+
+        Raises:
+            ValueError: unknown; the text lists the known names.
+        """
+        if name not in self:
+            self.fill()
+        if name not in self:
+            raise ValueError(unknown(self.kind, name, self))
+        return self[name]
+
+
+def unknown(kind: str, name: str, known: Iterable[str]) -> str:
+    """The sentence for a name that is not known."""
+    known = sorted(known)
+    near = difflib.get_close_matches(name, known, 1)
+    return f"unknown {kind} {name!r}: known are {', '.join(known)}" + (f"; did you mean {near[0]!r}?" if near else "")
+
+
+def load_plugins(paths: Iterable[str | Path]) -> None:
+    """Execute the user's plugin files, which register attacks and defences.
+
+    Raises:
+        FileNotFoundError: a file is missing.
+    """
+    for path in map(Path, paths):
+        if not path.is_file():
+            raise FileNotFoundError(f"plugin {path} does not exist (config.yaml, key plugins)")
+        spec = importlib.util.spec_from_file_location(f"cupel_plugin_{path.stem}", path)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+
+
+def signatures(kind: str, files: Iterable[str | Path]) -> dict[str, set[str]]:
+    """Names registered by `@attack(...)` or `@defence(...)` in `files`, each with its parameter names.
+
+    Read from the syntax tree: configuration is checked in milliseconds, before any library is imported.
+    """
+    found = {}
+    for file in files:
+        for node in ast.parse(Path(file).read_text(encoding="utf-8")).body:
+            for decorator in getattr(node, "decorator_list", []):
+                if not (isinstance(decorator, ast.Call) and getattr(decorator.func, "id", None) == kind):
+                    continue
+                if isinstance(node, ast.FunctionDef):
+                    names = {argument.arg for argument in node.args.kwonlyargs}
+                else:
+                    names = {item.target.id for item in node.body
+                             if isinstance(item, ast.AnnAssign) and "ClassVar" not in ast.unparse(item.annotation)}
+                found[decorator.args[0].value] = names
+    return found

@@ -1,0 +1,342 @@
+"""The training engine: victims, tuning defences and robust training all run through `fit`.
+
+Data live on the device as uint8; order and augmentation of an epoch are drawn at its start from streams named by the
+epoch's number, so a run continued from a checkpoint sees the very same batches, and on the CPU ends with the same bits.
+"""
+
+import contextlib
+import hashlib
+import json
+import sys
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.optim import lr_scheduler
+from tqdm import tqdm
+
+from cupel.files import atomic
+from cupel.rng import derive, torch_rng
+from cupel.training.augment import Draws, augment, to_pixels
+from cupel.training.hook import Hook
+
+Objective = Callable[[nn.Module, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+
+
+class Diverged(ArithmeticError):
+    """The loss is no longer finite."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a network is trained.
+
+    Attributes:
+        epochs: passes over the data.
+        lr: learning rate (the largest one, for `onecycle`).
+        batch_size: samples per step.
+        optimizer: `sgd`, `adam` or `adamw`.
+        momentum, nesterov: of SGD.
+        weight_decay: of the optimiser.
+        schedule: `constant`, `cosine`, `multistep`, `plateau` (on the training loss), stepped once per epoch, or
+            `onecycle`, stepped per batch.
+        t_max: period of the cosine, in epochs; None: the number of epochs.
+        lr_min: where the cosine ends.
+        milestones, gamma: of `multistep`.
+        crop: zero padding of the random crop, in pixels.
+        flip: random horizontal flips.
+        drop_last: leave out the last partial batch.
+        label_smoothing: of the cross-entropy.
+        precision: `fp32` or `bf16` (autocast).
+        compile: run the network through `torch.compile`.
+    """
+
+    epochs: int
+    lr: float
+    batch_size: int = 128
+    optimizer: str = "sgd"
+    momentum: float = 0.9
+    nesterov: bool = False
+    weight_decay: float = 5e-4
+    schedule: str = "cosine"
+    t_max: int | None = None
+    lr_min: float = 0.0
+    milestones: tuple[int, ...] = ()
+    gamma: float = 0.1
+    crop: int = 4
+    flip: bool = True
+    drop_last: bool = False
+    label_smoothing: float = 0.0
+    precision: str = "fp32"
+    compile: bool = False
+
+
+def cross_entropy(smoothing: float = 0.0) -> Objective:
+    """The plain objective: (loss, logits)."""
+    def objective(model, x, y):
+        logits = model(x)
+        return F.cross_entropy(logits, y, label_smoothing=smoothing), logits
+
+    return objective
+
+
+def descend(optimizer: torch.optim.Optimizer, closure: Callable) -> tuple[torch.Tensor, torch.Tensor]:
+    """One step: loss of `closure`, gradients, update."""
+    optimizer.zero_grad(set_to_none=True)
+    loss, logits = closure()
+    loss.backward()
+    optimizer.step()
+    return loss.detach(), logits.detach()
+
+
+def make_optimizer(parameters: Iterable, recipe: Recipe) -> torch.optim.Optimizer:
+    """The optimiser of a recipe."""
+    if recipe.optimizer == "sgd":
+        return torch.optim.SGD(parameters, recipe.lr, recipe.momentum, weight_decay=recipe.weight_decay,
+                               nesterov=recipe.nesterov)
+    kinds = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
+    return kinds[recipe.optimizer](parameters, recipe.lr, weight_decay=recipe.weight_decay)
+
+
+def make_scheduler(optimizer: torch.optim.Optimizer, recipe: Recipe, steps: int):
+    """The schedule of a recipe with `steps` batches an epoch."""
+    if recipe.schedule == "cosine":
+        return lr_scheduler.CosineAnnealingLR(optimizer, recipe.t_max or recipe.epochs, recipe.lr_min)
+    if recipe.schedule == "onecycle":
+        return lr_scheduler.OneCycleLR(optimizer, recipe.lr, total_steps=max(recipe.epochs * steps, 2))
+    if recipe.schedule == "multistep":
+        return lr_scheduler.MultiStepLR(optimizer, list(recipe.milestones), recipe.gamma)
+    if recipe.schedule == "plateau":
+        return lr_scheduler.ReduceLROnPlateau(optimizer)
+    return lr_scheduler.ConstantLR(optimizer, 1.0)
+
+
+def autocast(precision: str, device: torch.device):
+    """Context of a precision: bf16 autocast, or nothing."""
+    if precision == "bf16":
+        return torch.autocast(device.type, torch.bfloat16)
+    return contextlib.nullcontext()
+
+
+def upload(images: np.ndarray, device: torch.device) -> torch.Tensor:
+    """uint8 [N, H, W, C] on the device, in memory of its own."""
+    return torch.from_numpy(np.array(images)).to(device)
+
+
+class Checkpoint:
+    """State after a whole epoch, in one file that is complete or absent.
+
+    Args:
+        path: of the file.
+        identity: JSON-able description of the run; a checkpoint of any other run is not continued.
+        every: least number of seconds between two saves.
+    """
+
+    def __init__(self, path: str | Path, identity: dict, every: float = 10.0):
+        self.path, self.every, self.saved = Path(path), every, time.monotonic()
+        self.identity = hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode()).hexdigest()
+
+    def save(self, state: dict, last: bool = False) -> None:
+        """Save if enough time has passed (the last epoch is the result, and is saved by the caller)."""
+        if last or time.monotonic() - self.saved < self.every:
+            return
+        with atomic(self.path) as temporary:
+            torch.save({"identity": self.identity, **state}, temporary)
+        self.saved = time.monotonic()
+
+    def load(self, device: torch.device) -> dict | None:
+        """The state of this run, or None."""
+        if not self.path.is_file():
+            return None
+        try:
+            state = torch.load(self.path, map_location=device, weights_only=True)
+        except Exception as error:
+            print(f"checkpoint {self.path} cannot be read ({type(error).__name__}): starting anew", file=sys.stderr)
+            return None
+        if state["identity"] != self.identity:
+            print(f"checkpoint {self.path} is of another run (settings changed): starting anew", file=sys.stderr)
+            return None
+        return state
+
+    def remove(self) -> None:
+        """Once the result is safe."""
+        self.path.unlink(missing_ok=True)
+
+
+class Progress:
+    """One line per run on a terminal, a line now and then in a log."""
+
+    def __init__(self, title: str, total: int, done: int = 0, every: float = 15.0):
+        self.terminal = sys.stderr.isatty()
+        self.bar = tqdm(total=total, initial=done, desc=title, unit="img", unit_scale=True, disable=not self.terminal,
+                        leave=False)
+        self.title, self.total, self.done, self.first, self.every = title, total, done, done, every
+        self.begun = self.said = time.monotonic()
+
+    def __call__(self, count: int, text: str = "") -> None:
+        self.done += count
+        self.bar.update(count)
+        if self.terminal and text:
+            self.bar.set_postfix_str(text, refresh=False)
+        now = time.monotonic()
+        if not self.terminal and text and (now - self.said >= self.every or self.done >= self.total):
+            rate = (self.done - self.first) / max(now - self.begun, 1e-9)
+            left = (self.total - self.done) / max(rate, 1e-9)
+            print(f"{self.title}: {self.done:,}/{self.total:,} images, {rate:,.0f}/s, {left:.0f} s left, {text}",
+                  file=sys.stderr, flush=True)
+            self.said = now
+
+    def close(self) -> None:
+        """End the line."""
+        self.bar.close()
+
+
+def fit(model: nn.Module, images: np.ndarray | torch.Tensor, labels: np.ndarray | torch.Tensor, recipe: Recipe, *,
+        seed: int, device: str | torch.device = "cpu", objective: Objective | None = None, step: Callable = descend,
+        after_step: Callable[[nn.Module], None] | None = None, hook: Hook | None = None,
+        groups: np.ndarray | None = None, parameters: Iterable[nn.Parameter] | None = None,
+        checkpoint: str | Path | None = None, checkpoint_seconds: float = 10.0, title: str = "train") -> list[dict]:
+    """Train `model` in place.
+
+    Args:
+        model: takes float pixels [B, C, H, W] in [0, 1], gives logits [B, K].
+        images: uint8 [N, H, W, C].
+        labels: int64 [N].
+        recipe: schedule, optimiser, augmentation, precision.
+        seed: of the streams `order`, `augmentation` and `noise`, each per epoch.
+        device: where to train.
+        objective: (model, x, y) to (loss, logits); default cross-entropy.
+        step: (optimizer, closure) to (loss, logits); default one gradient step. Sharpness-aware steps replace it.
+        after_step: called with the model after each update, e.g. a projection.
+        hook: see `Hook`.
+        groups: int64 [N], 1 for samples whose accuracy is kept apart in the history (poisoned ones), else 0.
+        parameters: those to train; default all. The others keep their values, but the network stays in train mode.
+        checkpoint: file to continue from and to save to; removed by the caller when the result is safe.
+        checkpoint_seconds: least time between two saves.
+        title: of the progress line.
+
+    Returns:
+        One row per epoch: epoch, loss, accuracy, accuracy of group 1, lr, seconds. Accuracies are those of the
+        training batches, as fractions.
+
+    Raises:
+        Diverged: the loss is not finite.
+        ValueError: fewer samples than one batch although the recipe drops partial batches.
+    """
+    device = torch.device(device)
+    model.to(device, memory_format=torch.channels_last).train()
+    data = images if torch.is_tensor(images) else upload(images, device)
+    target = torch.as_tensor(labels, device=device)
+    group = torch.as_tensor(groups if groups is not None else np.zeros(len(target), np.int64), device=device)
+    objective = objective or cross_entropy(recipe.label_smoothing)
+    trained = list(parameters if parameters is not None else model.parameters())
+    optimizer = make_optimizer(trained, recipe)
+    size = min(recipe.batch_size, len(target))
+    steps = len(target) // size if recipe.drop_last else -(-len(target) // size)
+    if recipe.drop_last and len(target) < recipe.batch_size:
+        raise ValueError(f"{len(target)} samples do not fill one batch of {recipe.batch_size}, and drop_last is on")
+    scheduler = make_scheduler(optimizer, recipe, steps)
+    run = torch.compile(model) if recipe.compile else model
+
+    identity = {"recipe": asdict(recipe), "seed": seed, "title": title, "device": device.type, "samples": len(target),
+                "labels": hashlib.sha256(target.cpu().numpy().tobytes()).hexdigest(),
+                "pixels": int(data.sum(dtype=torch.int64))}
+    keeper = Checkpoint(checkpoint, identity, checkpoint_seconds) if checkpoint else None
+    history, begin = [], 0
+    state = keeper.load(device) if keeper else None
+    if state:
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        scheduler.load_state_dict(state["scheduler"])
+        if hook:
+            hook.load_state_dict(state["hook"])
+        history, begin = state["history"], state["epoch"]
+    elif hook:
+        hook.start(model, data, target)
+
+    frozen = [(p, p.requires_grad) for p in model.parameters()]
+    keep = {id(p) for p in trained}
+    for p, _ in frozen:
+        p.requires_grad_(id(p) in keep)
+    progress = Progress(title, recipe.epochs * steps * size, begin * steps * size)
+    for number in range(begin, recipe.epochs):
+        started = time.perf_counter()
+        order = torch.randperm(len(target), generator=torch_rng(seed, "order", number)).to(device)
+        draws = Draws.draw(len(target), recipe.crop, recipe.flip, torch_rng(seed, "augmentation", number), device)
+        noise = torch_rng(seed, "noise", number)
+        torch.manual_seed(derive(seed, "dropout", number))
+        if hook:
+            hook.epoch(number)
+        lr = optimizer.param_groups[0]["lr"]
+        # sums stay on the device: reading them every step would make the device wait for the host
+        total = torch.zeros(5, device=device, dtype=torch.float64)
+        for k in range(steps):
+            index = order[k * size : (k + 1) * size]
+            x, y, g = to_pixels(data[index]), target[index], group[index]
+
+            def change(batch, index=index):
+                return augment(batch, recipe.crop, draws.flip[index], draws.shift[index])
+
+            if hook:
+                x, y, found = hook.batch(x, y, change, noise)
+                g = g if found is None else found
+            else:
+                x = change(x)
+
+            def closure(x=x, y=y):
+                with autocast(recipe.precision, device):
+                    loss, logits = objective(run, x, y)
+                    extra = hook.loss(model, x, y, logits) if hook else None
+                return loss if extra is None else loss + extra, logits
+
+            loss, logits = step(optimizer, closure)
+            if after_step:
+                after_step(model)
+            if hook:
+                hook.after_step()
+            if recipe.schedule == "onecycle":
+                scheduler.step()
+            right = logits.argmax(1) == y
+            total += torch.stack([loss.double() * len(y), (right & (g == 0)).sum(), (g == 0).sum(),
+                                  (right & (g == 1)).sum(), (g == 1).sum()])
+            progress(len(y))
+        sums = total.tolist()
+        row = {"epoch": number + 1, "loss": sums[0] / max(sums[2] + sums[4], 1), "acc": sums[1] / max(sums[2], 1),
+               "acc_poisoned": sums[3] / sums[4] if sums[4] else None, "lr": lr,
+               "seconds": time.perf_counter() - started}
+        if not np.isfinite(row["loss"]):
+            raise Diverged(f"{title}: the loss became {row['loss']} in epoch {number + 1} (lr {lr:g})")
+        history.append(row)
+        progress(0, f"epoch {number + 1}/{recipe.epochs}, loss {row['loss']:.3f}, accuracy {row['acc']:.3f}")
+        if recipe.schedule == "plateau":
+            scheduler.step(row["loss"])
+        elif recipe.schedule != "onecycle":
+            scheduler.step()
+        if keeper:
+            keeper.save({"model": model.state_dict(), "optimizer": optimizer.state_dict(),
+                         "scheduler": scheduler.state_dict(), "hook": hook.state_dict() if hook else {},
+                         "history": history, "epoch": number + 1}, last=number + 1 == recipe.epochs)
+    progress.close()
+    for p, grad in frozen:
+        p.requires_grad_(grad)
+    model.eval()
+    return history
+
+
+@torch.inference_mode()
+def predict(model: nn.Module, images: np.ndarray, *, device: str | torch.device = "cpu", batch_size: int = 500,
+            precision: str = "fp32") -> np.ndarray:
+    """Logits float32 [N, K] of uint8 images [N, H, W, C], in eval mode."""
+    device = torch.device(device)
+    model.to(device, memory_format=torch.channels_last).eval()
+    out = []
+    for start in range(0, len(images), batch_size):
+        x = to_pixels(upload(images[start : start + batch_size], device))
+        with autocast(precision, device):
+            out.append(model(x).float().cpu())
+    return torch.cat(out).numpy()
