@@ -415,13 +415,15 @@ def test_files_that_are_no_checkpoint(tmp_path):
     path.write_bytes(whole[: len(whole) // 2])
     refused("damaged or another format")
     save_file(tensors, path)
-    refused("format 'none'")
-    save_file(tensors, path, metadata={"format": "cupel.classifier/1"})
+    refused("of format None")
+    save_file(tensors, path, metadata={"cupel": "[]"})
+    refused("of format None")
+    save_file(tensors, path, metadata={"cupel": '{"format": "cupel.classifier/1"}'})
     refused("does not say which model")
 
     def rewrite(tensors, **changes):
         spec = {**small().spec, **changes}
-        save_file(tensors, path, metadata={"format": "cupel.classifier/1", "spec": json.dumps(spec)})
+        save_file(tensors, path, metadata={"cupel": json.dumps({"format": "cupel.classifier/1", "spec": spec})})
 
     rewrite(tensors, name="resnet1")
     refused("unknown model 'resnet1'")

@@ -22,13 +22,15 @@ class NotACheckpoint(ValueError):
 def save(model: Classifier, path: str | os.PathLike[str]) -> None:
     """Write ``model`` to ``path`` as safetensors, with its ``spec`` as metadata.
 
-    The file appears whole or not at all, and missing folders are made. Weights in channels-last order are stored in
-    the usual order with the same values.
+    The file appears whole or not at all, and missing folders are made. Equal models give equal bytes: weights in
+    channels-last order are stored in the usual order.
     """
     model = getattr(model, "_orig_mod", model)  # torch.compile's wrapper would prefix every key
     tensors = {key: value.detach().contiguous() for key, value in model.state_dict().items()}
+    # One key only: safetensors writes several in random order, and equal models shall be equal files.
+    recipe = json.dumps({"format": FORMAT, "spec": model.spec}, sort_keys=True)
     with atomic(path) as temporary:
-        save_file(tensors, temporary, metadata={"format": FORMAT, "spec": json.dumps(model.spec)})
+        save_file(tensors, temporary, metadata={"cupel": recipe})
 
 
 def load(path: str | os.PathLike[str]) -> Classifier:
@@ -73,15 +75,15 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
             pickled = file.read(1) in (b"P", b"\x80")  # a zip archive (torch.save) or a bare pickle
         what = "a pickled file, which could run code when opened" if pickled else f"damaged or another format ({error})"
         raise NotACheckpoint(f"{path} is {what}; {right}") from None
-    if metadata.get("format") != FORMAT:
-        found = metadata.get("format", "none")
-        raise NotACheckpoint(f"{path} is safetensors of format {found!r}, not {FORMAT!r}; {right}")
     try:
-        spec = json.loads(metadata.get("spec", ""))
-    except json.JSONDecodeError:
-        spec = None
+        recipe = json.loads(metadata.get("cupel", "{}"))
+        found, spec = recipe.get("format"), recipe.get("spec")
+    except (json.JSONDecodeError, AttributeError):
+        found = spec = None
+    if found != FORMAT:
+        raise NotACheckpoint(f"{path} is safetensors of format {found!r}, not {FORMAT!r}; {right}")
     if not isinstance(spec, dict) or "name" not in spec:
-        raise NotACheckpoint(f"{path} does not say which model it holds (no 'spec' in its metadata); {right}")
+        raise NotACheckpoint(f"{path} does not say which model it holds; {right}")
     return spec, tensors
 
 
