@@ -1,8 +1,10 @@
 """The form in which every image dataset is kept: memory-mapped uint8 arrays and a manifest."""
 
 import hashlib
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+import os
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -43,6 +45,19 @@ class Dataset:
 
 
 @dataclass(frozen=True)
+class Deferred:
+    """Images that a reader has not decoded yet, so that they can be written to disk without being held in memory.
+
+    Attributes:
+        shape: (N, H, W, C).
+        fill: writes all images into a uint8 array of that shape.
+    """
+
+    shape: tuple[int, int, int, int]
+    fill: Callable[[np.ndarray], None]
+
+
+@dataclass(frozen=True)
 class Description:
     """What is known of a dataset before it is fetched, and asserted after.
 
@@ -50,15 +65,17 @@ class Description:
         name: as used in config and paths.
         classes: class names.
         sources: where raw files come from; `read` of each returns `train_images`, `train_labels`, `test_images`,
-            `test_labels`.
+            `test_labels`; images may be `Deferred`.
         shape: (H, W, C) of an image.
         sizes: number of (train, test) images.
         mean, std: per-channel statistics of the training pixels in [0, 1], for normalisation; `published` says whose.
         measured: (mean, std, tolerance) that the training pixels must have; empty where nothing is published.
         balanced: every class has the same number of samples in each split.
+        counts: published number of images of each class, (train, test), where they differ between classes.
         content: sha256 of the prepared arrays, where every source must give the very same bits.
         licence: terms as stated by the publisher.
         flip: horizontal flips are part of the training augmentation of the papers.
+        excerpts: sources of a known part of the dataset, for `prepare(..., excerpt=True)`.
     """
 
     name: str
@@ -72,9 +89,11 @@ class Description:
     published: str = ""
     measured: tuple = ()
     balanced: bool = False
+    counts: tuple[tuple[int, ...], ...] = ()
     content: str = ""
     flip: bool = False
-    notes: str = field(default="")
+    notes: str = ""
+    excerpts: tuple[Source, ...] = ()
 
 
 def content_digest(arrays: dict[str, np.ndarray]) -> str:
@@ -86,8 +105,25 @@ def content_digest(arrays: dict[str, np.ndarray]) -> str:
     return sha.hexdigest()
 
 
-def check(description: Description, arrays: dict[str, np.ndarray]) -> None:
+def moments(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and standard deviation of each channel, float64 [C], of uint8 images [N, H, W, C] scaled to [0, 1]."""
+    channels = range(images.shape[-1])
+    histogram = np.zeros((len(channels), 256))
+    for start in range(0, len(images), 1000):  # bincount works on a copy of eight bytes a pixel
+        block = images[start : start + 1000]
+        histogram += [np.bincount(block[..., c].ravel(), minlength=256) for c in channels]
+    share, level = histogram / histogram.sum(1, keepdims=True), np.arange(256) / 255
+    mean = share @ level
+    return mean, np.sqrt(share @ level**2 - mean**2)
+
+
+def check(description: Description, arrays: dict[str, np.ndarray], excerpt: bool = False) -> None:
     """Compare prepared arrays with what is published of the dataset.
+
+    Args:
+        description: of the dataset.
+        arrays: the four arrays.
+        excerpt: only types, image shape and label range are compared, not what holds for the whole alone.
 
     Raises:
         ValueError: naming the quantity, what was found and what was expected.
@@ -96,23 +132,29 @@ def check(description: Description, arrays: dict[str, np.ndarray]) -> None:
         if found != expected:
             raise ValueError(f"dataset {description.name}: {what} is {found}, expected {expected}")
 
-    for split, size in zip(("train", "test"), description.sizes, strict=True):
+    classes = len(description.classes)
+    for k, split in enumerate(("train", "test")):
         images, labels = arrays[f"{split}_images"], arrays[f"{split}_labels"]
+        size = len(images) if excerpt else description.sizes[k]
         expect(f"the type of {split} images", str(images.dtype), "uint8")
         expect(f"the type of {split} labels", str(labels.dtype), "int64")
         expect(f"the shape of {split} images", images.shape, (size, *description.shape))
         expect(f"the number of {split} labels", labels.shape, (size,))
-        counts = np.bincount(labels, minlength=len(description.classes))
-        expect(f"the number of classes in {split}", len(counts), len(description.classes))
+        if not size or labels.min() < 0 or labels.max() >= classes:
+            raise ValueError(f"dataset {description.name}: {split} labels are not in 0..{classes - 1}, or there are none")
+        if excerpt:
+            continue
+        counts = np.bincount(labels, minlength=classes).tolist()
         if description.balanced:
-            expect(f"the number of {split} images per class", set(counts.tolist()), {size // len(description.classes)})
+            expect(f"the number of {split} images per class", set(counts), {size // classes})
+        if description.counts:
+            for c, (found, expected) in enumerate(zip(counts, description.counts[k], strict=True)):
+                expect(f"the number of {split} images of class {c}", found, expected)
+    if excerpt:
+        return
     if description.measured:
         mean, std, tolerance = description.measured
-        images = arrays["train_images"]
-        histogram = np.stack([np.bincount(images[..., c].ravel(), minlength=256) for c in range(images.shape[-1])])
-        share, level = histogram / histogram.sum(1, keepdims=True), np.arange(256) / 255
-        found_mean = share @ level
-        found_std = np.sqrt(share @ level**2 - found_mean**2)
+        found_mean, found_std = moments(arrays["train_images"])
         for what, found, expected in (("mean", found_mean, mean), ("standard deviation", found_std, std)):
             if np.abs(found - expected).max() > tolerance:
                 raise ValueError(f"dataset {description.name}: pixel {what} is {found.round(4)}, published {expected}")
@@ -120,27 +162,59 @@ def check(description: Description, arrays: dict[str, np.ndarray]) -> None:
         expect("the sha256 of the content", content_digest(arrays), description.content)
 
 
+def _write(value: "np.ndarray | Deferred", path: Path) -> np.ndarray:
+    """Write an array and return it memory-mapped."""
+    if isinstance(value, Deferred):
+        out = np.lib.format.open_memmap(path, "w+", np.uint8, value.shape)
+        value.fill(out)
+        out.flush()
+    else:
+        np.save(path, value, allow_pickle=False)
+    return np.load(path, mmap_mode="r", allow_pickle=False)
+
+
 def prepare(description: Description, folder: str | Path, *, kinds: Sequence[str], cache: str | Path | None = None,
-            mirror: str | Path | None = None) -> dict:
+            mirror: str | Path | None = None, excerpt: bool = False) -> dict:
     """Fetch, check and write a dataset as memory-mappable arrays plus `manifest.json`.
+
+    Args:
+        description: of the dataset.
+        folder: where to write.
+        kinds, cache, mirror: see `fetch`.
+        excerpt: take a known part of the dataset (`description.excerpts`) instead of the whole; the manifest says so,
+            and names only the classes up to the last one present.
 
     Returns:
         The manifest.
 
     Raises:
         NoSource: no source answered with the very dataset.
+        ValueError: no excerpt of the dataset is known.
     """
-    source, arrays = fetch(description.name, description.sources, kinds=kinds, cache=cache, mirror=mirror,
-                           accept=lambda content: check(description, content))
+    sources = description.excerpts if excerpt else description.sources
+    if not sources:
+        raise ValueError(f"dataset {description.name}: no excerpt of it is known")
     folder = Path(folder)
-    for key, array in arrays.items():
-        with atomic(folder / f"{key}.npy") as path:
-            np.save(path, array, allow_pickle=False)
+    folder.mkdir(parents=True, exist_ok=True)
+    arrays: dict[str, np.ndarray] = {}
+    with tempfile.TemporaryDirectory(prefix=".prepare-", dir=folder) as scratch:
+        def accept(content: dict) -> None:
+            arrays.update({key: _write(value, Path(scratch) / f"{key}.npy") for key, value in content.items()})
+            check(description, arrays, excerpt)
+
+        source, _ = fetch(description.name, sources, kinds=kinds, cache=cache, mirror=mirror, accept=accept)
+        (folder / "manifest.json").unlink(missing_ok=True)  # from here to its return the folder is no dataset
+        for key in arrays:
+            with atomic(folder / f"{key}.npy") as path:
+                os.replace(Path(scratch) / f"{key}.npy", path)
+    last = max(int(arrays[f"{split}_labels"].max()) for split in ("train", "test"))
+    classes = description.classes[: last + 1] if excerpt else description.classes
     manifest = {
         "name": description.name,
-        "classes": list(description.classes),
+        "classes": list(classes),
         "licence": description.licence,
         "notes": description.notes,
+        "excerpt": excerpt,
         "source": {"kind": source.kind,
                    "files": [{"name": raw.name, "checksum": raw.checksum, "origin": str(raw.origin or "mirror")}
                              for raw in source.files]},
@@ -149,7 +223,7 @@ def prepare(description: Description, folder: str | Path, *, kinds: Sequence[str
         "std": list(description.std),
         "normalisation_source": description.published,
         "flip": description.flip,
-        "counts": {split: np.bincount(arrays[f"{split}_labels"], minlength=len(description.classes)).tolist()
+        "counts": {split: np.bincount(arrays[f"{split}_labels"], minlength=len(classes)).tolist()
                    for split in ("train", "test")},
     }
     write_json(folder / "manifest.json", manifest)

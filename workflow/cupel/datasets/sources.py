@@ -2,19 +2,24 @@
 
 A `Source` is a set of `Raw` files and a function that reads them. `fetch` tries sources in the order given and takes
 the first whose files all pass their checksum. Files lie in a cache folder under their own names, so a verified file
-is never fetched twice, and a machine without network works once the cache is filled.
+is never fetched twice, and a machine without network works once the cache is filled. A file is hashed whenever it is
+used: what was cut off, damaged or exchanged in the cache is fetched again.
 """
 
+import contextlib
+import fcntl
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from cupel.files import digest
+
+KINDS = ("official", "hub", "package", "mirror")
 
 
 class SourceError(RuntimeError):
@@ -30,7 +35,9 @@ class Raw:
     """One raw file.
 
     Attributes:
-        name: file name in the cache and in the mirror folder.
+        name: file name in the cache and in the mirror folder. Where two datasets use the same file name, a folder
+            before it keeps them apart in the cache (`fashion-mnist/train-images-idx3-ubyte.gz`); the mirror is searched
+            for the file name alone.
         checksum: `algorithm:hex` of the whole file.
         origin: a `Url`, `Hub`, `Npm`, `Pip` or `Apt`; None when only the mirror can have it.
     """
@@ -65,35 +72,49 @@ class Url:
     """A file on an official site. A partial download is continued where it stopped."""
 
     address: str
-    minutes: float = 60
 
     def __str__(self) -> str:
         return self.address
 
     def get(self, name: str, folder: Path) -> Path:
+        """Download to `folder/name.part`; on failure what has come stays there for the next call.
+
+        A broken line is taken up again at once, as long as every attempt brings more bytes (at most ten).
+        """
+        import requests
+        import urllib3
+
+        part = folder / f"{name}.part"
+        for attempt in range(10):
+            before = part.stat().st_size if part.exists() else 0
+            try:
+                self._append(part, before)
+                return part
+            except (requests.RequestException, urllib3.exceptions.HTTPError) as error:
+                if attempt < 9 and part.exists() and part.stat().st_size > before:
+                    continue
+                cause = getattr(error.args[0], "reason", error.args[0]) if error.args else error
+                raise SourceError(f"{type(error).__name__}: {str(cause)[:200]}") from None
+        raise AssertionError("unreachable")
+
+    def _append(self, part: Path, have: int) -> None:
         import requests
         from tqdm import tqdm
 
-        part = folder / f"{name}.part"
-        have = part.stat().st_size if part.exists() else 0
-        headers = {"Range": f"bytes={have}-"} if have else {}
-        try:
-            with requests.get(self.address, headers=headers, stream=True, timeout=(10, 60)) as answer:
-                if answer.status_code == 416:  # nothing is left to send: the part is the whole, or junk
-                    return part
-                answer.raise_for_status()
-                resumed = answer.status_code == 206
-                total = int(answer.headers.get("Content-Length", 0)) + (have if resumed else 0)
-                bar = tqdm(total=total or None, initial=have if resumed else 0, unit="B", unit_scale=True, desc=name,
-                           disable=not sys.stderr.isatty())
-                with bar, open(part, "ab" if resumed else "wb") as file:
-                    for block in answer.iter_content(1 << 20):
-                        file.write(block)
-                        bar.update(len(block))
-        except requests.RequestException as error:
-            reason = getattr(error, "args", None) and str(error.args[0])
-            raise SourceError(f"{type(error).__name__}: {str(reason)[:160]}") from None
-        return part
+        # bytes as stored: a server may otherwise gzip on the way, or label a .gz as encoded and have it unpacked here
+        headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={have}-"} if have else {})
+        with requests.get(self.address, headers=headers, stream=True, timeout=(5, 60)) as answer:
+            if answer.status_code == 416:  # nothing is left to send: the part is the whole, or junk
+                return
+            answer.raise_for_status()
+            resumed = answer.status_code == 206
+            total = int(answer.headers.get("Content-Length", 0)) + (have if resumed else 0)
+            bar = tqdm(total=total or None, initial=have if resumed else 0, unit="B", unit_scale=True, desc=part.stem,
+                       disable=not sys.stderr.isatty())
+            with bar, open(part, "ab" if resumed else "wb") as file:
+                for block in answer.raw.stream(1 << 20, decode_content=False):
+                    file.write(block)
+                    bar.update(len(block))
 
 
 @dataclass(frozen=True)
@@ -109,13 +130,21 @@ class Hub:
         return f"hub {self.kind} {self.repository}@{self.revision}: {self.file}"
 
     def get(self, name: str, folder: Path) -> Path:
-        try:
-            from huggingface_hub import hf_hub_download
+        """Download to `folder/name.part`; the hub client keeps and continues partial downloads itself."""
+        import requests
+        from huggingface_hub import constants, hf_hub_download
 
-            return Path(hf_hub_download(self.repository, self.file, revision=self.revision, repo_type=self.kind,
-                                        local_dir=folder / "hub", etag_timeout=10))
+        part, local = folder / f"{name}.part", folder / "hub" / self.repository.replace("/", "--")
+        try:
+            # the client repeats a failed request for half a minute; without network that is known at once
+            requests.head(constants.ENDPOINT, timeout=(5, 10))
+            found = hf_hub_download(self.repository, self.file, revision=self.revision, repo_type=self.kind,
+                                    local_dir=local, etag_timeout=10)
         except Exception as error:  # the hub client raises many kinds, all of them mean "not from here"
-            raise SourceError(f"{type(error).__name__}: {str(error).splitlines()[0][:160]}") from None
+            raise SourceError(f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}") from None
+        os.replace(found, part)
+        shutil.rmtree(local, ignore_errors=True)
+        return part
 
 
 def _run(command: list[str], folder: Path, minutes: float = 30) -> None:
@@ -126,15 +155,22 @@ def _run(command: list[str], folder: Path, minutes: float = 30) -> None:
     except subprocess.TimeoutExpired:
         raise SourceError(f"{' '.join(command[:2])} gave no answer within {minutes:g} minutes") from None
     if done.returncode:
-        lines = [line for line in (done.stderr or done.stdout).splitlines() if line.strip()]
-        raise SourceError(f"{' '.join(command[:3])} failed: {lines[-1][:160] if lines else done.returncode}")
+        lines = [line.strip() for line in (done.stderr or done.stdout).splitlines() if line.strip()]
+        # clients end with hints about logs and proxies: the reason stands in the first lines that speak of an error
+        told = [line for line in lines if line.lower().startswith(("npm err", "error", "e:"))][:3] or lines[-1:]
+        raise SourceError(f"{' '.join(command[:3])} failed: {'; '.join(told)[:300] or done.returncode}")
 
 
-def _only_file(folder: Path, what: str) -> Path:
-    files = [path for path in folder.iterdir() if path.is_file()]
-    if len(files) != 1:
-        raise SourceError(f"{what} gave {len(files)} files instead of one")
-    return files[0]
+def _package(command: Callable[[Path], list[str]], what: str, name: str, folder: Path) -> Path:
+    """Run a package client in an empty folder and move the one file it leaves to `folder/name.part`."""
+    with tempfile.TemporaryDirectory(prefix=".package-", dir=folder) as scratch:
+        _run(command(Path(scratch)), Path(scratch))
+        files = [path for path in Path(scratch).iterdir() if path.is_file()]
+        if len(files) != 1:
+            raise SourceError(f"{what} gave {len(files)} files instead of one")
+        part = folder / f"{name}.part"
+        os.replace(files[0], part)
+    return part
 
 
 @dataclass(frozen=True)
@@ -147,9 +183,12 @@ class Npm:
         return f"npm package {self.package}"
 
     def get(self, name: str, folder: Path) -> Path:
-        target = Path(tempfile.mkdtemp(dir=folder))
-        _run(["npm", "pack", self.package, "--ignore-scripts", "--pack-destination", str(target)], target)
-        return _only_file(target, str(self))
+        """Fetch to `folder/name.part`."""
+        # npm's own waits between retries make it silent for more than a minute where there is no network
+        return _package(lambda scratch: ["npm", "pack", self.package, "--ignore-scripts", "--fetch-retries=1",
+                                         "--fetch-retry-mintimeout=1000", "--fetch-retry-maxtimeout=1000",
+                                         "--loglevel=error", "--pack-destination", str(scratch)],
+                        str(self), name, folder)
 
 
 @dataclass(frozen=True)
@@ -163,11 +202,11 @@ class Pip:
         return f"pip package {self.package}"
 
     def get(self, name: str, folder: Path) -> Path:
-        target = Path(tempfile.mkdtemp(dir=folder))
+        """Fetch to `folder/name.part`."""
         only = ["--only-binary", ":all:"] if self.binary else ["--no-binary", ":all:", "--no-build-isolation"]
-        _run([sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", *only, "--dest", str(target),
-              self.package], target)
-        return _only_file(target, str(self))
+        return _package(lambda scratch: [sys.executable, "-m", "pip", "download", "--quiet", "--retries", "1", "--no-deps",
+                                         *only, "--dest", str(scratch), self.package],
+                        str(self), name, folder)
 
 
 @dataclass(frozen=True)
@@ -180,9 +219,9 @@ class Apt:
         return f"Debian package {self.package}"
 
     def get(self, name: str, folder: Path) -> Path:
-        target = Path(tempfile.mkdtemp(dir=folder))
-        _run(["apt-get", "download", self.package], target)
-        return _only_file(target, str(self))
+        """Fetch to `folder/name.part`."""
+        return _package(lambda scratch: ["apt-get", "download", "-o", "Acquire::Retries=1", "-o",
+                                         "Acquire::http::Timeout=10", self.package], str(self), name, folder)
 
 
 def default_cache() -> Path:
@@ -192,41 +231,71 @@ def default_cache() -> Path:
     return Path(os.environ.get("CUPEL_CACHE") or pooch.os_cache("cupel"))
 
 
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Hold `path` against other processes. The lock ends with the process, however that ends."""
+    with open(path.with_name(f".{path.name}.lock"), "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX)
+        except OSError as error:
+            raise SourceError(f"files in {path.parent} cannot be locked ({error.strerror}): "
+                              "set CUPEL_CACHE to a folder on a file system with locks") from None
+        yield
+
+
+def _in_mirror(raw: Raw, mirror: Path) -> Path:
+    if not mirror.is_dir():
+        raise SourceError(f"data.mirror {mirror} is no folder")
+    found = [path for path in sorted(mirror.rglob(Path(raw.name).name)) if path.is_file()]
+    for path in found:
+        if raw.verified(path):
+            return path
+    if found:
+        raise SourceError(f"{', '.join(map(str, found))}: another checksum than {raw.checksum}")
+    raise SourceError(f"no file {Path(raw.name).name} in {mirror}")
+
+
+def _download(raw: Raw, cached: Path) -> None:
+    """Fetch `raw` from its origin and put it at `cached` if it has the checksum. A wrong file is removed."""
+    resumed = cached.with_name(f"{cached.name}.part").exists()
+    part = raw.origin.get(cached.name, cached.parent)
+    if resumed and not raw.verified(part):
+        # what lay there may have been the beginning of something else: once more, from nothing
+        part.unlink()
+        part = raw.origin.get(cached.name, cached.parent)
+    if not raw.verified(part):
+        algorithm = raw.checksum.partition(":")[0]
+        found = digest(part, algorithm)
+        part.unlink()
+        raise SourceError(f"wrong checksum: {algorithm}:{found} instead of {raw.checksum}")
+    os.replace(part, cached)
+
+
 def fetch_raw(raw: Raw, cache: Path, mirror: Path | None = None) -> Path:
-    """Path of a verified copy of `raw`: from the cache, the mirror folder or its origin, in this order.
+    """Path of a verified copy of `raw`: from the cache, or from its origin, or from the mirror if it has no origin.
+
+    Safe to call from several processes at once: one downloads, the others wait for it.
 
     Raises:
         SourceError: no copy could be had, or none with the right checksum.
+        OSError: the cache cannot be written.
     """
     cached = cache / raw.name
     if raw.verified(cached):
         return cached
-    if mirror is not None and raw.origin is None:
-        found = next((path for path in sorted(mirror.rglob(raw.name)) if path.is_file()), None)
-        if found is None:
-            raise SourceError(f"no file {raw.name} in {mirror}")
-        if not raw.verified(found):
-            raise SourceError(f"{found} has another checksum than {raw.checksum}")
-        return found
     if raw.origin is None:
-        raise SourceError("data.mirror is not set")
-    cache.mkdir(parents=True, exist_ok=True)
-    part = raw.origin.get(raw.name, cache)
-    try:
-        if not raw.verified(part):
-            algorithm = raw.checksum.partition(":")[0]
-            raise SourceError(f"wrong checksum: {algorithm}:{digest(part, algorithm)} instead of {raw.checksum}")
-        os.replace(part, cached)
-    finally:
-        part.unlink(missing_ok=True)
-        if part.parent != cache and not any(part.parent.iterdir()):
-            part.parent.rmdir()
+        if mirror is None:
+            raise SourceError("data.mirror is not set")
+        return _in_mirror(raw, mirror)
+    cached.parent.mkdir(parents=True, exist_ok=True)
+    with _locked(cached):
+        if not raw.verified(cached):  # another process may have fetched it while this one waited
+            _download(raw, cached)
     return cached
 
 
-def fetch(name: str, sources: Sequence[Source], *, kinds: Sequence[str] = ("official", "hub", "package", "mirror"),
-          cache: str | Path | None = None, mirror: str | Path | None = None,
-          accept: Callable[[dict], None] = lambda content: None) -> tuple[Source, dict]:
+def fetch(name: str, sources: Sequence[Source], *, kinds: Sequence[str] = KINDS, cache: str | Path | None = None,
+          mirror: str | Path | None = None, accept: Callable[[dict], None] = lambda content: None) -> tuple[Source, dict]:
     """Read the first source that answers.
 
     Args:
@@ -242,34 +311,41 @@ def fetch(name: str, sources: Sequence[Source], *, kinds: Sequence[str] = ("offi
 
     Raises:
         NoSource: with one line for each source tried.
+        ValueError: a kind that does not exist.
     """
+    for kind in kinds:
+        if kind not in KINDS:
+            raise ValueError(f"data.sources has {kind!r}: the kinds are {', '.join(KINDS)}")
     cache = Path(cache) if cache else default_cache()
     mirror = Path(mirror) if mirror else None
+    offered = [source for kind in kinds for source in sources if source.kind == kind]
     tried = []
-    for kind in kinds:
-        for source in (source for source in sources if source.kind == kind):
+    for source in offered:
+        paths, where = [], ""
+        try:
             for raw in source.files:
-                origin = raw.origin or f"mirror {mirror or '(data.mirror is not set)'}"
-                try:
-                    fetch_raw(raw, cache, mirror)
-                except (SourceError, OSError) as error:
-                    tried.append(f"  {kind}: {origin}: {error}")
-                    break
-            else:
-                paths = [fetch_raw(raw, cache, mirror) for raw in source.files]
-                try:
-                    content = source.read(paths)
-                    accept(content)
-                    return source, content
-                except (ValueError, OSError, KeyError) as error:
-                    tried.append(f"  {kind}: {', '.join(map(str, paths))}: not used: {error}")
-    wanted = "\n".join(
-        "  " + " and ".join(f"{raw.name} ({raw.checksum})" for raw in source.files)
-        for source in sources if source.kind in ("official", "mirror", "hub", "package")
-    )
-    raise NoSource(
-        f"dataset {name}: no source gave it. Tried, in the order of data.sources ({', '.join(kinds)}):\n"
-        + ("\n".join(tried) or "  nothing: no source of these kinds is known")
-        + f"\nTo go on without network, put one of these into {cache}:\n{wanted}\n"
-        "or set data.mirror in config.yaml to a folder that has it, then run the same command again."
-    )
+                where = raw.origin or f"mirror: {raw.name}"
+                paths.append(fetch_raw(raw, cache, mirror))
+        except (SourceError, OSError) as error:
+            tried.append(f"  {source.kind}: {where}: {error}")
+            continue
+        try:
+            content = source.read(paths)
+            accept(content)
+            return source, content
+        except (ValueError, OSError, KeyError) as error:
+            tried.append(f"  {source.kind}: {', '.join(map(str, paths))}: not used: {error}")
+    raise NoSource(_advice(name, kinds, offered, tried, cache))
+
+
+def _advice(name: str, kinds: Sequence[str], offered: list[Source], tried: list[str], cache: Path) -> str:
+    lines = [f"dataset {name}: no source gave it. Tried, in the order of data.sources ({', '.join(kinds)}):",
+             *(tried or ["  nothing: no source of these kinds is known"])]
+    wanted = dict.fromkeys(" and ".join(f"{raw.name} ({raw.checksum})" for raw in source.files) for source in offered)
+    if wanted:
+        lines += [f"To go on without network, put the files of one of these lines into {cache}:",
+                  *(f"  {line}" for line in wanted),
+                  "or set data.mirror in config.yaml to a folder that has them"
+                  + ("" if "mirror" in kinds else " and add mirror to data.sources")
+                  + ", then run the same command again."]
+    return "\n".join(lines)

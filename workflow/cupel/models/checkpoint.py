@@ -10,6 +10,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from cupel.files import atomic
+from cupel.models.attachments import attach
 from cupel.models.classifier import Classifier
 
 FORMAT = "cupel.classifier/1"
@@ -20,7 +21,7 @@ class NotACheckpoint(ValueError):
 
 
 def save(model: Classifier, path: str | os.PathLike[str]) -> None:
-    """Write ``model`` to ``path`` as safetensors, with its ``spec`` as metadata.
+    """Write ``model`` to ``path`` as safetensors, with its ``spec`` and its attachments as metadata.
 
     The file appears whole or not at all, and missing folders are made. Equal models give equal bytes: weights in
     channels-last order are stored in the usual order.
@@ -28,7 +29,10 @@ def save(model: Classifier, path: str | os.PathLike[str]) -> None:
     model = getattr(model, "_orig_mod", model)  # torch.compile's wrapper would prefix every key
     tensors = {key: value.detach().contiguous() for key, value in model.state_dict().items()}
     # One key only: safetensors writes several in random order, and equal models shall be equal files.
-    recipe = json.dumps({"format": FORMAT, "spec": model.spec}, sort_keys=True)
+    recipe = {"format": FORMAT, "spec": model.spec}
+    if model.attachments:
+        recipe["attachments"] = [attachment.describe() for attachment in model.attachments]
+    recipe = json.dumps(recipe, sort_keys=True)
     with atomic(path) as temporary:
         save_file(tensors, temporary, metadata={"cupel": recipe})
 
@@ -45,11 +49,13 @@ def load(path: str | os.PathLike[str]) -> Classifier:
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(f"no checkpoint at {path}; train the model first (cupel.models.save writes this file)")
-    spec, tensors = _read(path)
+    spec, attachments, tensors = _read(path)
     try:
         # Weights come from the file, so nothing is initialised, downloaded or drawn from a generator.
         with torch.device("meta"):
             model = build(**{**spec, "pretrained": False, "seed": None})
+            for attachment in attachments:
+                attach(model, **attachment)
     except (TypeError, ValueError) as error:
         raise NotACheckpoint(f"{path}: its recipe {spec} builds no model of this version of cupel: {error}") from error
     expected = {key: tuple(value.shape) for key, value in model.state_dict().items()}
@@ -61,7 +67,7 @@ def load(path: str | os.PathLike[str]) -> Classifier:
     return model
 
 
-def _read(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+def _read(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]], dict[str, torch.Tensor]]:
     right = "expected a .safetensors file written by cupel.models.save"
     if not path.is_file():
         raise NotACheckpoint(f"{path} is a folder; {right}")
@@ -84,7 +90,7 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
         raise NotACheckpoint(f"{path} is safetensors of format {found!r}, not {FORMAT!r}; {right}")
     if not isinstance(spec, dict) or "name" not in spec:
         raise NotACheckpoint(f"{path} does not say which model it holds; {right}")
-    return spec, tensors
+    return spec, recipe.get("attachments", []), tensors
 
 
 def _difference(expected: dict[str, tuple[int, ...]], found: dict[str, tuple[int, ...]]) -> str:

@@ -62,6 +62,7 @@ class Classifier(nn.Module):
             32 pixels that map is 1x1 for the torchvision networks of total stride 32 (VGG, EfficientNet, MobileNet).
         spec: The JSON-able arguments of :func:`cupel.models.build` that make this architecture again.
         resize: Side of the square to which images are resized first, or ``None``.
+        attachments: Modules that a defence has hung onto the network, see :mod:`cupel.models.attachments`; else empty.
     """
 
     def __init__(self, parts: Parts, normalize: Normalize, num_classes: int, spec: dict[str, Any]) -> None:
@@ -71,6 +72,7 @@ class Classifier(nn.Module):
         self.normalize = normalize
         self.extractor = parts.extractor
         self.head = parts.head
+        self.attachments = nn.ModuleList()
         self.stages = tuple(f"extractor.{name}" for name in parts.stages)
         self.hidden_linears = tuple(f"extractor.{name}" for name in parts.hidden_linears)
         self.resize = parts.resize

@@ -1,0 +1,47 @@
+"""Five papers on removing backdoors and on robustness, in one DAG.
+
+    snakemake --cores all                 the whole report at the scale in config.yaml
+    snakemake --cores all data            download and prepare the data
+    snakemake --cores all fst             tables, figures and claims of one paper
+    snakemake --cores all report          the report of what is asked for in config.yaml
+    snakemake --cores all PATH            one cell, e.g. results/demo/victims/cifar10/.../metrics.json
+
+The chain: data -> poison -> victim -> purify -> cells (one tidy table) -> tables, figures, claims -> index.html
+"""
+
+from snakemake.utils import min_version
+
+min_version("9.0")
+
+configfile: "config.yaml"
+
+
+include: "workflow/rules/common.smk"
+include: "workflow/rules/data.smk"
+include: "workflow/rules/image.smk"
+include: "workflow/rules/report.smk"
+
+
+rule all:
+    default_target: True
+    input:
+        f"{RESULTS}/index.html",
+
+
+rule report:
+    input:
+        f"{RESULTS}/index.html",
+
+
+rule data:
+    input:
+        [f"{DATA}/{name}/manifest.json" for name in used_datasets()],
+
+
+for paper in GRID.papers:
+
+    rule:
+        name:
+            paper
+        input:
+            f"{RESULTS}/papers/{paper}/report.html",

@@ -1,0 +1,59 @@
+"""What made a set of results: commit, versions, machine, seeds, data, time per rule."""
+
+import platform
+import subprocess
+from pathlib import Path
+
+import pandas as pd
+
+from cupel.files import read_json
+from cupel.stages import versions
+
+
+def git_commit(folder: str | Path) -> str:
+    """Commit of the working tree, with `+changes` when files differ from it; `unknown` outside a repository."""
+    def git(*arguments: str) -> str:
+        return subprocess.run(["git", "-C", str(folder), *arguments], capture_output=True, text=True, check=True).stdout
+
+    try:
+        return git("rev-parse", "HEAD").strip() + ("+changes" if git("status", "--porcelain").strip() else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def processor() -> str:
+    """Name of the CPU and number of cores."""
+    import psutil
+
+    name = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        name = next((line.partition(":")[2].strip() for line in info.read_text().splitlines()
+                     if line.startswith("model name")), name)
+    return f"{name}, {psutil.cpu_count()} cores, {psutil.virtual_memory().total / 2**30:.0f} GB"
+
+
+def rule_times(folder: str | Path) -> pd.DataFrame:
+    """Jobs, summed and longest wall seconds, and largest memory of each rule, from `benchmark:` files."""
+    rows = []
+    for file in sorted(Path(folder).rglob("*.tsv")):
+        try:
+            record = pd.read_csv(file, sep="\t").iloc[-1]
+        except (pd.errors.EmptyDataError, IndexError):
+            continue
+        rows.append({"rule": file.stem, "seconds": float(record["s"]),
+                     "memory_mb": pd.to_numeric(record.get("max_rss"), errors="coerce")})
+    table = pd.DataFrame(rows, columns=["rule", "seconds", "memory_mb"])
+    return table.groupby("rule").agg(jobs=("seconds", "size"), seconds=("seconds", "sum"), longest=("seconds", "max"),
+                                     memory_mb=("memory_mb", "max")).reset_index()
+
+
+def provenance(root: str | Path, config: dict, config_hash: str, data: str | Path, names: list[str],
+               seeds: list[int]) -> dict:
+    """One flat-ish record for `provenance.json`."""
+    manifests = {name: read_json(Path(data) / name / "manifest.json") for name in names}
+    return {
+        "commit": git_commit(root), "config": config, "config_sha256": config_hash, "versions": versions(),
+        "processor": processor(), "seeds": seeds,
+        "data": {name: {"content_sha256": m["content_sha256"], "source": m["source"]} for name, m in manifests.items()},
+    }

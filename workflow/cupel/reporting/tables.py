@@ -1,0 +1,106 @@
+"""The tidy table of all cells, and the tables of the papers made from it."""
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from cupel.files import read_json, write_text
+
+IDENTITY = ["stage", "dataset", "model", "recipe", "attack", "attack_variant", "poison_rate", "defence", "budget",
+            "variant", "seed"]
+METRICS = ("acc", "asr", "ra", "der", "arr", "rdr")
+COLUMNS = ["paper", *IDENTITY, "metric", "value", "n", "low", "high", "rate_reached", "seconds", "peak_memory_mb",
+           "status", "reason", "path"]
+
+
+def gather(cells: list[dict]) -> pd.DataFrame:
+    """The tidy table: one row per paper, cell and metric (see `COLUMNS`); rates are fractions.
+
+    A failed cell keeps its rows, without values and with its reason; so does one that left no result.
+
+    Args:
+        cells: expected cells with `paper`, `folder` and what names them (`cupel.grid.Grid.cells`).
+    """
+    rows = []
+    for cell in cells:
+        path = Path(cell["folder"]) / "metrics.json"
+        if path.is_file():
+            record = read_json(path)
+        else:
+            attack, _, attack_variant = cell["attack"].partition("~")
+            defence, _, variant = cell.get("defence", "").partition("~")
+            record = {**cell, "attack": attack, "attack_variant": attack_variant, "defence": defence,
+                      "variant": variant, "budget": cell.get("budget", ""), "poison_rate": float(cell["rate"]),
+                      "seed": int(cell["seed"]), "status": "failed", "reason": "no result: see its log"}
+        base = {key: record.get(key) for key in (*IDENTITY, "rate_reached", "seconds", "peak_memory_mb", "status")}
+        base |= {"paper": cell["paper"], "path": cell["folder"], "reason": record.get("reason", "")}
+        failed = record["status"] != "ok"
+        for metric in METRICS[:3] if failed else [m for m in METRICS if m in record]:
+            rows.append({**base, "metric": metric, "value": record.get(metric, np.nan), "n": record.get(f"{metric}_n", 0),
+                         "low": record.get(f"{metric}_low", np.nan), "high": record.get(f"{metric}_high", np.nan)})
+    table = pd.DataFrame(rows, columns=COLUMNS)
+    return table.astype({"poison_rate": float, "value": float, "low": float, "high": float, "n": int, "seed": int,
+                         "rate_reached": float, "seconds": float, "peak_memory_mb": float})
+
+
+def defence_name(row: pd.Series) -> str:
+    """Name of a row's defence with its variant, `victim` for none."""
+    return "victim" if row.stage == "victim" else row.defence + (f"~{row.variant}" if row.variant else "")
+
+
+def with_names(cells: pd.DataFrame, labels: dict[str, str]) -> pd.DataFrame:
+    """Add `method` (key) and `label` (for people)."""
+    named = cells.copy()
+    named["method"] = [defence_name(row) for row in cells.itertuples()]
+    named["label"] = [labels.get(name, name) for name in named.method]
+    return named
+
+
+def summary(cells: pd.DataFrame) -> pd.DataFrame:
+    """Mean over seeds, with n summed, and how many seeds failed; one row per setting, method and metric."""
+    keys = ["dataset", "model", "recipe", "attack", "attack_variant", "poison_rate", "budget", "method", "label", "metric"]
+    groups = cells.groupby(keys, dropna=False, sort=False)
+    return groups.agg(value=("value", "mean"), low=("low", "mean"), high=("high", "mean"), n=("n", "sum"),
+                      seeds=("seed", "nunique"), failed=("status", lambda s: int((s != "ok").sum())),
+                      seconds=("seconds", "mean"), rate_reached=("rate_reached", "mean")).reset_index()
+
+
+def attach_reported(table: pd.DataFrame, reported: pd.DataFrame) -> pd.DataFrame:
+    """Add the column `reported` (fractions); empty where the paper's number is not known."""
+    if reported.empty:
+        return table.assign(reported=np.nan)
+    known = reported.assign(reported=reported.value / 100, metric=reported.metric.str.lower())
+    keys = ["dataset", "model", "attack", "poison_rate", "defence", "metric"]
+    return table.merge(known[[*keys, "reported"]].rename(columns={"defence": "method"}), how="left",
+                       on=[k if k != "defence" else "method" for k in keys])
+
+
+def wide(table: pd.DataFrame, order: list[str], metrics: tuple[str, ...] = ("acc", "asr")) -> pd.DataFrame:
+    """Rows: defence; columns: attack, rate and metric; entries in percent as text, `failed` where a cell failed."""
+    table = table[table.metric.isin(metrics)].copy()
+    table["text"] = ["failed" if row.failed and np.isnan(row.value) else f"{100 * row.value:.1f}" + ("*" if row.failed else "")
+                     for row in table.itertuples()]
+    table["setting"] = [f"{row.attack}{'~' + row.attack_variant if row.attack_variant else ''} {100 * row.poison_rate:g} %"
+                        for row in table.itertuples()]
+    table["metric"] = table.metric.str.upper()
+    columns = [(s, m.upper()) for s in dict.fromkeys(table.setting) for m in metrics]
+    grid = table.pivot_table(index="label", columns=["setting", "metric"], values="text", aggfunc="first")
+    rows = [label for label in order if label in grid.index] + [label for label in grid.index if label not in order]
+    return grid.reindex(index=rows, columns=pd.MultiIndex.from_tuples(columns)).fillna("")
+
+
+def write_table(grid: pd.DataFrame, stem: str | Path, caption: str) -> None:
+    """Write a wide table as CSV, Markdown and LaTeX."""
+    stem = Path(stem)
+    flat = grid.copy()
+    flat.columns = [" ".join(map(str, column)) for column in grid.columns]
+    flat.index.name = "defence"
+    write_text(stem.with_suffix(".csv"), flat.to_csv())
+    write_text(stem.with_suffix(".md"), f"{caption}\n\n{flat.to_markdown(disable_numparse=True)}\n")
+    latex = grid.map(lambda text: str(text).replace("%", r"\%"))
+    latex.columns = pd.MultiIndex.from_tuples([tuple(str(part).replace("%", r"\%").replace("~", r"\textasciitilde ")
+                                                     for part in column) for column in grid.columns])
+    latex.index = [str(label).replace("%", r"\%").replace("_", r"\_") for label in grid.index]
+    write_text(stem.with_suffix(".tex"), latex.to_latex(caption=caption.replace("%", r"\%"), escape=False,
+                                                        multicolumn_format="c"))

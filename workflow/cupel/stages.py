@@ -1,0 +1,311 @@
+"""The stages of the image chain as plain functions from files to files: trigger, poison, victim, purify.
+
+Each takes the nested settings that the grid resolves (`spec`), so a notebook can run one cell exactly as the workflow
+does. Outputs are written atomically; a cell whose method fails (diverges, asks for the impossible) is written as a
+failed cell with its reason, and the report shows it.
+"""
+
+import contextlib
+import csv
+import io
+import json
+import platform
+import resource
+import sys
+import time
+import traceback
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from cupel import datasets, models
+from cupel.attacks import Attack, PoisonRecord, build
+from cupel.datasets import Dataset, splits
+from cupel.evaluation.metrics import arr, der, rates, rdr
+from cupel.files import atomic, read_json, write_json, write_text
+from cupel.rng import derive, rng
+
+
+@contextlib.contextmanager
+def logged(path: str | Path) -> Iterator[None]:
+    """Send what is printed to a log file as well as any error, and keep the console for the scheduler."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a", buffering=1, encoding="utf-8") as file:
+        with contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
+            try:
+                yield
+            except BaseException:
+                traceback.print_exc()
+                raise
+
+
+def pick_device(setting: str, gpus: int = 1) -> str:
+    """`cpu` or `cuda` from `auto`, `cpu`, `cuda` and the number of GPUs the job was given.
+
+    Raises:
+        RuntimeError: `cuda` asked for where there is none.
+    """
+    import torch
+
+    if setting == "cuda" and not torch.cuda.is_available():
+        raise RuntimeError("config.yaml: device: cuda is asked for, but torch sees no CUDA device; use auto or cpu")
+    return "cuda" if setting != "cpu" and gpus and torch.cuda.is_available() else "cpu"
+
+
+def training_split(train: Dataset, settings: dict, seed: int) -> splits.Split:
+    """Victim's training set and held-out set of a recipe."""
+    return splits.split(train.labels, held_out=settings.get("held_out", 0.0), train_size=settings.get("train_size"),
+                        seed=seed, order=settings.get("hold_out_order", "first"),
+                        remove=settings.get("remove_held_out", True))
+
+
+def test_subset(test: Dataset, size: int | None) -> Dataset:
+    """The test set, or a fixed class-stratified part of it (the same for all cells, seeds and defences)."""
+    if size is None or size >= len(test):
+        return test
+    return test.take(splits.stratified(test.labels, np.arange(len(test)), size, rng(0, "test_subset")))
+
+
+def read_tensors(path: str | Path | None) -> dict[str, np.ndarray]:
+    """Arrays of an `.npz`, nothing unpickled; none for no file."""
+    if not path:
+        return {}
+    with np.load(path, allow_pickle=False) as file:
+        return {key: file[key] for key in file.files}
+
+
+def write_tensors(path: str | Path, tensors: dict[str, np.ndarray]) -> None:
+    """Write arrays as `.npz`, atomically."""
+    with atomic(path) as temporary:
+        np.savez_compressed(temporary, **tensors)
+
+
+def make_attack(spec: dict, tensors: dict[str, np.ndarray] | None = None) -> Attack | None:
+    """The attack of a cell, None for clean training. `smaller` is a setting of the preparation, not of the attack."""
+    if spec["function"] == "none":
+        return None
+    parameters = {k: v for k, v in spec["parameters"].items() if k != "smaller"}
+    return build(spec["function"], tensors=tensors or {}, **parameters)
+
+
+def write_history(path: str | Path, rows: list[dict]) -> None:
+    """Rows of a history as CSV; lists are left to JSON."""
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows({k: json.dumps(v) if isinstance(v, (list, dict)) else v for k, v in row.items()} for row in rows)
+    write_text(path, text.getvalue())
+
+
+def peak_memory() -> dict[str, float]:
+    """Peak resident memory of this process, and of the device, in MB."""
+    import torch
+
+    unit = 1024 if platform.system() == "Linux" else 1024**2
+    device = torch.cuda.max_memory_allocated() / 2**20 if torch.cuda.is_available() else 0.0
+    return {"peak_memory_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit, "peak_vram_mb": device}
+
+
+def identity(spec: dict, stage: str, defence: dict | None = None) -> dict:
+    """What names a cell, flat."""
+    attack, _, attack_variant = spec["attack"]["name"].partition("~")
+    method, _, defence_variant = (defence or {"name": ""})["name"].partition("~")
+    return {"stage": stage, "dataset": spec["dataset"], "model": spec["model"], "recipe": spec["recipe"],
+            "attack": attack, "attack_variant": attack_variant, "poison_rate": spec["rate"], "defence": method,
+            "variant": defence_variant, "budget": defence["budget"]["name"] if defence else "", "seed": spec["seed"]}
+
+
+def fail(error: Exception, record: dict, model: str | Path, history: str | Path, metrics: str | Path) -> None:
+    """Write the outputs of a failed cell: an empty checkpoint that says why, and a record with the reason."""
+    from safetensors.torch import save_file
+
+    reason = " ".join(f"{type(error).__name__}: {error}".split())
+    traceback.print_exc()
+    with atomic(model) as temporary:
+        save_file({}, temporary, metadata={"cupel": json.dumps({"format": "cupel.failed/1", "reason": reason})})
+    write_history(history, [])
+    write_json(metrics, {**record, "status": "failed", "reason": reason})
+
+
+#: errors of a method or of its settings; anything else (no memory, no disk) is the machine's and is raised for a retry
+METHOD_ERRORS = (ValueError, ArithmeticError, NotImplementedError)
+
+
+def prepare_trigger(spec: dict, data: str, model: str | None, out: str, device: str) -> None:
+    """Compute what a trigger is made of, from the victim's training set before poisoning."""
+    train = datasets.load(f"{data}/{spec['dataset']}", "train")
+    clean = train.take(training_split(train, spec["settings"], spec["seed"]).train)
+    attack = make_attack(spec["attack"])
+    network = models.load(model).to(device).eval() if model else None
+    tensors = attack.prepare(clean, network, spec["settings"].get("target", 0),
+                             derive(spec["seed"], "trigger", spec["attack"]["name"]), device,
+                             spec["attack"]["parameters"].get("smaller", 1.0))
+    write_tensors(out, tensors)
+
+
+def poison(spec: dict, data: str, trigger: str | None, out: str) -> None:
+    """Write the poison record of a victim. An impossible rate gives an empty record; the victim reports it."""
+    train = datasets.load(f"{data}/{spec['dataset']}", "train")
+    clean = train.take(training_split(train, spec["settings"], spec["seed"]).train)
+    target = spec["settings"].get("target", 0)
+    attack = make_attack(spec["attack"], read_tensors(trigger))
+    stream = rng(spec["seed"], "poison", spec["attack"]["function"])
+    record = attack.poison(clean, spec["rate"], target, stream) if attack else PoisonRecord.empty(clean, 0.0, target)
+    record.save(out)
+
+
+def evaluate(model, test: Dataset, attack: Attack | None, target: int, device: str) -> dict:
+    """Flat record of ACC, ASR, RA with counts and 95 % intervals."""
+    from cupel.training.engine import predict
+
+    clean = predict(model, test.images, device=device).argmax(1)
+    if attack is None:
+        empty = np.zeros(0, np.int64)
+        found = {"acc": rates(clean, test.labels, empty, empty, empty)["acc"]}
+    else:
+        stamped, wanted, true = attack.test_set(test, target)
+        found = rates(clean, test.labels, predict(model, stamped, device=device).argmax(1), wanted, true)
+    return {key: value for name, rate in found.items() for key, value in rate.record(name).items()}
+
+
+def train_victim(spec: dict, data: str, record: str, trigger: str | None, outputs: dict, device: str) -> None:
+    """Train a victim on a poisoned training set and measure it.
+
+    Args:
+        spec: dataset, model, recipe, attack, rate, seed, settings (see common.smk).
+        data: folder of prepared data sets.
+        record: the poison record.
+        trigger: prepared trigger, where the attack has one.
+        outputs: paths `model`, `trigger`, `history`, `metrics`.
+        device: `cpu` or `cuda`.
+    """
+    from cupel.training.engine import Recipe, fit
+
+    started = time.perf_counter()
+    base = identity(spec, "victim")
+    try:
+        manifest = read_json(f"{data}/{spec['dataset']}/manifest.json")
+        train = datasets.load(f"{data}/{spec['dataset']}", "train")
+        settings, seed = spec["settings"], spec["seed"]
+        target = settings.get("target", 0)
+        clean = train.take(training_split(train, settings, seed).train)
+        poisoned = PoisonRecord.load(record)
+        images, labels, groups = clean.images, clean.labels.copy(), np.zeros(len(clean), np.int64)
+        images[poisoned.indices], labels[poisoned.indices] = poisoned.images, poisoned.labels
+        groups[poisoned.indices[~poisoned.cover]] = 1
+        attack = make_attack(spec["attack"], read_tensors(trigger))
+        hook = attack.hook(spec["rate"], target, len(clean.classes), derive(seed, "hook")) if attack else None
+        training = {"flip": manifest["flip"], **settings["training"]}
+        training["milestones"] = tuple(training.get("milestones", ()))
+        recipe = Recipe(**training)
+        model = models.build(spec["model"], num_classes=len(clean.classes), image_size=clean.image_size,
+                             mean=manifest["mean"], std=manifest["std"], in_channels=clean.images.shape[-1],
+                             seed=derive(seed, "initialisation"), **settings.get("model", {}))
+        checkpoint = Path(outputs["model"]).with_name("checkpoint.pt")
+        history = fit(model, images, labels, recipe, seed=derive(seed, "victim"), device=device, hook=hook,
+                      groups=groups, checkpoint=checkpoint, title=f"{spec['attack']['name']}@{spec['rate']:g}")
+        if hook is not None:
+            attack = make_attack(spec["attack"], hook.tensors() or read_tensors(trigger))
+        test = test_subset(datasets.load(f"{data}/{spec['dataset']}", "test"), settings.get("test_size"))
+        measured = evaluate(model, test, attack, target, device)
+    except METHOD_ERRORS as error:
+        write_tensors(outputs["trigger"], {})
+        fail(error, base, outputs["model"], outputs["history"], outputs["metrics"])
+        return
+    reached = hook.rate if hook is not None and attack.batchwise else poisoned.rate
+    models.save(model, outputs["model"])
+    write_tensors(outputs["trigger"], attack.tensors if attack else {})
+    write_history(outputs["history"], history)
+    write_json(outputs["metrics"], {
+        **base, **measured, **peak_memory(), "status": "ok", "rate_reached": reached, "target": target,
+        "train_samples": len(clean), "epochs": recipe.epochs, "device": device,
+        "seconds": time.perf_counter() - started, "train_seconds": sum(row["seconds"] for row in history)})
+    checkpoint.unlink(missing_ok=True)
+
+
+def clean_budget(train: Dataset, spec: dict, budget: dict) -> np.ndarray:
+    """Indices of the defender's clean images, into the original training set.
+
+    `held_out`: the images held out before victim training. `spc`: samples per class out of the clean version of the
+    victim's training set (IMS), or out of the held-out images (`pool: held_out`), which the victim has never seen.
+    """
+    parts = training_split(train, spec["settings"], spec["seed"])
+    if budget["kind"] == "held_out":
+        if not len(parts.held_out):
+            raise ValueError(f"budget {budget['name']} uses held-out images, but recipe {spec['recipe']} holds out none "
+                             "(experiment.yaml, recipes: held_out)")
+        return parts.held_out
+    pool = parts.held_out if budget.get("pool") == "held_out" else parts.train
+    return splits.per_class(train.labels, pool, budget["spc"], spec["seed"])
+
+
+def purify(spec: dict, defence: dict, data: str, victim: str, trigger: str, before: str, outputs: dict,
+           device: str) -> None:
+    """Run a defence on a victim and measure the result.
+
+    Args:
+        spec: of the victim.
+        defence: name, function, hyperparameters, budget.
+        data: folder of prepared data sets.
+        victim, trigger, before: checkpoint, trigger tensors (for evaluation only) and metrics of the victim.
+        outputs: paths `model`, `history`, `metrics`.
+        device: `cpu` or `cuda`.
+    """
+    import torch
+
+    from cupel import defenses
+
+    base = identity(spec, "purified", defence)
+    try:
+        past = read_json(before)
+        if past["status"] != "ok":
+            raise ValueError(f"its victim failed: {past['reason']}")
+        manifest = read_json(f"{data}/{spec['dataset']}/manifest.json")
+        train = datasets.load(f"{data}/{spec['dataset']}", "train")
+        settings = spec["settings"]
+        target = settings.get("target", 0)
+        chosen = clean_budget(train, spec, defence["budget"])
+        training = settings["training"]
+        budget = defenses.Budget(
+            np.asarray(train.images[chosen]), train.labels[chosen], len(train.classes),
+            crop=training.get("crop", 4), flip=training.get("flip", manifest["flip"]), device=device,
+            precision=training.get("precision", "fp32"),
+            checkpoint=str(Path(outputs["model"]).with_name("checkpoint.pt")))
+        network = models.load(victim).to(device).eval()
+        if device == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        started = time.perf_counter()
+        stream = rng(spec["seed"], "defence", defence["function"], defence["budget"]["name"])
+        model, history = defenses.purify(defence["function"], network, budget, stream, **defence["hyperparameters"])
+        seconds = time.perf_counter() - started
+        attack = make_attack(spec["attack"], read_tensors(trigger))
+        test = test_subset(datasets.load(f"{data}/{spec['dataset']}", "test"), settings.get("test_size"))
+        measured = evaluate(model, test, attack, target, device)
+    except METHOD_ERRORS as error:
+        fail(error, base, outputs["model"], outputs["history"], outputs["metrics"])
+        return
+    models.save(model, outputs["model"])
+    write_history(outputs["history"], history)
+    write_json(outputs["metrics"], {
+        **base, **measured, **peak_memory(), "status": "ok", "clean_samples": len(chosen), "device": device,
+        "seconds": seconds, "rate_reached": past["rate_reached"],
+        "acc_before": past["acc"], "asr_before": past["asr"], "ra_before": past["ra"],
+        "der": der(past["acc"], measured["acc"], past["asr"], measured["asr"]),
+        "arr": arr(past["acc"], measured["acc"]), "rdr": rdr(past["acc"], measured["ra"])})
+    Path(budget.checkpoint).unlink(missing_ok=True)
+
+
+def versions() -> dict[str, str]:
+    """Versions of what results depend on, and the machine."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    found = {"python": platform.python_version(), "system": platform.platform()}
+    for name in ("cupel", "torch", "torchvision", "numpy", "scipy", "pandas", "scikit-learn", "matplotlib", "snakemake",
+                 "transformers", "peft", "accelerate", "safetensors"):
+        with contextlib.suppress(PackageNotFoundError):
+            found[name] = version(name)
+    if "torch" in sys.modules and sys.modules["torch"].cuda.is_available():
+        found["gpu"] = sys.modules["torch"].cuda.get_device_name()
+    return found

@@ -1,0 +1,280 @@
+# Configuration, checked before any job, and the input and parameter functions of the rules.
+import os
+from pathlib import Path
+
+from snakemake.exceptions import WorkflowError
+from snakemake.utils import validate
+
+from cupel.datasets import NAMES as DATASETS
+from cupel.grid import ConfigError, Grid, check_schema, code_digest
+from cupel.registry import unknown
+
+try:
+    check_schema(config, "config", "config.yaml")
+    validate(config, "../schemas/config.schema.yaml")  # fills in the defaults
+    GRID = Grid(config["papers"], config["scale"], config["seeds"], config["plugins"])
+    for cell in GRID.cells():
+        if cell["dataset"] not in DATASETS:
+            raise ConfigError(f"experiment.yaml of {cell['paper']}: datasets: {unknown('dataset', cell['dataset'], DATASETS)}")
+except ConfigError as error:
+    raise WorkflowError(f"The configuration is wrong; nothing was run.\n{error}") from None
+
+DATA = config["data"]["folder"]
+RESULTS = f"{config['results']}/{config['scale']}"
+SCRIPTS = Path(workflow.basedir) / "workflow" / "scripts"
+
+VICTIM = f"{RESULTS}/victims/{{dataset}}/{{model}}/{{recipe}}/{{attack}}@{{rate}}/seed{{seed}}"
+PURIFIED = f"{RESULTS}/purified/{{dataset}}/{{model}}/{{recipe}}/{{attack}}@{{rate}}/seed{{seed}}/{{defence}}@{{budget}}"
+TRIGGER = f"{RESULTS}/triggers/{{dataset}}/{{model}}/{{recipe}}/{{attack}}/seed{{seed}}"
+LOGS = {"victim": VICTIM, "purified": PURIFIED}
+
+
+wildcard_constraints:
+    dataset=r"[a-z0-9_]+",
+    model=r"[a-z0-9_]+",
+    recipe=r"[a-z0-9_]+",
+    attack=r"[a-z0-9_~]+",
+    rate=r"[0-9.e-]+",
+    seed=r"[0-9]+",
+    defence=r"[a-z0-9_~]+",
+    budget=r"[a-z0-9]+",
+    paper=r"[a-z_]+",
+
+
+def used_datasets():
+    return sorted({cell["dataset"] for cell in GRID.cells()})
+
+
+def dataset_files(wildcards):
+    return [f"{DATA}/{wildcards.dataset}/{split}_{part}.npy" for split in ("train", "test") for part in ("images", "labels")]
+
+
+def clean_victim(wildcards):
+    """The twin of a victim that was trained on clean data, same recipe and seed."""
+    return VICTIM.format(**{**wildcards, "attack": "clean", "rate": "0"})
+
+
+def trigger_needs(name):
+    """What an attack must be given beforehand: read from its file, nothing is imported."""
+    import ast
+
+    function = GRID.attack(name, "")["function"] if name != "clean" else "none"
+    file = GRID.code("attack", function)
+    if file is None:
+        return ""
+    for node in ast.walk(ast.parse(Path(file).read_text())):
+        if isinstance(node, ast.AnnAssign) and getattr(node.target, "id", "") == "needs":
+            return node.value.value
+    return ""
+
+
+def prepared_trigger(wildcards):
+    if wildcards.attack == "clean" or not trigger_needs(wildcards.attack):
+        return []
+    return f"{TRIGGER}/trigger.npz".format(**wildcards)
+
+
+def trigger_inputs(wildcards):
+    if trigger_needs(wildcards.attack) == "clean_model":
+        return f"{clean_victim(wildcards)}/model.safetensors"
+    return []
+
+
+def attack_spec(wildcards):
+    """Name, function and parameters of an attack; paths that begin with mirror: point into data.mirror."""
+    if wildcards.attack == "clean":
+        return {"name": "clean", "function": "none", "parameters": {}}
+    spec = GRID.attack(wildcards.attack, wildcards.dataset)
+    parameters = dict(spec["parameters"])
+    for key, value in parameters.items():
+        if isinstance(value, str) and value.startswith("mirror:"):
+            parameters[key] = str(Path(config["data"]["mirror"] or "(data.mirror is not set)") / value.removeprefix("mirror:"))
+    return {"name": wildcards.attack, "function": spec["function"], "parameters": parameters}
+
+
+def victim_spec(wildcards):
+    """All that makes a victim, as one plain dict: a change in it, and in nothing else, trains the victim again."""
+    recipe = GRID.recipe(wildcards.recipe, wildcards.dataset)
+    if wildcards.attack != "clean":
+        changes = GRID.entries["attacks"].get(wildcards.attack, {}).get("training") or {}
+        recipe["training"] = {**recipe["training"], **changes}
+    return {
+        "dataset": wildcards.dataset,
+        "model": wildcards.model,
+        "recipe": wildcards.recipe,
+        "attack": attack_spec(wildcards),
+        "rate": float(wildcards.rate),
+        "seed": int(wildcards.seed),
+        "settings": recipe,
+    }
+
+
+def trigger_spec(wildcards):
+    """What a trigger depends on: not on the poison rate."""
+    recipe = GRID.recipe(wildcards.recipe, wildcards.dataset)
+    return {
+        "dataset": wildcards.dataset,
+        "attack": attack_spec(wildcards),
+        "seed": int(wildcards.seed),
+        "settings": recipe,
+    }
+
+
+def log_of(pattern, name):
+    return f"logs/{pattern.removeprefix(config['results'] + '/')}/{name}.log"
+
+
+def benchmark_of(pattern, name):
+    return f"{config['results']}/benchmark/{pattern.removeprefix(config['results'] + '/')}/{name}.tsv"
+
+
+def defence_spec(wildcards):
+    return {
+        "name": wildcards.defence,
+        **GRID.defence(wildcards.defence, wildcards.dataset),
+        "budget": {"name": wildcards.budget, **GRID.budget(wildcards.budget)},
+    }
+
+
+def code(script, attack=True, defence=False):
+    """Hash of the code a job runs: its script, and the files of its attack and defence with all they import."""
+
+    def digest(wildcards):
+        files = [SCRIPTS / script]
+        if attack and wildcards.attack != "clean":
+            files.append(GRID.code("attack", GRID.attack(wildcards.attack, wildcards.dataset)["function"]))
+        if defence:
+            files.append(GRID.code("defence", GRID.defence(wildcards.defence, wildcards.dataset)["function"]))
+        return code_digest(*files)
+
+    return digest
+
+
+def cell_folder(cell):
+    return LOGS[cell["stage"]].format(**cell)
+
+
+def cell_files(wildcards=None, paper=None, stage=None):
+    """metrics.json of every cell; with report.allow_missing only of those that exist."""
+    files = [f"{cell_folder(cell)}/metrics.json" for cell in GRID.cells(stage, paper)]
+    return [file for file in files if os.path.exists(file)] if config["report"]["allow_missing"] else files
+
+
+def expected_cells():
+    return [{**cell, "folder": cell_folder(cell)} for cell in GRID.cells()]
+
+
+def runtime_of(scale_minutes):
+    """Minutes of a job at this scale, doubled with every attempt."""
+
+    def minutes(wildcards, attempt):
+        return scale_minutes[config["scale"]] * 2 ** (attempt - 1)
+
+    return minutes
+
+
+def memory_of(megabytes):
+    """Memory of a job, raised by half with every attempt."""
+
+    def size(wildcards, attempt):
+        return int(megabytes * 1.5 ** (attempt - 1))
+
+    return size
+
+
+def history_files(wildcards):
+    return [file.replace("metrics.json", "history.csv") for file in cell_files(paper=wildcards.paper, stage="victim")]
+
+
+def labels_of(paper):
+    """Names for people of the defences in a paper's grid, in the order of its experiment.yaml."""
+    used = dict.fromkeys(cell["defence"] for cell in GRID.cells("purified", paper))
+    known = {name: entry.get("label", name) for name, entry in GRID.entries["defences"].items()}
+    order = [name for name in known if name in used] + [name for name in used if name not in known]
+    return {name: known.get(name, name) for name in order}
+
+
+def claims_of(paper):
+    from cupel.grid import read_yaml
+
+    file = GRID.file(paper, "claims.yaml")
+    content = read_yaml(file)
+    try:
+        check_schema(content, "claims", file)
+    except ConfigError as error:
+        raise WorkflowError(str(error)) from None
+    return content["claims"]
+
+
+def poisoned_cells(stage, paper=None):
+    return [cell for cell in GRID.cells(stage, paper) if cell["attack"] != "clean"]
+
+
+def feature_cells(paper):
+    """Rows of the feature figure: per attack the victim at the highest and the lowest rate, FT and FST at the lowest."""
+    victims = poisoned_cells("victim", paper)
+    first = next(iter(victims))
+    same = [c for c in victims if all(c[k] == first[k] for k in ("dataset", "model", "recipe", "seed"))]
+    panels = []
+    for attack in dict.fromkeys(c["attack"] for c in same if "~" not in c["attack"]):
+        rates = sorted((c for c in same if c["attack"] == attack), key=lambda c: float(c["rate"]))
+        for cell in dict.fromkeys((len(rates) - 1, 0)):
+            panels.append((attack, f"victim, {100 * float(rates[cell]['rate']):g} %", rates[cell]))
+        for cell in GRID.cells("purified", paper):
+            if cell["defence"] in ("ft", paper) and all(cell[k] == rates[0][k] for k in rates[0] if k not in ("stage", "paper")):
+                panels.append((attack, f"{cell['defence'].upper()}, {100 * float(cell['rate']):g} %", cell))
+    return panels
+
+
+def feature_panels(paper):
+    return [
+        {
+            "row": attack,
+            "title": title,
+            "model": f"{cell_folder(cell)}/model.safetensors",
+            "trigger": f"{VICTIM.format(**cell)}/trigger.npz",
+            "attack": attack_spec(snakemake_wildcards(cell)),
+        }
+        for attack, title, cell in feature_cells(paper)
+    ]
+
+
+def feature_inputs(paper):
+    return [panel[key] for panel in feature_panels(paper) for key in ("model", "trigger")]
+
+
+def feature_setting(paper):
+    cell = feature_cells(paper)[0][2]
+    recipe = GRID.recipe(cell["recipe"], cell["dataset"])
+    return {"dataset": cell["dataset"], "target": recipe.get("target", 0), "test_size": recipe.get("test_size")}
+
+
+def snakemake_wildcards(cell):
+    from types import SimpleNamespace
+
+    return SimpleNamespace(**cell)
+
+
+def trigger_folders(dataset):
+    """One victim of every attack on a data set, whose trigger the contact sheet shows."""
+    return {c["attack"]: VICTIM.format(**c) for c in reversed(poisoned_cells("victim")) if c["dataset"] == dataset}
+
+
+def sheet_attacks(dataset):
+    return {name: attack_spec(snakemake_wildcards({"attack": name, "dataset": dataset})) for name in trigger_folders(dataset)}
+
+
+def used_seeds():
+    return sorted({int(cell["seed"]) for cell in GRID.cells()})
+
+
+def paper_headers():
+    return [
+        {
+            "key": paper,
+            "title": GRID.experiments[paper]["title"],
+            "reference": GRID.experiments[paper].get("reference", ""),
+            "note": GRID.experiments[paper]["scales"].get(config["scale"], {}).get("note", ""),
+        }
+        for paper in GRID.papers
+    ]

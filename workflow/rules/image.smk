@@ -1,0 +1,109 @@
+# dataset -> trigger (where an attack needs one beforehand) -> poison -> victim -> purified
+
+
+rule prepare_trigger:
+    input:
+        dataset_files,
+        model=trigger_inputs,
+    output:
+        trigger=f"{TRIGGER}/trigger.npz",
+    params:
+        spec=trigger_spec,
+        data=DATA,
+        device=config["device"],
+        plugins=config["plugins"],
+        code=code("prepare_trigger.py"),
+    log:
+        log_of(TRIGGER, "trigger"),
+    benchmark:
+        benchmark_of(TRIGGER, "trigger")
+    resources:
+        gpu=1,
+        vram_mb=4000,
+        mem_mb=memory_of(4000),
+        runtime=runtime_of({"smoke": 5, "demo": 10, "bench": 60, "paper": 240}),
+    script:
+        "../scripts/prepare_trigger.py"
+
+
+rule poison:
+    input:
+        dataset_files,
+        trigger=prepared_trigger,
+    output:
+        record=f"{VICTIM}/poison.npz",
+    params:
+        spec=victim_spec,
+        data=DATA,
+        plugins=config["plugins"],
+        code=code("poison.py"),
+    log:
+        log_of(VICTIM, "poison"),
+    benchmark:
+        benchmark_of(VICTIM, "poison")
+    resources:
+        mem_mb=memory_of(2000),
+        runtime=30,
+    script:
+        "../scripts/poison.py"
+
+
+rule train_victim:
+    input:
+        dataset_files,
+        record=f"{VICTIM}/poison.npz",
+        trigger=prepared_trigger,
+    output:
+        model=f"{VICTIM}/model.safetensors",
+        trigger=f"{VICTIM}/trigger.npz",
+        history=f"{VICTIM}/history.csv",
+        metrics=f"{VICTIM}/metrics.json",
+    params:
+        spec=victim_spec,
+        data=DATA,
+        device=config["device"],
+        plugins=config["plugins"],
+        code=code("train_victim.py"),
+    log:
+        log_of(VICTIM, "victim"),
+    benchmark:
+        benchmark_of(VICTIM, "victim")
+    retries: 1
+    resources:
+        gpu=1,
+        vram_mb=6000,
+        mem_mb=memory_of(4000),
+        runtime=runtime_of({"smoke": 5, "demo": 15, "bench": 60, "paper": 720}),
+    script:
+        "../scripts/train_victim.py"
+
+
+rule purify:
+    input:
+        dataset_files,
+        victim=f"{VICTIM}/model.safetensors",
+        trigger=f"{VICTIM}/trigger.npz",
+        before=f"{VICTIM}/metrics.json",
+    output:
+        model=f"{PURIFIED}/model.safetensors",
+        history=f"{PURIFIED}/history.csv",
+        metrics=f"{PURIFIED}/metrics.json",
+    params:
+        spec=victim_spec,
+        defence=defence_spec,
+        data=DATA,
+        device=config["device"],
+        plugins=config["plugins"],
+        code=code("purify.py", defence=True),
+    log:
+        log_of(PURIFIED, "purify"),
+    benchmark:
+        benchmark_of(PURIFIED, "purify")
+    retries: 1
+    resources:
+        gpu=1,
+        vram_mb=6000,
+        mem_mb=memory_of(4000),
+        runtime=runtime_of({"smoke": 5, "demo": 15, "bench": 60, "paper": 240}),
+    script:
+        "../scripts/purify.py"

@@ -1,0 +1,143 @@
+# cells -> one tidy table -> tables, figures, claims and a notebook per paper -> index.html
+
+PAPER = f"{RESULTS}/papers/{{paper}}"
+
+
+rule gather_cells:
+    input:
+        cell_files,
+    output:
+        cells=f"{RESULTS}/cells.parquet",
+    params:
+        cells=expected_cells(),
+        code=code_digest(SCRIPTS / "gather_cells.py"),
+    log:
+        log_of(RESULTS, "gather_cells"),
+    benchmark:
+        benchmark_of(RESULTS, "gather_cells")
+    script:
+        "../scripts/gather_cells.py"
+
+
+rule report_paper:
+    input:
+        cells=f"{RESULTS}/cells.parquet",
+        histories=history_files,
+        reported=lambda wildcards: sorted(str(path) for path in GRID.file(wildcards.paper, "reported").glob("*.csv")),
+    output:
+        claims=f"{PAPER}/claims.csv",
+        tables=directory(f"{PAPER}/tables"),
+        figures=directory(f"{PAPER}/figures"),
+    params:
+        scale=config["scale"],
+        labels=lambda wildcards: labels_of(wildcards.paper),
+        claims=lambda wildcards: claims_of(wildcards.paper),
+        title=lambda wildcards: GRID.experiments[wildcards.paper]["title"],
+        code=code_digest(SCRIPTS / "report_paper.py"),
+    log:
+        log_of(PAPER, "report_paper"),
+    benchmark:
+        benchmark_of(PAPER, "report_paper")
+    script:
+        "../scripts/report_paper.py"
+
+
+rule feature_maps:
+    input:
+        lambda wildcards: feature_inputs(wildcards.paper),
+    output:
+        figure=f"{PAPER}/features.png",
+        table=f"{PAPER}/features.csv",
+    params:
+        panels=lambda wildcards: feature_panels(wildcards.paper),
+        data=DATA,
+        dataset=lambda wildcards: feature_setting(wildcards.paper)["dataset"],
+        target=lambda wildcards: feature_setting(wildcards.paper)["target"],
+        test_size=lambda wildcards: feature_setting(wildcards.paper)["test_size"],
+        plugins=config["plugins"],
+        code=code_digest(SCRIPTS / "feature_maps.py"),
+    log:
+        log_of(PAPER, "feature_maps"),
+    benchmark:
+        benchmark_of(PAPER, "feature_maps")
+    resources:
+        mem_mb=memory_of(4000),
+    script:
+        "../scripts/feature_maps.py"
+
+
+rule contact_sheet:
+    input:
+        lambda wildcards: dataset_files(wildcards),
+        triggers=lambda wildcards: [f"{folder}/trigger.npz" for folder in trigger_folders(wildcards.dataset).values()],
+    output:
+        f"{RESULTS}/figures/triggers_{{dataset}}.png",
+    params:
+        attacks=lambda wildcards: sheet_attacks(wildcards.dataset),
+        data=DATA,
+        plugins=config["plugins"],
+        code=code_digest(SCRIPTS / "contact_sheet.py", *map(str, GRID.attack_files())),
+    log:
+        log_of(RESULTS, "triggers_{dataset}"),
+    benchmark:
+        benchmark_of(RESULTS, "triggers_{dataset}")
+    script:
+        "../scripts/contact_sheet.py"
+
+
+rule notebook:
+    input:
+        notebook=lambda wildcards: GRID.file(wildcards.paper, "report.ipynb"),
+        card=lambda wildcards: GRID.file(wildcards.paper, "card.yaml"),
+        cells=f"{RESULTS}/cells.parquet",
+        claims=f"{PAPER}/claims.csv",
+        tables=f"{PAPER}/tables",
+        figures=f"{PAPER}/figures",
+        features=f"{PAPER}/features.png",
+    output:
+        notebook=f"{PAPER}/report.ipynb",
+        html=f"{PAPER}/report.html",
+        card=f"{PAPER}/card.md",
+    params:
+        scale=config["scale"],
+        code=code_digest(SCRIPTS / "notebook.py"),
+    log:
+        log_of(PAPER, "notebook"),
+    benchmark:
+        benchmark_of(PAPER, "notebook")
+    resources:
+        mem_mb=memory_of(2000),
+    script:
+        "../scripts/notebook.py"
+
+
+rule index:
+    input:
+        cells=f"{RESULTS}/cells.parquet",
+        claims=[f"{RESULTS}/papers/{paper}/claims.csv" for paper in GRID.papers],
+        tables=[f"{RESULTS}/papers/{paper}/tables" for paper in GRID.papers],
+        figures=[f"{RESULTS}/papers/{paper}/figures" for paper in GRID.papers],
+        features=[f"{RESULTS}/papers/{paper}/features.png" for paper in GRID.papers],
+        reports=[f"{RESULTS}/papers/{paper}/report.html" for paper in GRID.papers],
+        sheets=[f"{RESULTS}/figures/triggers_{dataset}.png" for dataset in used_datasets()],
+        manifests=[f"{DATA}/{dataset}/manifest.json" for dataset in used_datasets()],
+    output:
+        page=f"{RESULTS}/index.html",
+        claims=f"{RESULTS}/claims.csv",
+        provenance=f"{RESULTS}/provenance.json",
+    params:
+        scale=config["scale"],
+        config=config,
+        papers=paper_headers(),
+        datasets=used_datasets(),
+        seeds=used_seeds(),
+        benchmarks=f"{config['results']}/benchmark/{config['scale']}",
+        data=DATA,
+        root=workflow.basedir,
+        code=code_digest(SCRIPTS / "index.py"),
+    log:
+        log_of(RESULTS, "index"),
+    benchmark:
+        benchmark_of(RESULTS, "index")
+    script:
+        "../scripts/index.py"

@@ -1,0 +1,11 @@
+"""Clean and stamped images of every attack on one dataset."""
+
+from cupel.registry import load_plugins
+from cupel.reporting.image_papers import contact_sheet
+from cupel.stages import logged
+
+with logged(snakemake.log[0]):
+    load_plugins(snakemake.params.plugins)
+    attacks = {name: (spec, trigger) for (name, spec), trigger in
+               zip(snakemake.params.attacks.items(), snakemake.input.triggers, strict=True)}
+    contact_sheet(snakemake.wildcards.dataset, snakemake.params.data, attacks, snakemake.output[0])

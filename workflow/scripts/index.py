@@ -1,0 +1,59 @@
+"""The first page: claims, tables, figures, failed cells, provenance."""
+
+import hashlib
+import json
+import os
+from pathlib import Path
+
+import pandas as pd
+
+from cupel.files import write_json, write_text
+from cupel.reporting.page import write_page
+from cupel.reporting.provenance import provenance, rule_times
+from cupel.stages import logged
+
+CAPTIONS = {
+    "scatter": "Clean accuracy against attack success: good defences stand top left.",
+    "asr": "Attack success rate by defence and poison rate.",
+    "acc": "Clean accuracy by defence and poison rate.",
+    "ra": "Recovery: triggered images that are given their true class again.",
+    "training": "Training of the victims: loss, accuracy on clean samples, share of poisoned samples that hit the target.",
+}
+
+
+def caption(path):
+    kind, _, rest = path.stem.partition("_")
+    return CAPTIONS.get(kind, path.stem) + (f" ({rest.replace('_', ', ')})" if rest else "")
+
+
+with logged(snakemake.log[0]):
+    page = Path(snakemake.output.page)
+    relative = lambda path: os.path.relpath(path, page.parent)
+    claims = pd.concat([pd.read_csv(path) for path in snakemake.input.claims], ignore_index=True)
+    cells = pd.read_parquet(snakemake.input.cells)
+    papers = []
+    for paper, features in zip(snakemake.params.papers, snakemake.input.features, strict=True):
+        folder = Path(features).parent
+        order = {name: k for k, name in enumerate(CAPTIONS)}
+        pictures = sorted((folder / "figures").glob("*.png"), key=lambda p: order.get(p.stem.partition("_")[0], 99))
+        figures = [{"path": relative(path), "caption": caption(path)} for path in pictures]
+        figures.insert(1, {"path": relative(features), "caption": "Penultimate features (t-SNE): clean test images by class, triggered "
+                           "ones as crosses. The numbers say among which clean images the triggered ones lie."})
+        tables = []
+        for path in sorted((folder / "tables").glob("*.md")):
+            grid = pd.read_csv(path.with_suffix(".csv"), index_col=0, dtype=str)
+            tables.append({"frame": grid, "caption": path.read_text().splitlines()[0]})
+        links = [{"path": relative(folder / "report.html"), "text": "notebook"}, {"path": relative(folder / "card.md"), "text": "card"},
+                 {"path": relative(folder / "claims.csv"), "text": "claims"}, {"path": relative(folder / "tables"), "text": "tables (CSV, Markdown, LaTeX)"}]
+        papers.append({**paper, "tables": tables, "figures": figures, "links": links})
+    failed = cells[cells.status != "ok"].drop_duplicates("path")[["path", "reason"]].to_dict("records")
+    config = json.loads(json.dumps(snakemake.params.config, default=str))
+    digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
+    made = provenance(snakemake.params.root, config, digest, snakemake.params.data, snakemake.params.datasets, snakemake.params.seeds)
+    times = rule_times(snakemake.params.benchmarks).set_index("rule").round(1)
+    triggers = [{"path": relative(path), "caption": f"Triggers on {Path(path).stem.removeprefix('triggers_')}: stamped test "
+                 "images, and the difference to the clean ones, ten times amplified around grey."} for path in snakemake.input.sheets]
+    write_json(snakemake.output.provenance, made)
+    write_text(snakemake.output.claims, claims.to_csv(index=False))
+    write_page(page, "index.html.j2", scale=snakemake.params.scale, claims=claims.to_dict("records"), papers=papers,
+               triggers=triggers, failed=failed, made=made, times=times)
