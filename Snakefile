@@ -13,7 +13,12 @@ from snakemake.utils import min_version
 
 min_version("9.0")
 
+
 configfile: "config.yaml"
+
+
+# used with --software-deployment-method apptainer only; built from envs/cupel.def
+container: "envs/cupel.sif"
 
 
 include: "workflow/rules/common.smk"

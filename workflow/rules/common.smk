@@ -1,6 +1,8 @@
 # Configuration, checked before any job, and the input and parameter functions of the rules.
 import os
+import sys
 from pathlib import Path
+from types import SimpleNamespace as Cell
 
 from snakemake.exceptions import WorkflowError
 from snakemake.utils import validate
@@ -15,16 +17,32 @@ try:
     GRID = Grid(config["papers"], config["scale"], config["seeds"], config["plugins"])
     for cell in GRID.cells():
         if cell["dataset"] not in DATASETS:
-            raise ConfigError(f"experiment.yaml of {cell['paper']}: datasets: {unknown('dataset', cell['dataset'], DATASETS)}")
+            raise ConfigError(
+                f"experiment.yaml of {cell['paper']}: datasets: {unknown('dataset', cell['dataset'], DATASETS)}"
+            )
 except ConfigError as error:
     raise WorkflowError(f"The configuration is wrong; nothing was run.\n{error}") from None
+
+# One run at a time in a folder. Snakemake's own lock files outlive a killed run and would ask the user to unlock; this
+# lock is the kernel's and goes with the process (profiles/default says `nolock: true`).
+if workflow.is_main_process and not workflow.dryrun and sys.platform != "win32":
+    import fcntl
+
+    os.makedirs(".snakemake", exist_ok=True)
+    RUN_LOCK = open(".snakemake/cupel.lock", "w")
+    try:
+        fcntl.flock(RUN_LOCK, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise WorkflowError(f"Another run is active in {os.getcwd()}: wait for it, or use another folder (--directory).") from None
 
 DATA = config["data"]["folder"]
 RESULTS = f"{config['results']}/{config['scale']}"
 SCRIPTS = Path(workflow.basedir) / "workflow" / "scripts"
 
 VICTIM = f"{RESULTS}/victims/{{dataset}}/{{model}}/{{recipe}}/{{attack}}@{{rate}}/seed{{seed}}"
-PURIFIED = f"{RESULTS}/purified/{{dataset}}/{{model}}/{{recipe}}/{{attack}}@{{rate}}/seed{{seed}}/{{defence}}@{{budget}}"
+PURIFIED = (
+    f"{RESULTS}/purified/{{dataset}}/{{model}}/{{recipe}}/{{attack}}@{{rate}}/seed{{seed}}/{{defence}}@{{budget}}"
+)
 TRIGGER = f"{RESULTS}/triggers/{{dataset}}/{{model}}/{{recipe}}/{{attack}}/seed{{seed}}"
 LOGS = {"victim": VICTIM, "purified": PURIFIED}
 
@@ -41,12 +59,18 @@ wildcard_constraints:
     paper=r"[a-z_]+",
 
 
+def data_folder(wildcards):
+    return DATA
+
+
 def used_datasets():
     return sorted({cell["dataset"] for cell in GRID.cells()})
 
 
 def dataset_files(wildcards):
-    return [f"{DATA}/{wildcards.dataset}/{split}_{part}.npy" for split in ("train", "test") for part in ("images", "labels")]
+    return [
+        f"{DATA}/{wildcards.dataset}/{split}_{part}.npy" for split in ("train", "test") for part in ("images", "labels")
+    ]
 
 
 def clean_victim(wildcards):
@@ -88,7 +112,9 @@ def attack_spec(wildcards):
     parameters = dict(spec["parameters"])
     for key, value in parameters.items():
         if isinstance(value, str) and value.startswith("mirror:"):
-            parameters[key] = str(Path(config["data"]["mirror"] or "(data.mirror is not set)") / value.removeprefix("mirror:"))
+            parameters[key] = str(
+                Path(config["data"]["mirror"] or "(data.mirror is not set)") / value.removeprefix("mirror:")
+            )
     return {"name": wildcards.attack, "function": spec["function"], "parameters": parameters}
 
 
@@ -221,7 +247,9 @@ def feature_cells(paper):
         for cell in dict.fromkeys((len(rates) - 1, 0)):
             panels.append((attack, f"victim, {100 * float(rates[cell]['rate']):g} %", rates[cell]))
         for cell in GRID.cells("purified", paper):
-            if cell["defence"] in ("ft", paper) and all(cell[k] == rates[0][k] for k in rates[0] if k not in ("stage", "paper")):
+            if cell["defence"] in ("ft", paper) and all(
+                cell[k] == rates[0][k] for k in rates[0] if k not in ("stage", "paper")
+            ):
                 panels.append((attack, f"{cell['defence'].upper()}, {100 * float(cell['rate']):g} %", cell))
     return panels
 
@@ -233,7 +261,7 @@ def feature_panels(paper):
             "title": title,
             "model": f"{cell_folder(cell)}/model.safetensors",
             "trigger": f"{VICTIM.format(**cell)}/trigger.npz",
-            "attack": attack_spec(snakemake_wildcards(cell)),
+            "attack": attack_spec(Cell(**cell)),
         }
         for attack, title, cell in feature_cells(paper)
     ]
@@ -249,19 +277,13 @@ def feature_setting(paper):
     return {"dataset": cell["dataset"], "target": recipe.get("target", 0), "test_size": recipe.get("test_size")}
 
 
-def snakemake_wildcards(cell):
-    from types import SimpleNamespace
-
-    return SimpleNamespace(**cell)
-
-
 def trigger_folders(dataset):
     """One victim of every attack on a data set, whose trigger the contact sheet shows."""
     return {c["attack"]: VICTIM.format(**c) for c in reversed(poisoned_cells("victim")) if c["dataset"] == dataset}
 
 
 def sheet_attacks(dataset):
-    return {name: attack_spec(snakemake_wildcards({"attack": name, "dataset": dataset})) for name in trigger_folders(dataset)}
+    return {name: attack_spec(Cell(attack=name, dataset=dataset)) for name in trigger_folders(dataset)}
 
 
 def used_seeds():

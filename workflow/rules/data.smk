@@ -5,10 +5,6 @@ rule prepare_dataset:
         images_test=f"{DATA}/{{dataset}}/test_images.npy",
         labels_test=f"{DATA}/{{dataset}}/test_labels.npy",
         manifest=f"{DATA}/{{dataset}}/manifest.json",
-    params:
-        sources=config["data"]["sources"],
-        mirror=config["data"]["mirror"],
-        cache=config["data"]["cache"],
     log:
         "logs/data/{dataset}.log",
     benchmark:
@@ -17,5 +13,9 @@ rule prepare_dataset:
     resources:
         mem_mb=memory_of(2000),
         runtime=60,
+    params:
+        sources=config["data"]["sources"],
+        mirror=config["data"]["mirror"],
+        cache=config["data"]["cache"],
     script:
         "../scripts/prepare_dataset.py"

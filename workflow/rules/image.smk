@@ -7,12 +7,6 @@ rule prepare_trigger:
         model=trigger_inputs,
     output:
         trigger=f"{TRIGGER}/trigger.npz",
-    params:
-        spec=trigger_spec,
-        data=DATA,
-        device=config["device"],
-        plugins=config["plugins"],
-        code=code("prepare_trigger.py"),
     log:
         log_of(TRIGGER, "trigger"),
     benchmark:
@@ -22,6 +16,12 @@ rule prepare_trigger:
         vram_mb=4000,
         mem_mb=memory_of(4000),
         runtime=runtime_of({"smoke": 5, "demo": 10, "bench": 60, "paper": 240}),
+    params:
+        spec=trigger_spec,
+        data=data_folder,
+        device=config["device"],
+        plugins=config["plugins"],
+        code=code("prepare_trigger.py"),
     script:
         "../scripts/prepare_trigger.py"
 
@@ -32,11 +32,6 @@ rule poison:
         trigger=prepared_trigger,
     output:
         record=f"{VICTIM}/poison.npz",
-    params:
-        spec=victim_spec,
-        data=DATA,
-        plugins=config["plugins"],
-        code=code("poison.py"),
     log:
         log_of(VICTIM, "poison"),
     benchmark:
@@ -44,6 +39,11 @@ rule poison:
     resources:
         mem_mb=memory_of(2000),
         runtime=30,
+    params:
+        spec=victim_spec,
+        data=data_folder,
+        plugins=config["plugins"],
+        code=code("poison.py"),
     script:
         "../scripts/poison.py"
 
@@ -58,12 +58,6 @@ rule train_victim:
         trigger=f"{VICTIM}/trigger.npz",
         history=f"{VICTIM}/history.csv",
         metrics=f"{VICTIM}/metrics.json",
-    params:
-        spec=victim_spec,
-        data=DATA,
-        device=config["device"],
-        plugins=config["plugins"],
-        code=code("train_victim.py"),
     log:
         log_of(VICTIM, "victim"),
     benchmark:
@@ -74,6 +68,12 @@ rule train_victim:
         vram_mb=6000,
         mem_mb=memory_of(4000),
         runtime=runtime_of({"smoke": 5, "demo": 15, "bench": 60, "paper": 720}),
+    params:
+        spec=victim_spec,
+        data=data_folder,
+        device=config["device"],
+        plugins=config["plugins"],
+        code=code("train_victim.py"),
     script:
         "../scripts/train_victim.py"
 
@@ -88,13 +88,6 @@ rule purify:
         model=f"{PURIFIED}/model.safetensors",
         history=f"{PURIFIED}/history.csv",
         metrics=f"{PURIFIED}/metrics.json",
-    params:
-        spec=victim_spec,
-        defence=defence_spec,
-        data=DATA,
-        device=config["device"],
-        plugins=config["plugins"],
-        code=code("purify.py", defence=True),
     log:
         log_of(PURIFIED, "purify"),
     benchmark:
@@ -105,5 +98,12 @@ rule purify:
         vram_mb=6000,
         mem_mb=memory_of(4000),
         runtime=runtime_of({"smoke": 5, "demo": 15, "bench": 60, "paper": 240}),
+    params:
+        spec=victim_spec,
+        defence=defence_spec,
+        data=data_folder,
+        device=config["device"],
+        plugins=config["plugins"],
+        code=code("purify.py", defence=True),
     script:
         "../scripts/purify.py"

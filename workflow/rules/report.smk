@@ -8,13 +8,13 @@ rule gather_cells:
         cell_files,
     output:
         cells=f"{RESULTS}/cells.parquet",
-    params:
-        cells=expected_cells(),
-        code=code_digest(SCRIPTS / "gather_cells.py"),
     log:
         log_of(RESULTS, "gather_cells"),
     benchmark:
         benchmark_of(RESULTS, "gather_cells")
+    params:
+        cells=expected_cells(),
+        code=code_digest(SCRIPTS / "gather_cells.py"),
     script:
         "../scripts/gather_cells.py"
 
@@ -28,16 +28,16 @@ rule report_paper:
         claims=f"{PAPER}/claims.csv",
         tables=directory(f"{PAPER}/tables"),
         figures=directory(f"{PAPER}/figures"),
+    log:
+        log_of(PAPER, "report_paper"),
+    benchmark:
+        benchmark_of(PAPER, "report_paper")
     params:
         scale=config["scale"],
         labels=lambda wildcards: labels_of(wildcards.paper),
         claims=lambda wildcards: claims_of(wildcards.paper),
         title=lambda wildcards: GRID.experiments[wildcards.paper]["title"],
         code=code_digest(SCRIPTS / "report_paper.py"),
-    log:
-        log_of(PAPER, "report_paper"),
-    benchmark:
-        benchmark_of(PAPER, "report_paper")
     script:
         "../scripts/report_paper.py"
 
@@ -48,20 +48,20 @@ rule feature_maps:
     output:
         figure=f"{PAPER}/features.png",
         table=f"{PAPER}/features.csv",
-    params:
-        panels=lambda wildcards: feature_panels(wildcards.paper),
-        data=DATA,
-        dataset=lambda wildcards: feature_setting(wildcards.paper)["dataset"],
-        target=lambda wildcards: feature_setting(wildcards.paper)["target"],
-        test_size=lambda wildcards: feature_setting(wildcards.paper)["test_size"],
-        plugins=config["plugins"],
-        code=code_digest(SCRIPTS / "feature_maps.py"),
     log:
         log_of(PAPER, "feature_maps"),
     benchmark:
         benchmark_of(PAPER, "feature_maps")
     resources:
         mem_mb=memory_of(4000),
+    params:
+        panels=lambda wildcards: feature_panels(wildcards.paper),
+        data=data_folder,
+        dataset=lambda wildcards: feature_setting(wildcards.paper)["dataset"],
+        target=lambda wildcards: feature_setting(wildcards.paper)["target"],
+        test_size=lambda wildcards: feature_setting(wildcards.paper)["test_size"],
+        plugins=config["plugins"],
+        code=code_digest(SCRIPTS / "feature_maps.py"),
     script:
         "../scripts/feature_maps.py"
 
@@ -72,15 +72,15 @@ rule contact_sheet:
         triggers=lambda wildcards: [f"{folder}/trigger.npz" for folder in trigger_folders(wildcards.dataset).values()],
     output:
         f"{RESULTS}/figures/triggers_{{dataset}}.png",
-    params:
-        attacks=lambda wildcards: sheet_attacks(wildcards.dataset),
-        data=DATA,
-        plugins=config["plugins"],
-        code=code_digest(SCRIPTS / "contact_sheet.py", *map(str, GRID.attack_files())),
     log:
         log_of(RESULTS, "triggers_{dataset}"),
     benchmark:
         benchmark_of(RESULTS, "triggers_{dataset}")
+    params:
+        attacks=lambda wildcards: sheet_attacks(wildcards.dataset),
+        data=data_folder,
+        plugins=config["plugins"],
+        code=code_digest(SCRIPTS / "contact_sheet.py", *map(str, GRID.attack_files())),
     script:
         "../scripts/contact_sheet.py"
 
@@ -98,15 +98,15 @@ rule notebook:
         notebook=f"{PAPER}/report.ipynb",
         html=f"{PAPER}/report.html",
         card=f"{PAPER}/card.md",
-    params:
-        scale=config["scale"],
-        code=code_digest(SCRIPTS / "notebook.py"),
     log:
         log_of(PAPER, "notebook"),
     benchmark:
         benchmark_of(PAPER, "notebook")
     resources:
         mem_mb=memory_of(2000),
+    params:
+        scale=config["scale"],
+        code=code_digest(SCRIPTS / "notebook.py"),
     script:
         "../scripts/notebook.py"
 
@@ -125,6 +125,10 @@ rule index:
         page=f"{RESULTS}/index.html",
         claims=f"{RESULTS}/claims.csv",
         provenance=f"{RESULTS}/provenance.json",
+    log:
+        log_of(RESULTS, "index"),
+    benchmark:
+        benchmark_of(RESULTS, "index")
     params:
         scale=config["scale"],
         config=config,
@@ -132,12 +136,8 @@ rule index:
         datasets=used_datasets(),
         seeds=used_seeds(),
         benchmarks=f"{config['results']}/benchmark/{config['scale']}",
-        data=DATA,
+        data=data_folder,
         root=workflow.basedir,
         code=code_digest(SCRIPTS / "index.py"),
-    log:
-        log_of(RESULTS, "index"),
-    benchmark:
-        benchmark_of(RESULTS, "index")
     script:
         "../scripts/index.py"

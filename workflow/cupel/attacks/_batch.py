@@ -73,12 +73,20 @@ class BatchHook(CountingHook):
         return wanted, groups
 
 
+def rotate(images: Tensor, angle: float) -> Tensor:
+    """Float [B, C, H, W], H = W, turned by `angle` radians about the centre: nearest neighbour, black outside."""
+    cosine, sine = math.cos(angle), math.sin(angle)
+    matrix = images.new_tensor([[cosine, -sine, 0], [sine, cosine, 0]]).expand(len(images), 2, 3)
+    grid = F.affine_grid(matrix, list(images.shape), align_corners=False)
+    return F.grid_sample(images, grid, mode="nearest", align_corners=False)
+
+
 @dataclass(frozen=True)
 class BatchAugmentation:
     """The augmentation of WaNet and BPP: one draw for the whole batch, after the trigger (backdoorbench SPEC 4).
 
-    With probability 0.8 a random crop, then with 0.5 a rotation (nearest neighbour), then with 0.5 a horizontal flip.
-    What comes in from outside the image is black.
+    With probability 0.8 a random crop, then with 0.5 a rotation, then with 0.5 a horizontal flip. What
+    comes in from outside the image is black.
 
     Attributes:
         crop: zero padding of the crop, in pixels.
@@ -100,9 +108,7 @@ class BatchAugmentation:
         if self.crop and cropped:
             images = F.pad(images, (self.crop,) * 4)[..., row : row + height, column : column + width]
         if self.rotation and turned:
-            matrix = images.new_tensor([[math.cos(angle), -math.sin(angle), 0], [math.sin(angle), math.cos(angle), 0]])
-            grid = F.affine_grid(matrix.expand(len(images), 2, 3), list(images.shape), align_corners=False)
-            images = F.grid_sample(images, grid, mode="nearest", align_corners=False)
+            images = rotate(images, angle)
         if self.flip and flipped:
             images = images.flip(3)
         return images.contiguous(memory_format=torch.channels_last)
@@ -122,10 +128,10 @@ def initialised(build: Callable[[], nn.Module], seed: int) -> nn.Module:
 
 
 def stamp_pixels(images: np.ndarray, trigger: Callable[[Tensor], Tensor], size: int = 500) -> np.ndarray:
-    """Apply a trigger on float pixels [B, C, H, W] in [0, 1] to uint8 [N, H, W, C], `size` images at a time, on the CPU.
+    """Apply a trigger on float pixels [B, C, H, W] in [0, 1] to uint8 [N, H, W, C], on the CPU in parts of `size`.
 
     The result is rounded to the nearest level: these attacks train on floats, and the rounded test image is the nearest
-    to what the victim saw. (The released scripts truncate, which darkens smooth areas by a level.)
+    to what the victim saw. (The released scripts truncate, which darkens by half a level on average.)
     """
     stamped = np.empty(images.shape, np.uint8)
     with torch.inference_mode():

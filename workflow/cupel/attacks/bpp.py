@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from cupel.attacks._batch import BatchAugmentation, BatchHook, others, stamp_pixels
@@ -26,12 +27,12 @@ def dither(images: Tensor, levels: int) -> Tensor:
     """Floyd-Steinberg error diffusion of float [B, C, H, W] in [0, 1].
 
     In raster order each pixel is rounded, and its error goes to the pixels not yet done: 7/16 right, 3/16 below left,
-    5/16 below, 1/16 below right. A pixel (r, c) depends on those with smaller c + 2r only, so all pixels of equal c + 2r
-    are done at once, in the same order of sums.
+    5/16 below, 1/16 below right. A pixel (r, c) depends on those with smaller c + 2r only, so all pixels of
+    equal c + 2r are done at once, in the same order of sums.
     """
     height, width = images.shape[-2:]
     # a border takes the errors that leave the image: a column left and right, a row below
-    canvas = torch.nn.functional.pad(images, (1, 1, 0, 1))
+    canvas = F.pad(images, (1, 1, 0, 1))
     for wave in range(width + 2 * (height - 1)):
         rows = torch.arange(max(0, -(-(wave - width + 1) // 2)), min(height - 1, wave // 2) + 1, device=images.device)
         columns = wave - 2 * rows + 1
@@ -72,8 +73,8 @@ class BPP(Attack):
         squeeze_num: levels of each channel (8).
         dithering: diffuse the rounding error (False).
         neg_ratio: share of negatives in a batch that has poisoned images, whatever the poison rate (0.1).
-        random_crop, random_rotation, flip: the attack's augmentation, see `BatchAugmentation` (5 pixels, 10 degrees; the
-            paper's flip is for CIFAR-10 alone).
+        random_crop, random_rotation, flip: the attack's augmentation, see `BatchAugmentation` (5 pixels, 10 degrees;
+            flips on CIFAR-10 alone).
         own_augmentation: with this augmentation, as published; without, the recipe's is used.
     """
 

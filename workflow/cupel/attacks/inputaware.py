@@ -1,4 +1,4 @@
-"""Input-aware dynamic backdoor (Nguyen and Tran, NeurIPS 2020): each image gets a trigger of its own; backdoorbench SPEC 4.
+"""Input-aware dynamic backdoor (Nguyen and Tran, NeurIPS 2020): each image has its own trigger; backdoorbench SPEC 4.
 
 Two networks see the image x: a generator G gives a pattern, a mask net M says where it is put,
 
@@ -78,7 +78,7 @@ def rms(x: Tensor) -> Tensor:
 
 
 def diversity(x1: Tensor, x2: Tensor, z1: Tensor, z2: Tensor) -> Tensor:
-    """Mean over pairs of rms(x₁ − x₂) / (rms(z₁ − z₂) + ε): large where different images get equal patterns or masks."""
+    """Mean over pairs of rms(x₁ − x₂) / (rms(z₁ − z₂) + ε): large where images differ and z does not."""
     return (rms(x1 - x2) / (rms(z1 - z2) + EPSILON)).mean()
 
 
@@ -106,6 +106,7 @@ class InputAwareHook(BatchHook):
     def start(self, model, images, labels):
         self.build(images.shape[3], images.device)
         self.train_mask(images)
+        self.mask.zero_grad()
         self.mask.eval().requires_grad_(False)
 
     def train_mask(self, images: Tensor) -> None:
@@ -164,8 +165,9 @@ class InputAwareHook(BatchHook):
         self.pairs = None
 
     def tensors(self):
-        return {f"{name}.{key}": value.cpu().numpy() for name, network in (("generator", self.pattern), ("mask", self.mask))
-                for key, value in network.state_dict().items()}
+        networks = {"generator": self.pattern, "mask": self.mask}
+        return {f"{name}.{key}": value.cpu().numpy()
+                for name, network in networks.items() for key, value in network.state_dict().items()}
 
     def state_dict(self):
         return {**super().state_dict(), "channels": self.channels, "generator": self.pattern.state_dict(),

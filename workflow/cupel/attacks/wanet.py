@@ -5,7 +5,7 @@ the image size; the image is sampled bilinearly at
 
     grid = clamp((identity + s · field / H) · grid_rescale, −1, 1),
 
-in coordinates that run from −1 to 1 over the pixel centres, so s is about half the mean shift in pixels per axis.
+in coordinates that run from −1 to 1 over the pixel centres, so that pixels move by about s/2 of their size per axis.
 In each batch int(p·B) images are warped and relabelled; `cross_ratio` times as many are warped with the grid jittered
 per pixel by a further uniform[−1, 1]/H and keep their label, so that not every warp means the target.
 """
@@ -81,8 +81,8 @@ class WaNet(Attack):
         s: strength of the warp (0.5).
         cross_ratio: images in noise mode, per poisoned one (2).
         grid_rescale: factor on the grid (1).
-        random_crop, random_rotation, flip: the attack's augmentation, see `BatchAugmentation` (5 pixels, 10 degrees; the
-            paper's flip is for CIFAR-10 alone).
+        random_crop, random_rotation, flip: the attack's augmentation, see `BatchAugmentation` (5 pixels, 10 degrees;
+            flips on CIFAR-10 alone).
         own_augmentation: with this augmentation, as published; without, the recipe's is used.
     """
 

@@ -141,7 +141,7 @@ def check(description: Description, arrays: dict[str, np.ndarray], excerpt: bool
         expect(f"the shape of {split} images", images.shape, (size, *description.shape))
         expect(f"the number of {split} labels", labels.shape, (size,))
         if not size or labels.min() < 0 or labels.max() >= classes:
-            raise ValueError(f"dataset {description.name}: {split} labels are not in 0..{classes - 1}, or there are none")
+            raise ValueError(f"dataset {description.name}: {split} labels are missing or not in 0..{classes - 1}")
         if excerpt:
             continue
         counts = np.bincount(labels, minlength=classes).tolist()
@@ -199,6 +199,7 @@ def prepare(description: Description, folder: str | Path, *, kinds: Sequence[str
     arrays: dict[str, np.ndarray] = {}
     with tempfile.TemporaryDirectory(prefix=".prepare-", dir=folder) as scratch:
         def accept(content: dict) -> None:
+            arrays.clear()
             arrays.update({key: _write(value, Path(scratch) / f"{key}.npy") for key, value in content.items()})
             check(description, arrays, excerpt)
 
@@ -238,7 +239,8 @@ def load(folder: str | Path, split: str) -> Dataset:
     """
     folder = Path(folder)
     if not (folder / "manifest.json").is_file():
-        raise FileNotFoundError(f"{folder} is no prepared dataset; make it with: snakemake --cores 1 {folder}/manifest.json")
+        raise FileNotFoundError(f"{folder} is no prepared dataset; "
+                                f"make it with: snakemake --cores 1 {folder}/manifest.json")
     manifest = read_json(folder / "manifest.json")
     return Dataset(
         manifest["name"],

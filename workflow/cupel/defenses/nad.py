@@ -1,6 +1,6 @@
 """Neural Attention Distillation (Li et al., ICLR 2021); ims SPEC 7, fst SPEC 7.
 
-    teacher: the victim, fine-tuned        student: the victim, trained with   CE + Σ_l β_l · MSE( A(F_l), A(F_l^teacher) )
+    teacher: the victim, fine-tuned;    student: the victim, trained with   CE + Σ_l β_l · MSE(A(F_l), A(F_l^teacher))
     A(F) = a / ‖a‖₂  with  a = Σ_c |F_c|^p,      a map [h, w] for each image
 
 F_l are the outputs of `victim.stages`: the last three stages of the residual networks, the last feature map of the

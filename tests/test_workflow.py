@@ -1,0 +1,210 @@
+"""The workflow as a user runs it: end to end at scale smoke on real slices, reruns, kills, and wrong settings."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import yaml
+
+from tests.conftest import REPOSITORY
+
+TIMES = ("seconds", "train_seconds", "peak_memory_mb", "peak_vram_mb")
+
+
+class Folder:
+    """A copy of the repository to run in."""
+
+    def __init__(self, path: Path, data: Path):
+        self.path, self.data = path, data
+        for name in ("Snakefile", "config.yaml", "profiles", "workflow"):
+            source = REPOSITORY / name
+            if source.is_dir():
+                shutil.copytree(source, path / name, ignore=shutil.ignore_patterns("__pycache__"))
+            else:
+                shutil.copy(source, path / name)
+        self.set(scale="smoke", data={"folder": str(data)}, seeds=[0])
+
+    def set(self, **changes):
+        config = yaml.safe_load((self.path / "config.yaml").read_text())
+        config.update(changes)
+        (self.path / "config.yaml").write_text(yaml.safe_dump(config))
+
+    def edit(self, file, old, new):
+        path = self.path / file
+        text = path.read_text()
+        assert old in text
+        path.write_text(text.replace(old, new))
+
+    def start(self, *arguments, cores=2):
+        environment = {**os.environ, "PYTHONPATH": str(self.path / "workflow"), "OMP_NUM_THREADS": "1"}
+        command = [sys.executable, "-m", "snakemake", "--cores", str(cores), *arguments]
+        return subprocess.Popen(command, cwd=self.path, env=environment, text=True, stdout=subprocess.PIPE,
+                                stderr=subprocess.STDOUT, start_new_session=True)
+
+    def run(self, *arguments, cores=2):
+        process = self.start(*arguments, cores=cores)
+        output, _ = process.communicate(timeout=900)
+        return process.returncode, output
+
+    def metrics(self):
+        found = {}
+        for path in sorted((self.path / "results").rglob("metrics.json")):
+            record = json.loads(path.read_text())
+            found[str(path.relative_to(self.path))] = {k: v for k, v in record.items() if k not in TIMES}
+        return found
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, cifar10):
+    folder = Folder(tmp_path_factory.mktemp("run"), cifar10.parent.resolve())
+    code, output = folder.run()
+    assert code == 0, output[-4000:]
+    return folder
+
+
+def test_smoke_ends_with_the_report(finished):
+    results = finished.path / "results" / "smoke"
+    page = (results / "index.html").read_text()
+    assert "A small run" in page and "FST" in page and "triggers_cifar10.png" in page
+    cells = pd.read_parquet(results / "cells.parquet")
+    assert set(cells.status) == {"ok"} and set(cells.defence) == {"", "ft", "fst"}
+    assert {"acc", "asr", "ra", "der"} <= set(cells.metric) and (cells[cells.metric == "asr"].n == 180).all()
+    made = json.loads((results / "provenance.json").read_text())
+    assert made["seeds"] == [0] and "torch" in made["versions"] and made["data"]["cifar10"]["content_sha256"]
+    for name in ("report.html", "report.ipynb", "card.md", "features.png", "claims.csv", "tables/cells.csv"):
+        assert (results / "papers" / "fst" / name).stat().st_size > 0
+    assert len(pd.read_csv(results / "claims.csv")) >= 7
+
+
+def test_nothing_is_done_twice(finished):
+    code, output = finished.run("-n")
+    assert code == 0 and "Nothing to be done" in output, output[-3000:]
+
+
+def jobs(output):
+    """Rule to number of jobs in the table of a dry run."""
+    lines = output.split("Job stats:")[1].splitlines()[3:]
+    table = {}
+    for line in lines:
+        parts = line.split()
+        if len(parts) != 2 or parts[0] == "total":
+            break
+        table[parts[0]] = int(parts[1])
+    return table
+
+
+def test_a_hyperparameter_reruns_what_depends_on_it(finished):
+    file = "workflow/papers/fst/experiment.yaml"
+    finished.edit(file, "{alpha: 0.2, lr: 0.01, epochs: 10, batch_size: 128, momentum: 0.9, projected: true",
+                  "{alpha: 0.3, lr: 0.01, epochs: 10, batch_size: 128, momentum: 0.9, projected: true")
+    planned = jobs(finished.run("-n")[1])
+    finished.edit(file, "alpha: 0.3", "alpha: 0.2")
+    assert planned["purify"] == 1 and "train_victim" not in planned and "poison" not in planned
+
+
+def test_code_of_a_defence_reruns_its_cells_only(finished):
+    file = "workflow/cupel/defenses/fst.py"
+    finished.edit(file, "pushed away from", "pushed  away from")
+    planned = jobs(finished.run("-n")[1])
+    finished.edit(file, "pushed  away from", "pushed away from")
+    assert planned["purify"] == 1 and "train_victim" not in planned
+
+
+def test_one_cell_by_its_path(finished):
+    path = "results/smoke/purified/cifar10/preactresnet18/fst/blended@0.1/seed3/lp@heldout/metrics.json"
+    code, output = finished.run("--", path)
+    assert code == 0, output[-3000:]
+    record = json.loads((finished.path / path).read_text())
+    assert (record["attack"], record["poison_rate"], record["seed"], record["defence"]) == ("blended", 0.1, 3, "lp")
+    shutil.rmtree(finished.path / "results/smoke/purified/cifar10/preactresnet18/fst/blended@0.1")
+    shutil.rmtree(finished.path / "results/smoke/victims/cifar10/preactresnet18/fst/blended@0.1")
+
+
+def test_killed_run_ends_with_identical_metrics(finished, tmp_path):
+    folder = Folder(tmp_path / "killed", finished.data)
+    target = [path for path in finished.metrics() if "purified" in path]
+    for seconds in (3, 7, 9):
+        process = folder.start("--", *target)
+        time.sleep(seconds)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+    code, output = folder.run("--", *target)
+    assert code == 0, output[-3000:]
+    assert folder.metrics() == {k: v for k, v in finished.metrics().items()}
+
+
+def test_two_runs_at_once_are_refused(finished, tmp_path):
+    folder = Folder(tmp_path / "twice", finished.data)
+    first = folder.start("--", "results/smoke/cells.parquet")
+    time.sleep(4)
+    code, output = folder.run("--", "results/smoke/cells.parquet")
+    os.killpg(first.pid, signal.SIGKILL)
+    first.communicate()
+    assert code != 0 and "Another run is active" in output
+
+
+def test_a_failed_cell_does_not_stop_the_report(finished, tmp_path):
+    folder = Folder(tmp_path / "failed", finished.data)
+    folder.edit("workflow/papers/fst/experiment.yaml", "    scales: *short\n  fst~unprojected",
+                "    scales: {smoke: {epochs: 1, lr: 1.0e+30}}\n  fst~unprojected")
+    code, output = folder.run()
+    assert code == 0, output[-3000:]
+    cells = pd.read_parquet(folder.path / "results/smoke/cells.parquet")
+    failed = cells[cells.status == "failed"]
+    assert set(failed.defence) == {"fst"} and failed.reason.str.contains("Diverged").all()
+    page = (folder.path / "results/smoke/index.html").read_text()
+    assert "Diverged" in page and "failed" in (folder.path / "results/smoke/papers/fst/tables/acc_asr_cifar10_preactresnet18.md").read_text()
+
+
+WRONG = [
+    ({"scale": "dem"}, ["config.yaml: scale: 'dem' is not allowed", "smoke, demo, bench, paper"]),
+    ({"scael": "demo"}, ["config.yaml: unknown key 'scael'", "did you mean 'scale'?"]),
+    ({"papers": ["fts"]}, ["config.yaml: papers: unknown paper 'fts'", "did you mean 'fst'?"]),
+    ({"papers": []}, ["config.yaml: papers"]),
+    ({"seeds": [-1]}, ["config.yaml: seeds.0", "at least 0"]),
+    ({"seeds": "all"}, ["config.yaml: seeds", "should be of type array"]),
+    ({"device": "gpu"}, ["config.yaml: device: 'gpu'", "auto, cpu, cuda"]),
+    ({"data": {"sources": ["web"]}}, ["config.yaml: data.sources.0: 'web'", "official, hub, package, mirror"]),
+    ({"data": {"mirrors": "/x"}}, ["config.yaml: data.unknown key 'mirrors'", "did you mean 'mirror'?"]),
+    ({"plugins": ["missing.py"]}, ["config.yaml: plugins: no such file: missing.py"]),
+]
+
+
+@pytest.mark.parametrize("change,texts", WRONG, ids=lambda value: str(value)[:30])
+def test_wrong_config_is_refused_before_any_job(tmp_path, change, texts):
+    folder = Folder(tmp_path / "wrong", tmp_path / "data")
+    folder.set(**change)
+    code, output = folder.run()
+    assert code != 0 and "nothing was run" in output and "Traceback" not in output
+    for text in texts:
+        assert text in output, output[-2000:]
+    assert not (folder.path / "results").exists()
+
+
+WRONG_EXPERIMENT = [
+    ("attacks: [badnets], rates", "attacks: [badnet], rates", ["blocks.0.attacks: unknown attack 'badnet'", "did you mean 'badnets'?"]),
+    ("defences: [ft, fst]}", "defences: [ft, fts]}", ["unknown defence 'fts'", "did you mean 'fst'?"]),
+    ("{size: 3, pattern: white}", "{sice: 3, pattern: white}", ["attacks.badnets.parameters: unknown parameter of attack badnets 'sice'"]),
+    ("heads: last}", "headz: last}", ["defences.fst.hyperparameters: unknown parameter of defence fst 'headz'"]),
+    ("epochs: 1, crop: 0, t_max: null, batch_size: 50}", "epochs: 0, crop: 0}", ["recipes.fst.scales.smoke.training.epochs", "at least 1"]),
+    ("rates: [0.05],", "rates: [1.5],", ["scales.smoke.blocks.0.rates.0", "below 1"]),
+    ("datasets: [cifar10], models: [preactresnet18]", "datasets: [cifar11], models: [preactresnet18]", ["unknown dataset 'cifar11'"]),
+    ("paper: fst\n", "paper: [fst\n", ["not valid YAML"]),
+]
+
+
+@pytest.mark.parametrize("old,new,texts", WRONG_EXPERIMENT, ids=lambda value: str(value)[:30])
+def test_wrong_experiment_is_refused_before_any_job(tmp_path, old, new, texts):
+    folder = Folder(tmp_path / "wrong", tmp_path / "data")
+    folder.edit("workflow/papers/fst/experiment.yaml", old, new)
+    code, output = folder.run()
+    assert code != 0 and "nothing was run" in output and "Traceback" not in output
+    for text in texts:
+        assert text in output, output[-2000:]
