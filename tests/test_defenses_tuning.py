@@ -606,18 +606,18 @@ def test_mm_bd_rule():
 
 # published methods at counts that a test can afford
 REDUCED = {
-    "ft_long": {"epochs": 8, "batch_size": 64},
-    "nad": {"teacher_epochs": 4, "epochs": 6, "batch_size": 64},
-    "ft_sam": {"epochs": 8, "batch_size": 64},
-    "sam_ft": {"epochs": 8, "batch_size": 64},
-    "i_bau": {"rounds": 3, "batch_size": 100, "portion": 0.1, "lr": 5e-4},
-    "sau": {"rounds": 4, "lr": 1e-3, "batch_size": 64},
-    "npd": {"warm_epochs": 2, "epochs": 10, "batch_size": 64},
-    "bti_dbf": {"rounds": 2, "pretrain_epochs": 8, "mask_epochs": 5, "generator_epochs": 4, "unlearn_epochs": 6,
+    "ft_long": {"epochs": 6, "batch_size": 64},
+    "nad": {"teacher_epochs": 3, "epochs": 4, "batch_size": 64},
+    "ft_sam": {"epochs": 5, "batch_size": 64},
+    "sam_ft": {"epochs": 5, "batch_size": 64},
+    "i_bau": {"rounds": 2, "batch_size": 125, "portion": 0.1, "lr": 1e-3},
+    "sau": {"rounds": 3, "lr": 1e-3, "steps": 3, "batch_size": 64},
+    "npd": {"warm_epochs": 2, "epochs": 6, "batch_size": 64},
+    "bti_dbf": {"rounds": 1, "pretrain_epochs": 6, "mask_epochs": 4, "generator_epochs": 4, "unlearn_epochs": 6,
                 "generator_width": 4, "lr": 1e-3, "batch_size": 64},
-    "nc": {"search_epochs": 12, "epochs": 5, "batch_size": 125, "patience": 2},
-    "mm_bd": {"epochs": 15, "lr": 0.05, "every": 3, "batch_size": 64},
-    "pbe": {"rounds": 3, "batch_size": 64, "steps": 4},
+    "nc": {"search_epochs": 6, "epochs": 4, "batch_size": 125, "patience": 2, "cost": 0.01, "threshold": 1.0},
+    "mm_bd": {"epochs": 8, "lr": 0.01, "every": 2, "batch_size": 64},
+    "pbe": {"rounds": 2, "batch_size": 64, "steps": 4},
 }
 
 
@@ -633,7 +633,7 @@ def world():
     images, labels = poisoned.images.copy(), poisoned.labels.copy()
     images[record.indices], labels[record.indices] = record.images, record.labels
     victim = build("preactresnet18", num_classes=10, width=8, stem_stride=2, seed=0, mean=MEAN, std=STD)
-    fit(victim, images, labels, Recipe(epochs=6, lr=0.05, batch_size=64, schedule="onecycle", crop=2), seed=1)
+    fit(victim, images, labels, Recipe(epochs=5, lr=0.05, batch_size=64, schedule="onecycle", crop=2), seed=1)
     own = train.take(np.arange(5000, 5500))
     stamped, wanted, true = attack.test_set(test, 0)
 

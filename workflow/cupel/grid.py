@@ -56,7 +56,8 @@ def _sentence(error, file) -> str:
         words = {"minimum": "at least", "maximum": "at most", "exclusiveMinimum": "above", "exclusiveMaximum": "below"}
         return f"{file}: {key}: {found!r} is out of range: it must be {words[error.validator]} {error.validator_value}"
     if error.validator in ("anyOf", "oneOf"):
-        allowed = [str(option.get("enum") or option.get("type") or option.get("const")) for option in error.schema[error.validator]]
+        options = error.schema[error.validator]
+        allowed = [str(option.get("enum") or option.get("type") or option.get("const")) for option in options]
         return f"{file}: {key}: {found!r} is not allowed; allowed are {', '.join(allowed)}"
     return f"{file}: {key}: {error.message}"
 
@@ -134,7 +135,7 @@ class Grid:
         self.plans = {paper: self._plan(paper, seeds) for paper in self.papers}
 
     def _check_functions(self) -> None:
-        common = {"attack": {"policy"}, "defence": set()}
+        common = {"attack": {"policy", "smaller"}, "defence": set()}
         for section, kind, key in (("attacks", "attack", "parameters"), ("defences", "defence", "hyperparameters")):
             for name, entry in self.entries[section].items():
                 function = entry.get("function", name.partition("~")[0])
@@ -149,8 +150,9 @@ class Grid:
                            for over in ("datasets", "scales") for case in (entry.get(over) or {})]
                 for settings, place in places:
                     for parameter in settings:
-                        if parameter not in allowed and not (kind == "attack" and parameter == "smaller"):
-                            raise ConfigError(f"{where}.{place}: {unknown(f'parameter of {kind} {function}', parameter, allowed)}")
+                        if parameter not in allowed:
+                            what = unknown(f"parameter of {kind} {function}", parameter, allowed)
+                            raise ConfigError(f"{where}.{place}: {what}")
 
     def _plan(self, paper: str, seeds: list[int] | None) -> list[dict]:
         """The cells of a paper: victims first, each followed by its purified models."""
@@ -172,13 +174,15 @@ class Grid:
                     for seed in seeds or block.get("seeds") or scales[self.scale]["seeds"]:
                         for attack in block["attacks"]:
                             for rate in block["rates"] if attack != "clean" else [0]:
-                                victim = {"paper": paper, "dataset": dataset, "model": model, "recipe": block["recipe"],
-                                          "attack": attack, "rate": f"{rate:g}", "seed": str(seed)}
+                                victim = {"paper": paper, "dataset": dataset, "model": model,
+                                          "recipe": block["recipe"], "attack": attack, "rate": f"{rate:g}",
+                                          "seed": str(seed)}
                                 cells.append({**victim, "stage": "victim"})
                                 if attack == "clean":
                                     continue
                                 cells += [{**victim, "stage": "purified", "defence": defence, "budget": budget}
-                                          for budget in block.get("budgets", []) for defence in block.get("defences", [])]
+                                          for budget in block.get("budgets", [])
+                                          for defence in block.get("defences", [])]
         return cells
 
     def _plugin(self, section: str, name: str) -> bool:
@@ -217,6 +221,11 @@ class Grid:
         entry = self._entry("attacks", name)
         return {"function": entry.get("function", name.partition("~")[0]),
                 "parameters": resolve(entry, "parameters", dataset, self.scale)}
+
+    def attack_training(self, name: str) -> dict:
+        """What an attack changes in the training of any recipe at this scale."""
+        changes = self._entry("attacks", name).get("training") or {}
+        return {**(changes.get("all") or {}), **(changes.get(self.scale) or {})}
 
     def defence(self, name: str, dataset: str) -> dict:
         """Function and hyperparameters of a defence for a data set at this scale."""

@@ -122,8 +122,7 @@ def victim_spec(wildcards):
     """All that makes a victim, as one plain dict: a change in it, and in nothing else, trains the victim again."""
     recipe = GRID.recipe(wildcards.recipe, wildcards.dataset)
     if wildcards.attack != "clean":
-        changes = GRID.entries["attacks"].get(wildcards.attack, {}).get("training") or {}
-        recipe["training"] = {**recipe["training"], **changes}
+        recipe["training"] |= GRID.attack_training(wildcards.attack)
     return {
         "dataset": wildcards.dataset,
         "model": wildcards.model,

@@ -49,8 +49,9 @@ class BypassHook(CountingHook):
 
     Features are taken from the victim's own forward pass by a forward hook on its extractor, which exists from `batch`
     to `loss`, so no finished model carries one. In the first batch of an epoch the network is not known yet, and its
-    features are computed again; a run continued from a checkpoint does the very same. Where the forward hook does not
-    fire (a compiled network may pass it by), they are computed again in each batch, at the cost of a forward pass.
+    features are computed again; a run continued from a checkpoint does the very same. `torch.compile`
+    leaves forward hooks out that come after its first trace: with it features are computed again in each batch, at the
+    cost of a forward pass.
     """
 
     groups: Tensor | None = None
