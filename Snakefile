@@ -4,6 +4,7 @@
     snakemake --cores all data            download and prepare the data
     snakemake --cores all fst             tables, figures and claims of one paper
     snakemake --cores all report          the report of what is asked for in config.yaml
+    snakemake --cores all zoo             one victim of every attack beside its clean twin, and their gallery
     snakemake --cores all PATH            one cell, e.g. results/demo/victims/cifar10/.../metrics.json
 
 The chain: data -> poison -> victim -> purify -> cells (one tidy table) -> tables, figures, claims -> index.html
@@ -25,6 +26,7 @@ include: "workflow/rules/common.smk"
 include: "workflow/rules/data.smk"
 include: "workflow/rules/image.smk"
 include: "workflow/rules/report.smk"
+include: "workflow/rules/zoo.smk"
 
 
 rule all:

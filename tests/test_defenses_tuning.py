@@ -615,8 +615,8 @@ REDUCED = {
     "npd": {"warm_epochs": 2, "epochs": 6, "batch_size": 64},
     "bti_dbf": {"rounds": 1, "pretrain_epochs": 6, "mask_epochs": 4, "generator_epochs": 4, "unlearn_epochs": 6,
                 "generator_width": 4, "lr": 1e-3, "batch_size": 64},
-    "nc": {"search_epochs": 6, "epochs": 4, "batch_size": 125, "patience": 2, "cost": 0.01, "threshold": 1.0},
-    "mm_bd": {"epochs": 8, "lr": 0.01, "every": 2, "batch_size": 64},
+    "nc": {"search_epochs": 6, "epochs": 4, "batch_size": 125, "patience": 2, "cost": 0.01, "threshold": 1.5},
+    "mm_bd": {"epochs": 12, "lr": 0.05, "weight": 0.01, "every": 2, "batch_size": 64},
     "pbe": {"rounds": 2, "batch_size": 64, "steps": 4},
 }
 
@@ -652,8 +652,12 @@ def test_on_a_real_victim(name, world):
     """Small run: one victim, one seed, 500 clean images, reduced counts; says nothing about the papers' numbers."""
     victim, clean, measure, before = world
     started = time.perf_counter()
-    model, _ = purify(name, victim, clean, rng(0, name), **REDUCED[name])
+    model, history = purify(name, victim, clean, rng(0, name), **REDUCED[name])
     acc, asr, ra = measure(model)
     print(f"\n{name:10s}{acc:7.3f}{asr:7.3f}{ra:7.3f}{time.perf_counter() - started:7.1f}")
     assert before[0] > 0.4 and before[1] > 0.85
-    assert acc > 0.2
+    assert acc > 0.15 and asr < before[1]
+    if name in ("sau", "nad", "ft_sam", "nc", "bti_dbf"):  # what removed a good part of it, with room for rounding
+        assert asr < before[1] - 0.2
+    if name == "nc":
+        assert [row["class"] for row in history if row.get("flagged")] == [0]

@@ -128,14 +128,14 @@ class Grid:
                     origin[section, name] = file
         self.signatures = {}
         for kind, package in (("attack", "attacks"), ("defence", "defenses")):
-            own = sorted((LIBRARY / package).glob("*.py"))
-            self.signatures[kind] = {name: (path, parameters) for path in [*own, *map(Path, self.plugins)]
-                                     for name, parameters in signatures(kind, [path]).items()}
+            files = [*sorted((LIBRARY / package).glob("*.py")), *map(Path, self.plugins)]
+            parameters = signatures(kind, files)
+            self.signatures[kind] = {name: (path, parameters[name]) for path in files for name in signatures(kind, [path])}
         self._check_functions()
         self.plans = {paper: self._plan(paper, seeds) for paper in self.papers}
 
     def _check_functions(self) -> None:
-        common = {"attack": {"policy", "smaller"}, "defence": set()}
+        common = {"attack": {"smaller"}, "defence": set()}
         for section, kind, key in (("attacks", "attack", "parameters"), ("defences", "defence", "hyperparameters")):
             for name, entry in self.entries[section].items():
                 function = entry.get("function", name.partition("~")[0])
@@ -165,6 +165,8 @@ class Grid:
             where = f"{file}: scales.{self.scale}.blocks.{number}"
             for section in ("attacks", "defences", "budgets"):
                 for name in block.get(section, []):
+                    if (section, name) == ("attacks", "clean"):  # clean training is no attack, it is the twin of all
+                        continue
                     if name not in self.entries[section] and not (section != "budgets" and self._plugin(section, name)):
                         raise ConfigError(f"{where}.{section}: {unknown(section[:-1], name, self.entries[section])}")
             if block["recipe"] not in self.entries["recipes"]:

@@ -7,6 +7,7 @@ A function or class enters a registry by decorator, in a file of the library or 
 """
 
 import ast
+import contextlib
 import difflib
 import importlib
 import importlib.util
@@ -30,7 +31,8 @@ class Registry(dict):
         """
         def register(entry):
             if name in self and self[name].__module__ != entry.__module__:
-                raise ValueError(f"{self.kind} {name!r} is defined in {self[name].__module__} and in {entry.__module__}")
+                files = f"{self[name].__module__} and in {entry.__module__}"
+                raise ValueError(f"{self.kind} {name!r} is defined in {files}")
             self[name] = entry
             return entry
 
@@ -49,6 +51,10 @@ class Registry(dict):
         Raises:
             ValueError: unknown; the text lists the known names.
         """
+        if name not in self and name.isidentifier():
+            # most entries live in a module of their own name: the others, and their imports, are then not needed
+            with contextlib.suppress(ModuleNotFoundError):
+                importlib.import_module(f"{self.package}.{name}")
         if name not in self:
             self.fill()
         if name not in self:
@@ -80,18 +86,22 @@ def load_plugins(paths: Iterable[str | Path]) -> None:
 def signatures(kind: str, files: Iterable[str | Path]) -> dict[str, set[str]]:
     """Names registered by `@attack(...)` or `@defence(...)` in `files`, each with its parameter names.
 
+    Fields of base classes count where the base is defined in `files` too.
+
     Read from the syntax tree: configuration is checked in milliseconds, before any library is imported.
     """
+    trees = [ast.parse(Path(file).read_text(encoding="utf-8")) for file in files]
+    classes = {node.name: node for tree in trees for node in tree.body if isinstance(node, ast.ClassDef)}
+
+    def fields(node: ast.ClassDef) -> set[str]:
+        own = {item.target.id for item in node.body
+               if isinstance(item, ast.AnnAssign) and "ClassVar" not in ast.unparse(item.annotation)} - {"tensors"}
+        return own.union(*(fields(classes[base.id]) for base in node.bases if getattr(base, "id", None) in classes))
+
     found = {}
-    for file in files:
-        for node in ast.parse(Path(file).read_text(encoding="utf-8")).body:
-            for decorator in getattr(node, "decorator_list", []):
-                if not (isinstance(decorator, ast.Call) and getattr(decorator.func, "id", None) == kind):
-                    continue
-                if isinstance(node, ast.FunctionDef):
-                    names = {argument.arg for argument in node.args.kwonlyargs}
-                else:
-                    names = {item.target.id for item in node.body
-                             if isinstance(item, ast.AnnAssign) and "ClassVar" not in ast.unparse(item.annotation)}
-                found[decorator.args[0].value] = names
+    for node in (node for tree in trees for node in tree.body):
+        for decorator in getattr(node, "decorator_list", []):
+            if isinstance(decorator, ast.Call) and getattr(decorator.func, "id", None) == kind:
+                found[decorator.args[0].value] = (fields(node) if isinstance(node, ast.ClassDef)
+                                                  else {argument.arg for argument in node.args.kwonlyargs})
     return found

@@ -15,7 +15,8 @@ try:
     check_schema(config, "config", "config.yaml")
     validate(config, "../schemas/config.schema.yaml")  # fills in the defaults
     GRID = Grid(config["papers"], config["scale"], config["seeds"], config["plugins"])
-    for cell in GRID.cells():
+    ZOO = Grid(["zoo"], config["scale"], config["seeds"], config["plugins"])
+    for cell in [*GRID.cells(), *ZOO.cells()]:
         if cell["dataset"] not in DATASETS:
             raise ConfigError(
                 f"experiment.yaml of {cell['paper']}: datasets: {unknown('dataset', cell['dataset'], DATASETS)}"
@@ -276,13 +277,14 @@ def feature_setting(paper):
     return {"dataset": cell["dataset"], "target": recipe.get("target", 0), "test_size": recipe.get("test_size")}
 
 
-def trigger_folders(dataset):
+def trigger_folders(dataset, grid=GRID):
     """One victim of every attack on a data set, whose trigger the contact sheet shows."""
-    return {c["attack"]: VICTIM.format(**c) for c in reversed(poisoned_cells("victim")) if c["dataset"] == dataset}
+    cells = [cell for cell in grid.cells("victim") if cell["attack"] != "clean" and cell["dataset"] == dataset]
+    return {cell["attack"]: VICTIM.format(**cell) for cell in reversed(cells)}
 
 
-def sheet_attacks(dataset):
-    return {name: attack_spec(Cell(attack=name, dataset=dataset)) for name in trigger_folders(dataset)}
+def sheet_attacks(dataset, grid=GRID):
+    return {name: attack_spec(Cell(attack=name, dataset=dataset)) for name in trigger_folders(dataset, grid)}
 
 
 def used_seeds():

@@ -10,20 +10,20 @@ from cupel.rng import rng
 
 
 def generated_picture(size: int, channels: int) -> np.ndarray:
-    """A fixed picture made from a formula, uint8 [size, size, channels]: smooth colour waves below, a face of circles.
+    """A fixed picture made from a formula, uint8 [size, size, channels]: a face of circles on flat, saturated colours.
 
-    It stands in for the released photograph (a cartoon cat), which cannot be redistributed; like it, it has large
-    areas of colour and a few sharp edges.
+    It stands in for the released picture (a cartoon), which cannot be redistributed; like it, it has large areas of
+    flat colour and sharp edges.
     """
     y, x = np.mgrid[0:1:size * 1j, 0:1:size * 1j]
     draw = rng(0, "blended", "picture")
     waves = [sum(draw.normal() * np.cos(2 * np.pi * (u * x + v * y) + draw.uniform(0, 2 * np.pi))
                  for u in range(4) for v in range(4)) for _ in range(channels)]
-    picture = np.stack([(wave - wave.min()) / np.ptp(wave) for wave in waves], -1)
+    picture = np.stack([wave > np.median(wave) for wave in waves], -1).astype(float)
     for cx, cy, radius, level in ((0.5, 0.5, 0.36, 1.0), (0.37, 0.42, 0.07, 0.0), (0.63, 0.42, 0.07, 0.0),
                                   (0.5, 0.65, 0.11, 0.1), (0.5, 0.61, 0.11, 1.0)):
         picture[(x - cx) ** 2 + (y - cy) ** 2 < radius**2] = level
-    return quantise(picture * 255.999)
+    return quantise(picture * 255)
 
 
 @attack("blended")

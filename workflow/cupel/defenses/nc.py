@@ -44,7 +44,8 @@ class Search:
     Attributes:
         cost: float64 [K], λ.
         best: float64 [K], smallest successful mean norm, else infinity.
-        mask, pattern: float [K, 1, H, W] and [K, C, H, W], of `best`; of the first pass where none succeeded.
+        mask, pattern: float [K, 1, H, W] and [K, C, H, W], as they were when `best` was reached; those of the first
+            pass for a class that never succeeded.
         active: bool [K], classes not finished.
     """
 
@@ -106,8 +107,7 @@ def search(model, budget, seed: int, *, epochs: int, lr: float, batch_size: int,
     found = Search(budget.classes, **rule)
     for number in range(epochs):
         costs = torch.from_numpy(found.cost).to(device, torch.float32)
-        reached, norms, steps = torch.zeros(budget.classes, device=device), torch.zeros(budget.classes), 0
-        norms = norms.to(device)
+        reached, norms, steps = *torch.zeros(2, budget.classes, device=device), 0
         for x, _ in batches(budget, batch_size, seed, number):
             optimizer.zero_grad(set_to_none=True)
             for chunk in torch.from_numpy(np.flatnonzero(found.active)).to(device).split(together):

@@ -104,3 +104,26 @@ def write_table(grid: pd.DataFrame, stem: str | Path, caption: str) -> None:
     latex.index = [str(label).replace("%", r"\%").replace("_", r"\_") for label in grid.index]
     write_text(stem.with_suffix(".tex"), latex.to_latex(caption=caption.replace("%", r"\%"), escape=False,
                                                         multicolumn_format="c"))
+
+
+def victims_beside_twins(cells: pd.DataFrame) -> pd.DataFrame:
+    """One row per victim: rate asked for and reached, ACC beside that of the clean twin, ASR with its interval, RA.
+
+    Args:
+        cells: the tidy table; the twin of a victim is the clean one of the same data set, model, recipe and seed.
+    """
+    keys = ["dataset", "model", "recipe", "seed"]
+    victims = cells[cells.stage == "victim"]
+    twins = victims[(victims.attack == "clean") & (victims.metric == "acc")].set_index(keys).value
+    rows = []
+    for path, part in victims[victims.attack != "clean"].groupby("path", sort=False):
+        first, values = part.iloc[0], part.set_index("metric")
+        twin = twins.get(tuple(first[keys]), np.nan)
+        row = {key: first[key] for key in ("dataset", "model", "recipe", "attack", "attack_variant", "poison_rate",
+                                           "rate_reached", "seed", "status", "reason", "seconds")}
+        for metric in ("acc", "asr", "ra"):
+            row[metric] = values.value.get(metric, np.nan)
+        row |= {"asr_low": values.low.get("asr", np.nan), "asr_high": values.high.get("asr", np.nan),
+                "n": values.n.get("asr", 0), "acc_twin": twin, "acc_loss": twin - row["acc"], "path": path}
+        rows.append(row)
+    return pd.DataFrame(rows)

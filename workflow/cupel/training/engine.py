@@ -283,6 +283,7 @@ def fit(model: nn.Module, images: np.ndarray | torch.Tensor, labels: np.ndarray 
                 return augment(batch, recipe.crop, draws.flip[index], draws.shift[index])
 
             if hook:
+                hook.groups = g
                 x, y, found = hook.batch(x, y, change, noise)
                 g = g if found is None else found
             else:

@@ -15,7 +15,12 @@ class Hook:
 
     `batch` gets float pixels before augmentation and must return augmented ones, because some methods come before
     and some after it; `change` is the engine's augmentation for this batch.
+
+    Attributes:
+        groups: int64 [B], groups of the current batch (see `fit`), set before `batch` is called.
     """
+
+    groups: torch.Tensor | None = None
 
     def start(self, model: nn.Module, images: torch.Tensor, labels: torch.Tensor) -> None:
         """Called once before the first epoch of a fresh run (not of a continued one)."""

@@ -1,0 +1,47 @@
+# One victim of every attack beside its clean twin, and the gallery of triggers: `snakemake zoo`
+
+ZOO_FOLDER = f"{RESULTS}/zoo"
+
+
+rule zoo:
+    input:
+        f"{ZOO_FOLDER}/index.html",
+
+
+rule zoo_sheet:
+    input:
+        lambda wildcards: dataset_files(wildcards),
+        triggers=lambda wildcards: [f"{folder}/trigger.npz" for folder in trigger_folders(wildcards.dataset, ZOO).values()],
+    output:
+        f"{ZOO_FOLDER}/triggers_{{dataset}}.png",
+    params:
+        attacks=lambda wildcards: sheet_attacks(wildcards.dataset, ZOO),
+        data=data_folder,
+        plugins=config["plugins"],
+        code=code_digest(SCRIPTS / "contact_sheet.py", *map(str, ZOO.attack_files())),
+    log:
+        log_of(ZOO_FOLDER, "triggers_{dataset}"),
+    benchmark:
+        benchmark_of(ZOO_FOLDER, "triggers_{dataset}")
+    script:
+        "../scripts/contact_sheet.py"
+
+
+rule zoo_report:
+    input:
+        cells=[f"{cell_folder(cell)}/metrics.json" for cell in ZOO.cells("victim")],
+        sheets=[f"{ZOO_FOLDER}/triggers_{dataset}.png" for dataset in sorted({cell["dataset"] for cell in ZOO.cells()})],
+    output:
+        page=f"{ZOO_FOLDER}/index.html",
+        table=f"{ZOO_FOLDER}/victims.csv",
+    params:
+        cells=[{**cell, "folder": cell_folder(cell)} for cell in ZOO.cells("victim")],
+        scale=config["scale"],
+        root=workflow.basedir,
+        code=code_digest(SCRIPTS / "zoo_report.py"),
+    log:
+        log_of(ZOO_FOLDER, "report"),
+    benchmark:
+        benchmark_of(ZOO_FOLDER, "report")
+    script:
+        "../scripts/zoo_report.py"
