@@ -324,7 +324,7 @@ def test_lc_with_an_adversarially_trained_network(toy, clean):
 
 # ---------------------------------------------------------------- SSBA
 
-QUICK = {"bits": 4, "width": 8, "residual": True, "batch_size": 16, "lr": 2e-3, "epochs": 120}
+QUICK = {"bits": 4, "width": 8, "batch_size": 16, "lr": 2e-3, "epochs": 120}
 
 
 @pytest.fixture(scope="module")
@@ -336,7 +336,7 @@ def test_ssba_hides_bits_that_can_be_read(toy, ssba):
     attack, state = ssba
     # 300 steps, seconds on one core. Chance is 0.5.
     assert attack.tensors["bit_accuracy"] > 0.9
-    assert attack.tensors["psnr"] > 22
+    assert attack.tensors["psnr"] > 18
     assert attack.tensors["fingerprint"].shape == (4,) and set(attack.tensors["fingerprint"]) <= {0, 1}
     assert torch.equal(torch.get_rng_state(), state)
 
@@ -360,7 +360,7 @@ def test_ssba_stamps_from_its_tensors_alone(toy, ssba, tmp_path):
 
 def test_ssba_is_deterministic_in_its_seed(toy):
     few = toy.take(np.arange(0, 400, 4))
-    quick = {**QUICK, "bits": 1, "wait": 0, "ramp": 0, "epochs": 10}
+    quick = {**QUICK, "epochs": 2, "fidelity": 0.0}
     first = prepared("ssba", few, None, **quick)[0].tensors
     assert_same(first, prepared("ssba", few, None, **quick)[0].tensors)
     fingerprints = {tuple(rng(seed, "ssba", "fingerprint").integers(0, 2, 100)) for seed in range(5)}

@@ -27,6 +27,10 @@ from cupel.files import atomic, read_json, write_json, write_text
 from cupel.rng import derive, rng
 
 
+#: errors of a method or of its settings; anything else (no memory, no disk) is the machine's and is raised for a retry
+METHOD_ERRORS = (ValueError, ArithmeticError, NotImplementedError)
+
+
 @contextlib.contextmanager
 def logged(path: str | Path) -> Iterator[None]:
     """Send what is printed to a log file as well as any error, and keep the console for the scheduler."""
@@ -85,6 +89,8 @@ def make_attack(spec: dict, tensors: dict[str, np.ndarray] | None = None) -> Att
     """The attack of a cell, None for clean training. `smaller` is a setting of the preparation, not of the attack."""
     if spec["function"] == "none":
         return None
+    if tensors and "failed" in tensors:
+        raise ValueError(str(tensors["failed"]))
     parameters = {k: v for k, v in spec["parameters"].items() if k != "smaller"}
     return build(spec["function"], tensors=tensors or {}, **parameters)
 
@@ -117,43 +123,54 @@ def identity(spec: dict, stage: str, defence: dict | None = None) -> dict:
             "variant": defence_variant, "budget": defence["budget"]["name"] if defence else "", "seed": spec["seed"]}
 
 
+def failure(error: Exception) -> str:
+    """A failed method in one line; the whole traceback goes to the log."""
+    traceback.print_exc()
+    return " ".join(f"{type(error).__name__}: {error}".split())
+
+
 def fail(error: Exception, record: dict, model: str | Path, history: str | Path, metrics: str | Path) -> None:
     """Write the outputs of a failed cell: an empty checkpoint that says why, and a record with the reason."""
     from safetensors.torch import save_file
 
-    reason = " ".join(f"{type(error).__name__}: {error}".split())
-    traceback.print_exc()
+    reason = failure(error)
     with atomic(model) as temporary:
         save_file({}, temporary, metadata={"cupel": json.dumps({"format": "cupel.failed/1", "reason": reason})})
     write_history(history, [])
     write_json(metrics, {**record, "status": "failed", "reason": reason})
 
 
-#: errors of a method or of its settings; anything else (no memory, no disk) is the machine's and is raised for a retry
-METHOD_ERRORS = (ValueError, ArithmeticError, NotImplementedError)
-
-
 def prepare_trigger(spec: dict, data: str, model: str | None, out: str, device: str) -> None:
-    """Compute what a trigger is made of, from the victim's training set before poisoning."""
+    """Compute what a trigger is made of, from the victim's training set before poisoning.
+
+    Where the method fails, the file says so, and every victim that needs the trigger becomes a failed cell.
+    """
     train = datasets.load(f"{data}/{spec['dataset']}", "train")
     clean = train.take(training_split(train, spec["settings"], spec["seed"]).train)
-    attack = make_attack(spec["attack"])
-    network = models.load(model).to(device).eval() if model else None
-    tensors = attack.prepare(clean, network, spec["settings"].get("target", 0),
-                             derive(spec["seed"], "trigger", spec["attack"]["name"]), device,
-                             spec["attack"]["parameters"].get("smaller", 1.0))
+    try:
+        attack = make_attack(spec["attack"])
+        network = models.load(model).to(device).eval() if model else None
+        tensors = attack.prepare(clean, network, spec["settings"].get("target", 0),
+                                 derive(spec["seed"], "trigger", spec["attack"]["name"]), device,
+                                 spec["attack"]["parameters"].get("smaller", 1.0))
+    except METHOD_ERRORS as error:
+        tensors = {"failed": failure(error)}
     write_tensors(out, tensors)
 
 
 def poison(spec: dict, data: str, trigger: str | None, out: str) -> None:
-    """Write the poison record of a victim. An impossible rate gives an empty record; the victim reports it."""
+    """Write the poison record of a victim. An impossible request is written in its place, and the victim reports it."""
     train = datasets.load(f"{data}/{spec['dataset']}", "train")
     clean = train.take(training_split(train, spec["settings"], spec["seed"]).train)
     target = spec["settings"].get("target", 0)
-    attack = make_attack(spec["attack"], read_tensors(trigger))
     stream = rng(spec["seed"], "poison", spec["attack"]["function"])
-    record = attack.poison(clean, spec["rate"], target, stream) if attack else PoisonRecord.empty(clean, 0.0, target)
-    record.save(out)
+    try:
+        attack = make_attack(spec["attack"], read_tensors(trigger))
+        record = attack.poison(clean, spec["rate"], target, stream) if attack else PoisonRecord.empty(clean, 0.0, target)
+    except METHOD_ERRORS as error:
+        write_tensors(out, {"failed": failure(error)})
+    else:
+        record.save(out)
 
 
 def evaluate(model, test: Dataset, attack: Attack | None, target: int, device: str) -> dict:
@@ -191,6 +208,9 @@ def train_victim(spec: dict, data: str, record: str, trigger: str | None, output
         settings, seed = spec["settings"], spec["seed"]
         target = settings.get("target", 0)
         clean = train.take(training_split(train, settings, seed).train)
+        refused = read_tensors(record).get("failed")
+        if refused is not None:
+            raise ValueError(str(refused))
         poisoned = PoisonRecord.load(record)
         images, labels, groups = clean.images, clean.labels.copy(), np.zeros(len(clean), np.int64)
         images[poisoned.indices], labels[poisoned.indices] = poisoned.images, poisoned.labels

@@ -4,8 +4,8 @@
 
 The victim's trigger is E with one fixed fingerprint m for all images: a random bit string, without the error-correcting
 code of the released one, because nobody has to read it back. E and D follow the plan of StegaStamp: a U-shaped
-convolutional net that sees the fingerprint as more image channels, and a convolutional classifier of bits
-(backdoorbench SPEC 4, ims SPEC 3).
+convolutional net that sees the fingerprint as more image channels, and a convolutional classifier of bits. As in the
+released training, E gives the new image, not what is added to it (backdoorbench SPEC 4, ims SPEC 3).
 """
 
 from collections.abc import Iterator
@@ -37,12 +37,12 @@ def convolution(inputs: int, outputs: int, stride: int = 1) -> nn.Sequential:
 class Encoder(nn.Module):
     """U-shaped net from fingerprint [B, bits] and pixels [B, C, H, W] in [0, 1] to pixels of the same shape.
 
-    Five levels with width·(1, 1, 2, 4, 8) channels; the last merge sees the input again, so that copying it is easy.
+    Five levels with width·(1, 1, 2, 4, 8) channels. The last layer gives logits of the pixels and sees those of the
+    input image, so that it can learn to copy it within a few steps.
     """
 
-    def __init__(self, bits: int, channels: int, width: int, residual: bool):
+    def __init__(self, bits: int, channels: int, width: int):
         super().__init__()
-        self.residual = residual
         levels = [width, width, 2 * width, 4 * width, 8 * width]
         steps = list(pairwise(levels))
         self.spread = nn.Linear(bits, channels * GRID**2)
@@ -51,7 +51,8 @@ class Encoder(nn.Module):
         self.up = nn.ModuleList(convolution(coarse, fine) for fine, coarse in steps)
         self.merge = nn.ModuleList(convolution(2 * fine + (0 if level else 2 * channels), fine)
                                    for level, (fine, _) in enumerate(steps))
-        self.leave = nn.Sequential(convolution(width, width), nn.Conv2d(width, channels, 1))
+        self.leave = convolution(width, width)
+        self.paint = nn.Conv2d(width + channels, channels, 1)
 
     def forward(self, fingerprint: Tensor, x: Tensor) -> Tensor:
         plan = F.relu(self.spread(fingerprint)).unflatten(1, (x.shape[1], GRID, GRID))
@@ -63,8 +64,7 @@ class Encoder(nn.Module):
         for level in reversed(range(len(maps))):
             risen = self.up[level](F.interpolate(deep, maps[level].shape[-2:]))
             deep = self.merge[level](torch.cat([maps[level], risen, *([] if level else [seen])], 1))
-        out = self.leave(deep)
-        return x + out if self.residual else torch.sigmoid(out)
+        return torch.sigmoid(self.paint(torch.cat([self.leave(deep), torch.logit(x, 1 / 255)], 1)))
 
 
 class Decoder(nn.Module):
@@ -123,8 +123,6 @@ class SSBA(Attack):
     Attributes:
         bits: length of the fingerprint; 100 as published, 1 for the released files named `b1`.
         width: channels of the first level.
-        residual: the encoder gives what is added to the image (as in StegaStamp) instead of the image itself (as
-            released). It needs far fewer steps for the same fidelity.
         epochs, batch_size, lr: of the training, with Adam. All epochs together, times `smaller`, give the steps.
         fidelity, wait, ramp: of w. A run shorter than twice wait + ramp gives a quarter of its steps to both together.
 
@@ -134,7 +132,6 @@ class SSBA(Attack):
 
     bits: int = 100
     width: int = 32
-    residual: bool = False
     epochs: int = 20
     batch_size: int = 64
     lr: float = 1e-4
@@ -149,7 +146,7 @@ class SSBA(Attack):
         size, channels = dataset.image_size, dataset.images.shape[-1]
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(derive(seed, "ssba", "initial"))
-            encoder = Encoder(self.bits, channels, self.width, self.residual).to(device)
+            encoder = Encoder(self.bits, channels, self.width).to(device)
             decoder = Decoder(self.bits, channels, self.width, size).to(device)
         steps = share(self.epochs * -(-len(dataset) // self.batch_size), smaller)
         pace = 1.0 if steps >= 2 * (self.wait + self.ramp) else steps / (4 * (self.wait + self.ramp))
@@ -176,7 +173,7 @@ class SSBA(Attack):
             state = (f"read at most {best:.0%} of the bits" if read is None else
                      f"read the bits from step {read} on, too late for the image to be restored")
             raise ValueError(f"SSBA: {steps} steps are too few for {self.bits} bits: the decoder {state}; raise "
-                             "smaller, epochs or lr, lower bits, or set residual")
+                             "smaller, epochs or lr, or lower bits")
         return encoder.eval(), decoder.eval()
 
     def prepare(self, dataset: Dataset, model, target: int, seed: int, device: str = "cpu",
@@ -200,6 +197,6 @@ class SSBA(Attack):
         weights = {name.removeprefix("encoder."): torch.tensor(value) for name, value in self.tensors.items()
                    if name.startswith("encoder.")}
         with torch.device("meta"):  # no weights are drawn, so neither time nor random numbers are spent
-            encoder = Encoder(self.bits, images.shape[-1], self.width, self.residual)
+            encoder = Encoder(self.bits, images.shape[-1], self.width)
         encoder.load_state_dict(weights, assign=True)
         return encode(encoder.eval(), self.tensors["fingerprint"], images)

@@ -30,6 +30,7 @@ All is computed in float32, whatever the budget's precision: bf16 resolves pixel
 import copy
 import math
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import nn
@@ -39,6 +40,7 @@ from torch.utils.checkpoint import checkpoint
 from cupel.compat import ensure_torchvision
 from cupel.defenses.base import Budget, defence
 from cupel.defenses.masks import Channels, layers, write
+from cupel.models.attachments import attach
 from cupel.rng import torch_rng
 from cupel.training.engine import predict, to_pixels, upload
 
@@ -127,48 +129,48 @@ class ConvolutionMasks:
             for handle in handles:
                 handle.remove()
 
-
-class MaskedEncoderBlock(nn.Module):
-    """A transformer block whose output [B, T, E] is multiplied by a buffer `mask` [E], over all samples and tokens.
-
-    The mask cannot be multiplied into the block's weights: it also scales the residual stream, which the block only
-    adds to, and the next block's LayerNorm mixes the scaled features. So the mask stays, as a buffer.
-    """
-
-    def __init__(self, block: nn.Module, features: int):
-        super().__init__()
-        self.block = block
-        self.register_buffer("mask", torch.ones(features))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        # Two graphs of 256 images of 224 pixels through ViT-B/16 do not fit into one GPU.
-        out = checkpoint(self.block, x, use_reentrant=False) if x.requires_grad else self.block(x)
-        return out * self.mask
+    def finish(self, scale: torch.Tensor) -> None:
+        """Leave the network with `scale` multiplied into its weights and biases."""
+        write(self.network, self.folded(scale))
 
 
 class EncoderMasks:
-    """Masks on the outputs of torchvision's encoder blocks, which are wrapped in place (SPEC 2.7)."""
+    """Masks on the outputs [B, T, E] of torchvision's encoder blocks, the same for all samples and tokens (SPEC 2.7).
+
+    A mask cannot be multiplied into the block's weights: it also scales the residual stream, which the block only adds
+    to, and the next block's LayerNorm mixes the scaled features. So it stays, as an attachment of kind `scale`.
+    """
 
     def __init__(self, network: nn.Module):
         ensure_torchvision()
         from torchvision.models.vision_transformer import EncoderBlock
 
-        blocks = {name: module for name, module in network.named_modules() if isinstance(module, EncoderBlock)}
-        if not blocks:
+        self.blocks = {name: module for name, module in network.named_modules() if isinstance(module, EncoderBlock)}
+        if not self.blocks:
             raise ValueError("ims_vit masks the encoder blocks of a vision transformer (vit_b_16), and this network "
                              "has none; ims masks convolutions")
-        features = tuple(block.ln_1.normalized_shape[0] for block in blocks.values())
-        for (name, block), size in zip(blocks.items(), features, strict=True):
-            network.set_submodule(name, MaskedEncoderBlock(block, size).to(block.ln_1.weight.device))
-        self.network, self.channels = network, Channels(tuple(blocks), features)
+        self.network = network
+        self.channels = Channels(tuple(self.blocks), tuple(b.ln_1.normalized_shape[0] for b in self.blocks.values()))
+        self.first = len(network.attachments)
+        for (name, block), features in zip(self.blocks.items(), self.channels.sizes, strict=True):
+            attach(network, "scale", name, (features,))
+            # two graphs of 256 images through ViT-B/16 at 224 pixels do not fit into one GPU
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False)
 
     def folded(self, scale: torch.Tensor) -> dict[str, torch.Tensor]:
-        """The buffers `mask` by name in the state_dict."""
-        return {f"{name}.mask": part for name, part in self.channels.split(scale).items()}
+        """The factors of the attachments, by name in the state_dict."""
+        return {f"attachments.{number}.factor": part
+                for number, part in enumerate(self.channels.split(scale).values(), self.first)}
 
     def __call__(self, scale: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         """Logits [B, K] of pixels x [B, C, H, W] with all features scaled by `scale` [N]."""
         return functional_call(self.network, self.folded(scale), (x,))
+
+    def finish(self, scale: torch.Tensor) -> None:
+        """Leave the network with `scale`."""
+        write(self.network, self.folded(scale))
+        for block in self.blocks.values():
+            del block.forward
 
 
 def perturb(reference, inverse, x: torch.Tensor, clean: torch.Tensor, *, norm_bound: float, lr_perturb: float,
@@ -265,9 +267,9 @@ class Refinement:
 def _purify(kind, victim, budget: Budget, rng, settings: Settings):
     network = copy.deepcopy(victim).to(budget.device, memory_format=torch.channels_last).eval()
     trainable = [(p, p.requires_grad) for p in network.parameters()]
-    network.requires_grad_(False)
     clean = torch.from_numpy(predict(network, budget.images, device=budget.device)).to(budget.device)
     masked = kind(network)
+    network.requires_grad_(False)
     state = Refinement(masked, settings, budget.device)
     images = upload(budget.images, budget.device)
     generator = torch_rng(int(rng.integers(2**62)), "order")
@@ -304,7 +306,7 @@ def _purify(kind, victim, budget: Budget, rng, settings: Settings):
             if state.finished(row["loss"]):
                 break
     final = state.masks()[0].detach()
-    write(network, masked.folded(final))
+    masked.finish(final)
     for parameter, grad in trainable:
         parameter.requires_grad_(grad)
     layers_of = [masked.channels.split(t.detach().cpu()) for t in (state.a, state.s, final)]
@@ -345,9 +347,8 @@ def ims_vit(victim, budget, rng, *, temperature=20.0, l1_weight=0.0, norm_bound=
             steps_perturb=20, rounds_initial=100, rounds_minimise=200, patience=25, improvement=0.98, batch_size=256):
     """IMS on the encoder blocks of a vision transformer: as `ims`, but λ is 0 throughout (SPEC 2.7).
 
-    The returned network has its blocks wrapped in `MaskedEncoderBlock`, so its state_dict differs from the victim's:
-    keys of a block gain `.block`, and each block has a buffer `.mask`. To load it into a fresh network, wrap that one's
-    blocks first: `EncoderMasks(network)`.
+    The returned network has the victim's weights and, behind each block, an attachment of kind `scale` whose frozen
+    factor is the mask (`cupel.models.attachments`); `cupel.models.save` and `load` keep them.
 
     Args:
         temperature, l1_weight, norm_bound, lr_mask, lr_perturb, steps_perturb, rounds_initial, rounds_minimise,
