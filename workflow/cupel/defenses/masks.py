@@ -111,7 +111,11 @@ class MaskedBatchNorms(nn.Module):
 
 
 def outliers(values: torch.Tensor, u: float) -> tuple[torch.Tensor, float]:
-    """bool [C] of the channels above mean + u·std of their layer (std with C − 1), and that threshold."""
+    """bool [C] of the channels above mean + u·std of their layer (std with C − 1), and that threshold.
+
+    No value can be more than (C − 1)/√C deviations above the mean: at u = 3 a layer of ten channels or fewer is never
+    pruned.
+    """
     threshold = values.mean() + u * values.std()
     return values > threshold, float(threshold)
 
