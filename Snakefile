@@ -27,6 +27,7 @@ include: "workflow/rules/data.smk"
 include: "workflow/rules/image.smk"
 include: "workflow/rules/report.smk"
 include: "workflow/rules/zoo.smk"
+include: "workflow/rules/bundle.smk"
 
 
 rule all:

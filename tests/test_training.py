@@ -89,8 +89,11 @@ def test_killed_run_continues_to_the_same_bits(tmp_path, schedule):
     continued = net(seed=99)  # whatever the fresh weights are, the checkpoint's count
     history = fit(continued, images, labels, recipe, seed=1, checkpoint=path, checkpoint_seconds=0)
     assert same(whole, continued)
-    drop = lambda rows: [{k: v for k, v in row.items() if k != "seconds"} for row in rows]
-    assert drop(history) == drop(expected)
+
+    def timeless(rows):
+        return [{k: v for k, v in row.items() if k != "seconds"} for row in rows]
+
+    assert timeless(history) == timeless(expected)
 
 
 def test_checkpoint_of_another_run_is_not_continued(tmp_path, capsys):
@@ -153,7 +156,7 @@ def test_what_each_mode_trains(victim, name):
              zip(model.state_dict().items(), victim.state_dict().values(), strict=True)}
     convs = [key for key in moved if key.endswith("weight") and key.startswith("extractor")]
     assert any(moved[key] for key in convs) == (name != "lp")
-    assert moved["head.weight"] == (name != "ft" or True)
+    assert moved["head.weight"]
     assert any(moved[key] for key in moved if key.endswith("running_mean")), "train mode: BN statistics move in all"
     assert len(history) == 2
     again, _ = purify(name, victim, budget(), rng(0, name), epochs=2, batch_size=32)
@@ -173,8 +176,8 @@ def test_fst_keeps_the_norm_and_moves_away(victim):
     assert torch.allclose(model.head.weight.norm(), victim.head.weight.norm(), rtol=1e-5)
     init, _ = purify("ft_init", victim, budget(), rng(0), epochs=2, batch_size=32)
     pushed, _ = purify("fst", victim, budget(), rng(0), epochs=2, batch_size=32, alpha=5.0)
-    inner = lambda m: float((m.head.weight * victim.head.weight).sum())
-    assert inner(pushed) < inner(init)
+    inner = [(m.head.weight * victim.head.weight).sum().item() for m in (pushed, init)]
+    assert inner[0] < inner[1]
 
 
 def test_fst_step_equals_the_formula(victim):

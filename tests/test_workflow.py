@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -23,6 +24,7 @@ class Folder:
 
     def __init__(self, path: Path, data: Path):
         self.path, self.data = path, data
+        path.mkdir(parents=True, exist_ok=True)
         for name in ("Snakefile", "config.yaml", "profiles", "workflow"):
             source = REPOSITORY / name
             if source.is_dir():
@@ -127,6 +129,25 @@ def test_one_cell_by_its_path(finished):
     shutil.rmtree(finished.path / "results/smoke/victims/cifar10/preactresnet18/fst/blended@0.1")
 
 
+def test_plugins_of_the_documentation(finished, tmp_path):
+    """The worked examples of docs/extending.md, as printed there: a new attack and a new defence, by path."""
+    blocks = re.findall(r"```python\n(.*?)```", (REPOSITORY / "docs" / "extending.md").read_text(), re.DOTALL)
+    folder = Folder(tmp_path / "plugin", finished.data)
+    (folder.path / "my_methods.py").write_text("\n\n".join(blocks))
+    folder.set(plugins=["my_methods.py"])
+    cell = "results/smoke/purified/cifar10/preactresnet18/fst/stripe@0.05/seed0/shrink@heldout/metrics.json"
+    code, output = folder.run("--", cell)
+    assert code == 0, output[-3000:]
+    record = json.loads((folder.path / cell).read_text())
+    assert record["status"] == "ok" and (record["attack"], record["defence"]) == ("stripe", "shrink")
+    folder.edit("workflow/papers/fst/experiment.yaml", "defences: [ft, fst]}", "defences: [ft, shrink]}")
+    assert jobs(folder.run("-n")[1])["purify"] == 2
+    folder.edit("my_methods.py", "epochs=5, lr=0.01", "epochs=5, rate=0.01")
+    folder.edit("workflow/papers/fst/experiment.yaml", "defences:\n  ft:\n", "defences:\n  shrink: {source: own, hyperparameters: {lr: 0.1}}\n  ft:\n")
+    code, output = folder.run("-n")
+    assert code != 0 and "unknown parameter of defence shrink 'lr'" in output
+
+
 def test_killed_run_ends_with_identical_metrics(finished, tmp_path):
     folder = Folder(tmp_path / "killed", finished.data)
     target = [path for path in finished.metrics() if "purified" in path]
@@ -137,7 +158,7 @@ def test_killed_run_ends_with_identical_metrics(finished, tmp_path):
         process.communicate()
     code, output = folder.run("--", *target)
     assert code == 0, output[-3000:]
-    assert folder.metrics() == {k: v for k, v in finished.metrics().items()}
+    assert folder.metrics() == finished.metrics()
 
 
 def test_two_runs_at_once_are_refused(finished, tmp_path):
@@ -160,7 +181,8 @@ def test_a_failed_cell_does_not_stop_the_report(finished, tmp_path):
     failed = cells[cells.status == "failed"]
     assert set(failed.defence) == {"fst"} and failed.reason.str.contains("Diverged").all()
     page = (folder.path / "results/smoke/index.html").read_text()
-    assert "Diverged" in page and "failed" in (folder.path / "results/smoke/papers/fst/tables/acc_asr_cifar10_preactresnet18.md").read_text()
+    table = (folder.path / "results/smoke/papers/fst/tables/acc_asr_cifar10_preactresnet18.md").read_text()
+    assert "Diverged" in page and "failed" in table
 
 
 WRONG = [
@@ -189,11 +211,15 @@ def test_wrong_config_is_refused_before_any_job(tmp_path, change, texts):
 
 
 WRONG_EXPERIMENT = [
-    ("attacks: [badnets], rates", "attacks: [badnet], rates", ["blocks.0.attacks: unknown attack 'badnet'", "did you mean 'badnets'?"]),
+    ("attacks: [badnets], rates", "attacks: [badnet], rates",
+     ["blocks.0.attacks: unknown attack 'badnet'", "did you mean 'badnets'?"]),
     ("defences: [ft, fst]}", "defences: [ft, fts]}", ["unknown defence 'fts'", "did you mean 'fst'?"]),
-    ("{size: 3, pattern: white}", "{sice: 3, pattern: white}", ["attacks.badnets.parameters: unknown parameter of attack badnets 'sice'"]),
-    ("heads: last}", "headz: last}", ["defences.fst.hyperparameters: unknown parameter of defence fst 'headz'"]),
-    ("epochs: 1, crop: 0, t_max: null, batch_size: 50}", "epochs: 0, crop: 0}", ["recipes.fst.scales.smoke.training.epochs", "at least 1"]),
+    ("{size: 3, pattern: white}", "{sice: 3, pattern: white}",
+     ["attacks.badnets.parameters: unknown parameter of attack badnets 'sice'"]),
+    ("heads: last}\n    datasets", "headz: last}\n    datasets",
+     ["defences.fst.hyperparameters: unknown parameter of defence fst 'headz'"]),
+    ("epochs: 1, crop: 0, t_max: null, batch_size: 50}", "epochs: 0, crop: 0}",
+     ["recipes.fst.scales.smoke.training.epochs", "at least 1"]),
     ("rates: [0.05],", "rates: [1.5],", ["scales.smoke.blocks.0.rates.0", "below 1"]),
     ("datasets: [cifar10], models: [preactresnet18]", "datasets: [cifar11], models: [preactresnet18]", ["unknown dataset 'cifar11'"]),
     ("paper: fst\n", "paper: [fst\n", ["not valid YAML"]),

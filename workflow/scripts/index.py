@@ -38,7 +38,7 @@ with logged(snakemake.log[0]):
         pictures = sorted((folder / "figures").glob("*.png"), key=lambda p: order.get(p.stem.partition("_")[0], 99))
         figures = [{"path": relative(path), "caption": caption(path)} for path in pictures]
         figures.insert(1, {"path": relative(features), "caption": "Penultimate features (t-SNE): clean test images by class, triggered "
-                           "ones as crosses. The numbers say among which clean images the triggered ones lie."})
+                           "ones as crosses. The numbers: shares of a triggered image's ten nearest clean images that are of the target class, and of its true class."})
         tables = []
         for path in sorted((folder / "tables").glob("*.md")):
             grid = pd.read_csv(path.with_suffix(".csv"), index_col=0, dtype=str)

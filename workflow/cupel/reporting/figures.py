@@ -62,24 +62,27 @@ def acc_asr_scatter(table: pd.DataFrame, order: list[str]):
 def asr_bars(table: pd.DataFrame, order: list[str], metric: str = "asr"):
     """A metric by defence and poison rate, a panel per attack, with 95 % intervals."""
     attacks = list(dict.fromkeys(table.attack))
-    rates = sorted(table.poison_rate.unique(), reverse=True)
+    colours = dict(zip(sorted(table.poison_rate.unique(), reverse=True), [COLOURS[k] for k in (5, 1, 3, 6, 2, 7)],
+                       strict=False))
     figure, axes = plt.subplots(1, len(attacks), figsize=(4.4 * len(attacks), 3.3), sharey=True, squeeze=False,
                                 layout="constrained")
     for axis, attack in zip(axes[0], attacks, strict=True):
+        rates = [rate for rate in colours if rate in set(table.poison_rate[table.attack == attack])]
         for k, rate in enumerate(rates):
             rows = table[(table.attack == attack) & (table.poison_rate == rate) & (table.metric == metric)]
             rows = rows.drop_duplicates("label").set_index("label").reindex(order)
             x = np.arange(len(order)) + (k - (len(rates) - 1) / 2) * 0.8 / len(rates)
             errors = np.clip([rows.value - rows.low, rows.high - rows.value], 0, None)
             axis.bar(x, rows.value, 0.8 / len(rates), yerr=errors, label=f"{100 * rate:g} %",
-                     color=COLOURS[[5, 1, 3, 6][k % 4]], error_kw={"lw": 0.8})
+                     color=colours[rate], error_kw={"lw": 0.8})
             for position, row in zip(x, rows.itertuples(), strict=True):
                 if np.isnan(row.value) and not np.isnan(row.failed) and row.failed:
                     axis.text(position, 0.02, "failed", rotation=90, ha="center", va="bottom", color="crimson", fontsize=7)
         axis.set_xticks(range(len(order)), order, rotation=35, ha="right")
         axis.set(title=attack, ylim=(0, 1.02))
+        if len(rates) > 1:
+            axis.legend(title="poison rate", loc="upper right", frameon=True, framealpha=0.8, fontsize=7)
     axes[0, 0].set_ylabel(metric.upper())
-    axes[0, -1].legend(title="poison rate", loc="upper right")
     return figure
 
 
@@ -122,7 +125,7 @@ def feature_panels(panels: list[dict], classes: tuple[str, ...], target: int):
                 axis.scatter(*points[own].T, s=9 if c != target else 16, alpha=0.75, lw=0,
                              color=palette(c / 10 if len(classes) <= 10 else c / len(classes)))
             axis.scatter(*points[labels == -1].T, s=7, color="black", marker="x", lw=0.6)
-            axis.set_title(f"{panel['title']}\n{panel['note']}", fontsize=8)
+            axis.set_title(f"{row}: {panel['title']}\n{panel['note']}", fontsize=8)
     handles = [plt.Line2D([], [], ls="", marker="o", color=palette(c / 10 if len(classes) <= 10 else c / len(classes)),
                           label=name + (" (target)" if c == target else "")) for c, name in enumerate(classes[:10])]
     handles.append(plt.Line2D([], [], ls="", marker="x", color="black", label="triggered"))

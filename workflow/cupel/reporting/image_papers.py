@@ -103,7 +103,7 @@ def feature_maps(panels: list[dict], data: str, dataset: str, target: int, test_
         rows.append({"row": panel["row"], "model": panel["title"], **share})
         labels = np.concatenate([clean.labels, np.full(len(sources), -1)])
         drawn.append({"row": panel["row"], "title": panel["title"], "points": project(np.concatenate(features)),
-                      "labels": labels, "note": f"neighbours of triggered: {100 * share['target']:.0f} % target, "
-                                                f"{100 * share['true']:.0f} % true class"})
+                      "labels": labels, "note": f"near triggered: {100 * share['target']:.0f} % target, "
+                                                f"{100 * share['true']:.0f} % true"})
     write_text(out["table"], pd.DataFrame(rows, columns=["row", "model", "target", "true"]).to_csv(index=False))
     figures.save(figures.feature_panels(drawn, test.classes, target), out["figure"])
