@@ -25,9 +25,15 @@ container: "envs/cupel.sif"
 include: "workflow/rules/common.smk"
 include: "workflow/rules/data.smk"
 include: "workflow/rules/image.smk"
+include: "workflow/rules/ims.smk"
 include: "workflow/rules/report.smk"
+include: "workflow/rules/cross.smk"
 include: "workflow/rules/zoo.smk"
 include: "workflow/rules/bundle.smk"
+
+
+onstart:
+    hold_lock()
 
 
 rule all:

@@ -7,15 +7,15 @@ A part is a plain tar of at most a given size. A file that fits into a part lies
 numbered chunks. The manifest names size and sha256 of every part and every file; equal content makes an equal bundle.
 """
 
-import contextlib
 import fnmatch
 import hashlib
-import io
 import os
+import re
 import shutil
 import subprocess
 import sys
 import tarfile
+import tempfile
 import tomllib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -25,6 +25,7 @@ import yaml
 from packaging.markers import default_environment
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name, parse_wheel_filename
+from packaging.version import Version
 
 from cupel import bundle_unpack
 from cupel.bundle_unpack import BLOCK, CONFIG, FORMAT, check_path, manifest_digest, wheel_needs
@@ -32,7 +33,6 @@ from cupel.files import atomic, digest, write_json
 
 #: in the order in which they are packed
 KINDS = ("source", "wheel", "data", "weights")
-SKIP = ("torch", "torchvision", "nvidia-*", "triton")
 #: what a glibc of 2.28 (2018) runs; pip compares these names letter by letter
 PLATFORMS = (*(f"manylinux_2_{minor}_x86_64" for minor in range(28, 4, -1)),
              "manylinux2014_x86_64", "manylinux2010_x86_64", "manylinux1_x86_64")
@@ -236,7 +236,6 @@ def make(folder: str | Path, *, root: str | Path, scale: str, config: dict, carr
         entries = [Entry(path, root / path, "source") for path in source_files(root)]
         entries += [Entry(CONFIG, settings, "source"), *carried]
         entries += [Entry(f"wheels/{Path(wheel).name}", Path(wheel), "wheel") for wheel in wheels]
-        # the kernel follows links of the user (data on another disk); what is carried is the content
         entries.sort(key=lambda entry: (KINDS.index(entry.kind), entry.path))
         paths = [check(entry.path) for entry in entries]
         if len(set(paths)) < len(paths):
@@ -319,8 +318,8 @@ def needed(requirements: Iterable[str], extras: Iterable[str], environment: dict
     return found
 
 
-def download_wheels(folder: str | Path, *, pyproject: str | Path, constraints: str | Path, python: str = "3.12",
-                    platforms: Sequence[str] = (), skip: Sequence[str] = SKIP) -> list[Path]:
+def download_wheels(folder: str | Path, *, pyproject: str | Path, constraints: str | Path, python: str,
+                    platforms: Sequence[str], skip: Sequence[str]) -> list[Path]:
     """Fetch the wheels that the project needs on another machine: Linux, x86_64, glibc 2.28 or newer.
 
     The dependencies of pyproject.toml are followed through the metadata of the wheels themselves. Every version is the one
@@ -338,7 +337,7 @@ def download_wheels(folder: str | Path, *, pyproject: str | Path, constraints: s
 
     Raises:
         ValueError: a package is not pinned.
-        RuntimeError: pip found no such wheel; the text holds its words.
+        RuntimeError: there is no such wheel; the text holds what pip says.
     """
     folder, environment = Path(folder), target_environment(python)
     folder.mkdir(parents=True, exist_ok=True)
@@ -355,10 +354,10 @@ def download_wheels(folder: str | Path, *, pyproject: str | Path, constraints: s
         if unpinned:
             raise ValueError(f"{constraints} pins no version for Python {python} of: {', '.join(unpinned)}")
         if fresh:
-            _pip_download(folder, [f"{name}=={pins[name]}" for name in fresh], python, platforms)
+            _fetch(folder, [f"{name}=={pins[name]}" for name in fresh], python, platforms)
             for path in sorted(folder.glob("*.whl")):
                 name, version, _, _ = parse_wheel_filename(path.name)
-                if name in fresh and str(version) == str(Requirement(f"{name}=={pins[name]}").specifier).removeprefix("=="):
+                if name in fresh and version == Version(pins[name]):
                     wheels[name] = path
         level = [item for name, extra in level for item in needed(wheel_needs(wheels[name]), (extra,), environment)]
     for path in set(folder.glob("*.whl")) - set(wheels.values()):
@@ -366,10 +365,32 @@ def download_wheels(folder: str | Path, *, pyproject: str | Path, constraints: s
     return sorted(wheels.values())
 
 
-def _pip_download(folder: Path, pins: Sequence[str], python: str, platforms: Sequence[str]) -> None:
+def _pip(*arguments: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "pip", "--disable-pip-version-check", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def _fetch(folder: Path, pins: Sequence[str], python: str, platforms: Sequence[str]) -> None:
+    """Wheels of exact versions; what is published as source alone is built here, if that makes a wheel for any machine."""
     tags = [option for tag in dict.fromkeys((*PLATFORMS, *platforms)) for option in ("--platform", tag)]
-    command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "download", "--quiet", "--no-deps",
-               "--only-binary=:all:", "--implementation", "cp", "--python-version", python, *tags, "--dest", str(folder), *pins]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise RuntimeError(f"pip could not download {', '.join(pins)}: {done.stderr.strip()}")
+    todo = list(pins)
+    while todo:
+        done = _pip("download", "--quiet", "--no-deps", "--only-binary=:all:", "--implementation", "cp",
+                    "--python-version", python, *tags, "--dest", str(folder), *todo)
+        if not done.returncode:
+            return
+        absent = re.search(r"No matching distribution found for (\S+)", done.stderr)
+        if absent is None or absent[1] not in todo:
+            raise RuntimeError(f"pip could not download {', '.join(todo)}: {done.stderr.strip()}")
+        _build(folder, absent[1], python)
+        todo.remove(absent[1])
+
+
+def _build(folder: Path, pin: str, python: str) -> None:
+    with tempfile.TemporaryDirectory() as scratch:
+        done = _pip("wheel", "--quiet", "--no-deps", "--wheel-dir", scratch, pin)
+        made = list(Path(scratch).glob("*.whl"))
+        if done.returncode or not made or not made[0].name.endswith("-none-any.whl"):
+            raise RuntimeError(f"{pin} has no wheel for Python {python} and {PLATFORMS[0]} or older (a newer glibc: "
+                               f"bundle.platforms), and none for any machine can be built: {done.stderr.strip()}")
+        shutil.move(made[0], folder / made[0].name)

@@ -8,6 +8,8 @@ The standard library of Python 3.11 is all it needs; `--install` also needs pip.
 is wrong, 2 parts are missing or damaged, 3 packages are missing; with --run the exit code of Snakemake.
 """
 
+from __future__ import annotations  # so that an older Python gets as far as saying that it is too old
+
 import argparse
 import contextlib
 import email.parser
@@ -375,7 +377,7 @@ def choose(requirements: list[str], own: dict, wheels: dict, tools: SimpleNamesp
 
         taken, asked = reach(requirements, take, tools)
         worse = set()
-        for name, requirement, by in unserved(taken, asked, tools):
+        for name, _, by in unserved(taken, asked, tools):
             if foreign(by, taken):  # it cannot work with a wheel that others need
                 worse |= {by} & set(wheels) if taken[name] is not None and taken[name].wheel else set()
             else:  # the machine's version does not serve
@@ -411,7 +413,7 @@ def select(manifest: dict, into: Path, own_paths: list[str], show: bool) -> list
         rows = [("package", "this machine", "bundle", "used")]
         for name in sorted(asked):
             used = "nothing" if taken[name] is None else "bundle" if taken[name].wheel else "this machine's"
-            rows.append((name, own[name].version if name in own else "-", wheels[name].version if name in wheels else "-", used))
+            rows.append((name, *(found[name].version if name in found else "-" for found in (own, wheels)), used))
         print(table(rows))
         for note in notes:
             print(f"note: a package of this machine is not served: {note}")
@@ -502,8 +504,10 @@ def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
         epilog="--run [--] [ARGUMENT ...]: run Snakemake in the repository with these arguments; must come last")
-    parser.add_argument("--parts", type=Path, default=here, metavar="DIR", help="folder of the parts (default: beside this file)")
-    parser.add_argument("--into", type=Path, default=here / "cupel", metavar="DIR", help="where to unpack (default: %(default)s)")
+    parser.add_argument("--parts", type=Path, default=here, metavar="DIR",
+                        help="folder of the parts (default: beside this file)")
+    parser.add_argument("--into", type=Path, default=here / "cupel", metavar="DIR",
+                        help="where to unpack (default: %(default)s)")
     parser.add_argument("--install", type=Path, nargs="?", const=Path(), metavar="DIR",
                         help=f"install what this Python lacks into DIR (default: {STATE}/site where it is unpacked)")
     options = parser.parse_args(arguments)
@@ -527,7 +531,7 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    if sys.version_info < (3, 11):
+    if sys.version_info < (3, 11):  # noqa: UP036 - it is run by whatever Python the machine has
         sys.exit(f"unpack.py needs Python 3.11 or newer, this is {sys.version.split()[0]} ({sys.executable})")
     try:
         sys.exit(main(sys.argv[1:]))

@@ -24,18 +24,6 @@ try:
 except ConfigError as error:
     raise WorkflowError(f"The configuration is wrong; nothing was run.\n{error}") from None
 
-# One run at a time in a folder. Snakemake's own lock files outlive a killed run and would ask the user to unlock; this
-# lock is the kernel's and goes with the process (profiles/default says `nolock: true`).
-if workflow.is_main_process and not workflow.dryrun and sys.platform != "win32":
-    import fcntl
-
-    os.makedirs(".snakemake", exist_ok=True)
-    RUN_LOCK = open(".snakemake/cupel.lock", "w")
-    try:
-        fcntl.flock(RUN_LOCK, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise WorkflowError(f"Another run is active in {os.getcwd()}: wait for it, or use another folder (--directory).") from None
-
 DATA = config["data"]["folder"]
 RESULTS = f"{config['results']}/{config['scale']}"
 SCRIPTS = Path(workflow.basedir) / "workflow" / "scripts"
@@ -58,6 +46,29 @@ wildcard_constraints:
     defence=r"[a-z0-9_~]+",
     budget=r"[a-z0-9]+",
     paper=r"[a-z_]+",
+
+
+RUN_LOCK = []
+
+
+def hold_lock():
+    """One run at a time in a folder.
+
+    Snakemake's own lock files outlive a killed run and would ask the user to unlock; this lock is the kernel's and goes
+    with the process (profiles/default says `nolock: true`).
+    """
+    if sys.platform == "win32":
+        return
+    import fcntl
+
+    os.makedirs(".snakemake", exist_ok=True)
+    RUN_LOCK.append(open(".snakemake/cupel.lock", "w"))
+    try:
+        fcntl.flock(RUN_LOCK[0], fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise WorkflowError(
+            f"Another run is active in {os.getcwd()}: wait for it, or use another folder (--directory)."
+        ) from None
 
 
 def data_folder(wildcards):
@@ -269,6 +280,15 @@ def feature_panels(paper):
 
 def feature_inputs(paper):
     return [panel[key] for panel in feature_panels(paper) for key in ("model", "trigger")]
+
+
+def inside_pictures(paper):
+    """Pictures of one run of IMS, on the victim with the highest rate, where the paper's grid has one."""
+    cells = [cell for cell in GRID.cells("purified", paper) if cell["defence"] == "ims"] if paper == "ims" else []
+    if not cells:
+        return []
+    folder = cell_folder(max(cells, key=lambda cell: float(cell["rate"])))
+    return [f"{folder}/masks.png", f"{folder}/perturbations.png"]
 
 
 def feature_setting(paper):

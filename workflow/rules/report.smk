@@ -94,6 +94,7 @@ rule notebook:
         tables=f"{PAPER}/tables",
         figures=f"{PAPER}/figures",
         features=f"{PAPER}/features.png",
+        inside=lambda wildcards: inside_pictures(wildcards.paper),
     output:
         notebook=f"{PAPER}/report.ipynb",
         html=f"{PAPER}/report.html",
@@ -114,10 +115,12 @@ rule notebook:
 rule index:
     input:
         cells=f"{RESULTS}/cells.parquet",
+        cross=f"{RESULTS}/cross.html",
         claims=[f"{RESULTS}/papers/{paper}/claims.csv" for paper in GRID.papers],
         tables=[f"{RESULTS}/papers/{paper}/tables" for paper in GRID.papers],
         figures=[f"{RESULTS}/papers/{paper}/figures" for paper in GRID.papers],
         features=[f"{RESULTS}/papers/{paper}/features.png" for paper in GRID.papers],
+        inside=[path for paper in GRID.papers for path in inside_pictures(paper)],
         reports=[f"{RESULTS}/papers/{paper}/report.html" for paper in GRID.papers],
         sheets=[f"{RESULTS}/figures/triggers_{dataset}.png" for dataset in used_datasets()],
         manifests=[f"{DATA}/{dataset}/manifest.json" for dataset in used_datasets()],

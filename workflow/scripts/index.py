@@ -39,6 +39,10 @@ with logged(snakemake.log[0]):
         figures = [{"path": relative(path), "caption": caption(path)} for path in pictures]
         figures.insert(1, {"path": relative(features), "caption": "Penultimate features (t-SNE): clean test images by class, triggered "
                            "ones as crosses. The numbers: shares of a triggered image's ten nearest clean images that are of the target class, and of its true class."})
+        if paper["key"] == "ims":
+            texts = ("One run of IMS: forward masks and selections by layer, and its three stages.",
+                     "Perturbations that IMS synthesises, with the victim's prediction before and after, and the real trigger.")
+            figures += [{"path": relative(path), "caption": text} for path, text in zip(snakemake.input.inside, texts, strict=False)]
         tables = []
         for path in sorted((folder / "tables").glob("*.md")):
             grid = pd.read_csv(path.with_suffix(".csv"), index_col=0, dtype=str)

@@ -20,6 +20,7 @@ with logged(snakemake.log[0]):
     with atomic(snakemake.output.notebook) as path:
         papermill.execute_notebook(str(snakemake.input.notebook), str(path), progress_bar=False, kernel_name="python3",
                                    parameters={"cells": str(snakemake.input.cells), "folder": folder,
-                                               "scale": snakemake.params.scale})
+                                               "scale": snakemake.params.scale,
+                                               "inside": list(map(str, snakemake.input.inside))})
     exporter = HTMLExporter(exclude_input=True, embed_images=True)
     write_text(snakemake.output.html, exporter.from_filename(snakemake.output.notebook)[0])

@@ -36,10 +36,16 @@ def report_paper(paper: str, scale: str, cells: pd.DataFrame, labels: dict[str, 
     for dataset, model in dict.fromkeys(zip(table.dataset, table.model, strict=True)):
         part = table[(table.dataset == dataset) & (table.model == model)]
         samples = int(part.n.max())
-        caption = (f"{title}: ACC and ASR in percent on {dataset}, {model}, scale {scale}; mean over "
-                   f"{int(part.seeds.max())} seed(s), up to {samples} test images a cell. The paper's own numbers: "
-                   + ("in cells.csv." if part.reported.notna().any() else "not known."))
-        tables.write_table(tables.wide(part, order), out / "tables" / f"acc_asr_{dataset}_{model}", caption)
+        known = "in cells.csv." if part.reported.notna().any() else "not known."
+        for budget in dict.fromkeys(part.budget[part.budget != ""]):
+            chosen = part[part.budget.isin(["", budget])]
+            settings = (f"in percent on {dataset}, {model}, budget {budget}, scale {scale}; mean over "
+                        f"{int(part.seeds.max())} seed(s), up to {samples} test images a cell. The paper's own numbers: {known}")
+            stem = f"{dataset}_{model}_{budget}"
+            tables.write_table(tables.wide(chosen, order), out / "tables" / f"acc_asr_{stem}", f"{title}: ACC and ASR {settings}")
+            tables.write_table(tables.wide(chosen, order, ("ra",)), out / "tables" / f"ra_{stem}", f"{title}: RA {settings}")
+            tables.write_table(tables.means(chosen, order), out / "tables" / f"means_{stem}",
+                               f"{title}: means over attacks and rates {settings}")
         present = [label for label in order if label in set(part.label)]
         figures.save(figures.acc_asr_scatter(part, present), out / "figures" / f"scatter_{dataset}_{model}.png")
         for metric in ("asr", "acc", "ra"):

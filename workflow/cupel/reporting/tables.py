@@ -11,7 +11,7 @@ IDENTITY = ["stage", "dataset", "model", "recipe", "attack", "attack_variant", "
             "variant", "seed"]
 METRICS = ("acc", "asr", "ra", "der", "arr", "rdr")
 COLUMNS = ["paper", *IDENTITY, "metric", "value", "n", "low", "high", "rate_reached", "seconds", "peak_memory_mb",
-           "status", "reason", "path"]
+           "peak_vram_mb", "clean_samples", "status", "reason", "path"]
 
 
 def gather(cells: list[dict]) -> pd.DataFrame:
@@ -33,7 +33,8 @@ def gather(cells: list[dict]) -> pd.DataFrame:
             record = {**cell, "attack": attack, "attack_variant": attack_variant, "defence": defence,
                       "variant": variant, "budget": cell.get("budget", ""), "poison_rate": float(cell["rate"]),
                       "seed": int(cell["seed"]), "status": "failed", "reason": "no result: see its log"}
-        base = {key: record.get(key) for key in (*IDENTITY, "rate_reached", "seconds", "peak_memory_mb", "status")}
+        base = {key: record.get(key) for key in (*IDENTITY, "rate_reached", "seconds", "peak_memory_mb", "peak_vram_mb",
+                                                 "clean_samples", "status")}
         base |= {"paper": cell["paper"], "path": cell["folder"], "reason": record.get("reason", "")}
         failed = record["status"] != "ok"
         for metric in METRICS[:3] if failed else [m for m in METRICS if m in record]:
@@ -41,7 +42,8 @@ def gather(cells: list[dict]) -> pd.DataFrame:
                          "low": record.get(f"{metric}_low", np.nan), "high": record.get(f"{metric}_high", np.nan)})
     table = pd.DataFrame(rows, columns=COLUMNS)
     return table.astype({"poison_rate": float, "value": float, "low": float, "high": float, "n": int, "seed": int,
-                         "rate_reached": float, "seconds": float, "peak_memory_mb": float})
+                         "rate_reached": float, "seconds": float, "peak_memory_mb": float, "peak_vram_mb": float,
+                         "clean_samples": float})
 
 
 def defence_name(row: pd.Series) -> str:
@@ -88,6 +90,20 @@ def wide(table: pd.DataFrame, order: list[str], metrics: tuple[str, ...] = ("acc
     grid = table.pivot_table(index="label", columns=["setting", "metric"], values="text", aggfunc="first")
     rows = [label for label in order if label in grid.index] + [label for label in grid.index if label not in order]
     return grid.reindex(index=rows, columns=pd.MultiIndex.from_tuples(columns)).fillna("")
+
+
+def means(table: pd.DataFrame, order: list[str]) -> pd.DataFrame:
+    """Rows: defence; columns: mean over settings of every metric in percent, of seconds, and the number of settings."""
+    values = table.pivot_table(index="label", columns="metric", values="value", aggfunc="mean")
+    present = [metric for metric in METRICS if metric in values]
+    grid = values[present].map(lambda value: "" if np.isnan(value) else f"{100 * value:.1f}")
+    first = table[table.metric == present[0]].groupby("label")
+    grid["seconds"] = first.seconds.mean().map("{:.1f}".format)
+    grid["settings"] = first.size().astype(str)
+    grid["failed"] = first.failed.sum().astype(str)
+    rows = [label for label in order if label in grid.index]
+    grid.columns = pd.MultiIndex.from_tuples([("mean", name.upper() if name in METRICS else name) for name in grid.columns])
+    return grid.loc[rows]
 
 
 def write_table(grid: pd.DataFrame, stem: str | Path, caption: str) -> None:

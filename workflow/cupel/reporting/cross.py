@@ -1,0 +1,362 @@
+"""Every defence beside every other, over all attacks and all papers: quality, cost, ranks, and the fronts between them.
+
+A *setting* is a data set, network, recipe, attack, poison rate and clean budget; a defence has one entry per setting, the
+mean over seeds. Rates are fractions. Means over settings, and ranks, are taken only over settings that all defences
+compared have gone through (`comparable`): a mean over other settings says more about the settings than about the defence.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from matplotlib.ticker import LogFormatter
+
+from cupel.files import write_text
+from cupel.reporting.figures import COLOURS, _styles, plt, save
+from cupel.reporting.page import write_page
+from cupel.reporting.tables import METRICS, with_names
+from cupel.rng import rng as stream
+
+VICTIM = ["dataset", "model", "recipe", "attack", "attack_variant", "poison_rate"]
+SETTING = [*VICTIM, "budget"]
+COSTS = ["seconds", "clean_samples", "peak_memory_mb", "peak_vram_mb"]
+#: +1 where a larger value is better, −1 where a smaller one is
+BETTER = {"acc": 1, "ra": 1, "der": 1, "asr": -1, "arr": -1, "rdr": -1}
+#: of the bootstrap of ranks
+DRAWS = 10_000
+COLUMNS = [*SETTING, "method", "label", *METRICS, "acc_victim", "asr_victim", *COSTS, "seeds", "planned", "failed",
+           "failed_seeds", "reason", "papers"]
+
+
+def cross_table(cells: pd.DataFrame, labels: dict[str, str], users: dict[str, list[str]] | None = None) -> pd.DataFrame:
+    """One row per setting and defence, with the columns `COLUMNS`.
+
+    Rates, costs and the victim's rates are means over the seeds that have a result. `seeds` of the `planned` seeds have
+    one; `failed` says that one of them has none, `reason` why. `failed_seeds` counts those that are the defence's own
+    failure: not those that have not run, nor those whose victim failed. A cell that two papers use is counted once.
+
+    Args:
+        cells: the tidy table (`cupel.reporting.tables.gather`).
+        labels: names for people, by defence.
+        users: the papers that use a cell, by its path, where they are more than the one in the tidy table.
+
+    Raises:
+        ValueError: the tidy table lacks a column.
+    """
+    lacking = [c for c in [*SETTING, *COSTS, "stage", "seed", "path", "paper", "metric", "value", "status", "reason"]
+               if c not in cells]
+    if lacking:
+        raise ValueError(f"the tidy table lacks the columns {', '.join(lacking)}: make cells.parquet again")
+    once = cells.drop_duplicates("path").set_index("path")
+    values = cells.drop_duplicates(["path", "metric"]).pivot(index="path", columns="metric", values="value")
+    once = once.drop(columns=["metric", "value"]).join(values.reindex(columns=list(METRICS)))
+    papers = cells.groupby("path").paper.unique().map(list)
+    once["papers"] = [sorted({*papers[path], *(users or {}).get(path, [])}) for path in once.index]
+
+    victims = once[once.stage == "victim"].drop_duplicates([*VICTIM, "seed"])
+    victims = victims[[*VICTIM, "seed", "acc", "asr", "status"]]
+    runs = with_names(once[once.stage == "purified"], labels)
+    namesakes = runs.drop_duplicates("method").label.duplicated(keep=False)
+    twice = set(runs.method.drop_duplicates()[namesakes.to_numpy()])
+    runs["label"] = [f"{r.label} ({r.method})" if r.method in twice else r.label for r in runs.itertuples()]
+    runs = runs.merge(victims, how="left", on=[*VICTIM, "seed"], suffixes=("", "_victim"))
+    if runs.empty:
+        return pd.DataFrame(columns=COLUMNS)
+    runs["failed"] = runs.status != "ok"
+    # what `gather` writes for a cell that has left no record: it has not run, which is not a failure of the method
+    absent = runs.reason.astype(str).str.startswith("no result")
+    runs["failed_seeds"] = runs.failed & ~absent & (runs.status_victim != "failed")
+
+    keys = [*SETTING, "method", "label"]
+    means = [*METRICS, "acc_victim", "asr_victim", *COSTS]
+    groups = runs.groupby(keys, dropna=False, sort=False)
+    table = groups.agg(planned=("seed", "nunique"), seeds=("failed", lambda failed: int((~failed).sum())),
+                       failed=("failed", "any"), failed_seeds=("failed_seeds", "sum"),
+                       papers=("papers", lambda lists: ", ".join(sorted({p for papers in lists for p in papers}))),
+                       reason=("reason", lambda reasons: "; ".join(dict.fromkeys(r for r in reasons if r))))
+    # the victim's rates are those of the same seeds, so that a loss is a paired difference
+    paired = runs.loc[~runs.failed].groupby(keys, dropna=False, sort=False)[means].mean()
+    table = table.join(paired.combine_first(groups[means].mean())).reset_index()
+    order = {setting: k for k, setting in enumerate(dict.fromkeys(table[SETTING].itertuples(index=False, name=None)))}
+    place = [order[setting] for setting in table[SETTING].itertuples(index=False, name=None)]
+    return table.assign(place=place).sort_values(["place", "der"], ascending=[True, False], kind="stable")[
+        COLUMNS].reset_index(drop=True)
+
+
+def _block(present: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Defences and settings, as indices, of a complete block of a bool array [settings, defences], as large as possible.
+
+    Candidates are the sets of defences found in one setting, or common to two; the product of defences and settings
+    decides, then the number of settings. Two defences at least.
+    """
+    patterns = np.unique(present, axis=0)
+    pairs = (patterns[:, None] & patterns[None]).reshape(-1, present.shape[1])
+    candidates = np.unique(pairs, axis=0)[::-1]
+    sizes = candidates.sum(1)
+    held = candidates.astype(int) @ present.T.astype(int) == sizes[:, None]
+    areas = np.where(sizes >= 2, sizes * held.sum(1), 0)
+    if not areas.any():
+        return np.array([], int), np.array([], int)
+    best = np.lexsort((-held.sum(1), -areas))[0]
+    return np.flatnonzero(candidates[best]), np.flatnonzero(held[best])
+
+
+def comparable(cross: pd.DataFrame, metric: str = "der") -> pd.DataFrame:
+    """Rows of the largest set of settings × defences without a gap: each defence has a value, or failed, in each setting.
+
+    A defence that has not run in many settings would shrink the settings of all others; it is left out where that makes
+    defences × settings larger.
+    """
+    rows = cross[cross[metric].notna() | (cross.failed_seeds > 0)].astype({"failed_seeds": int})
+    if rows.empty:
+        return rows
+    settings, names = rows.groupby(SETTING, dropna=False, sort=False).ngroup(), pd.factorize(rows.method)[0]
+    present = np.zeros((settings.max() + 1, names.max() + 1), bool)
+    present[settings, names] = True
+    methods, chosen = _block(present)
+    return rows[settings.isin(chosen).to_numpy() & np.isin(names, methods)]
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """Mean ranks of defences.
+
+    Attributes:
+        table: method, label, rank, low, high (95 %), mean (of the metric where the defence did not fail), failed
+            (settings in which it failed), settings; best first.
+        metric: what was ranked.
+        settings: how many settings the ranks are over.
+        victims: how many victims these settings have.
+        not_ranked: method, label, settings: defences left out, and in how many settings they have a value or failed.
+    """
+
+    table: pd.DataFrame
+    metric: str
+    settings: int
+    victims: int
+    not_ranked: pd.DataFrame
+
+
+def ranks(cross: pd.DataFrame, metric: str = "der", *, rng: np.random.Generator, draws: int = DRAWS) -> Ranking:
+    """Mean rank of each defence over the settings of `comparable`; rank 1 is best, ties share the mean of their ranks.
+
+    A defence that failed in a setting, with any seed, ranks below all that did not; several share the last ranks. The
+    interval is a bootstrap over settings, in which settings of one victim (its budgets) stay together; it is NaN for one
+    victim, of which nothing can be said about others.
+
+    Args:
+        cross: `cross_table`.
+        metric: a key of `BETTER`.
+        rng: for the bootstrap.
+        draws: of the bootstrap.
+    """
+    block = comparable(cross, metric)
+    grid = block.pivot(index=SETTING, columns="method", values=metric) * BETTER[metric]
+    failed = block.pivot(index=SETTING, columns="method", values="failed_seeds") > 0
+    places = grid.mask(failed, -np.inf).rank(axis=1, ascending=False, method="average")
+    victim = places.groupby(VICTIM, dropna=False, sort=False)
+    sums, counts = victim.sum().to_numpy(), victim.size().to_numpy()
+    low = high = np.full(places.shape[1], np.nan)
+    if len(counts) > 1:
+        weights = rng.multinomial(len(counts), np.full(len(counts), 1 / len(counts)), size=draws)
+        low, high = np.quantile((weights @ sums) / (weights @ counts)[:, None], [0.025, 0.975], axis=0)
+    label = cross.drop_duplicates("method").set_index("method").label
+    table = pd.DataFrame({"method": places.columns, "label": [label[m] for m in places.columns],
+                          "rank": places.mean().to_numpy(), "low": low, "high": high,
+                          "mean": (grid.mask(failed).mean() * BETTER[metric]).to_numpy(), "failed": failed.sum().to_numpy(),
+                          "settings": len(places)})
+    known = cross[cross[metric].notna() | (cross.failed_seeds > 0)].groupby("method").size()
+    left = [m for m in label.index if m not in places.columns]
+    not_ranked = pd.DataFrame({"method": left, "label": [label[m] for m in left],
+                               "settings": [int(known.get(m, 0)) for m in left]})
+    table = table.sort_values("rank", kind="stable").reset_index(drop=True)
+    return Ranking(table, metric, len(places), len(counts), not_ranked)
+
+
+def groups(cross: pd.DataFrame) -> dict[str, pd.DataFrame]:
+    """What is ranked and drawn together: each recipe's settings, after all of them where they can be compared at all."""
+    recipes = {f"recipe {recipe}": part for recipe, part in cross.groupby("recipe", sort=False)}
+    if comparable(cross).recipe.nunique() > 1:
+        return {"all recipes": cross, **recipes}
+    return recipes
+
+
+def pareto(points: np.ndarray) -> np.ndarray:
+    """Which points no other dominates, bool [N].
+
+    A point dominates another when its cost is not higher and its quality not lower, and one of the two is better.
+
+    Args:
+        points: float [N, 2], cost (lower is better) and quality (higher is better). A point with NaN is not on the front.
+    """
+    points = np.asarray(points, float).reshape(-1, 2)
+    known = ~np.isnan(points).any(1)
+    cost, quality = np.where(known[:, None], points, [np.inf, -np.inf]).T
+    no_worse = (cost[:, None] <= cost) & (quality[:, None] >= quality)
+    better = (cost[:, None] < cost) | (quality[:, None] > quality)
+    return known & ~(no_worse & better).any(0)
+
+
+def trade_offs(cross: pd.DataFrame) -> pd.DataFrame:
+    """Means of each defence over the settings of `comparable`: der, seconds, acc_loss (victim's ACC − ACC), asr.
+
+    `failed` counts the settings in which it failed; they have no values, so its means are over the others.
+    `front_cost` and `front_loss` say whether it is on the front of (seconds, DER) and of (ASR, loss), for which a defence
+    with failures does not stand.
+    """
+    block = comparable(cross)
+    block = block.assign(acc_loss=block.acc_victim - block.acc, broken=block.failed_seeds > 0)
+    means = block.groupby(["method", "label"], sort=False).agg(
+        der=("der", "mean"), seconds=("seconds", "mean"), acc_loss=("acc_loss", "mean"), asr=("asr", "mean"),
+        failed=("broken", "sum"), settings=("broken", "size")).reset_index()
+    whole = means.where(means.failed == 0)
+    return means.assign(front_cost=pareto(whole[["seconds", "der"]].to_numpy(float)),
+                        front_loss=pareto(np.stack([whole.asr, -whole.acc_loss], 1).astype(float)))
+
+
+def _nothing(text: str):
+    figure, axis = plt.subplots(figsize=(5, 1.2))
+    axis.axis("off")
+    axis.text(0.5, 0.5, text, ha="center", va="center")
+    return figure
+
+
+def quality_against_cost(cross: pd.DataFrame):
+    """Mean DER against seconds, and loss of ACC against the ASR that is left, with their fronts; a row per group."""
+    parts = {title: means for title, part in groups(cross).items() if not (means := trade_offs(part)).empty}
+    if not parts:
+        return _nothing("no setting with two defences")
+    styles = _styles(list(dict.fromkeys(label for means in parts.values() for label in means.label)))
+    figure, axes = plt.subplots(len(parts), 2, figsize=(9.6, 3.7 * len(parts)), squeeze=False, layout="constrained")
+    for row, (title, means) in zip(axes, parts.items(), strict=True):
+        count = int(means.settings.iloc[0])
+        note = f"{title}, mean over {count} settings" if count > 1 else f"{title}, one setting"
+        shown = means.assign(acc_loss=100 * means.acc_loss, asr=100 * means.asr)
+        _front(row[0], shown, "seconds", "der", "front_cost", styles)
+        _front(row[1], shown, "asr", "acc_loss", "front_loss", styles)
+        row[0].set(xscale="log", xlabel="seconds (lower is better)", ylabel="DER (higher is better)", title=note)
+        for ticks in (row[0].xaxis.set_major_formatter, row[0].xaxis.set_minor_formatter):
+            ticks(LogFormatter(minor_thresholds=(2, 0.5)))
+        row[1].set(xlabel="ASR left, % (lower is better)", ylabel="loss of ACC, points (lower is better)", title=note)
+    handles = [plt.Line2D([], [], color=colour, marker=marker, ls="", label=label)
+               for label, (colour, marker) in styles.items()]
+    handles.append(plt.Line2D([], [], color="grey", lw=1.2, label="Pareto front"))
+    if any((means.failed > 0).any() for means in parts.values()):
+        handles.append(plt.Line2D([], [], color="grey", marker="o", mfc="none", ls="", label="failed in a setting"))
+    figure.legend(handles=handles, loc="outside right upper")
+    return figure
+
+
+def _front(axis, means: pd.DataFrame, x: str, y: str, front: str, styles: dict) -> None:
+    for row in means.itertuples():
+        colour, marker = styles[row.label]
+        axis.plot(getattr(row, x), getattr(row, y), marker, color=colour, ms=7, mfc="none" if row.failed else colour,
+                  mec=colour if row.failed else "white", zorder=3)
+    best = means[means[front]].sort_values([x, y])
+    axis.step(best[x], best[y], where="post", color="grey", lw=1.2, zorder=2)
+    for row in best.itertuples():
+        axis.annotate(row.label, (getattr(row, x), getattr(row, y)), xytext=(5, 5), textcoords="offset points", fontsize=7)
+
+
+def rank_figure(rankings: dict[str, Ranking]):
+    """Mean ranks, best on top, with their intervals; a panel per group."""
+    rankings = {title: ranking for title, ranking in rankings.items() if len(ranking.table)}
+    if not rankings:
+        return _nothing("no setting with two defences")
+    sizes = [len(ranking.table) for ranking in rankings.values()]
+    figure, axes = plt.subplots(len(sizes), 1, figsize=(6.6, sum(0.27 * n + 1.1 for n in sizes)), squeeze=False,
+                                height_ratios=[n + 1 for n in sizes], layout="constrained")
+    for axis, (title, ranking) in zip(axes[:, 0], rankings.items(), strict=True):
+        table = ranking.table
+        errors = np.clip(np.nan_to_num([table["rank"] - table.low, table.high - table["rank"]]), 0, None)
+        axis.errorbar(table["rank"], range(len(table)), xerr=errors, fmt="o", color=COLOURS[5], lw=1.2, capsize=2.5)
+        names = [row.label + (f" (failed in {row.failed})" if row.failed else "") for row in table.itertuples()]
+        axis.set_yticks(range(len(table)), names)
+        axis.set(xlim=(0.7, len(table) + 0.3), ylim=(len(table) - 0.5, -0.5), xlabel=f"mean rank by {ranking.metric.upper()}",
+                 title=f"{title}: {ranking.settings} setting{'s' * (ranking.settings > 1)}")
+    return figure
+
+
+def heat_map(cross: pd.DataFrame, metric: str = "asr"):
+    """ACC or ASR in percent by defence and by attack and poison rate, a panel per recipe and budget; failures are crossed out.
+
+    The first row is the undefended victim. Entries are means over data sets and networks where there are several; a star
+    says that some of them failed or are missing, a cross that all did.
+    """
+    panels = [part for _, part in cross.groupby(["recipe", "budget"], sort=False)]
+    if not panels:
+        return _nothing("no purified cells")
+    grids = [_heat_grid(part, metric) for part in panels]
+    widths = max(values.shape[1] for values, _ in grids)
+    heights = [len(values) for values, _ in grids]
+    figure, axes = plt.subplots(len(panels), 1, figsize=(0.62 * widths + 3.2, sum(0.27 * n + 1.5 for n in heights)),
+                                height_ratios=[n + 1 for n in heights], squeeze=False, layout="constrained")
+    for axis, part, (values, partly) in zip(axes[:, 0], panels, grids, strict=True):
+        image = axis.imshow(values.to_numpy(float), vmin=0, vmax=1, cmap="cividis", aspect="auto")
+        for (i, j), value in np.ndenumerate(values.to_numpy(float)):
+            tried = partly.iat[i, j]
+            if np.isnan(value):
+                if tried == tried:
+                    axis.plot(j, i, "x", color="crimson", ms=9, mew=2)
+                continue
+            axis.text(j, i, f"{100 * value:.0f}{'*' if tried else ''}", ha="center", va="center", fontsize=7,
+                      color="black" if value > 0.55 else "white")
+        axis.set_xticks(range(values.shape[1]), values.columns, rotation=40, ha="right")
+        axis.set_yticks(range(len(values)), values.index)
+        axis.grid(False)
+        axis.spines[:].set_visible(False)
+        places = part[["dataset", "model"]].drop_duplicates()
+        where = f"{places.model.iloc[0]} on {places.dataset.iloc[0]}"
+        if len(places) > 1:
+            where = f"mean over {len(places)} networks and data sets"
+        axis.set_title(f"{metric.upper()} in %: recipe {part.recipe.iloc[0]}, budget {part.budget.iloc[0]}, {where}")
+    figure.colorbar(image, ax=axes.ravel().tolist(), shrink=min(1.0, 3.0 / sum(heights)) if len(panels) > 1 else 1.0,
+                    format=lambda value, _: f"{100 * value:.0f} %")
+    return figure
+
+
+def _heat_grid(part: pd.DataFrame, metric: str) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Means [defences, attacks], and whether some cells are without a value (NaN where there are no cells at all)."""
+    part = part.assign(column=[f"{attack_name(row)}\n{100 * row.poison_rate:g} %" for row in part.itertuples()],
+                       partly=part.failed.astype(float))
+    part = part.sort_values(["attack", "attack_variant", "poison_rate"], ascending=[True, True, False], kind="stable")
+    columns = list(dict.fromkeys(part.column))
+    cells = part.groupby(["label", "column"], sort=False).agg(value=(metric, "mean"), partly=("partly", "max"))
+    values, partly = (cells[key].unstack().reindex(columns=columns) for key in ("value", "partly"))
+    order = values.mean(axis=1).sort_values(ascending=BETTER[metric] < 0, kind="stable").index
+    none = part.drop_duplicates(VICTIM).groupby("column")[f"{metric}_victim"].mean().reindex(columns)
+    return (pd.concat([none.to_frame("no defence").T, values.reindex(order)]),
+            pd.concat([pd.DataFrame(0.0, index=["no defence"], columns=columns), partly.reindex(order)]))
+
+
+def attack_name(row) -> str:
+    """Name of a row's attack with its variant."""
+    return row.attack + (f"~{row.attack_variant}" if row.attack_variant else "")
+
+
+def write_cross(cells: pd.DataFrame, labels: dict[str, str], users: dict[str, list[str]], scale: str, page: str | Path,
+                table: str | Path, figures: str | Path) -> None:
+    """Write the cross table (CSV), its figures and the page that shows them; the page says so when there is nothing.
+
+    Args:
+        cells: the tidy table.
+        labels, users: see `cross_table`.
+        scale: name.
+        page: HTML file.
+        table: CSV file, in the folder of the page.
+        figures: folder for the figures, in the folder of the page.
+    """
+    page, table, figures = Path(page), Path(table), Path(figures)
+    cross = cross_table(cells, labels, users)
+    write_text(table, cross.to_csv(index=False))
+    rankings = {title: ranks(part, rng=stream(0, "ranks", title)) for title, part in groups(cross).items()}
+    pictures = {"ranks": rank_figure(rankings), "fronts": quality_against_cost(cross), "asr": heat_map(cross)}
+    for name, figure in pictures.items():
+        save(figure, figures / f"{name}.png")
+    rows = [{**row, "attack": attack_name(part), "runs": f"{row['seeds']} of {row['planned']}"}
+            for row, part in zip(cross.to_dict("records"), cross.itertuples(), strict=True)]
+    write_page(page, "cross.html.j2", scale=scale, rows=rows, rankings=rankings, table=table.name,
+               pictures={name: f"{figures.name}/{name}.png" for name in pictures}, failed=int(cross.failed.sum()),
+               seeds=sorted(set(cells.seed[cells.stage == "purified"])), methods=cross.method.nunique(),
+               settings=len(cross.drop_duplicates(SETTING)), draws=DRAWS, metrics=METRICS)

@@ -1,0 +1,10 @@
+"""The cross table, its figures, and the page that shows them."""
+
+import pandas as pd
+
+from cupel.reporting.cross import write_cross
+from cupel.stages import logged
+
+with logged(snakemake.log[0]):
+    write_cross(pd.read_parquet(snakemake.input.cells), snakemake.params.labels, snakemake.params.users,
+                snakemake.params.scale, snakemake.output.page, snakemake.output.table, snakemake.output.figures)
