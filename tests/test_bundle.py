@@ -229,6 +229,17 @@ def test_sources_are_what_a_run_uses():
     assert not [path for path in files if path.split("/")[0] in (".venv", ".git", "data", "results", "bundle")]
 
 
+def test_folders_of_this_machine_do_not_travel():
+    parameters = [{"alpha": 0.2, "picture": "/m/triggers/a.png"}, {"pattern": "/m/b.npy", "other": "/elsewhere/c.npy"}]
+    assert bundle.mirror_files(parameters, "/m") == {"mirror/b.npy": "/m/b.npy", "mirror/triggers/a.png": "/m/triggers/a.png"}
+    assert bundle.mirror_files(parameters, None) == {}
+    config = {"scale": "demo", "results": "/scratch/results", "plugins": ["/home/me/mine.py"], "device": "auto",
+              "data": {"folder": "/scratch/data", "mirror": "/m", "cache": "/scratch/cache", "sources": ["mirror"]}}
+    assert bundle.carried_config(config, True) == {
+        "scale": "demo", "results": "results", "plugins": ["plugins/mine.py"], "device": "auto",
+        "data": {"folder": "data", "mirror": "mirror", "cache": None, "sources": ["mirror"]}}
+
+
 # ----------------------------------------------------------------------------------------------------------------- packages
 
 

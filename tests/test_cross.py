@@ -45,8 +45,8 @@ def make(tmp_path):
                         write_json(path, {**record, "status": "failed", "reason": result})
                         continue
                     asr = result + 0.01 * seed
-                    write_json(path, {**record, "status": "ok", "acc": 0.8, "asr": asr, "ra": 0.5, "der": der(ACC, 0.8, ASR, asr),
-                                      "arr": 0.1, "rdr": 0.4, "seconds": 2.0 + len(defence), "clean_samples": 50,
+                    write_json(path, {**record, "status": "ok", "acc": 0.8, "asr": asr, "ra": 0.5, "arr": 0.1, "rdr": 0.4,
+                                      "der": der(ACC, 0.8, ASR, asr), "seconds": 2.0 + len(defence), "clean_samples": 50,
                                       "peak_memory_mb": 100.0, "peak_vram_mb": 0.0})
         return gather(cells)
 
@@ -60,7 +60,8 @@ GRID = [("badnets", "ft", 0.9), ("badnets", "fst", 0.1), ("badnets", "anp", 0.5)
 
 def test_gather_keeps_the_costs(make):
     cells = make(GRID[:1])
-    assert set(cells.clean_samples[cells.stage == "purified"]) == {50} and cells.clean_samples[cells.stage == "victim"].isna().all()
+    assert set(cells.clean_samples[cells.stage == "purified"]) == {50}
+    assert cells.clean_samples[cells.stage == "victim"].isna().all()
     assert set(cells.peak_vram_mb.dropna()) == {0.0}
 
 
@@ -71,13 +72,6 @@ def test_rows_are_means_over_seeds_and_shared_cells_count_once(make):
     assert row.asr == pytest.approx(0.105) and row.asr_victim == ASR and row.acc_victim == ACC and row.label == "FST"
     assert row.der == pytest.approx((der(ACC, 0.8, ASR, 0.1) + der(ACC, 0.8, ASR, 0.11)) / 2)
     assert (row.clean_samples, row.seconds, row.peak_memory_mb, row.failed) == (50, 5, 100, False)
-
-
-def test_papers_that_the_tidy_table_does_not_name(make):
-    cells = make(GRID[:2])
-    path = cells.path[cells.defence == "ft"].iloc[0]
-    table = c.cross_table(cells, LABELS, {path: ["fst", "ims"]}).set_index("method")
-    assert table.papers["ft"] == "fst, ims" and table.papers["fst"] == "fst"
 
 
 def test_columns_are_asked_for(make):
@@ -95,7 +89,7 @@ def test_ranks_by_hand(make):
     expected = np.mean([rankdata([0.9, 0.1, 0.5]), rankdata([0.2, 0.2, 0.4]), rankdata([0.3, 0.1, 0.05])], axis=0)
     found = ranking.table.set_index("method")
     assert np.allclose(found["rank"].loc[["ft", "fst", "anp"]], expected) and ranking.settings == ranking.victims == 3
-    assert list(ranking.table.method)[0] == "fst" and ((found.low <= found["rank"]) & (found["rank"] <= found.high)).all()
+    assert ranking.table.method[0] == "fst" and ((found.low <= found["rank"]) & (found["rank"] <= found.high)).all()
     assert ranking.table.equals(c.ranks(table, rng=rng(0)).table)
     assert np.allclose(c.ranks(table, "asr", rng=rng(0)).table.set_index("method")["rank"].loc[found.index], found["rank"])
 
@@ -105,7 +99,7 @@ def test_interval_is_that_of_the_mean_of_ranks(make):
     entries = [(f"a{k}", d, asr) for k in range(60) for d, asr in (("ft", 0.5), ("fst", 0.1 if k % 4 else 0.9))]
     found = c.ranks(c.cross_table(make(entries), LABELS), rng=rng(0)).table.set_index("method").loc["fst"]
     half = 1.96 * np.sqrt(0.25 * 0.75 / 60)
-    assert found["rank"] == 1.25 and found.low == pytest.approx(1.25 - half, abs=0.02) and found.high == pytest.approx(1.25 + half, abs=0.02)
+    assert found["rank"] == 1.25 and [found.low, found.high] == pytest.approx([1.25 - half, 1.25 + half], abs=0.02)
 
 
 def test_failed_cells_rank_last_and_keep_their_reason(make):
@@ -117,8 +111,15 @@ def test_failed_cells_rank_last_and_keep_their_reason(make):
     found = c.ranks(table, rng=rng(0)).table.set_index("method")
     assert found["rank"]["fst"] == pytest.approx((3 + 1.5 + 2) / 3) and found.failed["fst"] == 1
     assert found["mean"]["fst"] == pytest.approx((der(ACC, 0.8, ASR, 0.2) + der(ACC, 0.8, ASR, 0.1)) / 2)
-    means = c.trade_offs(table).set_index("method")
-    assert not means.front_cost["fst"] and not means.front_loss["fst"] and means.failed["fst"] == 1
+
+
+def test_means_are_over_settings_without_failures(make):
+    entries = [(a, d, "Diverged" if (a, d) == ("badnets", "fst") else v) for a, d, v in GRID]
+    entries += [("lf", "ft", 0.4), ("lf", "fst", 0.3), ("lf", "anp", 0.6)]
+    means = c.trade_offs(c.cross_table(make(entries), LABELS)).set_index("method")
+    assert set(means.settings) == {3} and means.failed.to_dict() == {"fst": 1, "anp": 0, "ft": 0}
+    assert means.asr["ft"] == pytest.approx(0.3) and means.acc_loss["ft"] == pytest.approx(0.1)
+    assert set(means.index[means.front_loss]) == {"fst"} and set(means.index[means.front_cost]) == {"fst", "ft"}
 
 
 def test_what_did_not_run_or_had_no_victim_is_no_failure_of_the_defence(make):
@@ -128,7 +129,8 @@ def test_what_did_not_run_or_had_no_victim_is_no_failure_of_the_defence(make):
     ranking = c.ranks(absent, rng=rng(0))
     assert set(ranking.table.method) == {"ft", "fst"} and ranking.not_ranked.to_dict("records") == [
         {"method": "anp", "label": "ANP", "settings": 0}]
-    broken = c.cross_table(make([(a, d, "ValueError: its victim failed: Diverged") for a, d, _ in GRID], victims="failed"), LABELS)
+    entries = [(a, d, "ValueError: its victim failed: Diverged") for a, d, _ in GRID]
+    broken = c.cross_table(make(entries, victims="failed"), LABELS)
     assert broken.failed.all() and not broken.failed_seeds.any() and c.ranks(broken, rng=rng(0)).table.empty
 
 
@@ -157,21 +159,25 @@ def test_one_setting_has_ranks_without_interval(make):
 def test_pareto_equals_brute_force(count):
     points = np.round(rng(0, "pareto").random((count, 2)), 1)
     points[3:5] = np.nan
-    expected = [not np.isnan(p).any() and not any(q[0] <= p[0] and q[1] >= p[1] and (q[0] < p[0] or q[1] > p[1]) for q in points)
-                for p in points]
+
+    def dominates(q, p):
+        return q[0] <= p[0] and q[1] >= p[1] and (q[0] < p[0] or q[1] > p[1])
+
+    expected = [not np.isnan(p).any() and not any(dominates(q, p) for q in points) for p in points]
     assert list(c.pareto(points)) == expected
 
 
-def page_of(cells, tmp_path, users=None):
-    c.write_cross(cells, LABELS, users or {}, "demo", tmp_path / "o" / "cross.html", tmp_path / "o" / "cross.csv", tmp_path / "o" / "cross")
-    return (tmp_path / "o" / "cross.html").read_text()
+def page_of(cells, tmp_path):
+    out = tmp_path / "o"
+    c.write_cross(cells, LABELS, "demo", out / "cross.html", out / "cross.csv", out / "cross")
+    return (out / "cross.html").read_text()
 
 
 def test_page(make, tmp_path):
     entries = [(a, d, "Diverged: <nan>" if (a, d) == ("badnets", "fst") else v) for a, d, v in GRID]
     cells = pd.concat([make(entries), make(GRID[:6], recipe="s")])
     page = page_of(cells, tmp_path)
-    assert page.count("<tr") - page.count('<tr class="bad"') >= 15 and page.count('<tr class="bad"') == 1
+    assert page.count("data-sort=") == 15 * 22 and page.count('<tr class="bad"') == 1
     assert 'data-sort="failed Diverged: &lt;nan&gt;"' in page and 'data-sort="0.9"' in page and 'data-sort=""' in page
     assert "http" not in page and "src=" in page and 'aria-label="Every cell"' in page
     assert "all recipes: numbers" in page and "recipe s: numbers" in page

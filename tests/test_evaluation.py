@@ -33,21 +33,45 @@ def test_bootstrap_covers_the_binomial_error():
     """One cell: the interval is that of a difference of two rates."""
     effect, low, high = paired_bootstrap(np.array([0.8]), np.array([0.3]), np.array([[500, 500]]), np.array([0]), rng(0))
     error = 1.96 * np.sqrt(0.8 * 0.2 / 500 + 0.3 * 0.7 / 500)
-    assert effect == pytest.approx(0.5) and low == pytest.approx(0.5 - error, abs=0.01) and high == pytest.approx(0.5 + error, abs=0.01)
+    assert (
+        effect == pytest.approx(0.5)
+        and low == pytest.approx(0.5 - error, abs=0.01)
+        and high == pytest.approx(0.5 + error, abs=0.01)
+    )
 
 
 def table(ft, fst, failed=()):
     rows = []
     for k, (a, b) in enumerate(zip(ft, fst, strict=True)):
         for defence, value in (("ft", a), ("fst", b)):
-            rows.append({"stage": "purified", "dataset": "d", "model": "m", "recipe": "r", "attack": f"a{k}", "poison_rate": 0.01,
-                         "seed": 0, "defence": defence, "variant": "", "metric": "asr", "value": value, "n": 1000,
-                         "status": "failed" if k in failed else "ok"})
+            rows.append(
+                {
+                    "stage": "purified",
+                    "dataset": "d",
+                    "model": "m",
+                    "recipe": "r",
+                    "attack": f"a{k}",
+                    "poison_rate": 0.01,
+                    "seed": 0,
+                    "defence": defence,
+                    "variant": "",
+                    "metric": "asr",
+                    "value": value,
+                    "n": 1000,
+                    "status": "failed" if k in failed else "ok",
+                }
+            )
     return pd.DataFrame(rows)
 
 
-CLAIM = {"id": "c", "statement": "s", "source": "x", "scales": ["demo"], "min_n": 2,
-         "test": {"metric": "asr", "a": {"defence": "ft"}, "b": {"defence": "fst"}, "margin": 0.1}}
+CLAIM = {
+    "id": "c",
+    "statement": "s",
+    "source": "x",
+    "scales": ["demo"],
+    "min_n": 2,
+    "test": {"metric": "asr", "a": {"defence": "ft"}, "b": {"defence": "fst"}, "margin": 0.1},
+}
 
 
 def test_verdicts():
@@ -62,4 +86,8 @@ def test_verdicts():
 def test_constant_and_direction():
     claim = {**CLAIM, "test": {"metric": "asr", "a": {"defence": "fst"}, "constant": 0.1, "direction": "less", "margin": 0.0}}
     verdict = judge(claim, table([1, 1], [0.01, 0.02]), "demo")
-    assert verdict.verdict == "supported" and verdict.effect == pytest.approx(0.085) and verdict.low < verdict.effect < verdict.high
+    assert (
+        verdict.verdict == "supported"
+        and verdict.effect == pytest.approx(0.085)
+        and verdict.low < verdict.effect < verdict.high
+    )

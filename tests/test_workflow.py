@@ -143,7 +143,8 @@ def test_plugins_of_the_documentation(finished, tmp_path):
     folder.edit("workflow/papers/fst/experiment.yaml", "defences: [ft, fst]}", "defences: [ft, shrink]}")
     assert jobs(folder.run("-n")[1])["purify"] == 2
     folder.edit("my_methods.py", "epochs=5, lr=0.01", "epochs=5, rate=0.01")
-    folder.edit("workflow/papers/fst/experiment.yaml", "defences:\n  ft:\n", "defences:\n  shrink: {source: own, hyperparameters: {lr: 0.1}}\n  ft:\n")
+    folder.edit("workflow/papers/fst/experiment.yaml", "defences:\n  ft:\n",
+                "defences:\n  shrink: {source: own, hyperparameters: {lr: 0.1}}\n  ft:\n")
     code, output = folder.run("-n")
     assert code != 0 and "unknown parameter of defence shrink 'lr'" in output
 
@@ -181,7 +182,7 @@ def test_a_failed_cell_does_not_stop_the_report(finished, tmp_path):
     failed = cells[cells.status == "failed"]
     assert set(failed.defence) == {"fst"} and failed.reason.str.contains("Diverged").all()
     page = (folder.path / "results/smoke/index.html").read_text()
-    table = (folder.path / "results/smoke/papers/fst/tables/acc_asr_cifar10_preactresnet18.md").read_text()
+    table = (folder.path / "results/smoke/papers/fst/tables/acc_asr_cifar10_preactresnet18_heldout.md").read_text()
     assert "Diverged" in page and "failed" in table
 
 
@@ -221,7 +222,8 @@ WRONG_EXPERIMENT = [
     ("epochs: 1, crop: 0, t_max: null, batch_size: 50}", "epochs: 0, crop: 0}",
      ["recipes.fst.scales.smoke.training.epochs", "at least 1"]),
     ("rates: [0.05],", "rates: [1.5],", ["scales.smoke.blocks.0.rates.0", "below 1"]),
-    ("datasets: [cifar10], models: [preactresnet18]", "datasets: [cifar11], models: [preactresnet18]", ["unknown dataset 'cifar11'"]),
+    ("datasets: [cifar10], models: [preactresnet18]", "datasets: [cifar11], models: [preactresnet18]",
+     ["unknown dataset 'cifar11'"]),
     ("paper: fst\n", "paper: [fst\n", ["not valid YAML"]),
 ]
 

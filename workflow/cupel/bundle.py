@@ -29,6 +29,7 @@ from packaging.version import Version
 
 from cupel import bundle_unpack
 from cupel.bundle_unpack import BLOCK, CONFIG, FORMAT, check_path, manifest_digest, wheel_needs
+from cupel.datasets import FILES
 from cupel.files import atomic, digest, write_json
 
 #: in the order in which they are packed
@@ -36,6 +37,8 @@ KINDS = ("source", "wheel", "data", "weights")
 #: what a glibc of 2.28 (2018) runs; pip compares these names letter by letter
 PLATFORMS = (*(f"manylinux_2_{minor}_x86_64" for minor in range(28, 4, -1)),
              "manylinux2014_x86_64", "manylinux2010_x86_64", "manylinux1_x86_64")
+#: files of a victim
+VICTIM = ("metrics.json", "model.safetensors", "trigger.npz", "poison.npz", "history.csv")
 #: what a run leaves in a repository, where no git says what is source
 PRODUCED = ("data", "results", "logs", "benchmarks", "bundle", "build")
 
@@ -118,6 +121,38 @@ def source_digest(root: str | Path) -> str:
     for path in source_files(root):
         sha.update(f"{path}\0{digest(Path(root) / path)}\0".encode())
     return sha.hexdigest()[:16]
+
+
+# ---------------------------------------------------------------------------------------------------------- what is carried
+
+
+def data_files(names: Iterable[str], folder: str) -> dict[str, str]:
+    """Files of prepared data sets, by their path in the bundle."""
+    return {f"data/{name}/{file}": f"{folder}/{name}/{file}" for name in names for file in FILES}
+
+
+def mirror_files(parameters: Iterable[dict], mirror: str | None) -> dict[str, str]:
+    """Files of the user's mirror that attacks name in their parameters, by their path in the bundle."""
+    values = {value for settings in parameters for value in settings.values() if isinstance(value, str)} if mirror else ()
+    return {f"mirror/{Path(value).relative_to(mirror).as_posix()}": value for value in sorted(values)
+            if Path(value).is_relative_to(mirror)}
+
+
+def victim_files(results: str | Path, scale: str) -> dict[str, str]:
+    """The victims of a scale that are there, each whole, and the triggers made for them, by their path in the bundle."""
+    base = Path(results, scale)
+    files = list(base.glob("triggers/**/trigger.npz"))
+    for metrics in base.glob("victims/**/metrics.json"):
+        victim = [metrics.with_name(name) for name in VICTIM]
+        files += victim if all(path.is_file() for path in victim) else []
+    return {f"results/{path.relative_to(results).as_posix()}": str(path) for path in sorted(files)}
+
+
+def carried_config(config: dict, mirrored: bool) -> dict:
+    """The configuration of a run with the folders of the bundle in place of those of this machine."""
+    data = {**config["data"], "folder": "data", "mirror": "mirror" if mirrored else None, "cache": None}
+    plugins = [f"plugins/{Path(path).name}" for path in config["plugins"]]
+    return {**config, "data": data, "results": "results", "plugins": plugins}
 
 
 # ------------------------------------------------------------------------------------------------------------------ packing

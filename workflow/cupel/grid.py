@@ -257,6 +257,8 @@ class Grid:
 @functools.cache
 def _imports(path: Path) -> tuple[Path, ...]:
     """Files of the library that a Python file imports, directly."""
+    if path.suffix != ".py":  # a template
+        return ()
     found = []
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         names = []
@@ -272,7 +274,7 @@ def _imports(path: Path) -> tuple[Path, ...]:
 
 @functools.cache
 def code_digest(*files: str | Path) -> str:
-    """Hash of Python files and of all library files that they import, near or far.
+    """Hash of files and, where they are Python, of all library files that they import, near or far.
 
     As a rule parameter it makes a job run again when, and only when, code that it uses has changed.
     """

@@ -26,7 +26,6 @@ from cupel.evaluation.metrics import arr, der, rates, rdr
 from cupel.files import atomic, read_json, write_json, write_text
 from cupel.rng import derive, rng
 
-
 #: errors of a method or of its settings; anything else (no memory, no disk) is the machine's and is raised for a retry
 METHOD_ERRORS = (ValueError, ArithmeticError, NotImplementedError)
 

@@ -8,7 +8,7 @@ from snakemake.exceptions import WorkflowError
 from snakemake.utils import validate
 
 from cupel.datasets import NAMES as DATASETS
-from cupel.grid import ConfigError, Grid, check_schema, code_digest
+from cupel.grid import LIBRARY, ConfigError, Grid, check_schema, code_digest
 from cupel.registry import unknown
 
 try:
@@ -18,20 +18,17 @@ try:
     ZOO = Grid(["zoo"], config["scale"], config["seeds"], config["plugins"])
     for cell in [*GRID.cells(), *ZOO.cells()]:
         if cell["dataset"] not in DATASETS:
-            raise ConfigError(
-                f"experiment.yaml of {cell['paper']}: datasets: {unknown('dataset', cell['dataset'], DATASETS)}"
-            )
+            raise ConfigError(f"experiment.yaml of {cell['paper']}: datasets: {unknown('dataset', cell['dataset'], DATASETS)}")
 except ConfigError as error:
     raise WorkflowError(f"The configuration is wrong; nothing was run.\n{error}") from None
 
 DATA = config["data"]["folder"]
 RESULTS = f"{config['results']}/{config['scale']}"
 SCRIPTS = Path(workflow.basedir) / "workflow" / "scripts"
+TEMPLATES = sorted((LIBRARY / "reporting").glob("*.j2"))
 
 VICTIM = f"{RESULTS}/victims/{{dataset}}/{{model}}/{{recipe}}/{{attack}}@{{rate}}/seed{{seed}}"
-PURIFIED = (
-    f"{RESULTS}/purified/{{dataset}}/{{model}}/{{recipe}}/{{attack}}@{{rate}}/seed{{seed}}/{{defence}}@{{budget}}"
-)
+PURIFIED = f"{RESULTS}/purified/{{dataset}}/{{model}}/{{recipe}}/{{attack}}@{{rate}}/seed{{seed}}/{{defence}}@{{budget}}"
 TRIGGER = f"{RESULTS}/triggers/{{dataset}}/{{model}}/{{recipe}}/{{attack}}/seed{{seed}}"
 LOGS = {"victim": VICTIM, "purified": PURIFIED}
 
@@ -80,9 +77,7 @@ def used_datasets():
 
 
 def dataset_files(wildcards):
-    return [
-        f"{DATA}/{wildcards.dataset}/{split}_{part}.npy" for split in ("train", "test") for part in ("images", "labels")
-    ]
+    return [f"{DATA}/{wildcards.dataset}/{split}_{part}.npy" for split in ("train", "test") for part in ("images", "labels")]
 
 
 def clean_victim(wildcards):
@@ -124,9 +119,7 @@ def attack_spec(wildcards):
     parameters = dict(spec["parameters"])
     for key, value in parameters.items():
         if isinstance(value, str) and value.startswith("mirror:"):
-            parameters[key] = str(
-                Path(config["data"]["mirror"] or "(data.mirror is not set)") / value.removeprefix("mirror:")
-            )
+            parameters[key] = str(Path(config["data"]["mirror"] or "(data.mirror is not set)") / value.removeprefix("mirror:"))
     return {"name": wildcards.attack, "function": spec["function"], "parameters": parameters}
 
 
@@ -198,7 +191,8 @@ def cell_files(wildcards=None, paper=None, stage=None):
 
 
 def expected_cells():
-    return [{**cell, "folder": cell_folder(cell)} for cell in GRID.cells()]
+    """Cells of every paper: one that two papers share stands in the table once for each."""
+    return [{**cell, "folder": cell_folder(cell)} for paper in GRID.papers for cell in GRID.cells(paper=paper)]
 
 
 def runtime_of(scale_minutes):

@@ -11,6 +11,17 @@ rule ims_inside:
         masks=f"{PURIFIED}/masks.png",
         gallery=f"{PURIFIED}/perturbations.png",
         table=f"{PURIFIED}/stages.csv",
+    log:
+        log_of(PURIFIED, "inside"),
+    benchmark:
+        benchmark_of(PURIFIED, "inside")
+    wildcard_constraints:
+        defence=r"ims(~[a-z0-9]+)?",
+    resources:
+        gpu=1,
+        vram_mb=6000,
+        mem_mb=memory_of(4000),
+        runtime=runtime_of({"smoke": 5, "demo": 15, "bench": 60, "paper": 240}),
     params:
         spec=victim_spec,
         defence=defence_spec,
@@ -18,16 +29,5 @@ rule ims_inside:
         device=config["device"],
         plugins=config["plugins"],
         code=code("ims_inside.py", defence=True),
-    wildcard_constraints:
-        defence=r"ims(~[a-z0-9]+)?",
-    log:
-        log_of(PURIFIED, "inside"),
-    benchmark:
-        benchmark_of(PURIFIED, "inside")
-    resources:
-        gpu=1,
-        vram_mb=6000,
-        mem_mb=memory_of(4000),
-        runtime=runtime_of({"smoke": 5, "demo": 15, "bench": 60, "paper": 240}),
     script:
         "../scripts/ims_inside.py"

@@ -141,6 +141,6 @@ rule index:
         benchmarks=f"{config['results']}/benchmark/{config['scale']}",
         data=data_folder,
         root=workflow.basedir,
-        code=code_digest(SCRIPTS / "index.py"),
+        code=code_digest(SCRIPTS / "index.py", *TEMPLATES),
     script:
         "../scripts/index.py"

@@ -14,15 +14,15 @@ rule zoo_sheet:
         triggers=lambda wildcards: [f"{folder}/trigger.npz" for folder in trigger_folders(wildcards.dataset, ZOO).values()],
     output:
         f"{ZOO_FOLDER}/triggers_{{dataset}}.png",
+    log:
+        log_of(ZOO_FOLDER, "triggers_{dataset}"),
+    benchmark:
+        benchmark_of(ZOO_FOLDER, "triggers_{dataset}")
     params:
         attacks=lambda wildcards: sheet_attacks(wildcards.dataset, ZOO),
         data=data_folder,
         plugins=config["plugins"],
         code=code_digest(SCRIPTS / "contact_sheet.py", *map(str, ZOO.attack_files())),
-    log:
-        log_of(ZOO_FOLDER, "triggers_{dataset}"),
-    benchmark:
-        benchmark_of(ZOO_FOLDER, "triggers_{dataset}")
     script:
         "../scripts/contact_sheet.py"
 
@@ -34,14 +34,15 @@ rule zoo_report:
     output:
         page=f"{ZOO_FOLDER}/index.html",
         table=f"{ZOO_FOLDER}/victims.csv",
-    params:
-        cells=[{**cell, "folder": cell_folder(cell)} for cell in ZOO.cells("victim")],
-        scale=config["scale"],
-        root=workflow.basedir,
-        code=code_digest(SCRIPTS / "zoo_report.py"),
+        figure=f"{ZOO_FOLDER}/asr_epochs.png",
     log:
         log_of(ZOO_FOLDER, "report"),
     benchmark:
         benchmark_of(ZOO_FOLDER, "report")
+    params:
+        cells=[{**cell, "folder": cell_folder(cell)} for cell in ZOO.cells("victim")],
+        scale=config["scale"],
+        root=workflow.basedir,
+        code=code_digest(SCRIPTS / "zoo_report.py", *TEMPLATES),
     script:
         "../scripts/zoo_report.py"

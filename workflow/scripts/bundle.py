@@ -14,8 +14,8 @@ with logged(snakemake.log[0]):
         print(f"{len(wheels)} wheels, {sum(wheel.stat().st_size for wheel in wheels) / 2**20:.1f} MiB")
     else:
         carried = [bundle.Entry(path, Path(source), kind)
-                   for kind, files in (("data", snakemake.params.data), ("data", snakemake.params.extra),
-                                       ("weights", snakemake.params.victims)) for path, source in files.items()]
+                   for kind, files in (("data", snakemake.params.data), ("weights", snakemake.params.victims))
+                   for path, source in files.items()]
         carried += [bundle.Entry(f"plugins/{Path(path).name}", Path(path), "source") for path in snakemake.input.plugins]
         wheels = sorted(Path(settings["folder"], "wheels").glob("*.whl")) if settings["wheels"] else []
         facts = {"commit": git_commit(snakemake.params.root), "versions": versions(),

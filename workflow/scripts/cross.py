@@ -6,5 +6,5 @@ from cupel.reporting.cross import write_cross
 from cupel.stages import logged
 
 with logged(snakemake.log[0]):
-    write_cross(pd.read_parquet(snakemake.input.cells), snakemake.params.labels, snakemake.params.users,
+    write_cross(pd.read_parquet(snakemake.input.cells), snakemake.params.labels,
                 snakemake.params.scale, snakemake.output.page, snakemake.output.table, snakemake.output.figures)

@@ -37,27 +37,58 @@ with logged(snakemake.log[0]):
         order = {name: k for k, name in enumerate(CAPTIONS)}
         pictures = sorted((folder / "figures").glob("*.png"), key=lambda p: order.get(p.stem.partition("_")[0], 99))
         figures = [{"path": relative(path), "caption": caption(path)} for path in pictures]
-        figures.insert(1, {"path": relative(features), "caption": "Penultimate features (t-SNE): clean test images by class, triggered "
-                           "ones as crosses. The numbers: shares of a triggered image's ten nearest clean images that are of the target class, and of its true class."})
+        figures.insert(
+            1,
+            {
+                "path": relative(features),
+                "caption": "Penultimate features (t-SNE): clean test images by class, triggered ones as crosses. The numbers: "
+                "shares of a triggered image's ten nearest clean images that are of the target class, and of its true class.",
+            },
+        )
         if paper["key"] == "ims":
-            texts = ("One run of IMS: forward masks and selections by layer, and its three stages.",
-                     "Perturbations that IMS synthesises, with the victim's prediction before and after, and the real trigger.")
-            figures += [{"path": relative(path), "caption": text} for path, text in zip(snakemake.input.inside, texts, strict=False)]
+            texts = (
+                "One run of IMS: forward masks and selections by layer, and its three stages.",
+                "Perturbations that IMS synthesises, with the victim's prediction before and after, and the real trigger.",
+            )
+            figures += [
+                {"path": relative(path), "caption": text} for path, text in zip(snakemake.input.inside, texts, strict=False)
+            ]
         tables = []
         for path in sorted((folder / "tables").glob("*.md")):
             grid = pd.read_csv(path.with_suffix(".csv"), index_col=0, dtype=str)
             tables.append({"frame": grid, "caption": path.read_text().splitlines()[0]})
-        links = [{"path": relative(folder / "report.html"), "text": "notebook"}, {"path": relative(folder / "card.md"), "text": "card"},
-                 {"path": relative(folder / "claims.csv"), "text": "claims"}, {"path": relative(folder / "tables"), "text": "tables (CSV, Markdown, LaTeX)"}]
+        links = [
+            {"path": relative(folder / "report.html"), "text": "notebook"},
+            {"path": relative(folder / "card.md"), "text": "card"},
+            {"path": relative(folder / "claims.csv"), "text": "claims"},
+            {"path": relative(folder / "tables"), "text": "tables (CSV, Markdown, LaTeX)"},
+        ]
         papers.append({**paper, "tables": tables, "figures": figures, "links": links})
     failed = cells[cells.status != "ok"].drop_duplicates("path")[["path", "reason"]].to_dict("records")
     config = json.loads(json.dumps(snakemake.params.config, default=str))
     digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
-    made = provenance(snakemake.params.root, config, digest, snakemake.params.data, snakemake.params.datasets, snakemake.params.seeds)
+    made = provenance(
+        snakemake.params.root, config, digest, snakemake.params.data, snakemake.params.datasets, snakemake.params.seeds
+    )
     times = rule_times(snakemake.params.benchmarks).set_index("rule").round(1)
-    triggers = [{"path": relative(path), "caption": f"Triggers on {Path(path).stem.removeprefix('triggers_')}: stamped test "
-                 "images, and the difference to the clean ones, ten times amplified around grey."} for path in snakemake.input.sheets]
+    triggers = [
+        {
+            "path": relative(path),
+            "caption": f"Triggers on {Path(path).stem.removeprefix('triggers_')}: stamped test "
+            "images, and the difference to the clean ones, ten times amplified around grey.",
+        }
+        for path in snakemake.input.sheets
+    ]
     write_json(snakemake.output.provenance, made)
     write_text(snakemake.output.claims, claims.to_csv(index=False))
-    write_page(page, "index.html.j2", scale=snakemake.params.scale, claims=claims.to_dict("records"), papers=papers,
-               triggers=triggers, failed=failed, made=made, times=times)
+    write_page(
+        page,
+        "index.html.j2",
+        scale=snakemake.params.scale,
+        claims=claims.to_dict("records"),
+        papers=papers,
+        triggers=triggers,
+        failed=failed,
+        made=made,
+        times=times,
+    )

@@ -78,6 +78,7 @@ def per_class(labels: np.ndarray, pool: np.ndarray, spc: int, seed: int) -> np.n
     for c in range(int(labels.max()) + 1):
         members = pool[labels[pool] == c]
         if len(members) < spc:
-            raise ValueError(f"{spc} samples per class asked for, but class {c} has {len(members)}: choose spc ≤ {len(members)}")
+            raise ValueError(f"{spc} samples per class asked for, but class {c} has {len(members)}: "
+                             f"choose spc ≤ {len(members)}")
         chosen.append(rng(seed, "spc", c).permutation(members)[:spc])
     return np.sort(np.concatenate(chosen))

@@ -29,7 +29,7 @@ COLUMNS = [*SETTING, "method", "label", *METRICS, "acc_victim", "asr_victim", *C
            "failed_seeds", "reason", "papers"]
 
 
-def cross_table(cells: pd.DataFrame, labels: dict[str, str], users: dict[str, list[str]] | None = None) -> pd.DataFrame:
+def cross_table(cells: pd.DataFrame, labels: dict[str, str]) -> pd.DataFrame:
     """One row per setting and defence, with the columns `COLUMNS`.
 
     Rates, costs and the victim's rates are means over the seeds that have a result. `seeds` of the `planned` seeds have
@@ -39,7 +39,6 @@ def cross_table(cells: pd.DataFrame, labels: dict[str, str], users: dict[str, li
     Args:
         cells: the tidy table (`cupel.reporting.tables.gather`).
         labels: names for people, by defence.
-        users: the papers that use a cell, by its path, where they are more than the one in the tidy table.
 
     Raises:
         ValueError: the tidy table lacks a column.
@@ -51,8 +50,7 @@ def cross_table(cells: pd.DataFrame, labels: dict[str, str], users: dict[str, li
     once = cells.drop_duplicates("path").set_index("path")
     values = cells.drop_duplicates(["path", "metric"]).pivot(index="path", columns="metric", values="value")
     once = once.drop(columns=["metric", "value"]).join(values.reindex(columns=list(METRICS)))
-    papers = cells.groupby("path").paper.unique().map(list)
-    once["papers"] = [sorted({*papers[path], *(users or {}).get(path, [])}) for path in once.index]
+    once["papers"] = cells.groupby("path").paper.unique().map(sorted)
 
     victims = once[once.stage == "victim"].drop_duplicates([*VICTIM, "seed"])
     victims = victims[[*VICTIM, "seed", "acc", "asr", "status"]]
@@ -102,13 +100,14 @@ def _block(present: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return np.flatnonzero(candidates[best]), np.flatnonzero(held[best])
 
 
-def comparable(cross: pd.DataFrame, metric: str = "der") -> pd.DataFrame:
-    """Rows of the largest set of settings × defences without a gap: each defence has a value, or failed, in each setting.
+def comparable(cross: pd.DataFrame, metric: str = "der", failures: bool = True) -> pd.DataFrame:
+    """Rows of the largest set of settings × defences without a gap: each defence has a value in each setting.
 
-    A defence that has not run in many settings would shrink the settings of all others; it is left out where that makes
+    With `failures`, for ranks, a defence that failed has one, too; without, for means, a failure is a gap. A defence
+    that has gaps in many settings would take these settings from all others; it is left out where that makes
     defences × settings larger.
     """
-    rows = cross[cross[metric].notna() | (cross.failed_seeds > 0)].astype({"failed_seeds": int})
+    rows = cross[cross[metric].notna() | (failures & (cross.failed_seeds > 0))].astype({"failed_seeds": int})
     if rows.empty:
         return rows
     settings, names = rows.groupby(SETTING, dropna=False, sort=False).ngroup(), pd.factorize(rows.method)[0]
@@ -199,20 +198,20 @@ def pareto(points: np.ndarray) -> np.ndarray:
 
 
 def trade_offs(cross: pd.DataFrame) -> pd.DataFrame:
-    """Means of each defence over the settings of `comparable`: der, seconds, acc_loss (victim's ACC − ACC), asr.
+    """Means of each defence over the settings in which all have a value: der, seconds, acc_loss (victim's ACC − ACC), asr.
 
-    `failed` counts the settings in which it failed; they have no values, so its means are over the others.
-    `front_cost` and `front_loss` say whether it is on the front of (seconds, DER) and of (ASR, loss), for which a defence
-    with failures does not stand.
+    `failed` counts the other settings in which it failed; `front_cost` and `front_loss` say whether it is on the front of
+    (seconds, DER) and of (ASR, loss).
     """
-    block = comparable(cross)
-    block = block.assign(acc_loss=block.acc_victim - block.acc, broken=block.failed_seeds > 0)
+    block = comparable(cross, failures=False)
+    block = block.assign(acc_loss=block.acc_victim - block.acc)
     means = block.groupby(["method", "label"], sort=False).agg(
         der=("der", "mean"), seconds=("seconds", "mean"), acc_loss=("acc_loss", "mean"), asr=("asr", "mean"),
-        failed=("broken", "sum"), settings=("broken", "size")).reset_index()
-    whole = means.where(means.failed == 0)
-    return means.assign(front_cost=pareto(whole[["seconds", "der"]].to_numpy(float)),
-                        front_loss=pareto(np.stack([whole.asr, -whole.acc_loss], 1).astype(float)))
+        settings=("der", "size")).reset_index()
+    failed = cross[cross.failed_seeds > 0].groupby("method").size()
+    return means.assign(failed=[int(failed.get(method, 0)) for method in means.method],
+                        front_cost=pareto(means[["seconds", "der"]].to_numpy(float)),
+                        front_loss=pareto(np.stack([means.asr, -means.acc_loss], 1).astype(float)))
 
 
 def _nothing(text: str):
@@ -226,7 +225,7 @@ def quality_against_cost(cross: pd.DataFrame):
     """Mean DER against seconds, and loss of ACC against the ASR that is left, with their fronts; a row per group."""
     parts = {title: means for title, part in groups(cross).items() if not (means := trade_offs(part)).empty}
     if not parts:
-        return _nothing("no setting with two defences")
+        return _nothing("no setting in which two defences have a value")
     styles = _styles(list(dict.fromkeys(label for means in parts.values() for label in means.label)))
     figure, axes = plt.subplots(len(parts), 2, figsize=(9.6, 3.7 * len(parts)), squeeze=False, layout="constrained")
     for row, (title, means) in zip(axes, parts.items(), strict=True):
@@ -243,7 +242,7 @@ def quality_against_cost(cross: pd.DataFrame):
                for label, (colour, marker) in styles.items()]
     handles.append(plt.Line2D([], [], color="grey", lw=1.2, label="Pareto front"))
     if any((means.failed > 0).any() for means in parts.values()):
-        handles.append(plt.Line2D([], [], color="grey", marker="o", mfc="none", ls="", label="failed in a setting"))
+        handles.append(plt.Line2D([], [], color="grey", marker="o", mfc="none", ls="", label="failed elsewhere"))
     figure.legend(handles=handles, loc="outside right upper")
     return figure
 
@@ -309,7 +308,7 @@ def heat_map(cross: pd.DataFrame, metric: str = "asr"):
         places = part[["dataset", "model"]].drop_duplicates()
         where = f"{places.model.iloc[0]} on {places.dataset.iloc[0]}"
         if len(places) > 1:
-            where = f"mean over {len(places)} networks and data sets"
+            where = f"mean over {len(places)} pairs of network and data set"
         axis.set_title(f"{metric.upper()} in %: recipe {part.recipe.iloc[0]}, budget {part.budget.iloc[0]}, {where}")
     figure.colorbar(image, ax=axes.ravel().tolist(), shrink=min(1.0, 3.0 / sum(heights)) if len(panels) > 1 else 1.0,
                     format=lambda value, _: f"{100 * value:.0f} %")
@@ -335,20 +334,20 @@ def attack_name(row) -> str:
     return row.attack + (f"~{row.attack_variant}" if row.attack_variant else "")
 
 
-def write_cross(cells: pd.DataFrame, labels: dict[str, str], users: dict[str, list[str]], scale: str, page: str | Path,
-                table: str | Path, figures: str | Path) -> None:
+def write_cross(cells: pd.DataFrame, labels: dict[str, str], scale: str, page: str | Path, table: str | Path,
+                figures: str | Path) -> None:
     """Write the cross table (CSV), its figures and the page that shows them; the page says so when there is nothing.
 
     Args:
         cells: the tidy table.
-        labels, users: see `cross_table`.
+        labels: see `cross_table`.
         scale: name.
         page: HTML file.
         table: CSV file, in the folder of the page.
         figures: folder for the figures, in the folder of the page.
     """
     page, table, figures = Path(page), Path(table), Path(figures)
-    cross = cross_table(cells, labels, users)
+    cross = cross_table(cells, labels)
     write_text(table, cross.to_csv(index=False))
     rankings = {title: ranks(part, rng=stream(0, "ranks", title)) for title, part in groups(cross).items()}
     pictures = {"ranks": rank_figure(rankings), "fronts": quality_against_cost(cross), "asr": heat_map(cross)}

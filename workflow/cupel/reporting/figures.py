@@ -4,11 +4,11 @@ import matplotlib
 
 matplotlib.use("Agg")
 
-import matplotlib.pyplot as plt  # noqa: E402
-import numpy as np  # noqa: E402
-import pandas as pd  # noqa: E402
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
 
-from cupel.files import atomic  # noqa: E402
+from cupel.files import atomic
 
 # Okabe and Ito's colours, which stay apart for colour-blind readers
 COLOURS = ["#000000", "#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7"]
@@ -99,6 +99,23 @@ def training_curves(histories: dict[str, pd.DataFrame]):
     axes[1].set_ylim(0, 1)
     axes[2].set_ylim(0, 1.02)
     axes[0].legend(fontsize=7)
+    return figure
+
+
+def asr_against_epochs(points: pd.DataFrame):
+    """ASR against the length of training, a line per attack.
+
+    Args:
+        points: columns attack, epochs, asr, asr_low, asr_high.
+    """
+    figure, axis = plt.subplots(figsize=(6.4, 3.4), layout="constrained")
+    colours = _styles(list(dict.fromkeys(points.attack)))
+    for attack, part in points.sort_values("epochs").groupby("attack", sort=False):
+        colour, marker = colours[attack]
+        errors = np.clip([part.asr - part.asr_low, part.asr_high - part.asr], 0, None)
+        axis.errorbar(part.epochs, part.asr, yerr=errors, color=colour, marker=marker, label=attack, lw=1.2, capsize=2)
+    axis.set(xlabel="epochs", ylabel="ASR", ylim=(-0.02, 1.02), xticks=sorted(points.epochs.unique()))
+    figure.legend(loc="outside right upper", fontsize=8)
     return figure
 
 

@@ -13,8 +13,16 @@ from cupel.rng import rng
 from cupel.stages import make_attack, read_tensors, test_subset
 
 
-def report_paper(paper: str, scale: str, cells: pd.DataFrame, labels: dict[str, str], claims: list[dict],
-                 reported: pd.DataFrame, title: str, out: str | Path) -> None:
+def report_paper(
+    paper: str,
+    scale: str,
+    cells: pd.DataFrame,
+    labels: dict[str, str],
+    claims: list[dict],
+    reported: pd.DataFrame,
+    title: str,
+    out: str | Path,
+) -> None:
     """Write `tables/`, `figures/` and `claims.csv` of a paper.
 
     Args:
@@ -39,13 +47,20 @@ def report_paper(paper: str, scale: str, cells: pd.DataFrame, labels: dict[str, 
         known = "in cells.csv." if part.reported.notna().any() else "not known."
         for budget in dict.fromkeys(part.budget[part.budget != ""]):
             chosen = part[part.budget.isin(["", budget])]
-            settings = (f"in percent on {dataset}, {model}, budget {budget}, scale {scale}; mean over "
-                        f"{int(part.seeds.max())} seed(s), up to {samples} test images a cell. The paper's own numbers: {known}")
+            settings = (
+                f"in percent on {dataset}, {model}, budget {budget}, scale {scale}; mean over "
+                f"{int(part.seeds.max())} seed(s), up to {samples} test images a cell. The paper's own numbers: {known}"
+            )
             stem = f"{dataset}_{model}_{budget}"
-            tables.write_table(tables.wide(chosen, order), out / "tables" / f"acc_asr_{stem}", f"{title}: ACC and ASR {settings}")
+            tables.write_table(
+                tables.wide(chosen, order), out / "tables" / f"acc_asr_{stem}", f"{title}: ACC and ASR {settings}"
+            )
             tables.write_table(tables.wide(chosen, order, ("ra",)), out / "tables" / f"ra_{stem}", f"{title}: RA {settings}")
-            tables.write_table(tables.means(chosen, order), out / "tables" / f"means_{stem}",
-                               f"{title}: means over attacks and rates {settings}")
+            tables.write_table(
+                tables.means(chosen, order),
+                out / "tables" / f"means_{stem}",
+                f"{title}: means over attacks and rates {settings}",
+            )
         present = [label for label in order if label in set(part.label)]
         figures.save(figures.acc_asr_scatter(part, present), out / "figures" / f"scatter_{dataset}_{model}.png")
         for metric in ("asr", "acc", "ra"):
@@ -78,8 +93,16 @@ def contact_sheet(dataset: str, data: str, attacks: dict[str, tuple[dict, str]],
     figures.save(figures.contact_sheet(clean, stamped), out)
 
 
-def feature_maps(panels: list[dict], data: str, dataset: str, target: int, test_size: int | None, out: dict,
-                 clean_count: int = 500, triggered_count: int = 150) -> None:
+def feature_maps(
+    panels: list[dict],
+    data: str,
+    dataset: str,
+    target: int,
+    test_size: int | None,
+    out: dict,
+    clean_count: int = 500,
+    triggered_count: int = 150,
+) -> None:
     """t-SNE maps of penultimate features, and how entangled triggered images are with the target class.
 
     Args:
@@ -108,8 +131,14 @@ def feature_maps(panels: list[dict], data: str, dataset: str, target: int, test_
         share = entanglement(features[0], clean.labels, features[1], sources.labels, target)
         rows.append({"row": panel["row"], "model": panel["title"], **share})
         labels = np.concatenate([clean.labels, np.full(len(sources), -1)])
-        drawn.append({"row": panel["row"], "title": panel["title"], "points": project(np.concatenate(features)),
-                      "labels": labels, "note": f"near triggered: {100 * share['target']:.0f} % target, "
-                                                f"{100 * share['true']:.0f} % true"})
+        drawn.append(
+            {
+                "row": panel["row"],
+                "title": panel["title"],
+                "points": project(np.concatenate(features)),
+                "labels": labels,
+                "note": f"near triggered: {100 * share['target']:.0f} % target, {100 * share['true']:.0f} % true",
+            }
+        )
     write_text(out["table"], pd.DataFrame(rows, columns=["row", "model", "target", "true"]).to_csv(index=False))
     figures.save(figures.feature_panels(drawn, test.classes, target), out["figure"])

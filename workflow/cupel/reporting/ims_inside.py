@@ -22,15 +22,27 @@ def masks_figure(masks: dict[str, tuple], history: pd.DataFrame):
     """
     figure, axes = plt.subplots(3, 1, figsize=(9.5, 8.4), layout="constrained")
     places = np.arange(len(masks))
-    for axis, index, title in ((axes[0], 2, "forward mask m (0: pruned)"), (axes[1], 1, "selection s (1: shared by both networks)")):
-        axis.boxplot([layer[index].numpy() for layer in masks.values()], positions=places, widths=0.6,
-                     flierprops={"marker": ".", "markersize": 3, "markeredgecolor": COLOURS[6]}, medianprops={"color": COLOURS[5]})
+    for axis, index, title in (
+        (axes[0], 2, "forward mask m (0: pruned)"),
+        (axes[1], 1, "selection s (1: shared by both networks)"),
+    ):
+        axis.boxplot(
+            [layer[index].numpy() for layer in masks.values()],
+            positions=places,
+            widths=0.6,
+            flierprops={"marker": ".", "markersize": 3, "markeredgecolor": COLOURS[6]},
+            medianprops={"color": COLOURS[5]},
+        )
         axis.set(title=title, ylim=(-0.03, 1.03), xticks=places)
-        axis.set_xticklabels([] if index == 2 else [name.removeprefix("extractor.") for name in masks], rotation=60, ha="right",
-                             fontsize=7)
+        axis.set_xticklabels(
+            [] if index == 2 else [name.removeprefix("extractor.") for name in masks], rotation=60, ha="right", fontsize=7
+        )
     rounds = np.arange(1, len(history) + 1)
-    for column, colour, label in (("flip_rate", COLOURS[6], "flip rate of the perturbations"), ("selected", COLOURS[5], "selected (s < ½)"),
-                                  ("pruned", COLOURS[3], "pruned (m < ½)")):
+    for column, colour, label in (
+        ("flip_rate", COLOURS[6], "flip rate of the perturbations"),
+        ("selected", COLOURS[5], "selected (s < ½)"),
+        ("pruned", COLOURS[3], "pruned (m < ½)"),
+    ):
         if column in history:
             axes[2].plot(rounds, history[column], color=colour, label=label)
     for stage, part in history.groupby("stage", sort=False):
@@ -57,7 +69,9 @@ def gallery(clean: np.ndarray, delta: np.ndarray, stamped: np.ndarray, notes: li
     return figure
 
 
-def look_inside(spec: dict, defence: dict, data: str, victim: str, trigger: str, out: dict, device: str, count: int = 8) -> None:
+def look_inside(
+    spec: dict, defence: dict, data: str, victim: str, trigger: str, out: dict, device: str, count: int = 8
+) -> None:
     """Run IMS on a victim again and draw what the workflow does not keep.
 
     Args:
@@ -77,8 +91,10 @@ def look_inside(spec: dict, defence: dict, data: str, victim: str, trigger: str,
     save(masks_figure(masks, history), out["masks"])
     history.to_csv(out["table"], index=False)
 
-    settings = {key: defence["hyperparameters"].get(key, default)
-                for key, default in (("norm_bound", 1.0), ("lr_perturb", 0.001), ("steps_perturb", 20))}
+    settings = {
+        key: defence["hyperparameters"].get(key, default)
+        for key, default in (("norm_bound", 1.0), ("lr_perturb", 0.001), ("steps_perturb", 20))
+    }
     temperature = defence["hyperparameters"].get("temperature", 20.0)
     images = budget.images[np.linspace(0, len(budget) - 1, count).astype(int)]
     x = to_pixels(torch.from_numpy(images)).to(device)
@@ -93,6 +109,9 @@ def look_inside(spec: dict, defence: dict, data: str, victim: str, trigger: str,
     clean = network(x)
     delta, _ = perturb(network, lambda z: torch.func.functional_call(network, tensors, (z,)), x, clean, **settings)
     answer = network(x + delta).argmax(1)
-    notes = [f"{train.classes[int(before)]} → {train.classes[int(after)]}" for before, after in zip(clean.argmax(1), answer, strict=True)]
+    notes = [
+        f"{train.classes[int(before)]} → {train.classes[int(after)]}"
+        for before, after in zip(clean.argmax(1), answer, strict=True)
+    ]
     stamped = make_attack(spec["attack"], read_tensors(trigger)).stamp(images)
     save(gallery(images / 255, delta.permute(0, 2, 3, 1).cpu().numpy(), stamped / 255, notes), out["gallery"])

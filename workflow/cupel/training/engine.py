@@ -279,7 +279,7 @@ def fit(model: nn.Module, images: np.ndarray | torch.Tensor, labels: np.ndarray 
             index = order[k * size : (k + 1) * size]
             x, y, g = to_pixels(data[index]), target[index], group[index]
 
-            def change(batch, index=index):
+            def change(batch, index=index, draws=draws):
                 return augment(batch, recipe.crop, draws.flip[index], draws.shift[index])
 
             if hook:

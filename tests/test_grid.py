@@ -1,0 +1,145 @@
+"""What the experiment files ask for, and the stages' handling of what cannot be done."""
+
+import json
+
+import numpy as np
+import pytest
+
+from cupel import stages
+from cupel.grid import LIBRARY, PAPERS, ConfigError, Grid, code_digest, read_yaml
+from cupel.reporting import tables
+
+
+def test_every_paper_plans_at_every_scale():
+    for scale in ("smoke", "demo", "bench", "paper"):
+        for paper in ("fst", "ims", "zoo"):
+            assert Grid([paper], scale).cells()
+
+
+def test_ims_has_its_288_victims():
+    cells = Grid(["ims"], "paper").cells("victim")
+    assert len(cells) == 288
+    assert len({(c["dataset"], c["model"], c["attack"].partition("~")[0], c["rate"]) for c in cells}) == 288
+    assert all(c["attack"] == "sig~dirty" for c in cells if c["attack"].startswith("sig") and c["dataset"] != "cifar10")
+
+
+def test_papers_share_victims_by_recipe():
+    both = Grid(["fst", "ims"], "demo").cells("victim")
+    alone = [len(Grid([paper], "demo").cells("victim")) for paper in ("fst", "ims")]
+    assert len(both) == max(alone) < sum(alone)
+
+
+def test_overlays():
+    grid = Grid(["fst"], "bench")
+    assert grid.defence("fst", "cifar10")["hyperparameters"]["alpha"] == 0.2
+    assert grid.defence("fst", "gtsrb")["hyperparameters"] == {
+        **grid.defence("fst", "cifar10")["hyperparameters"],
+        "epochs": 15,
+        "alpha": 0.1,
+    }
+    assert Grid(["fst"], "demo").defence("ft", "cifar10")["hyperparameters"]["lr"] == 0.03
+    assert grid.recipe("fst", "gtsrb")["training"]["epochs"] == 50 and grid.recipe("fst", "gtsrb")["training"]["t_max"] == 100
+    assert grid.recipe("fst", "tiny_imagenet")["held_out"] == 0.05
+
+
+def test_training_changes_of_an_attack():
+    assert Grid(["ims"], "paper").attack_training("wanet") == {"drop_last": False, "schedule": "constant"}
+    assert Grid(["ims"], "paper").attack_training("inputaware")["epochs"] == 75
+    assert "epochs" not in Grid(["zoo"], "demo").attack_training("inputaware")
+
+
+def test_one_name_one_meaning(tmp_path):
+    for name, alpha in (("one", 0.2), ("two", 0.3)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "experiment.yaml").write_text(
+            f"paper: {name}\ntitle: t\nscales: {{}}\ndefences:\n  fst: {{source: x, hyperparameters: {{alpha: {alpha}}}}}\n"
+        )
+    with pytest.raises(ConfigError, match=r"two/experiment.yaml: defences.fst is defined otherwise in .*one"):
+        Grid(["one"], "demo", folder=tmp_path)
+
+
+def test_every_hyperparameter_has_a_source():
+    for paper in ("fst", "ims", "zoo"):
+        content = read_yaml(PAPERS / paper / "experiment.yaml")
+        for section in ("recipes", "attacks", "defences", "budgets"):
+            for name, entry in (content.get(section) or {}).items():
+                assert entry["source"].strip(), f"{paper}: {section}.{name}"
+
+
+def test_code_digest_follows_imports():
+    fst, tuning = LIBRARY / "defenses" / "fst.py", LIBRARY / "defenses" / "tuning.py"
+    assert code_digest(fst) != code_digest(tuning) and len(code_digest(fst)) == 16
+    assert code_digest(fst) == code_digest(fst, tuning)  # fst imports tuning
+
+
+def test_impossible_rate_becomes_a_failed_victim(tmp_path, cifar10):
+    spec = {
+        "dataset": "cifar10",
+        "model": "preactresnet18",
+        "recipe": "r",
+        "rate": 0.5,
+        "seed": 0,
+        "attack": {"name": "sig", "function": "sig", "parameters": {}},
+        "settings": {
+            "train_size": 500,
+            "test_size": 100,
+            "model": {"width": 4, "stem_stride": 2},
+            "training": {"epochs": 1, "lr": 0.1, "batch_size": 50},
+        },
+    }
+    data = str(cifar10.parent)
+    stages.poison(spec, data, None, tmp_path / "poison.npz")
+    outputs = {
+        key: str(tmp_path / name)
+        for key, name in (
+            ("model", "model.safetensors"),
+            ("trigger", "trigger.npz"),
+            ("history", "history.csv"),
+            ("metrics", "metrics.json"),
+        )
+    }
+    stages.train_victim(spec, data, tmp_path / "poison.npz", None, outputs, "cpu")
+    record = json.loads((tmp_path / "metrics.json").read_text())
+    assert record["status"] == "failed" and "the largest possible rate is 0.1" in record["reason"]
+    from cupel import models
+
+    with pytest.raises(models.NotACheckpoint):
+        models.load(outputs["model"])
+
+
+def test_budgets(cifar10):
+    from cupel import datasets
+
+    train = datasets.load(cifar10, "train")
+    spec = {"recipe": "r", "seed": 0, "settings": {"held_out": 0.02, "train_size": 2000}}
+    held = stages.clean_budget(train, spec, {"name": "heldout", "kind": "held_out"})
+    seen = stages.training_split(train, spec["settings"], 0).train
+    assert len(held) == 1000 and not set(held) & set(seen)
+    drawn = stages.clean_budget(train, spec, {"name": "spc10", "kind": "spc", "spc": 10, "pool": "train"})
+    assert len(drawn) == 100 and set(drawn) <= set(seen)
+    apart = stages.clean_budget(train, spec, {"name": "spc10", "kind": "spc", "spc": 10, "pool": "held_out"})
+    assert set(apart) <= set(held)
+    with pytest.raises(ValueError, match="recipe r holds out none"):
+        stages.clean_budget(train, {**spec, "settings": {}}, {"name": "heldout", "kind": "held_out"})
+
+
+def test_missing_cells_are_shown_as_failed(tmp_path):
+    cell = {
+        "paper": "fst",
+        "stage": "purified",
+        "dataset": "d",
+        "model": "m",
+        "recipe": "r",
+        "attack": "a~v",
+        "rate": "0.01",
+        "seed": "3",
+        "defence": "fst~x",
+        "budget": "b",
+        "folder": str(tmp_path),
+    }
+    table = tables.gather([cell])
+    assert set(table.status) == {"failed"} and set(table.variant) == {"x"} and set(table.attack_variant) == {"v"}
+    named = tables.with_names(table, {"fst~x": "FST x"})
+    grid = tables.wide(tables.summary(named), ["FST x"])
+    assert grid.iloc[0].tolist() == ["failed", "failed"]
+    assert np.isnan(table.value).all()
