@@ -21,7 +21,7 @@ test-all: $(VENV)/.installed lint
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
-	$(BIN)/snakefmt --check --quiet .
+	$(BIN)/snakefmt --check . 2> /dev/null
 	$(BIN)/snakemake --lint > /dev/null
 
 $(VENV)/.installed: pyproject.toml envs/constraints.txt

@@ -5,6 +5,7 @@
     snakemake --cores all fst             tables, figures and claims of one paper
     snakemake --cores all report          the report of what is asked for in config.yaml
     snakemake --cores all zoo             one victim of every attack beside its clean twin, and their gallery
+    snakemake --cores all bundle          all that a machine without network needs, see docs/offline.md
     snakemake --cores all PATH            one cell, e.g. results/demo/victims/cifar10/.../metrics.json
 
 The chain: data -> poison -> victim -> purify -> cells (one tidy table) -> tables, figures, claims -> index.html
