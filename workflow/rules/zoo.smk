@@ -27,6 +27,28 @@ rule zoo_sheet:
         "../scripts/contact_sheet.py"
 
 
+rule gallery:
+    # the triggers that are formulas, on any data set, by path: results/demo/gallery/gtsrb.png
+    input:
+        lambda wildcards: dataset_files(wildcards),
+    output:
+        f"{RESULTS}/gallery/{{dataset}}.png",
+    log:
+        log_of(RESULTS, "gallery_{dataset}"),
+    benchmark:
+        benchmark_of(RESULTS, "gallery_{dataset}")
+    params:
+        attacks=lambda wildcards: {
+            name: attack_spec(Cell(attack=name, dataset=wildcards.dataset))
+            for name in ("badnets", "blended", "sig", "lc", "bpp")
+        },
+        data=data_folder,
+        plugins=config["plugins"],
+        code=code_digest(SCRIPTS / "contact_sheet.py", *map(str, ZOO.attack_files())),
+    script:
+        "../scripts/contact_sheet.py"
+
+
 rule zoo_report:
     input:
         cells=[f"{cell_folder(cell)}/metrics.json" for cell in ZOO.cells("victim")],

@@ -6,6 +6,10 @@ from cupel.stages import logged
 
 with logged(snakemake.log[0]):
     load_plugins(snakemake.params.plugins)
-    attacks = {name: (spec, trigger) for (name, spec), trigger in
-               zip(snakemake.params.attacks.items(), snakemake.input.triggers, strict=True)}
+    # attacks whose trigger is a formula need no file of a victim
+    triggers = snakemake.input.get("triggers") or [None] * len(snakemake.params.attacks)
+    attacks = {
+        name: (spec, trigger)
+        for (name, spec), trigger in zip(snakemake.params.attacks.items(), triggers, strict=True)
+    }
     contact_sheet(snakemake.wildcards.dataset, snakemake.params.data, attacks, snakemake.output[0])

@@ -1,0 +1,114 @@
+"""Images per second of victim training and of testing: the engine against a plain PyTorch loop, in one run.
+
+    python benchmarks/training.py [--width 64] [--steps 12] [--threads 2] [--device cpu]
+
+The plain loop is what a newcomer to the field meets: fp32, a DataLoader, torchvision transforms per image. Ratios are
+the result; absolute figures depend on the machine. Rounds alternate, medians are reported.
+"""
+
+import argparse
+import statistics
+import time
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, Dataset
+
+from cupel import datasets, models
+from cupel.compat import ensure_torchvision
+from cupel.training.engine import Recipe, fit, predict
+
+BATCH = 128
+
+
+class PerImage(Dataset):
+    """Images that are transformed one by one."""
+
+    def __init__(self, images: np.ndarray, labels: np.ndarray, transform):
+        self.images, self.labels, self.transform = images, labels, transform
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, k: int):
+        return self.transform(self.images[k]), int(self.labels[k])
+
+
+def plain_training(model, loader, device: str) -> None:
+    """One pass: forward, backward, SGD step."""
+    optimizer = torch.optim.SGD(model.parameters(), 0.01, momentum=0.9, weight_decay=5e-4)
+    model.train()
+    for x, y in loader:
+        x, y = x.to(device), y.to(device)
+        loss = F.cross_entropy(model(x), y)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        loss.item()
+
+
+@torch.no_grad()
+def plain_testing(model, loader, device: str) -> None:
+    """One pass of predictions."""
+    model.eval()
+    for x, _ in loader:
+        model(x.to(device)).argmax(1).cpu()
+
+
+def timed(function, device: str) -> float:
+    if device == "cuda":
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    function()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--width", type=int, default=64)
+    parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--data", default="data/cifar10")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    ensure_torchvision()
+    from torchvision.transforms import v2
+
+    train = datasets.load(options.data, "train")
+    count = BATCH * options.steps
+    images, labels = np.asarray(train.images[:count]), train.labels[:count]
+    crop = [v2.ToImage(), v2.RandomCrop(32, padding=4), v2.RandomHorizontalFlip()]
+    last = [v2.ToDtype(torch.float32, scale=True)]
+    workers = 0 if options.device == "cpu" else 8
+    loaders = [DataLoader(PerImage(images, labels, v2.Compose([*first, *last])), BATCH, shuffle=True, num_workers=workers)
+               for first in (crop, [v2.ToImage()])]
+
+    def network():
+        return models.build("preactresnet18", num_classes=10, width=options.width, seed=0).to(options.device)
+
+    ours, plain = network(), network()
+    recipe = Recipe(epochs=1, lr=0.01, precision="bf16", compile=options.compile)
+    runs = {
+        "training": (lambda: fit(ours, images, labels, recipe, seed=0, device=options.device),
+                     lambda: plain_training(plain, loaders[0], options.device)),
+        "testing": (lambda: predict(ours, images, device=options.device, precision="bf16"),
+                    lambda: plain_testing(plain, loaders[1], options.device)),
+    }
+    print(f"PreActResNet-18, width {options.width}, batch {BATCH}, {options.device}, {options.threads} threads, "
+          f"torch {torch.__version__}, median of {options.rounds} alternating rounds of {count} images")
+    for name, pair in runs.items():
+        for function in pair:
+            function()
+        seconds = [[timed(function, options.device) for function in pair] for _ in range(options.rounds)]
+        rate = [count / statistics.median(column) for column in zip(*seconds, strict=True)]
+        print(f"{name}: engine {rate[0]:,.0f} images/s, plain loop {rate[1]:,.0f}, ratio {rate[0] / rate[1]:.1f}")
+
+
+if __name__ == "__main__":
+    main()
