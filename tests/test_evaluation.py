@@ -40,6 +40,12 @@ def test_bootstrap_covers_the_binomial_error():
     )
 
 
+def test_bootstrap_of_metrics_without_a_count():
+    none = np.zeros((3, 2), int)
+    effect, low, high = paired_bootstrap(np.array([0.5, 0.6, 0.7]), np.array([0.4, 0.4, 0.4]), none, np.arange(3), rng(0))
+    assert effect == pytest.approx(0.2) and 0.1 <= low < effect < high <= 0.3
+
+
 def table(ft, fst, failed=()):
     rows = []
     for k, (a, b) in enumerate(zip(ft, fst, strict=True)):

@@ -1,5 +1,6 @@
 """The workflow as a user runs it: end to end at scale smoke on real slices, reruns, kills, and wrong settings."""
 
+import fcntl
 import json
 import os
 import re
@@ -162,10 +163,24 @@ def test_killed_run_ends_with_identical_metrics(finished, tmp_path):
     assert folder.metrics() == finished.metrics()
 
 
+def locked(path: Path) -> bool:
+    """Whether another process holds the lock on a file."""
+    if not path.exists():
+        return False
+    with open(path) as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
+
+
 def test_two_runs_at_once_are_refused(finished, tmp_path):
     folder = Folder(tmp_path / "twice", finished.data)
     first = folder.start("--", "results/smoke/cells.parquet")
-    time.sleep(4)
+    while not locked(folder.path / ".snakemake" / "cupel.lock"):
+        assert first.poll() is None
+        time.sleep(0.1)
     code, output = folder.run("--", "results/smoke/cells.parquet")
     os.killpg(first.pid, signal.SIGKILL)
     first.communicate()
@@ -174,8 +189,8 @@ def test_two_runs_at_once_are_refused(finished, tmp_path):
 
 def test_a_failed_cell_does_not_stop_the_report(finished, tmp_path):
     folder = Folder(tmp_path / "failed", finished.data)
-    folder.edit("workflow/papers/fst/experiment.yaml", "    scales: *short\n  fst~unprojected",
-                "    scales: {smoke: {epochs: 1, lr: 1.0e+30}}\n  fst~unprojected")
+    folder.edit("workflow/papers/fst/experiment.yaml", "smoke: {epochs: 1}\n      demo: {lr: 0.03, alpha",
+                "smoke: {epochs: 1, lr: 1.0e+30}\n      demo: {lr: 0.03, alpha")
     code, output = folder.run()
     assert code == 0, output[-3000:]
     cells = pd.read_parquet(folder.path / "results/smoke/cells.parquet")

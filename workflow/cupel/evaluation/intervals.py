@@ -23,19 +23,22 @@ def paired_bootstrap(first: np.ndarray, second: np.ndarray, n: np.ndarray, clust
 
     Args:
         first, second: rates in [0, 1] of the two sides, float [C].
-        n: test images behind each rate, int [C, 2].
+        n: test images behind each rate, int [C, 2]; 0 for derived metrics without a count.
         clusters: int [C].
 
     Returns:
         effect, low, high.
     """
+    def drawn(values: np.ndarray, counts: np.ndarray) -> np.ndarray:
+        # derived metrics, such as DER, have no count: their test-set error is not drawn
+        counted = rng.binomial(counts, np.clip(values, 0, 1)) / np.maximum(counts, 1)
+        return np.where(counts > 0, counted, values)
+
     effect = float(np.mean(first - second))
     members = [np.flatnonzero(clusters == c) for c in np.unique(clusters)]
     samples = np.empty(draws)
     for k in range(draws):
         cells = np.concatenate([members[c] for c in rng.integers(len(members), size=len(members))])
-        a = rng.binomial(n[cells, 0], np.clip(first[cells], 0, 1)) / n[cells, 0]
-        b = rng.binomial(n[cells, 1], np.clip(second[cells], 0, 1)) / n[cells, 1]
-        samples[k] = np.mean(a - b)
+        samples[k] = np.mean(drawn(first[cells], n[cells, 0]) - drawn(second[cells], n[cells, 1]))
     low, high = np.quantile(samples, [(1 - level) / 2, (1 + level) / 2])
     return effect, float(low), float(high)
