@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from cupel.evaluation.intervals import paired_bootstrap
+from cupel.evaluation.bootstrap import paired_bootstrap
 from cupel.rng import rng
 
 SETTING = ["dataset", "model", "recipe", "attack", "poison_rate"]
