@@ -33,6 +33,22 @@ include: "workflow/rules/zoo.smk"
 include: "workflow/rules/bundle.smk"
 
 
+# on a cluster these run where Snakemake runs: they take seconds, or need the network that nodes often lack
+localrules:
+    prepare_dataset,
+    gather_cells,
+    report_paper,
+    contact_sheet,
+    notebook,
+    index,
+    cross,
+    zoo_sheet,
+    zoo_report,
+    gallery,
+    download_wheels,
+    make_bundle,
+
+
 onstart:
     hold_lock()
 

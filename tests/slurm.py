@@ -52,14 +52,14 @@ SlurmctldPidFile={folder}/slurmctld.pid
 SlurmdPidFile={folder}/slurmd.pid
 SlurmctldLogFile={folder}/slurmctld.log
 SlurmdLogFile={folder}/slurmd.log
-NodeName={host} NodeAddr=127.0.0.1 CPUs=2 RealMemory=16000 Gres=gpu:2 State=UNKNOWN
+NodeName={host} NodeAddr=127.0.0.1 CPUs=2 RealMemory=16000 Gres=gpu:pretend:2 State=UNKNOWN
 PartitionName=main Nodes={host} Default=YES MaxTime=60 State=UP
 """
 
 # two devices that every machine has stand for GPUs: they are allocated and counted, never used
 GRES_CONF = """{mark}
-Name=gpu File=/dev/null
-Name=gpu File=/dev/zero
+Name=gpu Type=pretend File=/dev/null
+Name=gpu Type=pretend File=/dev/zero
 """
 
 

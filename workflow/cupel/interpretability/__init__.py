@@ -1,6 +1,6 @@
 """Proper Network Interpretability Helps Adversarial Robustness in Classification (Boopathy et al., ICML 2020).
 
-`models` networks whose head is linear in the last feature map; `maps` what is interpreted; `discrepancy` how far two maps
-lie apart, and the bound that holds for any attack; `objectives` training; `attacks`, `aai`, `isa` evaluation; `released`
-the authors' weights. SPEC of the paper: proper_interpretability; its numbering is used throughout the package.
+`models`: networks whose head is linear in the last feature map. `maps`: interpretation. `discrepancy`: how far two maps
+lie apart, and the bound that holds for any attack. `objectives`: training. `attacks`, `aai`, `isa`, `unforeseen`:
+evaluation. `released`: the authors' weights. "SPEC" in this package is that of proper_interpretability.
 """

@@ -2,8 +2,8 @@
 
     min over x'   Σ_{p in T} I_p(x', y),    T = the k largest cells of I(x, y)
 
-It goes for the map of the true class and leaves the prediction to itself; what it did to the map is told by Kendall's tau
-over the images whose prediction stayed.
+It goes for the map of the true class and leaves the prediction to itself; what it did to the map is told by Kendall's
+tau over the images whose prediction stayed.
 """
 
 from dataclasses import dataclass
@@ -18,10 +18,10 @@ from cupel.interpretability.maps import interpret
 from cupel.interpretability.models import GapClassifier
 
 
-def noise(draw: np.random.RandomState, shape: tuple[int, int, int, int], eps: float) -> Tensor:
-    """U(−ε, ε) for images [n, C, H, W], in the order of the released code (channels last), float64."""
-    count, channels, height, width = shape
-    return torch.from_numpy(draw.uniform(-eps, eps, (count, height, width, channels))).permute(0, 3, 1, 2)
+def noise(draw: np.random.RandomState, x: Tensor, eps: float) -> Tensor:
+    """U(−ε, ε) like the images x [n, C, H, W], drawn in the order of the released code (channels last)."""
+    count, channels, height, width = x.shape
+    return torch.from_numpy(draw.uniform(-eps, eps, (count, height, width, channels))).permute(0, 3, 1, 2).to(x)
 
 
 def top_k(model: GapClassifier, x: Tensor, y: Tensor, start: Tensor, *, eps: float, k: int = 8, steps: int = 200,
@@ -43,7 +43,7 @@ def top_k(model: GapClassifier, x: Tensor, y: Tensor, start: Tensor, *, eps: flo
         ValueError: the map has no classes, or fewer than k cells.
     """
     if kind == "repr":
-        raise ValueError("the representation has no map of the true class to attack: take cam, gradcam++, gradcam or ig")
+        raise ValueError("the representation has no map of the true class to attack: take cam, gradcam++ or ig")
     classes = y[:, None]
     clean = interpret(model, x, classes, kind).detach().flatten(1)
     if k > clean.shape[1]:

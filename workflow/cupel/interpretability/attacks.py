@@ -147,7 +147,7 @@ def pgd(model: nn.Module, x: Tensor, y: Tensor, *, eps: float, steps: int = 200,
 
 def accuracies(model: nn.Module, x: Tensor, y: Tensor, *, epsilons: Sequence[float], steps: Sequence[int] = STEPS,
                step_size: float = 0.01) -> list[dict]:
-    """Adversarial test accuracy, one record (eps, steps, correct, n) for each ε and number of steps; see `snapshots`."""
+    """Adversarial test accuracy: a record (eps, steps, correct, n) for each ε and number of steps; see `snapshots`."""
     rows = []
     for eps in epsilons:
         for count, z in snapshots(model, x, y, eps=eps, steps=steps, step_size=step_size).items():

@@ -52,8 +52,8 @@ def discrepancy(clean: Tensor, changed: Tensor, norm: str = "l1", *, squared: bo
     """D of maps.
 
     Args:
-        clean, changed: float [B, S, ...] of the same classes, as from :func:`cupel.interpretability.maps.interpret`. For
-            the normalised value of the representation give A itself, [B, d, h, w]: it is normalised per channel.
+        clean, changed: float [B, S, ...] of the same classes, as from :func:`cupel.interpretability.maps.interpret`.
+            For the normalised value of the representation give A itself, [B, d, h, w]: it is normalised per channel.
         norm: `l1` or `l2`.
         squared: l2 without its root; the attacks descend on that, reports use the root.
         normalised: divide each class's norm by max − min of that class's clean map.

@@ -3,10 +3,10 @@
     least ε:  min over x'  m(x'),                    m = max( max_{j≠t'} f_j − f_t', −κ )
     ISA:      min over x'  m(x') + γ D(x, x')        in the ball of ε = p · (least ε of that image)
 
-    x' ← Π ( x' − 0.2 ε clip(1000 ∇, −1, 1) ), ten steps from x;  ∇ of the mean over the N images, hence with a factor 1/N
+    x' ← Π ( x' − 0.2 ε clip(1000 ∇, −1, 1) ), ten steps from x;  ∇ of the mean over the N images, hence a factor 1/N
 
-ε and γ come from binary searches of ten rounds, each image's own: the smallest ε and the largest γ at which the image is
-still taken for t'. A network whose maps are robust makes the attacker pay for a small D with a large ε.
+ε and γ come from binary searches of ten rounds, each image's own: the smallest ε and the largest γ at which the image
+is still taken for t'. A network whose maps are robust makes the attacker pay for a small D with a large ε.
 """
 
 from collections.abc import Callable, Sequence

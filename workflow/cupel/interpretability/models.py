@@ -2,8 +2,8 @@
 
     f_c(x) = 1/(hw) Σ_ij Σ_d W_dc A_dij(x)
 
-A is the output of the last convolution (or pooling, or residual sum), with no ReLU behind it; W has no bias. Both matter:
-without them the mean of a class activation map would not be the logit. Convolutions pad like TensorFlow's "SAME".
+A is the output of the last convolution (or pooling, or residual sum), with no ReLU behind it; W has no bias. Both
+matter: else the mean of a class activation map would not be the logit. Convolutions pad like TensorFlow's "SAME".
 """
 
 from collections.abc import Callable, Sequence
@@ -177,6 +177,18 @@ def wresnet(in_channels: int) -> Residual:
 NETWORKS = {"small": small, "pool": pool, "wresnet": wresnet}
 
 
+def blank(name: str, num_classes: int, in_channels: int) -> GapClassifier:
+    """A network whose weights are yet to be set; the global generators are left as they were.
+
+    Raises:
+        ValueError: an unknown name.
+    """
+    if name not in NETWORKS:
+        raise ValueError(unknown("network", name, NETWORKS))
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+        return GapClassifier(NETWORKS[name](in_channels), num_classes)
+
+
 def build(name: str, *, num_classes: int = 10, in_channels: int = 3, seed: int = 99) -> GapClassifier:
     """A freshly initialised float32 network.
 
@@ -189,6 +201,4 @@ def build(name: str, *, num_classes: int = 10, in_channels: int = 3, seed: int =
     Raises:
         ValueError: an unknown name.
     """
-    if name not in NETWORKS:
-        raise ValueError(unknown("network", name, NETWORKS))
-    return initialise(GapClassifier(NETWORKS[name](in_channels), num_classes), seed)
+    return initialise(blank(name, num_classes, in_channels), seed)

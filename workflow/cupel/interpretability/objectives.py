@@ -21,7 +21,9 @@ IG is that of the cross-entropy along the path from x to x', 5 points, on the ne
 neither are the clean maps in the outer loss; no gradient flows through the search for x'.
 """
 
+import contextlib
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -69,11 +71,29 @@ RECIPES = {
 
 
 class View:
-    """What a network makes of pixels x [B, C, H, W]: logits [B, K] and class activation maps [B, K, h, w]."""
+    """What a network makes of pixels x, computed when asked for. A frozen view is a constant for every gradient."""
 
-    def __init__(self, model: GapClassifier, x: Tensor):
-        features = model.feature_map(x)
-        self.x, self.logits, self.cams = x, model.head(features.mean((2, 3))), cam(model, features)
+    def __init__(self, model: GapClassifier, x: Tensor, frozen: bool = False):
+        self.model, self.x = model, x
+        self.graph = torch.no_grad if frozen else contextlib.nullcontext
+
+    @cached_property
+    def features(self) -> Tensor:
+        """A(x), float [B, d, h, w]."""
+        with self.graph():
+            return self.model.feature_map(self.x)
+
+    @cached_property
+    def logits(self) -> Tensor:
+        """f(x), float [B, K]."""
+        with self.graph():
+            return self.model.head(self.features.mean((2, 3)))
+
+    @cached_property
+    def cams(self) -> Tensor:
+        """Class activation maps, float [B, K, h, w]."""
+        with self.graph():
+            return cam(self.model, self.features)
 
 
 def wrong_class_weights(logits: Tensor, y: Tensor) -> Tensor:
@@ -162,9 +182,9 @@ METHODS = {
 class Objective(Hook):
     """An objective of the table, for `fit(..., objective=o, hook=o)`.
 
-    It is a hook too because ε and the random starts depend on the step: the engine tells it the epoch, also in a run that
-    continues from a checkpoint. The logits that it returns for the history are those under the cross-entropy, so that
-    the accuracy of `adv`, `intadv`, `int2adv`, `igsum` and `intigadv` is that at x'.
+    It is a hook too because ε and the random starts depend on the step: the engine tells it the epoch, also in a run
+    that continues from a checkpoint. The logits that it returns for the history are those under the cross-entropy, so
+    that the accuracy of `adv`, `intadv`, `int2adv`, `igsum` and `intigadv` is that at x'.
 
     Args:
         method: a key of `METHODS`.
@@ -224,8 +244,7 @@ class Objective(Hook):
 
     def worst(self, model: GapClassifier, x: Tensor, y: Tensor, eps: float) -> Tensor:
         """The inner point x', float [B, C, H, W], detached."""
-        with torch.no_grad():
-            clean = View(model, x)  # only the gradient in x' counts here
+        clean = View(model, x, frozen=True)  # only the gradient in x' counts here
 
         def loss(z: Tensor) -> Tensor:
             if self.method.search == "ce":

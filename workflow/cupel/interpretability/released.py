@@ -10,7 +10,7 @@ import pickle
 import numpy as np
 import torch
 
-from cupel.interpretability.models import NETWORKS, GapClassifier, SameConv2d
+from cupel.interpretability.models import NETWORKS, GapClassifier, SameConv2d, blank
 from cupel.registry import unknown
 
 
@@ -84,10 +84,8 @@ def read(path: str | os.PathLike[str]) -> list[tuple[np.ndarray, ...]]:
             raise NotReleased(f"{path}: {error}") from None
         except Exception as error:
             raise NotReleased(f"{path} is no pickle of float arrays: {type(error).__name__}: {error}") from error
-    good = isinstance(layers, list) and layers and all(
-        isinstance(layer, tuple) and layer and all(isinstance(array, _Array) and array.value is not None for array in layer)
-        for layer in layers)
-    if not good:
+    good = isinstance(layers, list) and layers and all(isinstance(layer, tuple) and layer for layer in layers)
+    if not good or any(not isinstance(array, _Array) or array.value is None for layer in layers for array in layer):
         raise NotReleased(f"{path}: expected a list of tuples of arrays, one tuple per layer")
     return [tuple(array.value for array in layer) for layer in layers]
 
@@ -111,7 +109,7 @@ def load(path: str | os.PathLike[str], name: str) -> GapClassifier:
     shapes = [[array.shape for array in layer] for layer in layers]
     if any(len(layer[0]) != 4 for layer in shapes):
         raise NotReleased(f"{path}: weights must have shape [rows, columns, in, out], found {shapes}")
-    model = GapClassifier(NETWORKS[name](shapes[0][0][2]), shapes[-1][0][3])
+    model = blank(name, num_classes=shapes[-1][0][3], in_channels=shapes[0][0][2])
     wanted = [layer for layer in model.modules() if isinstance(layer, SameConv2d)]
     if [len(layer) for layer in layers] != [2] * len(wanted) + [1]:
         raise NotReleased(f"{path}: network {name!r} has {len(wanted)} convolutions and a head, "
@@ -122,10 +120,10 @@ def load(path: str | os.PathLike[str], name: str) -> GapClassifier:
             values = [weight[:, :, 0, 0] if layer is model.head else weight, *map(_tensor, arrays[1:])]
             for parameter, value in zip(layer.parameters(), values, strict=True):
                 if parameter.shape != value.shape:
-                    raise NotReleased(f"{path}: layer {number} of network {name!r} needs {tuple(parameter.shape)}, the file "
-                                      f"has {tuple(value.shape)}")
+                    raise NotReleased(f"{path}: layer {number} of network {name!r} needs {tuple(parameter.shape)}, the "
+                                      f"file has {tuple(value.shape)}")
                 if not value.isfinite().all():
-                    raise NotReleased(f"{path}: layer {number} has weights that are not finite; that network is of no use")
+                    raise NotReleased(f"{path}: layer {number} has weights that are not finite: of no use")
                 parameter.copy_(value)
     return model
 
