@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from cupel import stages
-from cupel.grid import LIBRARY, PAPERS, ConfigError, Grid, code_digest, read_yaml
+from cupel.grid import LIBRARY, PAPERS, SCHEMAS, ConfigError, Grid, code_digest, read_yaml, typed
 from cupel.reporting import tables
 
 
@@ -64,6 +64,13 @@ def test_every_hyperparameter_has_a_source():
         for section in ("recipes", "attacks", "defences", "budgets"):
             for name, entry in (content.get(section) or {}).items():
                 assert entry["source"].strip(), f"{paper}: {section}.{name}"
+
+
+def test_command_line_strings_become_what_the_schema_asks_for():
+    schema = read_yaml(SCHEMAS / "config.schema.yaml")
+    found = typed({"seeds": ["0", "2"], "report": {"allow_missing": "true"}, "scale": "demo", "data": {"mirror": "/1"}}, schema)
+    assert found == {"seeds": [0, 2], "report": {"allow_missing": True}, "scale": "demo", "data": {"mirror": "/1"}}
+    assert typed({"seeds": ["x"]}, schema) == {"seeds": ["x"]}
 
 
 def test_code_digest_follows_imports():

@@ -74,6 +74,27 @@ def check_schema(content: dict, schema: str, file: str | Path) -> None:
         raise ConfigError("\n".join(_sentence(error, file) for error in errors))
 
 
+def typed(content, schema: dict):
+    """Content with strings turned into what the schema asks for, where it asks for a number or a truth value.
+
+    Snakemake's command line leaves nested values, as in `--config seeds=[0,1]`, as strings.
+    """
+    kinds = schema.get("type", [])
+    kinds = [kinds] if isinstance(kinds, str) else kinds
+    if isinstance(content, dict):
+        known = schema.get("properties", {})
+        return {key: typed(value, known.get(key, {})) for key, value in content.items()}
+    if isinstance(content, list):
+        return [typed(value, schema.get("items", {})) for value in content]
+    if isinstance(content, str) and {"integer", "number", "boolean"} & set(kinds):
+        try:
+            value = yaml.safe_load(content)
+        except yaml.YAMLError:
+            return content
+        return value if isinstance(value, (int, float)) or (value is None and "null" in kinds) else content
+    return content
+
+
 def resolve(entry: dict, key: str, dataset: str, scale: str) -> dict:
     """Settings of an entry: its `key`, overlaid by what it says for the data set, then for the scale."""
     settings = dict(entry.get(key) or {})

@@ -5,13 +5,15 @@ from pathlib import Path
 from types import SimpleNamespace as Cell
 
 from snakemake.exceptions import WorkflowError
+from snakemake.logging import logger
 from snakemake.utils import validate
 
 from cupel.datasets import NAMES as DATASETS
-from cupel.grid import LIBRARY, ConfigError, Grid, check_schema, code_digest
+from cupel.grid import LIBRARY, SCHEMAS, ConfigError, Grid, check_schema, code_digest, read_yaml, typed
 from cupel.registry import unknown
 
 try:
+    config.update(typed(config, read_yaml(SCHEMAS / "config.schema.yaml")))
     check_schema(config, "config", "config.yaml")
     validate(config, "../schemas/config.schema.yaml")  # fills in the defaults
     GRID = Grid(config["papers"], config["scale"], config["seeds"], config["plugins"])
@@ -66,6 +68,8 @@ def hold_lock():
         raise WorkflowError(
             f"Another run is active in {os.getcwd()}: wait for it, or use another folder (--directory)."
         ) from None
+    except OSError as error:  # some network file systems know no locks
+        logger.warning(f"no lock could be taken ({error}): do not start a second run in {os.getcwd()}")
 
 
 def data_folder(wildcards):
@@ -226,8 +230,6 @@ def labels_of(paper):
 
 
 def claims_of(paper):
-    from cupel.grid import read_yaml
-
     file = GRID.file(paper, "claims.yaml")
     content = read_yaml(file)
     try:
