@@ -229,7 +229,7 @@ def test_wrong_config_is_refused_before_any_job(tmp_path, change, texts):
 WRONG_EXPERIMENT = [
     ("attacks: [badnets], rates", "attacks: [badnet], rates",
      ["blocks.0.attacks: unknown attack 'badnet'", "did you mean 'badnets'?"]),
-    ("defences: [ft, fst]}", "defences: [ft, fts]}", ["unknown defence 'fts'", "did you mean 'fst'?"]),
+    ("defences: [ft, fst]}", "defences: [ft, fts]}", ["unknown defence 'fts'", "fst"]),
     ("{size: 3, pattern: white}", "{sice: 3, pattern: white}",
      ["attacks.badnets.parameters: unknown parameter of attack badnets 'sice'"]),
     ("heads: last}\n    datasets", "headz: last}\n    datasets",
