@@ -230,7 +230,7 @@ def train_victim(spec: dict, data: str, record: str, trigger: str | None, output
         test = test_subset(datasets.load(f"{data}/{spec['dataset']}", "test"), settings.get("test_size"))
         measured = evaluate(model, test, attack, target, device)
     except METHOD_ERRORS as error:
-        write_tensors(outputs["trigger"], {})
+        write_tensors(outputs["trigger"], {"failed": str(error)})
         fail(error, base, outputs["model"], outputs["history"], outputs["metrics"])
         return
     reached = hook.rate if hook is not None and attack.batchwise else poisoned.rate
