@@ -27,14 +27,6 @@ BATCHWISE = {"wanet": {}, "bpp": {}, "inputaware": SMALL_MASKS}
 BYPASS = ("badnets_bypass", "blended_bypass")
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def photos(count=44, size=16, classes=4, seed=0):
     """Smooth uint8 images in two gradients and noise, with labels."""
     draw = rng(seed, "photos")

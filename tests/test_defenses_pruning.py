@@ -3,7 +3,6 @@
 import copy
 import json
 import math
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -31,7 +30,6 @@ from cupel.rng import rng
 from cupel.training.engine import Diverged, Recipe, fit, predict
 
 torch.set_num_threads(1)
-CIFAR = Path(__file__).parents[1] / "data" / "cifar10"
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.247, 0.243, 0.261)
 
 #: settings that run each defence on the tiny victim in well under a second
@@ -558,10 +556,8 @@ def test_same_form_same_bits_and_an_unchanged_victim(name, tiny):
 
 
 @pytest.fixture(scope="module")
-def backdoored():
-    if not (CIFAR / "manifest.json").is_file():
-        pytest.skip("data/cifar10 is not prepared")
-    train, test = datasets.load(CIFAR, "train"), datasets.load(CIFAR, "test")
+def backdoored(cifar10):
+    train, test = datasets.load(cifar10, "train"), datasets.load(cifar10, "test")
     images, labels = np.array(train.images[:5000]), np.array(train.labels[:5000])
     attack = Blended()
     part = datasets.Dataset(train.name, images, labels, train.classes)

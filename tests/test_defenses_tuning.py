@@ -4,7 +4,6 @@ import copy
 import json
 import math
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -20,7 +19,6 @@ from cupel.models.attachments import attach
 from cupel.rng import rng
 from cupel.training.engine import Recipe, fit, predict
 
-DATA = Path(__file__).parents[1] / "data" / "cifar10"
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.247, 0.243, 0.261)
 
 # counts so small that every defence runs in about a second on the tiny victim
@@ -38,14 +36,6 @@ FEW = {
     "mm_bd": {"epochs": 3, "every": 1, "lr": 0.1},
     "pbe": {"rounds": 1, "steps": 2},
 }
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def small(seed=0, **arguments):
@@ -622,12 +612,9 @@ REDUCED = {
 
 
 @pytest.fixture(scope="module")
-def world():
+def world(cifar10):
     """preactresnet18 of width 8, 5,000 images of CIFAR-10, a weak Blended at 10 %; 500 other clean images."""
-    if not (DATA / "manifest.json").is_file():
-        pytest.skip(f"CIFAR-10 is not prepared in {DATA}")
-    torch.set_num_threads(1)
-    train, test = datasets.load(DATA, "train"), datasets.load(DATA, "test").take(np.arange(1000))
+    train, test = datasets.load(cifar10, "train"), datasets.load(cifar10, "test").take(np.arange(1000))
     poisoned, attack = train.take(np.arange(5000)), Blended(alpha=0.12)
     record = attack.poison(poisoned, 0.1, 0, rng(0, "poison"))
     images, labels = poisoned.images.copy(), poisoned.labels.copy()

@@ -32,14 +32,6 @@ SIZES = {
 SMALL = {"width": 8, "stem_stride": 2}
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def pixels(*shape):
     return torch.rand(shape, generator=torch.Generator().manual_seed(0))
 

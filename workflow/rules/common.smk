@@ -32,7 +32,7 @@ TEMPLATES = sorted((LIBRARY / "reporting").glob("*.j2"))
 VICTIM = f"{RESULTS}/victims/{{dataset}}/{{model}}/{{recipe}}/{{attack}}@{{rate}}/seed{{seed}}"
 PURIFIED = f"{RESULTS}/purified/{{dataset}}/{{model}}/{{recipe}}/{{attack}}@{{rate}}/seed{{seed}}/{{defence}}@{{budget}}"
 TRIGGER = f"{RESULTS}/triggers/{{dataset}}/{{model}}/{{recipe}}/{{attack}}/seed{{seed}}"
-LOGS = {"victim": VICTIM, "purified": PURIFIED}
+FOLDERS = {"victim": VICTIM, "purified": PURIFIED}
 
 
 wildcard_constraints:
@@ -185,7 +185,7 @@ def code(script, attack=True, defence=False):
 
 
 def cell_folder(cell):
-    return LOGS[cell["stage"]].format(**cell)
+    return FOLDERS[cell["stage"]].format(**cell)
 
 
 def cell_files(wildcards=None, paper=None, stage=None):

@@ -122,10 +122,19 @@ class BypassHook(CountingHook):
         self.optimizer.load_state_dict(state["optimizer"])
 
 
+@dataclass(frozen=True)
 class Bypass:
     """The part of both attacks that is added to their trigger. Samples are poisoned in advance, so the attacks are not
     `batchwise` and their record holds the poisoned samples.
+
+    Attributes:
+        regularisation: λ (20).
+        discriminator_lr, discriminator_momentum: of the discriminator's SGD (0.001, 0.9).
     """
+
+    regularisation: float = 20.0
+    discriminator_lr: float = 0.001
+    discriminator_momentum: float = 0.9
 
     def hook(self, rate: float, target: int, classes: int, seed: int) -> BypassHook:
         return BypassHook(self.regularisation, self.discriminator_lr, self.discriminator_momentum, seed)
@@ -134,28 +143,10 @@ class Bypass:
 @attack("badnets_bypass")
 @dataclass(frozen=True)
 class BadNetsBypass(Bypass, BadNets):
-    """Bypass with the trigger of BadNets, whose parameters it shares.
-
-    Attributes:
-        regularisation: λ (20).
-        discriminator_lr, discriminator_momentum: of the discriminator's SGD (0.001, 0.9).
-    """
-
-    regularisation: float = 20.0
-    discriminator_lr: float = 0.001
-    discriminator_momentum: float = 0.9
+    """Bypass with the trigger of BadNets, whose parameters it shares."""
 
 
 @attack("blended_bypass")
 @dataclass(frozen=True)
 class BlendedBypass(Bypass, Blended):
-    """Bypass with the trigger of Blended, whose parameters it shares.
-
-    Attributes:
-        regularisation: λ (20).
-        discriminator_lr, discriminator_momentum: of the discriminator's SGD (0.001, 0.9).
-    """
-
-    regularisation: float = 20.0
-    discriminator_lr: float = 0.001
-    discriminator_momentum: float = 0.9
+    """Bypass with the trigger of Blended, whose parameters it shares."""
