@@ -241,6 +241,20 @@ class Grid:
                 cells.append(cell)
         return cells
 
+    def blocks(self) -> dict[tuple, list[dict]]:
+        """Purified cells that one job does together: those of a victim, where the scale says `jobs: victim`.
+
+        Returns:
+            (paper, dataset, model, recipe, attack, rate, seed) to cells. A cell that two papers share belongs to the one
+            that config.yaml names first.
+        """
+        blocks = {}
+        for cell in self.cells("purified"):
+            if self.experiments[cell["paper"]]["scales"][self.scale].get("jobs") == "victim":
+                key = tuple(cell[k] for k in ("paper", "dataset", "model", "recipe", "attack", "rate", "seed"))
+                blocks.setdefault(key, []).append(cell)
+        return blocks
+
     def _entry(self, section: str, name: str) -> dict:
         if name in self.entries[section]:
             return self.entries[section][name]
