@@ -17,6 +17,8 @@ from cupel.registry import signatures, unknown
 LIBRARY = Path(__file__).parent
 PAPERS = LIBRARY.parent / "papers"
 SCHEMAS = LIBRARY.parent / "schemas"
+#: the safe loader, in C where PyYAML was built with it: ten times faster, and the files are read at every start
+LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
 #: kinds of papers: what is attacked and defended; each has its own form of experiment.yaml and its own rules
@@ -34,7 +36,7 @@ def read_yaml(path: str | Path) -> dict:
         ConfigError: not readable as YAML.
     """
     try:
-        return yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+        return yaml.load(Path(path).read_text(encoding="utf-8"), LOADER) or {}
     except yaml.YAMLError as error:
         raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
     except FileNotFoundError:
