@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: reproduce test test-all lint
+.PHONY: reproduce test test-all faults lint
 
 # what config.yaml says (make reproduce SCALE=bench for another scale): installs on first use, downloads data, reports
 reproduce: $(VENV)/.installed
@@ -12,11 +12,15 @@ reproduce: $(VENV)/.installed
 
 # what every change must pass
 test: $(VENV)/.installed lint
-	$(BIN)/pytest -m "not slow"
+	$(BIN)/pytest -m "not slow and not faults"
 
 # also the tests that take long
 test-all: $(VENV)/.installed lint
-	$(BIN)/pytest
+	$(BIN)/pytest -m "not faults"
+
+# runs broken on purpose, a quarter of an hour: kills, full disks, bad files, hostile programs; writes docs/results/faults.md
+faults: $(VENV)/.installed
+	$(if $(CUPEL_KILLS),CUPEL_KILLS=$(CUPEL_KILLS)) $(BIN)/pytest -m faults tests/faults
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

@@ -188,7 +188,12 @@ class Unpacker:
 
     def extract(self, part: dict, path: Path) -> None:
         expected = self.members[part["name"]]
-        with tarfile.open(path, "r:") as tar:
+        try:
+            tar = tarfile.open(path, "r:")  # noqa: SIM115 - closed below; all headers are read here and in getmembers
+            tar.getmembers()
+        except tarfile.TarError as error:
+            raise Problem(f"{part['name']}: not a whole tar archive, although its sha256 is right ({error}): refused") from None
+        with tar:
             for info in tar.getmembers():  # headers only; nothing is written before all are checked
                 if not info.isreg():
                     raise Problem(f"{part['name']}: member {info.name!r} is no regular file (a link or device): refused")

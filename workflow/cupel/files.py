@@ -3,14 +3,22 @@
 import contextlib
 import hashlib
 import json
+import lzma
 import os
+import re
 import shutil
 import tarfile
 import tempfile
 import zipfile
-from collections.abc import Iterator
+import zlib
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+
+try:
+    import fcntl
+except ImportError:  # Windows has no such locks: what a killed process leaves there stays
+    fcntl = None
 
 
 def digest(path: str | Path, algorithm: str = "sha256") -> str:
@@ -19,33 +27,97 @@ def digest(path: str | Path, algorithm: str = "sha256") -> str:
         return hashlib.file_digest(file, algorithm).hexdigest()
 
 
+def _lock(handle: int, wait: bool) -> bool:
+    """Lock an open file or folder until `handle` is closed or its process ends; False where that cannot be had."""
+    if fcntl is None:
+        return False
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except OSError:  # held by another process, or a network file system that knows no locks
+        return False
+    return True
+
+
+def _sweep(folder: Path, prefix: str, suffix: str) -> None:
+    """Remove temporary files and folders of that name whose process was killed: nobody holds their lock any more."""
+    name = re.compile(re.escape(prefix) + "[a-z0-9_]{8}" + re.escape(suffix))
+    for path in folder.glob(".*"):
+        if not name.fullmatch(path.name):
+            continue
+        try:
+            handle = os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0))
+        except OSError:  # gone meanwhile
+            continue
+        try:
+            if _lock(handle, wait=False):
+                if path.is_dir():
+                    shutil.rmtree(path, ignore_errors=True)
+                else:
+                    path.unlink(missing_ok=True)
+        finally:
+            os.close(handle)
+
+
+@contextlib.contextmanager
+def _temporary(make: Callable[[], str], folder: Path, prefix: str, suffix: str) -> Iterator[Path]:
+    """The path that `make` creates, held by a lock for as long as the block runs."""
+    _sweep(folder, prefix, suffix)
+    while True:
+        path = Path(make())
+        handle = os.open(path, os.O_RDONLY)
+        _lock(handle, wait=True)
+        if path.exists():  # else another process took it for left behind, in the moment before the lock
+            break
+        os.close(handle)
+    try:
+        yield path
+    finally:
+        os.close(handle)
+
+
+@contextlib.contextmanager
+def scratch(folder: str | Path, prefix: str) -> Iterator[Path]:
+    """Yield a temporary folder in `folder`, removed at the end. What killed processes left under `prefix` goes first."""
+    folder = Path(folder)
+    with _temporary(lambda: tempfile.mkdtemp(prefix=prefix, dir=folder), folder, prefix, "") as path:
+        try:
+            yield path
+        finally:
+            shutil.rmtree(path, ignore_errors=True)
+
+
 @contextlib.contextmanager
 def atomic(path: str | Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`; on success flush it to disk and rename it, on error remove it.
 
-    The temporary name keeps the suffix, because many writers choose their format by it.
+    The temporary name keeps the suffix, because many writers choose their format by it. What a killed process left of the
+    same file is removed.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.stem}.", suffix=path.suffix, dir=path.parent)
-    os.close(handle)
-    temporary = Path(name)
-    try:
-        yield temporary
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
-        # mkstemp makes private files; results are as readable as any other file of the user
-        mask = os.umask(0)
-        os.umask(mask)
-        temporary.chmod(0o666 & ~mask)
-        os.replace(temporary, path)
-        folder = os.open(path.parent, os.O_RDONLY)
+
+    def make() -> str:
+        handle, name = tempfile.mkstemp(prefix=f".{path.stem}.", suffix=path.suffix, dir=path.parent)
+        os.close(handle)
+        return name
+
+    with _temporary(make, path.parent, f".{path.stem}.", path.suffix) as temporary:
         try:
-            os.fsync(folder)
+            yield temporary
+            with open(temporary, "rb+") as file:
+                os.fsync(file.fileno())
+            # mkstemp makes private files; results are as readable as any other file of the user
+            mask = os.umask(0)
+            os.umask(mask)
+            temporary.chmod(0o666 & ~mask)
+            os.replace(temporary, path)
+            folder = os.open(path.parent, os.O_RDONLY)
+            try:
+                os.fsync(folder)
+            finally:
+                os.close(folder)
         finally:
-            os.close(folder)
-    finally:
-        temporary.unlink(missing_ok=True)
+            temporary.unlink(missing_ok=True)
 
 
 def write_text(path: str | Path, text: str) -> None:
@@ -70,25 +142,28 @@ def extract(archive: str | Path, member: str, destination: str | Path, limit: in
     Only the bytes of the member named are taken: its path, mode, owner and links play no part.
 
     Raises:
-        ValueError: the archive has no such regular file, or it is larger than `limit` bytes.
+        ValueError: the archive is damaged, has no such regular file, or it is larger than `limit` bytes.
     """
-    with contextlib.ExitStack() as stack:
-        if zipfile.is_zipfile(archive):
-            pack = stack.enter_context(zipfile.ZipFile(archive))
-            if member not in pack.namelist():
-                raise ValueError(f"{archive}: no member {member}")
-            size, source = pack.getinfo(member).file_size, stack.enter_context(pack.open(member))
-        else:
-            pack = stack.enter_context(tarfile.open(archive))
-            try:
-                info = pack.getmember(member)
-            except KeyError:
-                raise ValueError(f"{archive}: no member {member}") from None
-            if not info.isreg():
-                raise ValueError(f"{archive}: member {member} is not a regular file")
-            size, source = info.size, stack.enter_context(pack.extractfile(info))
-        if size > limit:
-            raise ValueError(f"{archive}: member {member} has {size} bytes, more than the {limit} expected")
-        with atomic(destination) as temporary, open(temporary, "wb") as file:
-            shutil.copyfileobj(source, file, 1 << 20)
+    try:
+        with contextlib.ExitStack() as stack:
+            if zipfile.is_zipfile(archive):
+                pack = stack.enter_context(zipfile.ZipFile(archive))
+                if member not in pack.namelist():
+                    raise ValueError(f"{archive}: no member {member}")
+                size, source = pack.getinfo(member).file_size, stack.enter_context(pack.open(member))
+            else:
+                pack = stack.enter_context(tarfile.open(archive))
+                try:
+                    info = pack.getmember(member)
+                except KeyError:
+                    raise ValueError(f"{archive}: no member {member}") from None
+                if not info.isreg():
+                    raise ValueError(f"{archive}: member {member} is not a regular file")
+                size, source = info.size, stack.enter_context(pack.extractfile(info))
+            if size > limit:
+                raise ValueError(f"{archive}: member {member} has {size} bytes, more than the {limit} expected")
+            with atomic(destination) as temporary, open(temporary, "wb") as file:
+                shutil.copyfileobj(source, file, 1 << 20)
+    except (zipfile.BadZipFile, tarfile.TarError, zlib.error, lzma.LZMAError, EOFError, RuntimeError) as error:
+        raise ValueError(f"{archive}: damaged, encrypted or no archive: {type(error).__name__}: {error}") from None
     return Path(destination)

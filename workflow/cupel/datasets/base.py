@@ -2,7 +2,6 @@
 
 import hashlib
 import os
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,9 +9,13 @@ from pathlib import Path
 import numpy as np
 
 from cupel.datasets.sources import Source, fetch
-from cupel.files import atomic, read_json, write_json
+from cupel.files import atomic, read_json, scratch, write_json
 
 FILES = ("train_images.npy", "train_labels.npy", "test_images.npy", "test_labels.npy", "manifest.json")
+
+
+class DamagedDataset(OSError):
+    """A prepared file is not whole. No fault of a method, so no cell is recorded as failed for it."""
 
 
 @dataclass(frozen=True)
@@ -197,17 +200,17 @@ def prepare(description: Description, folder: str | Path, *, kinds: Sequence[str
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     arrays: dict[str, np.ndarray] = {}
-    with tempfile.TemporaryDirectory(prefix=".prepare-", dir=folder) as scratch:
+    with scratch(folder, ".prepare-") as workspace:
         def accept(content: dict) -> None:
             arrays.clear()
-            arrays.update({key: _write(value, Path(scratch) / f"{key}.npy") for key, value in content.items()})
+            arrays.update({key: _write(value, workspace / f"{key}.npy") for key, value in content.items()})
             check(description, arrays, excerpt)
 
         source, _ = fetch(description.name, sources, kinds=kinds, cache=cache, mirror=mirror, accept=accept)
         (folder / "manifest.json").unlink(missing_ok=True)  # from here to its return the folder is no dataset
         for key in arrays:
             with atomic(folder / f"{key}.npy") as path:
-                os.replace(Path(scratch) / f"{key}.npy", path)
+                os.replace(workspace / f"{key}.npy", path)
     last = max(int(arrays[f"{split}_labels"].max()) for split in ("train", "test"))
     classes = description.classes[: last + 1] if excerpt else description.classes
     manifest = {
@@ -236,15 +239,18 @@ def load(folder: str | Path, split: str) -> Dataset:
 
     Raises:
         FileNotFoundError: the folder is not a prepared dataset.
+        DamagedDataset: a file of it is not what `prepare` wrote.
     """
     folder = Path(folder)
     if not (folder / "manifest.json").is_file():
         raise FileNotFoundError(f"{folder} is no prepared dataset; "
                                 f"make it with: snakemake --cores 1 {folder}/manifest.json")
-    manifest = read_json(folder / "manifest.json")
-    return Dataset(
-        manifest["name"],
-        np.load(folder / f"{split}_images.npy", mmap_mode="r", allow_pickle=False),
-        np.load(folder / f"{split}_labels.npy", allow_pickle=False),
-        tuple(manifest["classes"]),
-    )
+    try:
+        manifest = read_json(folder / "manifest.json")
+        images = np.load(folder / f"{split}_images.npy", mmap_mode="r", allow_pickle=False)
+        labels = np.load(folder / f"{split}_labels.npy", allow_pickle=False)
+        if images.ndim != 4 or labels.shape != images.shape[:1]:
+            raise ValueError(f"{split} images of shape {images.shape} with labels of shape {labels.shape}")
+        return Dataset(manifest["name"], images, labels, tuple(manifest["classes"]))
+    except (ValueError, EOFError, KeyError) as error:
+        raise DamagedDataset(f"{folder} is damaged ({error}); remove the folder and run the same command again") from None

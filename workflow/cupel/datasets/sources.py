@@ -12,12 +12,11 @@ import os
 import shutil
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from cupel.files import digest
+from cupel.files import digest, scratch
 
 KINDS = ("official", "hub", "package", "mirror")
 
@@ -168,9 +167,9 @@ def _run(command: list[str], folder: Path, minutes: float = 30) -> None:
 
 def _package(command: Callable[[Path], list[str]], what: str, name: str, folder: Path) -> Path:
     """Run a package client in an empty folder and move the one file it leaves to `folder/name.part`."""
-    with tempfile.TemporaryDirectory(prefix=".package-", dir=folder) as scratch:
-        _run(command(Path(scratch)), Path(scratch))
-        files = [path for path in Path(scratch).iterdir() if path.is_file()]
+    with scratch(folder, ".package-") as empty:
+        _run(command(empty), empty)
+        files = [path for path in empty.iterdir() if path.is_file()]
         if len(files) != 1:
             raise SourceError(f"{what} gave {len(files)} files instead of one")
         part = folder / f"{name}.part"

@@ -32,6 +32,10 @@ class Diverged(ArithmeticError):
     """The loss is no longer finite."""
 
 
+class DamagedCheckpoint(RuntimeError):
+    """A checkpoint claims to be of this run, and is not."""
+
+
 @dataclass(frozen=True)
 class Recipe:
     """How a network is trained.
@@ -155,10 +159,11 @@ class Checkpoint:
             return None
         try:
             state = torch.load(self.path, map_location=device, weights_only=True)
+            identity = state["identity"]
         except Exception as error:
             print(f"checkpoint {self.path} cannot be read ({type(error).__name__}): starting anew", file=sys.stderr)
             return None
-        if state["identity"] != self.identity:
+        if identity != self.identity:
             print(f"checkpoint {self.path} is of another run (settings changed): starting anew", file=sys.stderr)
             return None
         return state
@@ -226,6 +231,7 @@ def fit(model: nn.Module, images: np.ndarray | torch.Tensor, labels: np.ndarray 
 
     Raises:
         Diverged: the loss is not finite.
+        DamagedCheckpoint: the checkpoint says that it is of this run, but does not fit; it is removed.
         ValueError: fewer samples than one batch although the recipe drops partial batches.
     """
     device = torch.device(device)
@@ -250,12 +256,17 @@ def fit(model: nn.Module, images: np.ndarray | torch.Tensor, labels: np.ndarray 
     history, begin = [], 0
     state = keeper.load(device) if keeper else None
     if state:
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        scheduler.load_state_dict(state["scheduler"])
-        if hook:
-            hook.load_state_dict(state["hook"])
-        history, begin = state["history"], state["epoch"]
+        try:
+            model.load_state_dict(state["model"])
+            optimizer.load_state_dict(state["optimizer"])
+            scheduler.load_state_dict(state["scheduler"])
+            if hook:
+                hook.load_state_dict(state["hook"])
+            history, begin = state["history"], state["epoch"]
+        except Exception as error:
+            keeper.remove()  # the network is half overwritten: what is there now cannot be trained from the start
+            raise DamagedCheckpoint(f"checkpoint {keeper.path} does not fit this run and was removed: run the same command "
+                                    f"again ({type(error).__name__}: {' '.join(str(error).split())[:200]})") from None
     elif hook:
         hook.start(model, data, target)
 

@@ -1,0 +1,248 @@
+"""kill -9 of the whole process group at random moments of every stage, and the run after it.
+
+Each stage runs alone, in copies of a finished run from which its outputs are removed. Moments are drawn uniformly between the
+start of the job and its end, as measured without a kill. After each kill: what stands under its final name is complete, what
+other stages made is untouched, no process is left. The killed run is started again, as a user would, with the same command;
+it is killed again, and every fifth start is let finish: its results and list of files are then those of the undisturbed run.
+"""
+
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from tests.faults.record import shorten, trial
+from tests.faults.runs import PAPER, PURIFIED, VICTIM, content, contents, copy, error_lines, listing, processes_in, remove
+from tests.test_workflow import jobs
+
+KILLS = int(os.environ.get("CUPEL_KILLS", 20))
+CHAIN = 5   # kills before a run is let finish
+LANES = min(2, os.cpu_count() or 1)
+
+CELL = ("model.safetensors", "history.csv", "metrics.json")
+DATA = tuple(f"data/cifar10/{name}" for name in ("train_images.npy", "train_labels.npy", "test_images.npy", "test_labels.npy",
+                                                  "manifest.json"))
+# outputs of each stage; the last one is asked for
+STAGES = {
+    "prepare data": DATA,
+    "poison": (f"{VICTIM}/poison.npz",),
+    "train victim": (f"{VICTIM}/trigger.npz", *(f"{VICTIM}/{name}" for name in CELL)),
+    "purify (a job per cell)": tuple(f"{PURIFIED}/fst@heldout/{name}" for name in CELL),
+    "purify (a job per victim)": tuple(f"{PURIFIED}/{defence}@heldout/{name}" for defence in ("ft", "fst") for name in CELL),
+    "gather": ("results/smoke/cells.parquet",),
+    "report": (f"{PAPER}/tables", f"{PAPER}/figures", f"{PAPER}/claims.csv"),
+    "notebook": (f"{PAPER}/report.ipynb", f"{PAPER}/card.md", f"{PAPER}/report.html"),
+    "index": ("results/smoke/claims.csv", "results/smoke/provenance.json", "results/smoke/index.html"),
+}
+
+
+class Lane:
+    """One copy in which a stage is killed and run again.
+
+    Args:
+        folder: the copy, finished.
+        stage: of `STAGES`.
+        seed: of the moments.
+    """
+
+    def __init__(self, folder, stage, seed):
+        self.folder, self.stage, self.outputs, self.draw = folder, stage, STAGES[stage], random.Random(seed)
+        self.tops = ("results", "data") if "data" in self.outputs[0] else ("results",)
+        self.begin()
+        planned = jobs(folder.run("-n", "--", self.outputs[-1])[1])
+        assert len(planned) == 1 and set(planned.values()) == {1}, f"not this stage alone: {planned}"
+        process, began = self.start()
+        output, _ = process.communicate(timeout=900)
+        self.seconds = time.monotonic() - began
+        assert process.returncode == 0, output[-3000:]
+        self.before = {name: content(folder.path / name) for name in self.outputs}
+        self.files = listing(folder, *self.tops)
+        own = {name for name in self.files if any(name == output or name.startswith(f"{output}/") for output in self.outputs)}
+        self.others = contents(folder, sorted(self.files - own))
+        self.begin()
+
+    def begin(self):
+        """As if the stage had never run."""
+        remove(self.folder, *self.outputs)
+
+    def start(self):
+        """Start a run; the process, and when its job began (when it ended, if there was none)."""
+        begun = time.time()
+        process = self.folder.start("--", self.outputs[-1])
+        marks = self.folder.path / ".snakemake" / "incomplete"
+        while process.poll() is None:
+            if any(mark.stat().st_mtime >= begun for mark in marks.glob("**/*") if mark.is_file()):
+                break
+            time.sleep(0.01)
+        return process, time.monotonic()
+
+    def kill(self):
+        """One kill in the middle of the job, and a look at what it left."""
+        while True:
+            process, began = self.start()
+            share = self.draw.random()
+            time.sleep(max(0.0, began + share * self.seconds - time.monotonic()))
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.communicate()
+                break
+            # it was faster than the run that was measured: the end came first, and this was no kill
+            output, _ = process.communicate()
+            assert process.returncode == 0, output[-3000:]
+            self.begin()
+        variant = f"{100 * share:.0f} % of {self.seconds:.1f} s"
+        with trial("kill", self.stage, variant) as row:
+            left = processes_in(self.folder.path)
+            assert not left, f"processes are left: {left}"
+            complete = [name for name in self.outputs if (self.folder.path / name).exists()]
+            whole = [name for name in complete if content(self.folder.path / name) == self.before[name]]
+            folders = [name for name in complete if (self.folder.path / name).is_dir()]  # begun anew by Snakemake
+            assert set(complete) == set(whole) | set(folders), f"cut off: {sorted(set(complete) - set(whole))}"
+            there = contents(self.folder, self.others)
+            assert there == self.others, "results of other stages changed"
+            row.happened = "killed" if len(whole) < len(self.outputs) else "killed after all was written"
+        return row
+
+    def finish(self, rows):
+        """Let the run come to its end; what it gives decides about the kills before it."""
+        try:
+            code, output = self.folder.run("--", self.outputs[-1])
+            assert code == 0, error_lines(output, "Error", "error") or output[-500:]
+            found = {name: content(self.folder.path / name) for name in self.outputs}
+            differing = [name for name in self.outputs if found[name] != self.before[name]]
+            assert not differing, f"differ from the undisturbed run: {differing}"
+            assert contents(self.folder, self.others) == self.others, "results of other stages changed"
+            files = listing(self.folder, *self.tops)
+            assert files == self.files, f"left behind: {sorted(files - self.files)}; missing: {sorted(self.files - files)}"
+            nothing = self.folder.run("-n", "--", self.outputs[-1])[1] if self.stage == "train victim" else "Nothing to be done"
+            assert "Nothing to be done" in nothing, "the finished run would be made again"
+        except AssertionError as error:
+            for row in rows:
+                row.ok, row.happened, row.lost = False, "the next run is not as it must be", "yes"
+                row.message = shorten(str(error), 300)
+            raise
+        for row in rows:
+            row.happened += ", the same command ends with identical results"
+        self.begin()
+
+    def work(self, kills):
+        while kills:
+            now = min(kills, CHAIN)
+            self.finish([self.kill() for _ in range(now)])
+            kills -= now
+
+
+def settings_of_data(cifar10):
+    """Settings with which the data set is made without network, from what the prepared one was made of."""
+    import json
+
+    kind = json.loads((cifar10 / "manifest.json").read_text())["source"]["kind"]
+    return {"folder": "data", "sources": [kind], "mirror": os.environ.get("CUPEL_MIRROR") if kind == "mirror" else None}
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_kill(undisturbed, cifar10, tmp_path, monkeypatch, stage):
+    # what a killed process leaves in the system's folder for temporary files is the system's to clear away
+    (tmp_path / "tmp").mkdir()
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "tmp"))
+    lanes = min(LANES, KILLS)
+
+    def lane(number):
+        folder = copy(undisturbed, tmp_path / f"lane{number}")
+        if stage == "prepare data":
+            folder.set(data=settings_of_data(cifar10))
+        if stage == "purify (a job per victim)":
+            note = "note: one victim of a few hundred images, for tests"
+            folder.edit("workflow/papers/fst/experiment.yaml", note, f"{note}\n    jobs: victim")
+        Lane(folder, stage, 1000 * list(STAGES).index(stage) + number).work((KILLS + number) // lanes)
+
+    with ThreadPoolExecutor(lanes) as pool:
+        for done in [pool.submit(lane, number) for number in range(lanes)]:
+            done.result()
+    for number in range(lanes):
+        shutil.rmtree(tmp_path / f"lane{number}")  # pytest would keep some gigabytes
+
+
+TRAINING = textwrap.dedent("""
+    import sys
+    import numpy as np, torch
+    from cupel import models
+    from cupel.training.engine import Recipe, fit
+    torch.set_num_threads(1)
+    draw = np.random.default_rng(0)
+    images, labels = draw.integers(0, 256, (256, 16, 16, 3), np.uint8), draw.integers(0, 10, 256)
+    model = models.build("preactresnet18", num_classes=10, image_size=16, seed=0, width=4)
+    epochs = 24
+    def say(model, count=iter(range(10**9))):
+        if next(count) % 4 == 3: print("epoch", flush=True)
+    print("begin", flush=True)
+    history = fit(model, images, labels, Recipe(epochs=epochs, lr=0.05, batch_size=64, crop=2), seed=3, after_step=say,
+                  checkpoint=sys.argv[1] + "/checkpoint.pt", checkpoint_seconds=0)
+    models.save(model, sys.argv[1] + "/model.safetensors")
+    print("end", len(history), flush=True)
+""")
+
+
+def train(folder):
+    folder.mkdir(exist_ok=True)
+    return subprocess.Popen([sys.executable, "-c", TRAINING, str(folder)], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+                            text=True, start_new_session=True)
+
+
+def test_kill_of_a_long_training(tmp_path):
+    """A checkpoint after every epoch: a kill costs at most the epoch under way, and the end has the same bits."""
+    from cupel.files import digest
+
+    process = train(tmp_path / "whole")
+    assert process.stdout.readline() == "begin\n"
+    began = time.monotonic()
+    assert process.communicate()[0].endswith("end 24\n")
+    seconds = time.monotonic() - began
+    draw, folder, rows, epochs = random.Random(7), tmp_path / "killed", [], 0
+    for _ in range(KILLS):
+        process, lines = train(folder), []
+        assert process.stdout.readline() == "begin\n"
+        reader = threading.Thread(target=lambda process=process, lines=lines: lines.extend(process.stdout))
+        reader.start()
+        moment = draw.random() * 1.6 * seconds / KILLS  # together most of the training
+        time.sleep(moment)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        reader.join()
+        with trial("kill", "training with a checkpoint after every epoch", f"{moment:.2f} s after its start") as row:
+            if "end 24\n" in lines:  # done before the kill
+                row.happened = "killed after all was written"
+            else:
+                before, epochs = epochs, saved(folder)
+                done = sum(line == "epoch\n" for line in lines)
+                assert epochs >= before + done - 1, f"{before + done - epochs} epochs are lost"
+                row.happened = "killed, continued from the last checkpoint, same bits at the end"
+                row.lost = "none" if epochs == before + done else "the epoch whose checkpoint was being written"
+        rows.append(row)
+        if row.happened.startswith("killed after"):
+            break
+    process = train(folder)
+    try:
+        assert process.communicate()[0].endswith("end 24\n")
+        assert digest(folder / "model.safetensors") == digest(tmp_path / "whole" / "model.safetensors")
+        assert sorted(path.name for path in folder.iterdir()) == sorted(path.name for path in (tmp_path / "whole").iterdir())
+    except AssertionError:
+        for row in rows:
+            row.ok = False
+        raise
+
+
+def saved(folder):
+    """Epochs in the checkpoint."""
+    import torch
+
+    path = folder / "checkpoint.pt"
+    return torch.load(path, weights_only=True)["epoch"] if path.is_file() else 0
