@@ -1,5 +1,6 @@
 # Configuration, checked before any job, and the input and parameter functions of the rules.
 import os
+import re
 import sys
 from pathlib import Path
 from types import SimpleNamespace as Cell
@@ -197,6 +198,17 @@ def code(script, attack=True, defence=False):
     return digest
 
 
+def block_name(cell):
+    """Name of the rule that runs all defences of a paper on one victim."""
+    keys = ("paper", "dataset", "model", "recipe", "attack", "rate", "seed")
+    return "_".join(["purify", *(re.sub(r"\W", "_", cell[key]) for key in keys)])
+
+
+def block_code(script, block):
+    """As `code`, for all cells of a block."""
+    return "+".join(sorted({code(script, defence=True)(Cell(**cell)) for cell in block}))
+
+
 def cell_folder(cell):
     return FOLDERS[cell["stage"]].format(**cell)
 
@@ -254,6 +266,22 @@ def labels_of(paper):
     known = {name: entry.get("label", name) for name, entry in GRID.entries["defences"].items()}
     order = [name for name in known if name in used] + [name for name in used if name not in known]
     return {name: known.get(name, name) for name in order}
+
+
+def kinds_of(paper):
+    """What sort of defence each is, for the comparison of pruning with tuning."""
+    return {name: GRID.entries["defences"].get(name, {}).get("kind", "") for name in labels_of(paper)}
+
+
+def reach_of(paper):
+    """How far IMS's inner steps can move a pixel: the step times their number, for the variants with the demo's or all rounds."""
+    reach = {}
+    for cell in GRID.cells("purified", paper):
+        settings = GRID.defence(cell["defence"], cell["dataset"])
+        if settings["function"] == "ims" and "full" not in cell["defence"]:
+            parameters = {"lr_perturb": 0.001, "steps_perturb": 20, **settings["hyperparameters"]}
+            reach[cell["defence"]] = parameters["lr_perturb"] * parameters["steps_perturb"]
+    return reach
 
 
 def claims_of(paper):

@@ -37,6 +37,8 @@ rule report_paper:
     params:
         scale=config["scale"],
         labels=lambda wildcards: labels_of(wildcards.paper),
+        kinds=lambda wildcards: kinds_of(wildcards.paper),
+        reach=lambda wildcards: reach_of(wildcards.paper),
         claims=lambda wildcards: claims_of(wildcards.paper),
         title=lambda wildcards: GRID.experiments[wildcards.paper]["title"],
         code=code_digest(SCRIPTS / "report_paper.py"),

@@ -17,6 +17,11 @@ CAPTIONS = {
     "asr": "Attack success rate by defence and poison rate.",
     "acc": "Clean accuracy by defence and poison rate.",
     "ra": "Recovery: triggered images that are given their true class again.",
+    "families": "Pruning against fine-tuning: a point is a setting, a bar the mean with its 95 % interval over settings.",
+    "recovery": "Recovery of triggered images, mean over settings with a 95 % bootstrap interval; the cross is the mean ACC.",
+    "budgets": "Sensitivity to the number of clean samples.",
+    "reach": "The inner problem of IMS: how far its steps can move a pixel, what is left of the backdoor, and how often "
+    "they change the victim's prediction.",
     "training": "Training of the victims: loss, accuracy on clean samples, share of poisoned samples that hit the target.",
 }
 

@@ -99,6 +99,22 @@ def wide(table: pd.DataFrame, order: list[str], metrics: tuple[str, ...] = ("acc
     return grid.reindex(index=rows, columns=pd.MultiIndex.from_tuples(columns)).fillna("")
 
 
+def by_setting(table: pd.DataFrame, order: list[str]) -> pd.DataFrame:
+    """Rows: setting and defence; columns: every metric in percent with its 95 % interval; `failed` where a cell failed."""
+    metrics = [metric for metric in METRICS if (table.metric == metric).any()]
+    rank = {label: k for k, label in enumerate(order)}
+    rows = {}
+    for row in table.itertuples():
+        attack = f"{row.attack}{'~' + row.attack_variant if row.attack_variant else ''} {100 * row.poison_rate:g} %"
+        text = f"{100 * row.value:.1f} ({100 * row.low:.1f} to {100 * row.high:.1f})" if not np.isnan(row.value) else "failed"
+        rows.setdefault((attack, row.label), {})[row.metric] = text
+    attacks = list(dict.fromkeys(attack for attack, _ in rows))
+    ordered = sorted(rows, key=lambda key: (attacks.index(key[0]), rank.get(key[1], len(rank))))
+    grid = pd.DataFrame([[rows[key].get(metric, "") for metric in metrics] for key in ordered],
+                        index=[f"{attack}: {label}" for attack, label in ordered], columns=[m.upper() for m in metrics])
+    return grid
+
+
 def means(table: pd.DataFrame, order: list[str]) -> pd.DataFrame:
     """Rows: defence; columns: mean over settings of every metric in percent, of seconds, and the number of settings."""
     values = table.pivot_table(index="label", columns="metric", values="value", aggfunc="mean")
