@@ -71,7 +71,7 @@ rule report:
 
 rule data:
     input:
-        [f"{DATA}/{name}/manifest.json" for name in used_datasets()],
+        list(used_manifests().values()),
 
 
 for paper in GRID.papers:

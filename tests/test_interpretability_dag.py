@@ -749,7 +749,7 @@ def test_released_weights(finished, tmp_path):
     content = yaml.safe_load(before)
     content["evaluations"]["released"]["settings"] = {"points": {"count": 4, "seed": 99, "batch": 4}, "pgd": {"steps": [1, 2]},
                                                       "aai": {"steps": 2}}
-    file.write_text(yaml.safe_dump(content))
+    file.write_text(yaml.safe_dump(content, sort_keys=False))
     try:
         code, output = finished.run("released_weights", "--config", f"released_weights={tmp_path}")
     finally:

@@ -156,8 +156,8 @@ class Report:
         tau = aai[aai.metric == "tau"]
         if tau.value.notna().any():
             self.table("tau", tau, lambda row: f"ε = {row.eps}", "Kendall's τ between clean and attacked class activation map "
-                       "(attack against interpretability, top 8), over the points that keep their prediction",
-                       percent=False, digits=3)
+                       "(attack against interpretability, top 8), over the points that keep their prediction; empty where none "
+                       "does", percent=False, digits=3)
             self.figure("tau", drawn.curves(tau, "eps_value", self.order, xlabel="ε of the attack", ylabel="Kendall's τ",
                                             mark=fraction(train_eps), ticks=dict(zip(tau.eps_value, tau.eps, strict=True))),
                         "Rank correlation of clean and attacked class activation maps under the attack against "
@@ -367,7 +367,7 @@ def report_paper(paper: str, scale: str, cells: pd.DataFrame, labels: dict[str, 
             timed = times[times.recipe == "timing"]
             report.cost(timed if len(timed) else times[times.recipe == MAIN], train_eps[MAIN])
             past = {label: rows for label, rows in histories_of(raw, labels).items() if label in set(part.label)}
-            if past:
+            if any(len(rows) > 1 for rows in past.values()):
                 report.figure("training", drawn.training(past), "Training: loss, and accuracy at the images (clean or "
                               "attacked) at which the loss takes its cross-entropy")
         table = ablation(own, facts["gammas"], train_eps, dataset, model)
