@@ -5,6 +5,7 @@
     snakemake --cores all fst             tables, figures and claims of one paper
     snakemake --cores all report          the report of what is asked for in config.yaml
     snakemake --cores all zoo             one victim of every attack beside its clean twin, and their gallery
+    snakemake --cores all released_weights  the networks that the authors of proper_interpretability released, measured
     snakemake --cores all bundle          all that a machine without network needs, see docs/offline.md
     snakemake --cores all PATH            one cell, e.g. results/demo/victims/cifar10/.../metrics.json
 
@@ -27,6 +28,8 @@ include: "workflow/rules/common.smk"
 include: "workflow/rules/data.smk"
 include: "workflow/rules/image.smk"
 include: "workflow/rules/ims.smk"
+include: "workflow/rules/interpretability_common.smk"
+include: "workflow/rules/interpretability.smk"
 include: "workflow/rules/report.smk"
 include: "workflow/rules/cross.smk"
 include: "workflow/rules/zoo.smk"
@@ -38,6 +41,8 @@ localrules:
     prepare_dataset,
     gather_cells,
     report_paper,
+    report_interpretability,
+    released_weights,
     contact_sheet,
     notebook,
     index,
@@ -66,7 +71,7 @@ rule report:
 
 rule data:
     input:
-        [f"{DATA}/{name}/manifest.json" for name in used_datasets()],
+        list(used_manifests().values()),
 
 
 for paper in GRID.papers:

@@ -351,7 +351,7 @@ def versions() -> dict[str, str]:
 
     found = {"python": platform.python_version(), "system": platform.platform()}
     for name in ("cupel", "torch", "torchvision", "numpy", "scipy", "pandas", "scikit-learn", "matplotlib", "snakemake",
-                 "transformers", "peft", "accelerate", "safetensors"):
+                 "transformers", "peft", "accelerate", "safetensors", "adversarial-robustness-toolbox"):
         with contextlib.suppress(PackageNotFoundError):
             found[name] = version(name)
     if "torch" in sys.modules and sys.modules["torch"].cuda.is_available():
