@@ -1,14 +1,19 @@
 # Two commands: `make reproduce` and `make test`. Nothing need be installed before but Python >= 3.11.
+# Before a large run: `make plan SCALE=paper`.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: reproduce test test-all lint
+.PHONY: reproduce plan test test-all lint
 
 # what config.yaml says (make reproduce SCALE=bench for another scale): installs on first use, downloads data, reports
 reproduce: $(VENV)/.installed
 	$(BIN)/snakemake --cores all $(if $(SCALE),--config scale=$(SCALE))
 	@echo "The report: $(CURDIR)/$$(ls -t results/*/index.html | head -n 1)"
+
+# what a scale takes, before anything is run: jobs, hours, disk, downloads (PAPERS="fst ims"; CALIBRATE=1 measures this machine)
+plan: $(VENV)/.installed
+	$(BIN)/python -m cupel.plan $(if $(SCALE),--scale $(SCALE)) $(if $(PAPERS),--papers $(PAPERS)) $(if $(CALIBRATE),--calibrate)
 
 # what every change must pass
 test: $(VENV)/.installed lint

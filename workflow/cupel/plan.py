@@ -244,12 +244,12 @@ def hardware(device: str = "cpu") -> str:
 
 def family_of(grid: Grid, cell: dict) -> str:
     """Family of the paper that asks for a cell."""
-    return grid.experiments.get(cell.get("paper"), {}).get("family", "image")
+    return grid.family(cell["paper"]) if cell.get("paper") in grid.experiments else "image"
 
 
 def cells_of(grid: Grid) -> tuple[list[dict], list[str]]:
     """Cells of all papers of a grid, and the families whose cells are not known here (see `FAMILIES`)."""
-    used = dict.fromkeys(grid.experiments[paper].get("family", "image") for paper in grid.papers)
+    used = dict.fromkeys(map(grid.family, grid.papers))
     known = [family for family in used if family in FAMILIES]
     return [cell for family in known for cell in FAMILIES[family](grid)], [family for family in used if family not in FAMILIES]
 
@@ -357,36 +357,52 @@ def calibrate(grid: Grid, cells: Iterable[dict], device: str, seconds: float = 2
 
 @dataclass
 class Line:
-    """Jobs of one rule; `gpu`: they ask for one."""
+    """Cells or jobs of one rule.
+
+    Attributes:
+        gpu: they ask for one.
+        cells: how many; of these, `measured_cells` and `modelled_cells` are costed.
+        joined: cells that share the job of another one.
+        measured, modelled: seconds of the two kinds of cells.
+        starts: seconds in which jobs of cells start.
+        megabytes: that stay on disk.
+    """
 
     rule: str
     gpu: bool = False
-    jobs: int = 0
+    cells: int = 0
+    joined: int = 0
     measured: float = 0.0
     modelled: float = 0.0
-    measured_jobs: int = 0
-    modelled_jobs: int = 0
+    starts: float = 0.0
+    measured_cells: int = 0
+    modelled_cells: int = 0
     megabytes: float = 0.0
 
     @property
-    def unknown_jobs(self) -> int:
-        """Jobs with neither record nor model."""
-        return self.jobs - self.measured_jobs - self.modelled_jobs
+    def unknown_cells(self) -> int:
+        """Cells with neither record nor model."""
+        return self.cells - self.measured_cells - self.modelled_cells
+
+    @property
+    def jobs(self) -> int:
+        """How many Snakemake runs."""
+        return self.cells - self.joined
 
     @property
     def seconds(self) -> float:
-        return self.measured + self.modelled
+        return self.measured + self.modelled + self.starts
 
-    def add(self, seconds: float | None, measured: bool, megabytes: float = 0.0, jobs: int = 1) -> None:
-        """Count jobs of so many seconds each; None: not known."""
-        self.jobs += jobs
-        self.megabytes += megabytes * jobs
+    def add(self, seconds: float | None, measured: bool, megabytes: float = 0.0, count: int = 1) -> None:
+        """Count cells of so many seconds each; None: not known."""
+        self.cells += count
+        self.megabytes += megabytes * count
         if seconds is None:
             return
         if measured:
-            self.measured, self.measured_jobs = self.measured + seconds * jobs, self.measured_jobs + jobs
+            self.measured, self.measured_cells = self.measured + seconds * count, self.measured_cells + count
         else:
-            self.modelled, self.modelled_jobs = self.modelled + seconds * jobs, self.modelled_jobs + jobs
+            self.modelled, self.modelled_cells = self.modelled + seconds * count, self.modelled_cells + count
 
 
 @dataclass
@@ -558,17 +574,20 @@ def make_plan(grid: Grid, records: Iterable[Record], *, name: str = "", kinds: I
         key = key_of(grid, cell)
         counts[key] += 1
         examples.setdefault(key, cell)
-    start = model.starts or 0.0
     for key, count in counts.items():
         if family_of(grid, examples[key]) == "image":
             costs = work.of(examples[key])
             seconds, measured, how = model.cell(key, costs)
-            line(key[0], True).add(None if seconds is None else seconds + start, measured, costs.megabytes, count)
+            line(key[0], True).add(seconds, measured, costs.megabytes, count)
         else:
             record = model.exact.get(key)
-            line(key[0], True).add(record.seconds + start if record else None, bool(record), 0.0, count)
+            line(key[0], True).add(record.seconds if record else None, bool(record), 0.0, count)
             how = f"measured: {record.source}" if record else f"{key[0]}: no record of these cells, and no model"
         notes[how] += count
+    if cells and "purify" in lines:  # where one job does all defences of a victim
+        lines["purify"].joined = sum(len(block) - 1 for block in grid.blocks().values())
+    for one in lines.values():
+        one.starts = one.jobs * (model.starts or 0.0)
     names = sorted({cell["dataset"] for cell in cells})
     victims = sum(count for key, count in counts.items() if key[0] == "train_victim")
     others = {"poison": victims, "prepare_trigger": len(triggers["jobs"]), "prepare_dataset": len(names),
@@ -624,22 +643,23 @@ def _size(megabytes: float) -> str:
 def show(plan: Plan) -> str:
     """The plan for people."""
     on_gpu = "cores" not in plan.hardware
-    rows = [("rule", "jobs", "time", "measured", "modelled", "not known", "disk")]
+    rows = [("rule", "jobs", "cells", "time", "measured", "modelled", "not known", "disk")]
     total = Line("total")
     for line in plan.lines:
-        for key in ("jobs", "measured", "modelled", "measured_jobs", "modelled_jobs", "megabytes"):
+        for key in ("cells", "joined", "starts", "measured", "modelled", "measured_cells", "modelled_cells", "megabytes"):
             setattr(total, key, getattr(total, key) + getattr(line, key))
     for line in [*plan.lines, total]:
-        rows.append((line.rule + (" *" if line.gpu else ""), f"{line.jobs:,}", _duration(line.seconds),
-                     f"{line.measured_jobs:,}", f"{line.modelled_jobs:,}", f"{line.unknown_jobs:,}", _size(line.megabytes)))
+        rows.append((line.rule + (" *" if line.gpu else ""), f"{line.jobs:,}", f"{line.cells:,}", _duration(line.seconds),
+                     f"{line.measured_cells:,}", f"{line.modelled_cells:,}", f"{line.unknown_cells:,}", _size(line.megabytes)))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     text = [f"Scale {plan.scale}, papers {', '.join(plan.papers)}; times are on: {plan.hardware or 'nothing measured'}", ""]
     text += ["  ".join(cell.ljust(width) if k == 0 else cell.rjust(width) for k, (cell, width) in
                        enumerate(zip(row, widths, strict=True))) for row in rows]
-    share = total.measured / total.seconds if total.seconds else 0.0
+    work = total.measured + total.modelled
+    share = total.measured / work if work else 0.0
     unit = "GPU-hours" if on_gpu else "hours on one core of that processor"
-    text += ["", f"{share:.0%} of the time is of measured cells, {1 - share:.0%} modelled; "
-             f"{total.unknown_jobs:,} jobs are in neither.",
+    text += ["", f"{share:.0%} of the time is of measured cells, {1 - share:.0%} modelled; {total.unknown_cells:,} are in "
+             f"neither. To start jobs takes {_duration(total.starts)} of the whole.",
              f"* asks for a GPU: {plan.gpu_seconds / 3600:,.1f} {unit}."]
     if not on_gpu:
         text.append("  No record is from a GPU. On the machine that shall run this: make plan SCALE=... CALIBRATE=1")
