@@ -2,17 +2,12 @@
 
 import json
 import os
-import re
-import shutil
-import subprocess
-from pathlib import Path
 
 import pytest
 import yaml
 
 from cupel.files import digest
 from cupel.reporting.crate import check_crate, expand, write_crate
-from tests.test_workflow import Folder
 
 CONFIG = {"scale": "smoke", "papers": ["fst"], "seeds": None, "device": "auto", "data": {"folder": "data"}}
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -124,34 +119,3 @@ def test_expand(tmp_path):
     for name in ("a/x", "a/.hidden", "b"):
         (tmp_path / name).touch()
     assert expand([tmp_path / "b", tmp_path / "a", tmp_path / "b"]) == [tmp_path / "a" / "x", tmp_path / "b"]
-
-
-@pytest.mark.slow
-def test_the_crate_of_a_run(tmp_path, cifar10):
-    folder = Folder(tmp_path / "run", cifar10.parent.resolve())
-    snakefile = folder.path / "Snakefile"
-    line = 'include: "workflow/rules/crate.smk"\n'
-    if line not in snakefile.read_text():
-        folder.edit("Snakefile", 'include: "workflow/rules/bundle.smk"\n', f'include: "workflow/rules/bundle.smk"\n{line}')
-    code, output = folder.run("--", "crate")
-    assert code == 0, output[-4000:]
-    crate = folder.path / "results/smoke/crate"
-    assert check_crate(crate) == []
-    graph = entities(json.loads((crate / "ro-crate-metadata.json").read_text()))
-    for name in ("index.html", "claims.csv", "cells.parquet", "provenance.json", "papers/fst/report.html", "cross.html"):
-        assert f"results/smoke/{name}" in graph
-    assert not [name for name in graph if name.endswith(".safetensors")]
-    # pages that refer to pictures find them in the crate
-    page = crate / "results/smoke/index.html"
-    for reference in re.findall(r'src="([^"#:]+)"', page.read_text()):
-        assert (page.parent / reference).is_file(), reference
-    # what is in it is enough to plan the same run elsewhere
-    for name in ("Snakefile", "config.yaml", "workflow", "profiles"):
-        source = crate / name
-        (shutil.copytree if source.is_dir() else shutil.copy)(source, Path(tmp_path, "again", name).parent.mkdir(
-            parents=True, exist_ok=True) or tmp_path / "again" / name)
-    again = subprocess.run(["snakemake", "-n", "--cores", "1", "--quiet", "rules"], cwd=tmp_path / "again", text=True,
-                           capture_output=True, env={**os.environ, "PYTHONPATH": str(tmp_path / "again" / "workflow")})
-    assert again.returncode == 0 and "index" in again.stdout + again.stderr, again.stderr[-2000:]
-    code, output = folder.run("-n", "--", "crate")
-    assert code == 0 and "Nothing to be done" in output

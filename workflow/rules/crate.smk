@@ -19,7 +19,6 @@ rule make_crate:
     benchmark:
         benchmark_of(RESULTS, "crate")
     params:
-        base=RESULTS,
         config=config,
         papers=paper_headers(),
         benchmarks=f"{config['results']}/benchmark/{config['scale']}",

@@ -7,7 +7,7 @@ from cupel.reporting.crate import check_crate, write_crate
 from cupel.stages import logged
 
 with logged(snakemake.log[0]):
-    base = Path(snakemake.params.base)
+    base = Path(snakemake.output.crate).parent
     made = [path for path in (*snakemake.input.report, *snakemake.input.pages) if Path(path).is_relative_to(base)]
     write_crate(snakemake.output.crate, root=snakemake.params.root, config=snakemake.params.config, results=made, base=base,
                 provenance=read_json(snakemake.input.provenance), manifests=snakemake.input.manifests,
