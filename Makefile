@@ -2,6 +2,7 @@
 # Before a large run: `make plan SCALE=paper`.
 PYTHON ?= python3
 VENV ?= .venv
+EXTRAS ?= dev
 BIN := $(VENV)/bin
 
 .PHONY: reproduce plan test test-all lint
@@ -30,5 +31,5 @@ lint: $(VENV)/.installed
 
 $(VENV)/.installed: pyproject.toml envs/constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c envs/constraints.txt -e ".[dev]"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c envs/constraints.txt -e ".[$(EXTRAS)]"
 	touch $@

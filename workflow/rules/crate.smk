@@ -11,7 +11,7 @@ rule make_crate:
         report=rules.index.input,
         pages=rules.index.output,
         provenance=f"{RESULTS}/provenance.json",
-        manifests=[f"{DATA}/{dataset}/manifest.json" for dataset in used_datasets()],
+        manifests=list(used_manifests().values()),
     output:
         crate=directory(f"{RESULTS}/crate"),
     log:
