@@ -3,10 +3,14 @@
 Store and cluster are small stand-ins on the loopback interface; the storage plugin and the executor are the real ones.
 """
 
+import contextlib
+import functools
+import http.server
 import importlib.util
 import os
 import shutil
 import subprocess
+import threading
 
 import pytest
 import yaml
@@ -101,6 +105,35 @@ def test_a_run_with_all_files_in_a_store_equals_a_local_one(remote, tmp_path):
     shutil.rmtree(remote.path / "results")
     code, output = remote.run("-n", *STORED)
     assert code == 0 and "Nothing to be done" in output, output[-3000:]
+
+
+@contextlib.contextmanager
+def website(folder):
+    """A folder on a web server; gives its address."""
+    handler = functools.partial(type("Quiet", (http.server.SimpleHTTPRequestHandler,), {"log_message": lambda *_: None}),
+                                directory=str(folder))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{server.server_port}"
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+@ready
+@pytest.mark.slow
+def test_data_sets_on_a_web_server(tmp_path, cifar10):
+    local, folder = (Folder(tmp_path / name, cifar10.parent.resolve()) for name in ("local", "run"))
+    assert local.run("--", VICTIM)[0] == 0
+    with website(cifar10.parent) as address:
+        folder.set(data={"folder": address})
+        planned = jobs(folder.run("-n")[1])
+        assert "prepare_dataset" not in planned and planned["index"] == 1
+        code, output = folder.run("--", VICTIM)
+    assert code == 0, output[-3000:]
+    assert folder.metrics() == local.metrics() and not (folder.path / "data").exists()
 
 
 @ready
