@@ -6,6 +6,7 @@
     snakemake --cores all report          the report of what is asked for in config.yaml
     snakemake --cores all zoo             one victim of every attack beside its clean twin, and their gallery
     snakemake --cores all released_weights  the networks that the authors of proper_interpretability released, measured
+    snakemake --cores all crate           the run as an RO-Crate: code, settings, results, checksums
     snakemake --cores all bundle          all that a machine without network needs, see docs/offline.md
     snakemake --cores all PATH            one cell, e.g. results/demo/victims/cifar10/.../metrics.json
 
@@ -24,6 +25,10 @@ configfile: "config.yaml"
 container: "envs/cupel.sif"
 
 
+# what Snakemake's own report begins with: snakemake --report report.zip
+report: "workflow/captions/workflow.rst"
+
+
 include: "workflow/rules/common.smk"
 include: "workflow/rules/data.smk"
 include: "workflow/rules/image.smk"
@@ -34,6 +39,7 @@ include: "workflow/rules/report.smk"
 include: "workflow/rules/cross.smk"
 include: "workflow/rules/zoo.smk"
 include: "workflow/rules/bundle.smk"
+include: "workflow/rules/crate.smk"
 
 
 # on a cluster these run where Snakemake runs: they take seconds, or need the network that nodes often lack
@@ -52,6 +58,7 @@ localrules:
     gallery,
     download_wheels,
     make_bundle,
+    make_crate,
 
 
 onstart:

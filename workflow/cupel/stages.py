@@ -66,19 +66,6 @@ def separately(function: Callable, *arguments, log: str | Path) -> None:
         raise RuntimeError(f"{function.__name__} ended with exit code {child.exitcode}: see {log}")
 
 
-def pick_device(setting: str, gpus: int = 1) -> str:
-    """`cpu` or `cuda` from `auto`, `cpu`, `cuda` and the number of GPUs the job was given.
-
-    Raises:
-        RuntimeError: `cuda` asked for where there is none.
-    """
-    import torch
-
-    if setting == "cuda" and not torch.cuda.is_available():
-        raise RuntimeError("config.yaml: device: cuda is asked for, but torch sees no CUDA device; use auto or cpu")
-    return "cuda" if setting != "cpu" and gpus and torch.cuda.is_available() else "cpu"
-
-
 def training_split(train: Dataset, settings: dict, seed: int) -> splits.Split:
     """Victim's training set and held-out set of a recipe."""
     return splits.split(train.labels, held_out=settings.get("held_out", 0.0), train_size=settings.get("train_size"),
