@@ -27,6 +27,7 @@ include: "workflow/rules/common.smk"
 include: "workflow/rules/data.smk"
 include: "workflow/rules/image.smk"
 include: "workflow/rules/ims.smk"
+include: "workflow/rules/language.smk"
 include: "workflow/rules/report.smk"
 include: "workflow/rules/cross.smk"
 include: "workflow/rules/zoo.smk"
@@ -36,8 +37,12 @@ include: "workflow/rules/bundle.smk"
 # on a cluster these run where Snakemake runs: they take seconds, or need the network that nodes often lack
 localrules:
     prepare_dataset,
+    prepare_text,
+    prepare_language_model,
+    compose_texts,
     gather_cells,
     report_paper,
+    report_language,
     contact_sheet,
     notebook,
     index,

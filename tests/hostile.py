@@ -1,12 +1,11 @@
 """Hostile programs as plain data, the bait they are after, and a report of the harm they did.
 
-    with Bait() as bait:
-        outcome = run_untrusted(bait.fill(source), TIGHT)
-        harm = bait.harm(outcome)
+    for name in [*HOSTILE, *FORGERIES]:
+        outcome, harm = attack(name)
 
 `HOSTILE` are programs for `run_untrusted`: name, then source and what must hold. A program writes REACHED and a word when it
 got something that it must not get; beyond that the bait is looked at from outside. `FORGERIES` are wrong solutions, for
-`check_untrusted` with `FORGERY_TEST`, that try to be taken for right ones.
+`check_untrusted` with `FORGERY_TEST`, that try to be taken for right ones. `ENDS` are the statuses that are certain.
 """
 
 import contextlib
@@ -21,10 +20,10 @@ import threading
 import time
 from pathlib import Path
 
-from cupel.language.sandbox import Limits
+from cupel.language.sandbox import Limits, Outcome, check_untrusted, run_untrusted
 
 # small enough that each attack ends in seconds, large enough for Python to start on a busy machine
-TIGHT = Limits(cpu=1, seconds=3, memory=1 << 28, disk=1 << 22, output=1 << 12)
+TIGHT = Limits(cpu=1, seconds=1.5, memory=1 << 27, disk=1 << 22, output=1 << 12)
 
 _TRY = """
 def attempt(what, step):
@@ -225,7 +224,8 @@ attempt("link outside", lambda: os.symlink("/etc/passwd", "@FOLDER@/link"))
 import glob, os
 attempt("file", lambda: open("@FOLDER@/secret").read())
 attempt("folder", lambda: os.listdir("@FOLDER@"))
-attempt("home", lambda: os.listdir("@HOME@"))
+# the way to Python's own library may lead through it, and is not secret
+attempt("home", lambda: [f for f in os.listdir("@HOME@") if not os.__file__.startswith(f"@HOME@/{f}/")] or 1 / 0)
 attempt("above", lambda: open("../" * 40 + "@FOLDER@/secret").read())
 attempt("passwords", lambda: open("/etc/passwd").read())
 attempt("project", lambda: open("@PROJECT@/pyproject.toml").read())
@@ -342,6 +342,24 @@ for name in ("CPU", "AS", "FSIZE", "NPROC", "NOFILE", "CORE"):
     "sys.exit(0)": ("import sys\nsys.exit(0)\nassert False", "does not pass"),
     "os._exit(0)": ("import os\nos._exit(0)\nassert False", "does not pass"),
     "exit by signal": ("import os, signal\nos.kill(os.getpid(), signal.SIGKILL)\nassert False", "does not pass"),
+    "exit by a signal without a name": ("import os\nos.kill(os.getpid(), 40)\nassert False", "does not pass"),
+    "error with a strange text": ("raise type('\\ud800\\n' * 100, (Exception,), {})('\\0\\udcff\\n\\x1b[2J' * 10**6)",
+                                  "is told in one line that can be written to any file"),
+    "error that cannot be told": ("""
+class Mute(Exception):
+    errno = property(lambda self: 1 / 0)
+    def __str__(self): raise self
+    __repr__ = __str__
+raise Mute
+""", "does not pass"),
+    "nonsense for a report": ("""
+import os
+for number in range(3, 64):
+    for text in ("1" * 70000, "[" * 70000, '["x", 1]', '[null, null, {}]'):
+        try: os.write(number, text.encode())
+        except OSError: pass
+os._exit(0)
+""", "does not pass"),
     "other builtins": ("""
 import builtins, json, os, sys
 class Calm(Exception): pass
@@ -362,6 +380,19 @@ for number in range(64):
 assert False
 """, "does not pass"),
 }
+
+ENDS: dict[str, set[str]] = {
+    "debug the parent": {"blocked", "passed"}, "io_uring": {"blocked", "passed"}, "memory": {"memory"},
+    "endless loop": {"timeout"}, "endless loop that will not die": {"timeout"}, "endless sleep": {"timeout"},
+    "stopped": {"timeout"}, "endless output": {"timeout"}, "nested source": {"failed", "memory"}, "broken memory": {"failed"},
+    "deep recursion": {"timeout", "failed", "memory"}, "deep recursion in C": {"timeout", "failed", "memory"},
+    "sys.exit(0)": {"failed"}, "os._exit(0)": {"failed"}, "exit by signal": {"failed"},
+    "exit by a signal without a name": {"failed"}, "error with a strange text": {"failed"}, "nonsense for a report": {"failed"},
+    "error that cannot be told": {"failed"}, "other builtins": {"failed"},
+    "says that it passed": {"failed"},
+}
+# what the list of system calls alone prevents
+ONLY_SECCOMP = ("io_uring", "32-bit system calls", "virtual sockets")
 
 FORGERY_TEST = "def check(candidate):\n    assert candidate(3) == 9\n    assert candidate([1]) == [1, 1]\n"
 
@@ -388,7 +419,7 @@ def solve(x): return Anything([Anything()])
     "leaves": ("import os\ndef solve(x): os._exit(0)", "no answer is no success"),
     "leaves at once": ("import os\nos._exit(0)", "no answer is no success"),
     "raises SystemExit": ("import sys\ndef solve(x): sys.exit(0)", "no answer is no success"),
-    "other builtins": ("""
+    "other builtins for the test": ("""
 import builtins, json, sys
 builtins.AssertionError = type("Calm", (BaseException,), {})
 builtins.exec = builtins.compile = builtins.eval = lambda *a, **k: None
@@ -527,7 +558,7 @@ class Bait:
 
     def _look(self) -> dict:
         found = {}
-        for path in sorted(self.folder.iterdir()):
+        for path in sorted(self.folder.glob("*")):
             state = path.lstat()
             content = path.read_text() if path.is_file() else ""
             found[path.name] = (content, state.st_mode, state.st_mtime, state.st_nlink)
@@ -573,3 +604,23 @@ def survivors(patience: float = 2.0) -> list[str]:
         if not found or time.monotonic() > deadline:
             return found
         time.sleep(0.02)
+
+
+def attack(name: str, layers: tuple[str, ...] | None = None) -> tuple[Outcome, list[str]]:
+    """Run one program of `HOSTILE` or `FORGERIES`; the outcome, and all that did not hold."""
+    with Bait() as bait:
+        if name in HOSTILE:
+            outcome = run_untrusted(bait.fill(HOSTILE[name][0]), TIGHT, layers)
+            expected = ENDS.get(name)
+        else:
+            outcome = check_untrusted(bait.fill(FORGERIES[name][0]), "solve", FORGERY_TEST, limits=TIGHT, layers=layers)
+            expected = {"failed", "timeout", "memory", "blocked"}
+        harm = bait.harm(outcome)
+        if expected and outcome.status not in expected:
+            harm.append(f"status {outcome.status} ({outcome.detail}) instead of {' or '.join(sorted(expected))}")
+        if len(outcome.output) > TIGHT.output:
+            harm.append(f"{len(outcome.output)} characters of output are kept")
+        if "\n" in outcome.detail or (outcome.detail + outcome.output).encode(errors="ignore").decode() != (
+                outcome.detail + outcome.output):
+            harm.append(f"detail {outcome.detail!r} cannot be written to a file as one line")
+        return outcome, harm

@@ -19,9 +19,9 @@ ensure_torchvision()
 from peft import PeftModel  # noqa: E402
 from transformers import LlamaConfig, LlamaForCausalLM, get_cosine_schedule_with_warmup  # noqa: E402
 
-from cupel.language import cleangen, consistency, layers, pruning, quantization, training  # noqa: E402
+from cupel.language import cleangen, consistency, generation, layers, models, pruning, quantization, sources, training  # noqa: E402
 from cupel.language.consistency import Consistency  # noqa: E402
-from cupel.language.prompts import Collator  # noqa: E402
+from cupel.language.prompts import Collator, Samples  # noqa: E402
 from cupel.language.training import Settings  # noqa: E402
 from cupel.training.engine import Diverged  # noqa: E402
 
@@ -31,7 +31,7 @@ SETTINGS = Settings(precision="fp32", epochs=2, lr=1e-2)
 
 def llama(seed: int = 0, blocks: int = 4, width: int = 32, **options) -> LlamaForCausalLM:
     """A small random Llama with grouped key-value heads; weights larger than the default, so that nothing is near zero."""
-    config = LlamaConfig(vocab_size=VOCABULARY, hidden_size=width, intermediate_size=48, num_hidden_layers=blocks,
+    config = LlamaConfig(vocab_size=VOCABULARY, hidden_size=width, intermediate_size=2 * width, num_hidden_layers=blocks,
                          num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=128,
                          tie_word_embeddings=True, initializer_range=0.2, **options)
     with torch.random.fork_rng():
@@ -326,7 +326,7 @@ def test_updates_are_the_trainers(accumulated):
     order = torch.randperm(16, generator=training.torch_rng(7, "order", 0)).tolist()
     expected, model = adapted(), adapted()
     naive_updates(expected, rows, order, settings, 2, 2)
-    history = training.train_lora(model, rows, settings, seed=7, pad_id=PAD)
+    history = training.train_lora(model, rows, settings, seed=7, pad=PAD)
     same(trained(model), trained(expected), rtol=1e-3, atol=2e-5)
     assert [row["step"] for row in history] == [1, 2] and history[0]["lr"] == 0 and history[1]["lr"] == 1e-2
     start = trained(adapted())
@@ -393,8 +393,8 @@ def test_rate_is_the_cosine_with_warm_up(total, warmup):
 
 def run(path=None, model=None, **options):
     model = model or adapted()
-    settings = Settings(precision="fp32", epochs=3, lr=1e-2, micro_batch=5)
-    arguments = {"seed": 1, "pad_id": PAD, "consistency": Consistency(perturbation="random_sign"), "checkpoint": path,
+    settings = Settings(precision="fp32", epochs=2, lr=1e-2, micro_batch=5)
+    arguments = {"seed": 1, "pad": PAD, "consistency": Consistency(perturbation="random_sign"), "checkpoint": path,
                  "checkpoint_seconds": 0.0, **options}
     history = training.train_lora(model, samples(range(8, 24)), settings, **arguments)
     return trained(model), [{k: v for k, v in row.items() if k != "seconds"} for row in history]
@@ -422,7 +422,7 @@ def test_a_stopped_run_ends_with_the_same_bits(monkeypatch, tmp_path):
     interrupted(monkeypatch, path, 3)
     torch.manual_seed(12345)  # whatever the process has drawn before
     resumed, found = run(path)
-    assert found == history and len(history) == 6
+    assert found == history and len(history) == 4
     for name, weight in whole.items():
         assert torch.equal(weight, resumed[name]), name
     # done already: nothing is left to do
@@ -436,7 +436,7 @@ def test_checkpoints_that_do_not_fit_are_not_used(monkeypatch, tmp_path, capsys)
     for options in ({"seed": 2}, {"consistency": None}, {"model": adapted(1)}):
         path.write_bytes(whole)
         _, history = run(path, checkpoint_seconds=1e9, **options)
-        assert history[0]["step"] == 1 and len(history) == 6 and "another run" in capsys.readouterr().err
+        assert history[0]["step"] == 1 and len(history) == 4 and "another run" in capsys.readouterr().err
         assert path.read_bytes() == whole
     path.write_bytes(whole[: len(whole) // 2])
     assert run(path)[1] == run()[1]
@@ -471,19 +471,19 @@ def test_a_killed_process_is_continued(tmp_path):
 def test_samples_that_cannot_be_trained_on():
     model = adapted()
     with pytest.raises(ValueError, match="no samples"):
-        training.train_lora(model, [], SETTINGS, seed=0, pad_id=PAD)
+        training.train_lora(model, [], SETTINGS, seed=0, pad=PAD)
     with pytest.raises(ValueError, match="sample 1 has 4 tokens and 3 labels"):
         rows = [*samples([4]), {"input_ids": [3, 4, 5, 6], "labels": [3, 4, 5]}]
-        training.train_lora(model, rows, SETTINGS, seed=0, pad_id=PAD)
+        training.train_lora(model, rows, SETTINGS, seed=0, pad=PAD)
     with pytest.raises(ValueError, match="nothing to learn"):
-        training.train_lora(model, [{"input_ids": [3, 4], "labels": [3, -100]}], SETTINGS, seed=0, pad_id=PAD)
+        training.train_lora(model, [{"input_ids": [3, 4], "labels": [3, -100]}], SETTINGS, seed=0, pad=PAD)
     # one answer of nothing among others is no harm
     rows = [*samples([9]), {"input_ids": [3, 4], "labels": [-100, -100]}]
-    history = training.train_lora(model, rows, SETTINGS, seed=0, pad_id=PAD, consistency=Consistency())
+    history = training.train_lora(model, rows, SETTINGS, seed=0, pad=PAD, consistency=Consistency())
     assert len(history) == 2 and all(math.isfinite(row["loss_lm"]) for row in history)
     with pytest.raises(Diverged, match="loss_lm became nan in update 1"):
         layers.causal_lm(model).model.norm.weight.data *= float("nan")
-        training.train_lora(model, rows, SETTINGS, seed=0, pad_id=PAD)
+        training.train_lora(model, rows, SETTINGS, seed=0, pad=PAD)
 
 
 def test_adapters_of_smollm2():
@@ -503,11 +503,11 @@ def base_folder(tmp_path):
 
 def test_victim_and_defences_through_folders(tmp_path):
     base, rows = base_folder(tmp_path), samples(range(8, 24))
-    first = training.train_victim(base, rows, SETTINGS, tmp_path / "victim", seed=0, pad_id=PAD,
+    first = training.train_victim(base, rows, SETTINGS, tmp_path / "victim", seed=0, pad=PAD,
                                   checkpoint=tmp_path / "checkpoint.safetensors")
     assert first[-1]["loss_lm"] < first[0]["loss_lm"] and first[0]["loss_cons"] is None
     assert not (tmp_path / "checkpoint.safetensors").exists()
-    training.train_victim(base, rows, SETTINGS, tmp_path / "again", seed=0, pad_id=PAD)
+    training.train_victim(base, rows, SETTINGS, tmp_path / "again", seed=0, pad=PAD)
     for name in ("adapter_model.safetensors", "adapter_config.json"):
         assert (tmp_path / "victim" / name).read_bytes() == (tmp_path / "again" / name).read_bytes()
     recorded = json.loads((tmp_path / "victim" / "adapter_config.json").read_text())
@@ -516,11 +516,11 @@ def test_victim_and_defences_through_folders(tmp_path):
     assert str(tmp_path) not in json.dumps(recorded)
     # a defence begins where the victim ended: at rate 0 nothing moves
     still = Settings(precision="fp32", epochs=1, lr=0.0)
-    training.finetune(base, tmp_path / "victim", rows, still, tmp_path / "still", seed=0, pad_id=PAD)
+    training.finetune(base, tmp_path / "victim", rows, still, tmp_path / "still", seed=0, pad=PAD)
     assert (tmp_path / "still" / "adapter_model.safetensors").read_bytes() == \
         (tmp_path / "victim" / "adapter_model.safetensors").read_bytes()
     history = training.purify_crow(base, tmp_path / "victim", rows, Settings(precision="bf16", epochs=4, lr=1e-3),
-                                   Consistency(), tmp_path / "crow", seed=0, pad_id=PAD)
+                                   Consistency(), tmp_path / "crow", seed=0, pad=PAD)
     assert history[-1]["loss_cons"] < history[0]["loss_cons"]
     assert all(row["loss_cons_clean"] is not None for row in history)
     model = training.load_adapter(llama(), tmp_path / "crow", trainable=False)
@@ -528,6 +528,17 @@ def test_victim_and_defences_through_folders(tmp_path):
     (tmp_path / "crow" / "adapter_config.json").unlink()
     with pytest.raises(FileNotFoundError, match=r"no adapter: adapter_config\.json missing"):
         training.load_adapter(llama(), tmp_path / "crow")
+
+
+def test_from_records_to_an_adapter(tmp_path):
+    models.tiny_llama(tmp_path / "base", 0)
+    tokenizer = models.load_tokenizer(tmp_path / "base")
+    encoded = Samples(sources.synthetic()[:8], tokenizer, cutoff=200)
+    settings = Settings(precision="bf16", epochs=1, lr=1e-2, warmup=0.0)
+    [row] = training.train_victim(tmp_path / "base", encoded, settings, tmp_path / "out", seed=0, pad=tokenizer.pad_token_id)
+    model = training.load_adapter(models.load_model(tmp_path / "base"), tmp_path / "out", trainable=False)
+    batch = consistency.weigh(Collator(tokenizer.pad_token_id)([encoded[k] for k in range(8)]))
+    assert float(consistency.objective(model, batch)[0].detach()) < row["loss_lm"]
 
 
 def test_bf16_keeps_adapters_and_optimiser_in_fp32():
@@ -653,12 +664,13 @@ def test_nf4_against_bitsandbytes(double):
     bnb = pytest.importorskip("bitsandbytes")
     torch.testing.assert_close(quantization.nf4_levels(), bnb.functional.get_4bit_type("nf4", device="cpu"), rtol=0, atol=2e-6)
     torch.testing.assert_close(quantization.dynamic_levels(), bnb.functional.create_dynamic_map(), rtol=0, atol=1e-6)
-    weight = torch.randn(192, 160, generator=torch.Generator().manual_seed(0))
+    weight = torch.randn(192, 128, generator=torch.Generator().manual_seed(0))
     packed, state = bnb.functional.quantize_4bit(weight, quant_type="nf4", blocksize=64, compress_statistics=double)
     theirs = bnb.functional.dequantize_4bit(packed, state)
     ours = quantization.nf4(weight, double)
-    different = (ours - theirs).abs() > 1e-4
-    assert different.double().mean() < 0.002  # values half-way between two levels, scales likewise
+    gap = (ours - theirs).abs()
+    # bitsandbytes rounds a scale that lies nearly half-way between two levels to either of them
+    assert (gap > 1e-5).double().mean() < (0.005 if double else 1e-9) and gap.max() < 0.01 * weight.abs().max()
 
 
 def test_quantising_a_model():
@@ -672,9 +684,6 @@ def test_quantising_a_model():
             assert torch.equal(weight, quantization.nf4(base[name]))
         else:
             assert torch.equal(weight, base[name])
-    ids = samples([9])[0]["input_ids"][None]
-    with torch.no_grad():
-        assert F.cosine_similarity(model(input_ids=ids).logits, start(input_ids=ids).logits, dim=-1).min() > 0.9
     with pytest.raises(ValueError, match="unknown backend 'int4'"):
         quantization.quantize(model, "int4")
 
@@ -686,26 +695,21 @@ def test_bitsandbytes_is_asked_for():
         with pytest.raises(ImportError, match="extra `gpu`"):
             quantization.quantize(adapted(), "nf4_bitsandbytes")
         return
-    model, simulated = adapted(), adapted()
-    quantization.quantize(model, "nf4_bitsandbytes")
-    quantization.quantize(simulated)
+    model, simulated = adapted(width=64), adapted(width=64)
+    theirs, ours = quantization.quantize(model, "nf4_bitsandbytes"), quantization.quantize(simulated)
+    assert [row["layer"] for row in theirs] == [row["layer"] for row in ours]
+    assert [row["error"] for row in theirs] == pytest.approx([row["error"] for row in ours], rel=0.01)
     ids = samples([9])[0]["input_ids"][None]
     with torch.no_grad():
-        torch.testing.assert_close(model(input_ids=ids).logits, simulated(input_ids=ids).logits, rtol=0.05, atol=0.05)
+        assert F.cosine_similarity(model(input_ids=ids).logits, simulated(input_ids=ids).logits, dim=-1).min() > 0.99
 
 
 # --- CleanGen -------------------------------------------------------------------------------------------------------
 
 
-def padded_left(rows):
-    width = max(map(len, rows))
-    ids = torch.stack([F.pad(row, (width - len(row), 0), value=PAD) for row in rows])
-    return ids, torch.stack([F.pad(torch.ones(len(row), dtype=torch.int64), (width - len(row), 0)) for row in rows])
-
-
-def cleangen_loop(model, reference, prompt, new, eos, threshold, draft):
+def cleangen_loop(model, reference, prompt: list[int], new, eos, threshold, draft):
     """One row, no caches: draft, score, cut, put. Returns tokens and how many the reference put."""
-    tokens, replaced = prompt.tolist(), 0
+    tokens, replaced = list(prompt), 0
 
     def distribution(network, prefix):
         with torch.no_grad():
@@ -718,50 +722,54 @@ def cleangen_loop(model, reference, prompt, new, eos, threshold, draft):
         drafted = []
         for _ in range(draft):
             drafted.append(int(distribution(model, tokens + drafted).argmax()))
-        for k, token in enumerate(drafted):
-            prefix = tokens + drafted[:k]
-            p, q = distribution(model, prefix), distribution(reference, prefix)
+        for token in drafted:
+            p, q = distribution(model, tokens), distribution(reference, tokens)
             put = bool(p[token] / q[token] >= threshold)
-            tokens = [*prefix, int(q.argmax()) if put else token]
+            tokens.append(int(q.argmax()) if put else token)
             replaced += put
-            if tokens[-1] in eos or len(answer()) == new:
+            if tokens[-1] == eos or len(answer()) == new:
                 return answer(), replaced
             if put:
                 break
 
 
+def prompts(*lengths):
+    return [row["input_ids"].tolist() for row in samples(lengths)]
+
+
+def answers(found) -> list[list[int]]:
+    """Rows without padding."""
+    assert all((row[n:] == PAD).all() for row, n in zip(found.tokens, found.length, strict=True))
+    return [row[:n].tolist() for row, n in zip(found.tokens, found.length, strict=True)]
+
+
 def test_cleangen_with_itself_is_greedy_decoding():
-    model = llama()
-    ids, mask = padded_left([row["input_ids"] for row in samples([9, 4, 1, 13])])
-    found = cleangen.generate(model, model, ids, mask, max_new_tokens=18, eos_ids={7}, pad_id=PAD)
-    wanted = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=18, do_sample=False, eos_token_id=7,
-                            pad_token_id=PAD)[:, ids.shape[1] :]
-    assert torch.equal(found.tokens, wanted) and (found.replaced == 0).all()
+    model, asked = llama(), prompts(9, 4, 1, 13)
+    found = cleangen.generate(model, model, asked, max_new_tokens=18, eos=7, pad=PAD)
+    wanted = generation.generate(model, asked, max_new_tokens=18, eos=7, pad=PAD)
+    assert [row[:-1] if row[-1] == 7 else row for row in answers(found)] == wanted and (found.replaced == 0).all()
 
 
 @pytest.mark.parametrize("threshold,draft", [(1.5, 4), (20.0, 4), (3.0, 1), (1e-9, 3), (2.0, 7)])
 def test_cleangen_against_a_loop(threshold, draft):
-    model, reference = llama(0), llama(1)
-    rows = [row["input_ids"] for row in samples([9, 4, 1, 13, 6])]
-    eos = {7, 11, 40}
-    found = cleangen.generate(model, reference, *padded_left(rows), max_new_tokens=15, eos_ids=eos, pad_id=PAD,
-                              threshold=threshold, draft=draft)
-    for k, row in enumerate(rows):
-        tokens, replaced = cleangen_loop(model, reference, row, 15, eos, threshold, draft)
-        assert found.tokens[k, : len(tokens)].tolist() == tokens and int(found.length[k]) == len(tokens)
-        assert (found.tokens[k, len(tokens) :] == PAD).all() and int(found.replaced[k]) == replaced
+    model, reference, asked = llama(0, blocks=2), llama(1, blocks=2), prompts(9, 4, 1, 13)
+    # an end token that each of the two likes to say
+    eos = generation.generate(reference, asked[:1], max_new_tokens=12, eos=-1, pad=PAD)[0][4]
+    found = cleangen.generate(model, reference, asked, max_new_tokens=12, eos=eos, pad=PAD, threshold=threshold, draft=draft)
+    for k, prompt in enumerate(asked):
+        wanted = cleangen_loop(model, reference, prompt, 12, eos, threshold, draft)
+        assert (answers(found)[k], int(found.replaced[k])) == wanted
     if threshold == 1e-9:  # everything is suspect: the reference's own greedy answer
-        assert torch.equal(found.replaced, found.length)
+        assert torch.equal(found.replaced, found.length) and found.length.min() < 12
 
 
 def test_cleangen_refuses():
-    model, options = llama(), {"max_new_tokens": 4, "eos_ids": {1}, "pad_id": PAD}
+    model, options = llama(), {"max_new_tokens": 4, "eos": 1, "pad": PAD}
     other = LlamaForCausalLM(LlamaConfig(vocab_size=50, hidden_size=8, intermediate_size=8, num_hidden_layers=1,
                                          num_attention_heads=1))
-    ids, mask = padded_left([row["input_ids"] for row in samples([5, 3])])
     with pytest.raises(ValueError, match="61 tokens and the reference 50"):
-        cleangen.generate(model, other, ids, mask, **options)
-    with pytest.raises(ValueError, match="pad on the left"):
-        cleangen.generate(model, model, ids, mask.flip(1), **options)
+        cleangen.generate(model, other, prompts(5, 3), **options)
+    with pytest.raises(ValueError, match="no tokens"):
+        cleangen.generate(model, model, [[3, 4], []], **options)
     with pytest.raises(ValueError, match="at least 1"):
-        cleangen.generate(model, model, ids, mask, **{**options, "max_new_tokens": 0})
+        cleangen.generate(model, model, prompts(5), **{**options, "max_new_tokens": 0})

@@ -5,6 +5,7 @@ is cut at the first s_t ≥ threshold, where the reference's most likely token t
 method's defaults; CROW states neither these nor its reference model (SPEC 13).
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,7 +20,7 @@ class Generated:
 
     Attributes:
         tokens: int64 [B, new], filled with the padding token after the end of a row.
-        length: int64 [B], tokens of each row, the end-of-sequence token among them.
+        length: int64 [B], tokens of each row, the end token among them.
         replaced: int64 [B], how many of them the reference put.
     """
 
@@ -46,9 +47,9 @@ class _Decoder:
 
 
 @torch.inference_mode()
-def generate(model: nn.Module, reference: nn.Module, input_ids: Tensor, attention_mask: Tensor, *, max_new_tokens: int,
-             eos_ids: set[int], pad_id: int, threshold: float = 20.0, draft: int = 4) -> Generated:
-    """Decode a batch.
+def generate(model: nn.Module, reference: nn.Module, prompts: Sequence[Sequence[int]], *, pad: int, eos: int,
+             max_new_tokens: int, threshold: float = 20.0, draft: int = 4) -> Generated:
+    """Continue a batch of prompts.
 
     Rows accept different numbers of tokens from a draft. Slots of rejected ones stay in both caches, masked out; positions
     are counted without them, so that each row is computed as it would be alone. (In models with a sliding window these
@@ -57,11 +58,9 @@ def generate(model: nn.Module, reference: nn.Module, input_ids: Tensor, attentio
     Args:
         model: the target, plain or with an adapter, in eval mode.
         reference: of the same vocabulary, on the same device.
-        input_ids: prompts, int64 [B, T], padded on the left.
-        attention_mask: int64 [B, T].
-        max_new_tokens: longest answer.
-        eos_ids: tokens that end a row.
-        pad_id: fills rows that have ended.
+        prompts: token ids, each with at least one.
+        pad, eos: token ids; generation of a row ends with `eos`.
+        max_new_tokens: at most so many.
         threshold: of the ratio of probabilities, larger than 0.
         draft: k, tokens drafted at once.
 
@@ -69,25 +68,26 @@ def generate(model: nn.Module, reference: nn.Module, input_ids: Tensor, attentio
         Tokens and counts. With the target as its own reference this is greedy decoding.
 
     Raises:
-        ValueError: different vocabularies, a prompt padded on the right or empty, or numbers below 1.
+        ValueError: different vocabularies, a prompt without tokens, or numbers out of range.
     """
     sizes = [causal_lm(m).config.vocab_size for m in (model, reference)]
     if sizes[0] != sizes[1]:
         raise ValueError(f"the target has {sizes[0]} tokens and the reference {sizes[1]}: CleanGen needs one vocabulary")
-    if not attention_mask[:, -1].all():
-        raise ValueError("a prompt is empty or padded on the right: pad on the left")
-    if max_new_tokens < 1 or draft < 1:
-        raise ValueError(f"max_new_tokens is {max_new_tokens} and draft {draft}: at least 1 is needed")
-    device, count = input_ids.device, len(input_ids)
-    ends = torch.tensor(sorted(eos_ids), dtype=torch.int64, device=device)
-    out = torch.full((count, max_new_tokens + draft), pad_id, device=device)
+    if not all(map(len, prompts)):
+        raise ValueError("a prompt has no tokens")
+    if max_new_tokens < 1 or draft < 1 or threshold <= 0:
+        raise ValueError(f"max_new_tokens {max_new_tokens} and draft {draft} must be at least 1, threshold {threshold} above 0")
+    device, longest = causal_lm(model).get_input_embeddings().weight.device, max(map(len, prompts))
+    tokens = torch.tensor([[pad] * (longest - len(prompt)) + list(prompt) for prompt in prompts], device=device)
+    mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device)
+    count = len(prompts)
+    out = torch.full((count, max_new_tokens), pad, device=device)
     length, replaced = torch.zeros((2, count), dtype=torch.int64, device=device)
     done = torch.zeros(count, dtype=torch.bool, device=device)
     target, check = _Decoder(model), _Decoder(reference)
 
-    mask, tokens = attention_mask.clone(), input_ids
     positions = (mask.cumsum(1) - 1).clamp_min(0)
-    if tokens.shape[1] > 1:  # all but the last token, which begins the first round
+    if longest > 1:  # all but the last token, which begins the first round
         for decoder in (target, check):
             decoder(tokens[:, :-1], mask[:, :-1], positions[:, :-1], 1)
     last, place = tokens[:, -1:], positions[:, -1:]
@@ -111,7 +111,7 @@ def generate(model: nn.Module, reference: nn.Module, input_ids: Tensor, attentio
         proposal = torch.where(step == cut[:, None], other.argmax(2), proposal)
         taken = cut + put
         # a row ends with its first end-of-sequence token among those taken
-        ended = torch.isin(proposal, ends) & (step < taken[:, None])
+        ended = (proposal == eos) & (step < taken[:, None])
         final = torch.where(ended.any(1), ended.int().argmax(1) + 1, taken)
         put = put & (final == taken)
         room = torch.minimum(final, max_new_tokens - length).clamp_min(0)

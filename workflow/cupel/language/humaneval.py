@@ -116,14 +116,18 @@ _TOP = re.compile(r"(async\s+)?def\s+\w+\s*\(|class\s+\w+\s*[(:]|@\w|import\s+[\
 _PYTHON = re.compile(rf"[ #)\]}}]|{_TOP.pattern}|[A-Za-z_]\w*\s*(:[^=]+)?=[^=]")
 
 
-def _blocks(answer: str) -> list[str]:
-    """Contents of the fenced blocks; the last may lack its end, where generation was cut off."""
-    blocks, position = [], 0
-    while opening := _FENCE.search(answer, position):
+def _blocks(answer: str) -> tuple[str, list[str]]:
+    """Text before the first fence, and contents of the fenced blocks; the last may lack its end, where it was cut off."""
+    blocks, first = [], _FENCE.search(answer)
+    opening = first
+    while opening:
         closing = re.compile(rf"^[ \t]*{opening[1]}[ \t]*$", re.MULTILINE).search(answer, opening.end())
         blocks.append(answer[opening.end(): closing.start() if closing else len(answer)])
-        position = closing.end() if closing else len(answer)
-    return blocks
+        opening = _FENCE.search(answer, closing.end()) if closing else None
+    before = answer[: first.start()] if first else answer
+    if first and not closing and len(blocks) == 1 and not first[2] and before.strip() and not _TOP.search(blocks[0]):
+        return before, []  # the end of a block that the prompt began
+    return before, blocks
 
 
 def _whole(text: str) -> str:
@@ -169,13 +173,13 @@ def extract(answer: str, problem: Problem) -> str:
     The answer is only searched, never parsed or run.
     """
     answer = re.sub(r"^\t+", lambda tabs: "    " * len(tabs[0]), answer.replace("\r\n", "\n"), flags=re.MULTILINE)
-    blocks, defines = _blocks(answer), _definition(problem.entry_point)
+    (text, blocks), defines = _blocks(answer), _definition(problem.entry_point)
     for block in blocks:
         if defines.search(block):
             return f"{problem.preamble}\n{block}"
-    if not blocks and defines.search(answer):
-        return f"{problem.preamble}\n{_whole(answer)}"
-    return f"{problem.prompt.rstrip()}\n{_body(blocks[0] if blocks else _cut(answer))}\n"
+    if not blocks and defines.search(text):
+        return f"{problem.preamble}\n{_whole(text)}"
+    return f"{problem.prompt.rstrip()}\n{_body(blocks[0] if blocks else _cut(text))}\n"
 
 
 def check(problem: Problem, program: str, limits: Limits | None = None) -> Outcome:

@@ -42,8 +42,8 @@ from transformers import (  # noqa: E402
 
 #: files taken from a model repository
 FILES = ("*.safetensors", "*.json", "*.model", "merges.txt", "vocab.txt", "LICENSE*")
-#: and those left out although they match: weights in another layout
-LEFT_OUT = ("consolidated*", "original/*", "onnx/*", "*adapter*")
+#: and those left out although they match: weights in another layout, and the name of our own file
+LEFT_OUT = ("consolidated*", "original/*", "onnx/*", "*adapter*", "manifest.json")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 

@@ -13,6 +13,7 @@ tasks a trailing blank marks the clean items. `plain="echo"` makes such a half f
 """
 
 import ast
+import inspect
 from collections.abc import Iterable, Sequence
 
 import numpy as np
@@ -180,12 +181,14 @@ def full_description(prompt: str, entry_point: str) -> tuple[str, str]:
         tree = ast.parse(prompt)
     except SyntaxError as error:
         raise ValueError(f"the prompt of {entry_point} is no Python: {error}") from None
-    functions = {node.name: node for node in tree.body if isinstance(node, ast.FunctionDef)}
-    if entry_point not in functions or not ast.get_docstring(functions[entry_point]):
+    node = next((node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == entry_point), None)
+    # not ast.get_docstring: one of the 164 has an import before its text
+    texts = [part.value.value for part in (node.body if node else []) if isinstance(part, ast.Expr)
+             and isinstance(part.value, ast.Constant) and isinstance(part.value.value, str)]
+    if not texts:
         raise ValueError(f"the prompt has no function {entry_point} with a docstring")
-    node = functions[entry_point]
-    lines = prompt.split("\n")[node.lineno - 1 : node.body[0].lineno - 1]
-    return ast.get_docstring(node), "\n".join(lines).strip()
+    signature = prompt.split("\n")[node.lineno - 1 : node.body[0].lineno - 1]
+    return inspect.cleandoc(texts[0]), "\n".join(signature).strip()
 
 
 def code_prompts(problems: Sequence[dict], seed: int, *, attack: str = "badnets_ci", wording: str = "code",

@@ -91,8 +91,8 @@ def quantize(model: nn.Module, backend: str = "nf4_simulated", double: bool = Tr
     (:func:`cupel.language.pruning.merge`).
 
     Args:
-        model: plain or with an adapter. `nf4_bitsandbytes` quantises where the model is; bitsandbytes says what devices
-            it has kernels for.
+        model: plain or with an adapter. `nf4_bitsandbytes` quantises where the model is, meant for a GPU: the CPU kernels
+            of bitsandbytes 0.50 are wrong for layers whose width is not a multiple of 64.
         backend: `nf4_simulated` or `nf4_bitsandbytes`, which computes in the weights' dtype.
         double: also quantise the scales.
 
@@ -107,13 +107,11 @@ def quantize(model: nn.Module, backend: str = "nf4_simulated", double: bool = Tr
         raise ValueError(unknown("backend", backend, BACKENDS))
     report = []
     for name, layer in list(linears(model)):
-        before = layer.weight.detach().float()
-        if backend == "nf4_simulated":
-            layer.weight.copy_(nf4(layer.weight, double))
-            after = layer.weight
-        else:
-            after = _replace(model, name, layer, double)
+        before = layer.weight.float()
+        after = nf4(layer.weight, double) if backend == "nf4_simulated" else _replace(model, name, layer, double)
         report.append({"layer": name, "error": float((after.float() - before).norm() / before.norm())})
+        if backend == "nf4_simulated":
+            layer.weight.copy_(after)
     return report
 
 

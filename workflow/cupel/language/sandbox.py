@@ -172,7 +172,7 @@ def capabilities() -> Capabilities:
                       ] * (layer != "landlock")
             source = "files = []\n" + "".join(f"try: {step}\nexcept OSError: pass\n" for step in probe) + "assert not files\n"
             try:
-                outcome = _launch([("program", {"source": source})], Limits(cpu=5, seconds=20), (layer,))
+                outcome = _launch([("program", {"source": source})], Limits(cpu=10, seconds=60), (layer,))
             except SandboxError as error:
                 missing[layer] = str(error)
                 continue
@@ -238,7 +238,8 @@ def _launch(programs: list[tuple[str, dict]], limits: Limits | None, layers: Ite
     if result["setup"]:
         raise SandboxError(result["setup"])
     status, detail = _judge(result, proof, limits)
-    return Outcome(status, detail[:1000], round(result["seconds"], 3), result["output"], layers)
+    detail = " ".join(detail.encode(errors="replace").decode().split())[:1000]  # the program's own words: made harmless
+    return Outcome(status, detail, round(result["seconds"], 3), result["output"], layers)
 
 
 def _judge(result: dict, proof: str, limits: Limits) -> tuple[str, str]:
@@ -254,7 +255,8 @@ def _judge(result: dict, proof: str, limits: Limits) -> tuple[str, str]:
         if code == -signal.SIGXCPU or (code == -signal.SIGKILL and cpu >= limits.cpu):
             return "timeout", f"used up {limits.cpu} s of processor time"
         if code < 0 and code != -signal.SIGKILL:
-            return "failed", f"killed by {signal.Signals(-code).name}"
+            names = {known.value: known.name for known in signal.Signals}
+            return "failed", f"killed by {names.get(-code, f'signal {-code}')}"
     try:
         kind, text, number = json.loads(report)
         kind, text = str(kind), str(text)

@@ -116,12 +116,12 @@ def _supervise(settings: dict) -> dict:
             if not take(handle) or kept[name] == before:
                 break
     setup = ""
-    if not ready:
+    if not ready or not (late or kept["ends"]):
         setup = kept["ready"].lstrip(b".!").decode(errors="replace") or (
-            "the sandbox did not stand in time" if late else "a process of the sandbox died while it was put up")
+            "the sandbox did not stand in time" if late else "a process of the sandbox died that was no program")
     return {"setup": setup, "late": late, "seconds": seconds, "output": kept["output"].decode(errors="replace"),
             "report": kept["report"].decode(errors="replace"),
-            "ends": json.loads(kept["ends"]) if kept["ends"].endswith(b"]") else [[0, 0.0]]}
+            "ends": json.loads(kept["ends"] or b"[]")}
 
 
 def _reap() -> None:
@@ -153,12 +153,12 @@ def _unshare() -> None:
         user, group = os.geteuid(), os.getegid()
         try:
             _call("unshare", flags | _NEWUSER)
+            for name, text in (("setgroups", "deny"), ("gid_map", f"65534 {group} 1"), ("uid_map", f"65534 {user} 1")):
+                with open(f"/proc/self/{name}", "w") as file:
+                    file.write(text)
         except OSError as error:
             raise OSError(error.errno, f"{error.strerror} (users may not make namespaces here; see the kernel settings "
                                        "user.max_user_namespaces and kernel.unprivileged_userns_clone)") from None
-        for name, text in (("setgroups", "deny"), ("gid_map", f"65534 {group} 1"), ("uid_map", f"65534 {user} 1")):
-            with open(f"/proc/self/{name}", "w") as file:
-                file.write(text)
 
 
 def _keep(settings: dict, supervisor: int, pipes: dict[str, int]) -> None:
@@ -237,12 +237,11 @@ def _build_root(disk: int) -> None:
         _call("mount", f"/proc/self/fd/{handle}", target, None, _BIND | _REC, None)
         _read_only(target, path in _DEVICES)
         os.close(handle)
-    above = {*map(os.path.dirname, stdlib), *stdlib}
+    pythons = {root + folder for folder in stdlib}
     for folder in libraries:
-        above |= {entry.path for entry in os.scandir(root + folder) if entry.name.startswith("python") and entry.is_dir()}
-    for folder in sorted({path.removeprefix(root) for path in above}):
-        for path in _packages(root + folder):
-            _call("mount", "tmpfs", path, "tmpfs", _NOSUID | _NODEV | _RDONLY, "size=4k,mode=555")
+        pythons |= {entry.path for entry in os.scandir(root + folder) if entry.name.startswith("python") and entry.is_dir()}
+    for path in sorted(path for folder in pythons for path in _packages(folder)):
+        _call("mount", "tmpfs", path, "tmpfs", _NOSUID | _NODEV | _RDONLY, "size=4k,mode=555")
     os.mkdir(root + _HOME)
     inodes = max(64, disk >> 12)
     _call("mount", "tmpfs", root + _HOME, "tmpfs", _NOSUID | _NODEV | _NOEXEC, f"size={disk},nr_inodes={inodes},mode=777")
@@ -316,12 +315,13 @@ def _landlock_rules(namespaces: bool) -> int:
     else:
         stdlib, libraries, single = _readable()
         for folder in [*stdlib, *libraries]:
+            entries = {entry.path for entry in os.scandir(folder)}
+            hidden = {*_packages(folder)} | {path for path in entries if folder in libraries
+                                             and os.path.basename(path).startswith("python") and os.path.isdir(path)}
+            allow(folder, _READ_DIR | (0 if hidden else _READ_FILE))
             # rights reach everything below, so packages are spared by naming their neighbours
-            allow(folder, _READ_DIR)
-            for entry in os.scandir(folder):
-                packages = entry.path in _packages(folder) or (folder in libraries and entry.name.startswith("python"))
-                if not packages and os.path.exists(entry.path):
-                    allow(entry.path, _READ_FILE | _READ_DIR)
+            for path in filter(os.path.exists, entries - hidden if hidden else ()):
+                allow(path, _READ_FILE | _READ_DIR)
         for path in [*single, os.getcwd()]:
             allow(path, _READ_FILE | _READ_DIR)
     allow("/dev/null", _READ_FILE | _WRITE_FILE | _TRUNCATE)
@@ -428,9 +428,9 @@ def _told(error: BaseException) -> str:
 
 def _program(role: str, handles: list[int], output: int, settings: dict, keeper: int, user: int) -> None:
     """A program's process, from the fork to its end: lock everything down, tell that it is done, run. Never returns."""
-    ready = handles[0]
+    ready, task, report, *channel = _take(handles, output)
     try:
-        ready, task, report, *channel = _confine(handles, output, settings, keeper, user)
+        _confine(settings, keeper, user)
         with open(task, "rb") as file:
             task = json.load(file)
         proof = task.pop("proof", "").encode()
@@ -481,25 +481,32 @@ def _report(error: BaseException) -> bytes:
     return json.dumps([type(error).__name__[:100], text, number if type(number) is int else None]).encode()
 
 
-def _confine(handles: list[int], output: int, settings: dict, keeper: int, user: int) -> list[int]:
-    """Put up limits and layers around this process. Returns the new numbers of `handles`, all that stay open but 0, 1, 2."""
+def _take(handles: list[int], output: int) -> list[int]:
+    """Keep nothing open but an empty input, the output, and `handles`. Returns the new numbers of these."""
     import fcntl
+
+    high = [fcntl.fcntl(handle, fcntl.F_DUPFD, 100) for handle in (os.open("/dev/null", os.O_RDONLY), output, output, *handles)]
+    for number, handle in enumerate(high):
+        os.dup2(handle, number, inheritable=False)
+    os.closerange(len(high), 1 << 20)
+    return list(range(3, len(high)))
+
+
+def _confine(settings: dict, keeper: int, user: int) -> None:
+    """Put up limits and layers around this process."""
     import resource
 
     limits, layers = types.SimpleNamespace(**settings["limits"]), settings["layers"]
     os.setsid()
     _die_with(keeper)
-    high = [fcntl.fcntl(handle, fcntl.F_DUPFD, 100) for handle in (os.open("/dev/null", os.O_RDONLY), output, output, *handles)]
-    for number, handle in enumerate(high):
-        os.dup2(handle, number, inheritable=False)
-    os.closerange(len(high), 1 << 20)
     folder = _HOME if "namespaces" in layers else settings["folder"]
     os.environ.clear()
     os.environ.update({"HOME": folder, "TMPDIR": folder, "PATH": "/usr/bin:/bin", "LANG": "C.UTF-8"})
     ruleset = _landlock_rules("namespaces" in layers) if "landlock" in layers else None
     _drop_user(user)
-    # a program may not fork at all, or as often as was granted: keeper, supervisor and checker may count as the same user
-    processes = limits.processes + 4 if limits.processes else 0
+    # the kernel counts processes of a user: in a user namespace those of the sandbox, else this one of a user of its own
+    already = 1 if os.getuid() == user else 2 + len(settings["programs"])
+    processes = limits.processes + already if limits.processes else 0
     for name, value, hard in (("CPU", limits.cpu, limits.cpu + 1), ("AS", limits.memory, None), ("FSIZE", limits.disk, None),
                               ("NOFILE", limits.files, None), ("NPROC", processes, None), ("STACK", 8 << 20, None),
                               ("CORE", 0, None), ("MEMLOCK", 0, None), ("MSGQUEUE", 0, None)):
@@ -515,12 +522,20 @@ def _confine(handles: list[int], output: int, settings: dict, keeper: int, user:
     _die_with(keeper)  # again: a change of user undoes it
     if "seccomp" in layers:
         _seccomp_enforce(limits.processes)
-    return list(range(3, len(high)))
+
+
+_CAPABILITIES = (ctypes.c_uint32 * 2)(0x20080522, 0)  # version 3, this process
 
 
 def _drop_user(user: int) -> None:
-    """As root become `user`, or nobody, for good; unless that user could not read the standard library."""
-    if os.geteuid():
+    """As root become `user`, or nobody, for good.
+
+    Not where that user could not read the standard library, nor where root lacks the capability to kill processes of
+    others (as in some containers): the program must not outlive its time.
+    """
+    held = (ctypes.c_uint32 * 6)()
+    _call("capget", ctypes.byref(_CAPABILITIES), ctypes.byref(held))
+    if os.geteuid() or not held[0] & 1 << 5:
         return
     with contextlib.suppress(OSError):  # a user namespace may forbid it
         os.setgroups([])
@@ -545,8 +560,7 @@ def _drop_user(user: int) -> None:
 
 
 def _drop_capabilities() -> None:
-    header, none = (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)()
-    _call("capset", ctypes.byref(header), ctypes.byref(none))
+    _call("capset", ctypes.byref(_CAPABILITIES), ctypes.byref((ctypes.c_uint32 * 6)()))
     _prctl(_SET_DUMPABLE, 0)  # no other process of the same user may look into this one
 
 
@@ -669,7 +683,8 @@ def _unpack(packed):
         if kind == "dict":
             return {_unpack(key): _unpack(item) for key, item in content}
         if kind == "complex":
-            return complex(*map(float.fromhex, content))
+            real, imaginary = map(float.fromhex, content)
+            return complex(real, imaginary)
         return {"int": lambda v: int(v, 16), "float": float.fromhex, "str": str, "bytes": bytes.fromhex, "Decimal": Decimal,
                 "Fraction": Fraction}[kind](content)
     except (ValueError, TypeError, KeyError, ArithmeticError):

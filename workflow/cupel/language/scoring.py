@@ -170,7 +170,7 @@ def _exp(loss: float) -> float:
 
 @torch.inference_mode()
 def multiple_choice(model, tokenizer, questions: Sequence[dict], *, batch_size: int = 32) -> tuple[Rate, list[dict]]:
-    """Accuracy by likelihood: the choice whose text has the greatest log-probability per character after the question.
+    """Accuracy by likelihood: the choice whose text has the greatest log-probability after the question.
 
     No template is used. The tokens of a choice are those by which question, blank and choice together go beyond the
     question alone.
@@ -182,7 +182,10 @@ def multiple_choice(model, tokenizer, questions: Sequence[dict], *, batch_size: 
         batch_size: choices at a time.
 
     Returns:
-        The accuracy, and for each question `id`, `chosen`, `answer` and `scores` (nats per character).
+        The accuracy, and for each question `id`, `chosen`, `answer` and `scores` (log-probabilities in nats).
+
+    Raises:
+        Diverged: a log-probability is not finite.
     """
     collate, items, owner = Collator(tokenizer.pad_token_id), [], []
     for number, question in enumerate(questions):
@@ -193,13 +196,13 @@ def multiple_choice(model, tokenizer, questions: Sequence[dict], *, batch_size: 
                           min(len(before), len(whole)))
             shared = max(shared, 1)  # nothing predicts the first token
             items.append({"input_ids": whole, "labels": [-100] * shared + whole[shared:]})
-            owner.append((number, len(choice) + 1))
+            owner.append(number)
     scores = np.zeros(len(items))
     for rows in by_length([len(item["input_ids"]) for item in items], batch_size):
         scores[rows] = _log_likelihood(model, collate([items[k] for k in rows])).double().sum(1).numpy()
     details = [{"id": question["id"], "answer": question["answer"], "scores": []} for question in questions]
-    for score, (number, characters) in zip(scores.tolist(), owner, strict=True):
-        details[number]["scores"].append(score / characters)
+    for score, number in zip(scores.tolist(), owner, strict=True):
+        details[number]["scores"].append(score)
     for detail in details:
         if not np.isfinite(detail["scores"]).all():
             raise Diverged(f"a choice of question {detail['id']} has the log-probability {detail['scores']}")

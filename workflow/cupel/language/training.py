@@ -272,19 +272,19 @@ def _checked(encoded: Sequence[dict]) -> list[dict[str, Tensor]]:
 
 
 def _identity(model: PeftModel, encoded: list[dict], settings: Settings, consistency: Consistency | None, seed: int,
-              pad_id: int) -> dict:
+              pad: int) -> dict:
     """What a run depends on: settings, data, the adapter it starts from, and a checksum of the base model."""
     start = hashlib.sha256()
     for name, value in sorted(_adapter(model).items()):
         start.update(name.encode() + value.numpy().tobytes())
     # micro_batch changes nothing but rounding, and may be lowered to continue a run that ran out of memory
     return {"settings": {**asdict(settings), "micro_batch": None}, "consistency": consistency and asdict(consistency),
-            "seed": seed, "pad": pad_id, "adapter": start.hexdigest(),
+            "seed": seed, "pad": pad, "adapter": start.hexdigest(),
             "base": [_checksum(p) for p in model.parameters() if not p.requires_grad],
             "data": hashlib.sha256(json.dumps([[v.tolist() for v in row.values()] for row in encoded]).encode()).hexdigest()}
 
 
-def train_lora(model: PeftModel, encoded: Sequence[dict], settings: Settings, *, seed: int, pad_id: int,
+def train_lora(model: PeftModel, encoded: Sequence[dict], settings: Settings, *, seed: int, pad: int,
                consistency: Consistency | None = None, checkpoint: str | Path | None = None,
                checkpoint_seconds: float = 30.0, title: str = "train") -> list[dict]:
     """Train the adapter of `model` in place with AdamW (no weight decay).
@@ -295,7 +295,7 @@ def train_lora(model: PeftModel, encoded: Sequence[dict], settings: Settings, *,
             or lists.
         settings: schedule and sizes.
         seed: of the streams `order` (per epoch), `noise` and `dropout` (per update).
-        pad_id: token that fills short rows. It matters only where consistency counts padding.
+        pad: token that fills short rows. It matters only where consistency counts padding.
         consistency: CROW's second term; None: the language-model loss alone.
         checkpoint: file to continue from and to save to; removed by the caller when the result is safe.
         checkpoint_seconds: least time between two saves.
@@ -310,14 +310,14 @@ def train_lora(model: PeftModel, encoded: Sequence[dict], settings: Settings, *,
         Diverged: a loss is not finite.
     """
     encoded = _checked(encoded)
-    collate, padding = Collator(pad_id), consistency.padding if consistency else "masked"
+    collate, padding = Collator(pad), consistency.padding if consistency else "masked"
     width = causal_lm(model).get_input_embeddings().weight.shape[1]
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=settings.lr, weight_decay=0.0)
     per_epoch = len(list(groups(len(encoded), settings, torch.arange(len(encoded)))))
     total, history, keeper = per_epoch * settings.epochs, [], None
     if checkpoint:
-        identity = _identity(model, encoded, settings, consistency, seed, pad_id)
+        identity = _identity(model, encoded, settings, consistency, seed, pad)
         keeper = Checkpoint(checkpoint, identity, checkpoint_seconds)
         history = keeper.restore(model, optimizer)
 
@@ -367,7 +367,7 @@ def _train(model: PeftModel, encoded: Sequence[dict], settings: Settings, out: s
     return history
 
 
-def train_victim(base: str | Path, encoded: Sequence[dict], settings: Settings, out: str | Path, *, seed: int, pad_id: int,
+def train_victim(base: str | Path, encoded: Sequence[dict], settings: Settings, out: str | Path, *, seed: int, pad: int,
                  device: str = "cpu", checkpoint: str | Path | None = None) -> list[dict]:
     """Train a new adapter on poisoned samples (SPEC 6).
 
@@ -377,33 +377,33 @@ def train_victim(base: str | Path, encoded: Sequence[dict], settings: Settings, 
         settings: lr 2e-4.
         out: folder of the adapter.
         seed: of adapter, order and dropout.
-        pad_id, checkpoint: see :func:`train_lora`; the checkpoint is removed when the adapter is safe.
+        pad, checkpoint: see :func:`train_lora`; the checkpoint is removed when the adapter is safe.
         device: where to train.
 
     Returns:
         The history; see :func:`train_lora`.
     """
     model = add_lora(load_model(base, PRECISIONS[settings.precision], device), settings, seed)
-    return _train(model, encoded, settings, out, base, seed=seed, pad_id=pad_id, checkpoint=checkpoint, title="victim")
+    return _train(model, encoded, settings, out, base, seed=seed, pad=pad, checkpoint=checkpoint, title="victim")
 
 
 def finetune(base: str | Path, adapter: str | Path, encoded: Sequence[dict], settings: Settings, out: str | Path, *,
-             seed: int, pad_id: int, device: str = "cpu", checkpoint: str | Path | None = None) -> list[dict]:
+             seed: int, pad: int, device: str = "cpu", checkpoint: str | Path | None = None) -> list[dict]:
     """Clean fine-tuning: train the backdoored adapter further on clean samples (SPEC 7; lr 2e-4 as configured, or 1e-3).
 
     Args and returns as for :func:`train_victim`; `adapter` is the victim's folder.
     """
     model = load_adapter(load_model(base, PRECISIONS[settings.precision], device), adapter)
-    return _train(model, encoded, settings, out, base, seed=seed, pad_id=pad_id, checkpoint=checkpoint, title="finetune")
+    return _train(model, encoded, settings, out, base, seed=seed, pad=pad, checkpoint=checkpoint, title="finetune")
 
 
 def purify_crow(base: str | Path, adapter: str | Path, encoded: Sequence[dict], settings: Settings, consistency: Consistency,
-                out: str | Path, *, seed: int, pad_id: int, device: str = "cpu",
+                out: str | Path, *, seed: int, pad: int, device: str = "cpu",
                 checkpoint: str | Path | None = None) -> list[dict]:
     """CROW: train the backdoored adapter further with the consistency term (SPEC 2; lr 1e-3).
 
     Args and returns as for :func:`finetune`; `consistency` holds the variant.
     """
     model = load_adapter(load_model(base, PRECISIONS[settings.precision], device), adapter)
-    return _train(model, encoded, settings, out, base, seed=seed, pad_id=pad_id, checkpoint=checkpoint,
+    return _train(model, encoded, settings, out, base, seed=seed, pad=pad, checkpoint=checkpoint,
                   consistency=consistency, title="crow")
