@@ -35,6 +35,7 @@ include: "workflow/rules/image.smk"
 include: "workflow/rules/ims.smk"
 include: "workflow/rules/interpretability_common.smk"
 include: "workflow/rules/interpretability.smk"
+include: "workflow/rules/language.smk"
 include: "workflow/rules/report.smk"
 include: "workflow/rules/cross.smk"
 include: "workflow/rules/zoo.smk"
@@ -45,10 +46,14 @@ include: "workflow/rules/crate.smk"
 # on a cluster these run where Snakemake runs: they take seconds, or need the network that nodes often lack
 localrules:
     prepare_dataset,
+    prepare_text,
+    prepare_language_model,
+    compose_texts,
     gather_cells,
     report_paper,
     report_interpretability,
     released_weights,
+    report_language,
     contact_sheet,
     notebook,
     index,
