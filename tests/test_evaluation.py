@@ -98,3 +98,46 @@ def test_constant_and_direction():
         and verdict.effect == pytest.approx(0.085)
         and verdict.low < verdict.effect < verdict.high
     )
+
+
+def test_effects_are_the_derived_rates_with_intervals_that_shrink():
+    from cupel.evaluation.metrics import effects
+
+    def record(n):
+        return ({"acc": 0.9, "acc_n": n, "asr": 0.95, "asr_n": n}, {"acc": 0.85, "acc_n": n, "asr": 0.1, "asr_n": n, "ra": 0.8})
+
+    widths = []
+    for n in (200, 20000):
+        before, after = record(n)
+        found = effects(before, {**after, "ra_n": n}, rng(0, "test"))
+        assert found["der"] == der(0.9, 0.85, 0.95, 0.1)
+        assert found["arr"] == arr(0.9, 0.85)
+        assert found["rdr"] == rdr(0.9, 0.8)
+        for name in ("der", "arr", "rdr"):
+            assert found[f"{name}_low"] < found[name] < found[f"{name}_high"]
+        widths.append(found["arr_high"] - found["arr_low"])
+    # the ratio's delta-method error, four standard errors wide
+    expected = 2 * 1.96 * np.sqrt(0.85 * 0.15 / 0.9**2 + 0.85**2 * 0.9 * 0.1 / 0.9**4) / np.sqrt(20000)
+    assert widths[1] == pytest.approx(expected, rel=0.1)
+    assert widths[0] == pytest.approx(10 * widths[1], rel=0.1)
+
+
+def test_gather_reads_rows_and_named_metrics(tmp_path):
+    from cupel.files import write_json
+    from cupel.reporting.tables import gather
+
+    cell = {"paper": "p", "stage": "trained", "dataset": "mnist", "model": "small", "recipe": "r", "attack": "none",
+            "rate": "0", "seed": "0", "defence": "int", "budget": ""}
+    base = {**cell, "attack_variant": "", "poison_rate": 0.0, "variant": "", "seed": 0, "status": "ok"}
+    write_json(tmp_path / "a" / "metrics.json", {**base, "rows": [
+        {"metric": "acc", "value": 0.5, "n": 10, "low": 0.2, "high": 0.8},
+        {"metric": "acc", "value": 0.25, "n": 10, "low": 0.1, "high": 0.5, "attack": "pgd", "attack_variant": "0.3"}]})
+    write_json(tmp_path / "b" / "metrics.json", {**base, "metrics": ["perplexity", "acc"], "perplexity": 12.5, "acc": 0.5,
+                                                  "acc_n": 4})
+    table = gather([{**cell, "folder": str(tmp_path / name)} for name in ("a", "b", "missing")])
+    assert table[table.path.str.endswith("a")][["attack", "attack_variant", "value"]].values.tolist() == [
+        ["none", "", 0.5], ["pgd", "0.3", 0.25]]
+    second = table[table.path.str.endswith("b")].set_index("metric")
+    assert second.value.to_dict() == {"perplexity": 12.5, "acc": 0.5}
+    assert second.n.to_dict() == {"perplexity": 0, "acc": 4}
+    assert set(table[table.path.str.endswith("missing")].status) == {"failed"}

@@ -150,3 +150,31 @@ def test_missing_cells_are_shown_as_failed(tmp_path):
     grid = tables.wide(tables.summary(named), ["FST x"])
     assert grid.iloc[0].tolist() == ["failed", "failed"]
     assert np.isnan(table.value).all()
+
+
+def test_blocks_hold_every_purified_cell_once():
+    grid = Grid(["fst", "ims", "ims_inner_step"], "demo")
+    blocks = grid.blocks()
+    cells = [tuple(sorted((k, v) for k, v in cell.items() if k != "paper")) for block in blocks.values() for cell in block]
+    assert len(cells) == len(set(cells)) == len(grid.cells("purified"))
+    assert all(len({cell["attack"] + cell["rate"] for cell in block}) == 1 for block in blocks.values())
+    # what is asked for first is not moved by what is asked for besides
+    alone = Grid(["fst"], "demo").blocks()
+    assert {key: block for key, block in blocks.items() if key[0] == "fst"} == alone
+    assert not Grid(["fst", "ims"], "paper").blocks()
+
+
+def test_only_a_leak_sees_a_number_of_the_test_set():
+    past = {"acc": 0.75, "asr": 1.0}
+    assert stages._leaks({"hyperparameters": {"lr": 0.1, "reference_accuracy": "victim:acc"}}, past) == {
+        "lr": 0.1, "reference_accuracy": 0.75}
+    entries = Grid([], "demo").entries["defences"]
+    leaking = {name for name, entry in entries.items() if "victim:" in str(entry)}
+    assert leaking == {"anp~leak", "anp~released"}
+
+
+def test_a_family_without_a_form_is_refused(tmp_path):
+    (tmp_path / "odd").mkdir()
+    (tmp_path / "odd" / "experiment.yaml").write_text("paper: odd\nfamily: audio\ntitle: Odd\nscales: {}\n")
+    with pytest.raises(ConfigError, match=r"family: unknown family 'audio': known are image"):
+        Grid(["odd"], "demo", folder=tmp_path)

@@ -251,3 +251,20 @@ def test_wrong_experiment_is_refused_before_any_job(tmp_path, old, new, texts):
     assert code != 0 and "nothing was run" in output and "Traceback" not in output
     for text in texts:
         assert text in output, output[-2000:]
+
+
+def test_all_defences_of_a_victim_in_one_job(finished, tmp_path):
+    """`jobs: victim`: the same numbers as cell by cell, and each cell knows its own cost."""
+    together = Folder(tmp_path / "together", finished.data)
+    together.set(papers=["fst"])
+    together.edit("workflow/papers/fst/experiment.yaml", "note: one victim of a few hundred images, for tests",
+                  "note: one victim of a few hundred images, for tests\n    jobs: victim")
+    metrics = [f"{path}" for path in finished.metrics() if "purified" in path and "badnets" in path]
+    planned = jobs(together.run("-n", "--", *metrics)[1])
+    assert "purify" not in planned and planned["purify_fst_cifar10_preactresnet18_fst_badnets_0_05_0"] == 1
+    code, output = together.run("--", *metrics)
+    assert code == 0, output[-3000:]
+    found, before = together.metrics(), finished.metrics()
+    assert found == {path: before[path] for path in found} and len(metrics) == 2
+    # a cell outside of the grid is still made by its path
+    assert jobs(together.run("-n", "--", metrics[0].replace("fst@", "lp@").replace("ft@", "lp@"))[1])["purify"] == 1

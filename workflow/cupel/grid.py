@@ -19,6 +19,10 @@ PAPERS = LIBRARY.parent / "papers"
 SCHEMAS = LIBRARY.parent / "schemas"
 
 
+#: kinds of papers: what is attacked and defended; each has its own form of experiment.yaml and its own rules
+FAMILIES = ("image", "interpretability", "language", "multimodal")
+
+
 class ConfigError(ValueError):
     """A setting is wrong: the text names file, key, what was found and what is allowed."""
 
@@ -106,6 +110,8 @@ def resolve(entry: dict, key: str, dataset: str, scale: str) -> dict:
 class Grid:
     """Everything that the experiment files of the chosen papers say, at one scale.
 
+    The cells are those of the papers on image classifiers; papers of other families are checked and kept in `experiments`.
+
     Args:
         papers: keys, folders under workflow/papers.
         scale: name of the scale.
@@ -137,8 +143,13 @@ class Grid:
         origin = {}
         for paper, file in self.known.items():
             content = read_yaml(file)
-            check_schema(content, "experiment", file)
+            family = content.get("family", "image")
+            if family not in FAMILIES:
+                raise ConfigError(f"{file}: family: {unknown('family', family, FAMILIES)}")
+            check_schema(content, "experiment" if family == "image" else f"experiment_{family}", file)
             self.experiments[paper] = content
+            if family != "image":  # its own module turns it into cells
+                continue
             for section in self.SECTIONS:
                 for name, entry in (content.get(section) or {}).items():
                     # a name means the same in every paper: two definitions would share results by accident
@@ -179,7 +190,7 @@ class Grid:
         """The cells of a paper: victims first, each followed by its purified models."""
         experiment, file = self.experiments[paper], self.known[paper]
         scales = experiment["scales"]
-        if self.scale not in scales:
+        if self.scale not in scales or self.family(paper) != "image":
             return []
         cells = []
         for number, block in enumerate(scales[self.scale]["blocks"]):
@@ -208,6 +219,14 @@ class Grid:
                                           for defence in block.get("defences", [])]
         return cells
 
+    def family(self, paper: str) -> str:
+        """What kind of paper it is, one of `FAMILIES`."""
+        return self.experiments[paper].get("family", "image")
+
+    def papers_of(self, family: str) -> list[str]:
+        """The chosen papers of a family."""
+        return [paper for paper in self.papers if self.family(paper) == family]
+
     def _plugin(self, section: str, name: str) -> bool:
         kind = section[:-1]
         return name in self.signatures[kind] and str(self.signatures[kind][name][0]) in self.plugins
@@ -221,6 +240,20 @@ class Grid:
                 seen.add(identity)
                 cells.append(cell)
         return cells
+
+    def blocks(self) -> dict[tuple, list[dict]]:
+        """Purified cells that one job does together: those of a victim, where the scale says `jobs: victim`.
+
+        Returns:
+            (paper, dataset, model, recipe, attack, rate, seed) to cells. A cell that two papers share belongs to the one
+            that config.yaml names first.
+        """
+        blocks = {}
+        for cell in self.cells("purified"):
+            if self.experiments[cell["paper"]]["scales"][self.scale].get("jobs") == "victim":
+                key = tuple(cell[k] for k in ("paper", "dataset", "model", "recipe", "attack", "rate", "seed"))
+                blocks.setdefault(key, []).append(cell)
+        return blocks
 
     def _entry(self, section: str, name: str) -> dict:
         if name in self.entries[section]:

@@ -14,7 +14,7 @@ import resource
 import sys
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +22,7 @@ import numpy as np
 from cupel import datasets, models
 from cupel.attacks import Attack, PoisonRecord, build
 from cupel.datasets import Dataset, splits
-from cupel.evaluation.metrics import arr, der, rates, rdr
+from cupel.evaluation.metrics import effects, rates
 from cupel.files import atomic, read_json, write_json, write_text
 from cupel.rng import derive, rng
 
@@ -41,6 +41,30 @@ def logged(path: str | Path) -> Iterator[None]:
             except BaseException:
                 traceback.print_exc()
                 raise
+
+
+def separately(function: Callable, *arguments, log: str | Path) -> None:
+    """Call a stage in a forked child, so that its peak memory and its random state are its own, and nothing is imported twice.
+
+    With a CUDA device, which does not outlive a fork, the stage runs here.
+
+    Raises:
+        RuntimeError: the child failed; the log has its traceback.
+    """
+    import multiprocessing
+
+    def run() -> None:
+        with logged(log):
+            function(*arguments)
+
+    if "cuda" in arguments:
+        run()
+        return
+    child = multiprocessing.get_context("fork").Process(target=run)
+    child.start()
+    child.join()
+    if child.exitcode:
+        raise RuntimeError(f"{function.__name__} ended with exit code {child.exitcode}: see {log}")
 
 
 def pick_device(setting: str, gpus: int = 1) -> str:
@@ -260,6 +284,12 @@ def clean_budget(train: Dataset, spec: dict, budget: dict) -> np.ndarray:
     return splits.per_class(train.labels, pool, budget["spc"], spec["seed"])
 
 
+def _leaks(defence: dict, past: dict) -> dict:
+    """Hyperparameters of a defence; `victim:acc` becomes what was measured on the TEST set, where released code does so."""
+    return {key: past[value.removeprefix("victim:")] if isinstance(value, str) and value.startswith("victim:") else value
+            for key, value in defence["hyperparameters"].items()}
+
+
 def purify(spec: dict, defence: dict, data: str, victim: str, trigger: str, before: str, outputs: dict,
            device: str) -> None:
     """Run a defence on a victim and measure the result.
@@ -297,7 +327,7 @@ def purify(spec: dict, defence: dict, data: str, victim: str, trigger: str, befo
             torch.cuda.reset_peak_memory_stats()
         started = time.perf_counter()
         stream = rng(spec["seed"], "defence", defence["function"], defence["budget"]["name"])
-        model, history = defenses.purify(defence["function"], network, budget, stream, **defence["hyperparameters"])
+        model, history = defenses.purify(defence["function"], network, budget, stream, **_leaks(defence, past))
         seconds = time.perf_counter() - started
         attack = make_attack(spec["attack"], read_tensors(trigger))
         test = test_subset(datasets.load(f"{data}/{spec['dataset']}", "test"), settings.get("test_size"))
@@ -311,8 +341,7 @@ def purify(spec: dict, defence: dict, data: str, victim: str, trigger: str, befo
         **base, **measured, **peak_memory(), "status": "ok", "clean_samples": len(chosen), "device": device,
         "seconds": seconds, "rate_reached": past["rate_reached"],
         "acc_before": past["acc"], "asr_before": past["asr"], "ra_before": past["ra"],
-        "der": der(past["acc"], measured["acc"], past["asr"], measured["asr"]),
-        "arr": arr(past["acc"], measured["acc"]), "rdr": rdr(past["acc"], measured["ra"])})
+        **effects(past, measured, rng(spec["seed"], "intervals"))})
     Path(budget.checkpoint).unlink(missing_ok=True)
 
 

@@ -1,5 +1,6 @@
 # Configuration, checked before any job, and the input and parameter functions of the rules.
 import os
+import re
 import sys
 from pathlib import Path
 from types import SimpleNamespace as Cell
@@ -33,6 +34,11 @@ VICTIM = f"{RESULTS}/victims/{{dataset}}/{{model}}/{{recipe}}/{{attack}}@{{rate}
 PURIFIED = f"{RESULTS}/purified/{{dataset}}/{{model}}/{{recipe}}/{{attack}}@{{rate}}/seed{{seed}}/{{defence}}@{{budget}}"
 TRIGGER = f"{RESULTS}/triggers/{{dataset}}/{{model}}/{{recipe}}/{{attack}}/seed{{seed}}"
 FOLDERS = {"victim": VICTIM, "purified": PURIFIED}
+
+# papers of other families put their cells here: dicts with paper, stage, what names the cell, and folder
+FAMILY_CELLS = {}
+# and the names of their data sets, whose manifests belong to the provenance
+FAMILY_DATA = {}
 
 
 wildcard_constraints:
@@ -70,6 +76,14 @@ def hold_lock():
         ) from None
     except OSError as error:  # some network file systems know no locks
         logger.warning(f"no lock could be taken ({error}): do not start a second run in {os.getcwd()}")
+
+
+def checked(function, *arguments):
+    """A value computed from settings; a setting that is wrong ends the run before its first job."""
+    try:
+        return function(*arguments)
+    except ConfigError as error:
+        raise WorkflowError(f"The configuration is wrong; nothing was run.\n{error}") from None
 
 
 def data_folder(wildcards):
@@ -184,6 +198,17 @@ def code(script, attack=True, defence=False):
     return digest
 
 
+def block_name(cell):
+    """Name of the rule that runs all defences of a paper on one victim."""
+    keys = ("paper", "dataset", "model", "recipe", "attack", "rate", "seed")
+    return "_".join(["purify", *(re.sub(r"\W", "_", cell[key]) for key in keys)])
+
+
+def block_code(script, block):
+    """As `code`, for all cells of a block."""
+    return "+".join(sorted({code(script, defence=True)(Cell(**cell)) for cell in block}))
+
+
 def cell_folder(cell):
     return FOLDERS[cell["stage"]].format(**cell)
 
@@ -191,12 +216,26 @@ def cell_folder(cell):
 def cell_files(wildcards=None, paper=None, stage=None):
     """metrics.json of every cell; with report.allow_missing only of those that exist."""
     files = [f"{cell_folder(cell)}/metrics.json" for cell in GRID.cells(stage, paper)]
+    files += [f"{cell['folder']}/metrics.json" for cell in family_cells(stage, paper)]
+    files = list(dict.fromkeys(files))
     return [file for file in files if os.path.exists(file)] if config["report"]["allow_missing"] else files
+
+
+def family_cells(stage=None, paper=None):
+    """Cells of the chosen papers that are not on image classifiers."""
+    cells = [cell for key, part in FAMILY_CELLS.items() if paper in (None, key) for cell in part]
+    return [cell for cell in cells if stage in (None, cell["stage"])]
 
 
 def expected_cells():
     """Cells of every paper: one that two papers share stands in the table once for each."""
-    return [{**cell, "folder": cell_folder(cell)} for paper in GRID.papers for cell in GRID.cells(paper=paper)]
+    cells = [{**cell, "folder": cell_folder(cell)} for paper in GRID.papers for cell in GRID.cells(paper=paper)]
+    return cells + family_cells()
+
+
+def only(papers):
+    """A wildcard constraint: one of these papers, or none at all."""
+    return "|".join(papers) or "none"
 
 
 def runtime_of(scale_minutes):
@@ -227,6 +266,22 @@ def labels_of(paper):
     known = {name: entry.get("label", name) for name, entry in GRID.entries["defences"].items()}
     order = [name for name in known if name in used] + [name for name in used if name not in known]
     return {name: known.get(name, name) for name in order}
+
+
+def kinds_of(paper):
+    """What sort of defence each is, for the comparison of pruning with tuning."""
+    return {name: GRID.entries["defences"].get(name, {}).get("kind", "") for name in labels_of(paper)}
+
+
+def reach_of(paper):
+    """How far IMS's inner steps can move a pixel: the step times their number, for the variants with the demo's or all rounds."""
+    reach = {}
+    for cell in GRID.cells("purified", paper):
+        settings = GRID.defence(cell["defence"], cell["dataset"])
+        if settings["function"] == "ims" and "full" not in cell["defence"]:
+            parameters = {"lr_perturb": 0.001, "steps_perturb": 20, **settings["hyperparameters"]}
+            reach[cell["defence"]] = parameters["lr_perturb"] * parameters["steps_perturb"]
+    return reach
 
 
 def claims_of(paper):
@@ -304,7 +359,26 @@ def sheet_attacks(dataset, grid=GRID):
 
 
 def used_seeds():
-    return sorted({int(cell["seed"]) for cell in GRID.cells()})
+    return sorted({int(cell["seed"]) for cell in [*GRID.cells(), *family_cells()]})
+
+
+def used_manifests():
+    names = {*used_datasets(), *(name for names in FAMILY_DATA.values() for name in names)}
+    return {name: f"{DATA}/{name}/manifest.json" for name in sorted(names)}
+
+
+def page_pictures(paper):
+    """Pictures of a paper that other rules draw, with their captions, in the order of the page."""
+    if GRID.family(paper) != "image":
+        return []
+    texts = (
+        "Penultimate features (t-SNE): clean test images by class, triggered ones as crosses. The numbers: shares of a "
+        "triggered image's ten nearest clean images that are of the target class, and of its true class.",
+        "One run of IMS: forward masks and selections by layer, and its three stages.",
+        "Perturbations that IMS synthesises, with the victim's prediction before and after, and the real trigger.",
+    )
+    paths = [f"{RESULTS}/papers/{paper}/features.png", *inside_pictures(paper)]
+    return [{"path": path, "caption": text} for path, text in zip(paths, texts)]
 
 
 def paper_headers():
@@ -314,6 +388,8 @@ def paper_headers():
             "title": GRID.experiments[paper]["title"],
             "reference": GRID.experiments[paper].get("reference", ""),
             "note": GRID.experiments[paper]["scales"].get(config["scale"], {}).get("note", ""),
+            "folder": f"{RESULTS}/papers/{paper}",
+            "pictures": page_pictures(paper),
         }
         for paper in GRID.papers
     ]

@@ -13,7 +13,8 @@ rule cross:
     benchmark:
         benchmark_of(RESULTS, "cross")
     params:
-        labels={name: label for paper in GRID.papers for name, label in labels_of(paper).items()},
+        labels={name: label for paper in GRID.papers_of("image") for name, label in labels_of(paper).items()},
+        papers=GRID.papers_of("image"),
         scale=config["scale"],
         code=code_digest(SCRIPTS / "cross.py", *TEMPLATES),
     script:

@@ -107,3 +107,40 @@ rule purify:
         code=code("purify.py", defence=True),
     script:
         "../scripts/purify.py"
+
+
+# where a cell takes seconds, one job does all defences of a victim (`jobs: victim` in experiment.yaml): to start Python
+# and torch for each of them would cost as much again. These rules have no wildcards, so Snakemake prefers them.
+for block in GRID.blocks().values():
+
+    rule:
+        name:
+            block_name(block[0])
+        input:
+            dataset_files(Cell(**block[0])),
+            victim=f"{VICTIM}/model.safetensors".format(**block[0]),
+            trigger=f"{VICTIM}/trigger.npz".format(**block[0]),
+            before=f"{VICTIM}/metrics.json".format(**block[0]),
+        output:
+            model=[f"{cell_folder(cell)}/model.safetensors" for cell in block],
+            history=[f"{cell_folder(cell)}/history.csv" for cell in block],
+            metrics=[f"{cell_folder(cell)}/metrics.json" for cell in block],
+        log:
+            [log_of(cell_folder(cell), "purify") for cell in block],
+        benchmark:
+            benchmark_of(f"{RESULTS}/purified/{block[0]['paper']}/{block_name(block[0])}", "purify")
+        retries: 1
+        resources:
+            gpu=1,
+            vram_mb=6000,
+            mem_mb=memory_of(4000),
+            runtime=runtime_of({"smoke": 5, "demo": 30, "bench": 240, "paper": 1440}),
+        params:
+            spec=victim_spec(Cell(**block[0])),
+            defences=[defence_spec(Cell(**cell)) for cell in block],
+            data=data_folder,
+            device=config["device"],
+            plugins=config["plugins"],
+            code=block_code("purify_victim.py", block),
+        script:
+            "../scripts/purify_victim.py"

@@ -32,9 +32,13 @@ rule report_paper:
         log_of(PAPER, "report_paper"),
     benchmark:
         benchmark_of(PAPER, "report_paper")
+    wildcard_constraints:
+        paper=only(GRID.papers_of("image")),
     params:
         scale=config["scale"],
         labels=lambda wildcards: labels_of(wildcards.paper),
+        kinds=lambda wildcards: kinds_of(wildcards.paper),
+        reach=lambda wildcards: reach_of(wildcards.paper),
         claims=lambda wildcards: claims_of(wildcards.paper),
         title=lambda wildcards: GRID.experiments[wildcards.paper]["title"],
         code=code_digest(SCRIPTS / "report_paper.py"),
@@ -93,7 +97,7 @@ rule notebook:
         claims=f"{PAPER}/claims.csv",
         tables=f"{PAPER}/tables",
         figures=f"{PAPER}/figures",
-        features=f"{PAPER}/features.png",
+        pictures=lambda wildcards: [picture["path"] for picture in page_pictures(wildcards.paper)],
         inside=lambda wildcards: inside_pictures(wildcards.paper),
     output:
         notebook=f"{PAPER}/report.ipynb",
@@ -115,15 +119,14 @@ rule notebook:
 rule index:
     input:
         cells=f"{RESULTS}/cells.parquet",
-        cross=f"{RESULTS}/cross.html",
+        cross=[f"{RESULTS}/cross.html"] if GRID.papers_of("image") else [],
         claims=[f"{RESULTS}/papers/{paper}/claims.csv" for paper in GRID.papers],
         tables=[f"{RESULTS}/papers/{paper}/tables" for paper in GRID.papers],
         figures=[f"{RESULTS}/papers/{paper}/figures" for paper in GRID.papers],
-        features=[f"{RESULTS}/papers/{paper}/features.png" for paper in GRID.papers],
-        inside=[path for paper in GRID.papers for path in inside_pictures(paper)],
+        pictures=[picture["path"] for paper in GRID.papers for picture in page_pictures(paper)],
         reports=[f"{RESULTS}/papers/{paper}/report.html" for paper in GRID.papers],
         sheets=[f"{RESULTS}/figures/triggers_{dataset}.png" for dataset in used_datasets()],
-        manifests=[f"{DATA}/{dataset}/manifest.json" for dataset in used_datasets()],
+        manifests=list(used_manifests().values()),
     output:
         page=f"{RESULTS}/index.html",
         claims=f"{RESULTS}/claims.csv",
@@ -136,7 +139,7 @@ rule index:
         scale=config["scale"],
         config=config,
         papers=paper_headers(),
-        datasets=used_datasets(),
+        datasets=list(used_manifests()),
         seeds=used_seeds(),
         benchmarks=f"{config['results']}/benchmark/{config['scale']}",
         data=data_folder,

@@ -6,5 +6,6 @@ from cupel.reporting.cross import write_cross
 from cupel.stages import logged
 
 with logged(snakemake.log[0]):
-    write_cross(pd.read_parquet(snakemake.input.cells), snakemake.params.labels,
+    cells = pd.read_parquet(snakemake.input.cells)
+    write_cross(cells[cells.paper.isin(snakemake.params.papers)], snakemake.params.labels,
                 snakemake.params.scale, snakemake.output.page, snakemake.output.table, snakemake.output.figures)

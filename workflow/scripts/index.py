@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from cupel.files import write_json, write_text
+from cupel.files import read_json, write_json, write_text
 from cupel.reporting.page import write_page
 from cupel.reporting.provenance import provenance, rule_times
 from cupel.stages import logged
@@ -17,6 +17,11 @@ CAPTIONS = {
     "asr": "Attack success rate by defence and poison rate.",
     "acc": "Clean accuracy by defence and poison rate.",
     "ra": "Recovery: triggered images that are given their true class again.",
+    "families": "Pruning against fine-tuning: a point is a setting, a bar the mean with its 95 % interval over settings.",
+    "recovery": "Recovery of triggered images, mean over settings with a 95 % bootstrap interval; the cross is the mean ACC.",
+    "budgets": "Sensitivity to the number of clean samples.",
+    "reach": "The inner problem of IMS: how far its steps can move a pixel, what is left of the backdoor, and how often "
+    "they change the victim's prediction.",
     "training": "Training of the victims: loss, accuracy on clean samples, share of poisoned samples that hit the target.",
 }
 
@@ -32,27 +37,16 @@ with logged(snakemake.log[0]):
     claims = pd.concat([pd.read_csv(path) for path in snakemake.input.claims], ignore_index=True)
     cells = pd.read_parquet(snakemake.input.cells)
     papers = []
-    for paper, features in zip(snakemake.params.papers, snakemake.input.features, strict=True):
-        folder = Path(features).parent
-        order = {name: k for k, name in enumerate(CAPTIONS)}
-        pictures = sorted((folder / "figures").glob("*.png"), key=lambda p: order.get(p.stem.partition("_")[0], 99))
-        figures = [{"path": relative(path), "caption": caption(path)} for path in pictures]
-        figures.insert(
-            1,
-            {
-                "path": relative(features),
-                "caption": "Penultimate features (t-SNE): clean test images by class, triggered ones as crosses. The numbers: "
-                "shares of a triggered image's ten nearest clean images that are of the target class, and of its true class.",
-            },
+    for paper in snakemake.params.papers:
+        folder = Path(paper["folder"])
+        texts = read_json(folder / "figures" / "captions.json") if (folder / "figures" / "captions.json").is_file() else {}
+        order = {name: k for k, name in enumerate(texts or CAPTIONS)}
+        pictures = sorted(
+            (folder / "figures").glob("*.png"),
+            key=lambda path: order.get(path.stem if texts else path.stem.partition("_")[0], 99),
         )
-        if paper["key"] == "ims":
-            texts = (
-                "One run of IMS: forward masks and selections by layer, and its three stages.",
-                "Perturbations that IMS synthesises, with the victim's prediction before and after, and the real trigger.",
-            )
-            figures += [
-                {"path": relative(path), "caption": text} for path, text in zip(snakemake.input.inside, texts, strict=False)
-            ]
+        figures = [{"path": relative(path), "caption": texts.get(path.stem) or caption(path)} for path in pictures]
+        figures += [{**picture, "path": relative(picture["path"])} for picture in paper["pictures"]]
         tables = []
         for path in sorted((folder / "tables").glob("*.md")):
             grid = pd.read_csv(path.with_suffix(".csv"), index_col=0, dtype=str)
@@ -87,6 +81,7 @@ with logged(snakemake.log[0]):
         scale=snakemake.params.scale,
         claims=claims.to_dict("records"),
         papers=papers,
+        cross=bool(snakemake.input.cross),
         triggers=triggers,
         failed=failed,
         made=made,

@@ -50,7 +50,7 @@ def anp(victim, budget, rng, *, eps=0.4, steps=1, alpha=0.2, lr=0.01, momentum=0
         projected: keep the noise within ε after the step. The released code does not, so that there a random start of
             up to ε and a step of ε add up to 2ε.
         reference_accuracy: None: the victim's own accuracy on the validation part. The released code compares with the
-            victim's accuracy on the TEST set, a leak that is not reproduced here; an ablation may pass that number.
+            victim's accuracy on the TEST set, a leak that is not reproduced here; `anp~leak` passes that number (`victim:acc`).
 
     Raises:
         ValueError: the network has no BatchNorm.

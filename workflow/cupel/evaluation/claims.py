@@ -40,7 +40,8 @@ def judge(claim: dict, cells: pd.DataFrame, scale: str, seed: int = 0) -> Verdic
     """Judge one claim.
 
     The test compares side A with side B, or with a constant. Both sides are selections of `metric`; they are paired on
-    setting and seed (columns in `unpaired`, such as the poison rate in a claim about rates, are left out of the pair).
+    setting and seed (columns in `unpaired`, such as the poison rate in a claim about rates, are left out of the pair;
+    columns in `paired`, such as an attack's variant, are added).
     The effect is mean(A − B); the claim asks for effect > margin. It is supported when the whole interval lies above
     the margin, refuted when the whole interval lies below it, else inconclusive.
 
@@ -53,7 +54,7 @@ def judge(claim: dict, cells: pd.DataFrame, scale: str, seed: int = 0) -> Verdic
         return Verdict(VERDICTS[3], None, None, None, 0, f"can be judged at: {', '.join(claim['scales'])}")
     test = claim["test"]
     table = cells[(cells.status == "ok") & (cells.metric == test["metric"])]
-    keys = [c for c in [*SETTING, "seed"] if c not in test.get("unpaired", [])]
+    keys = [c for c in [*SETTING, *test.get("paired", []), "seed"] if c not in test.get("unpaired", [])]
     where = test.get("where", {})
 
     def side(selection: dict) -> pd.DataFrame:
@@ -84,9 +85,9 @@ def judge_all(claims: list[dict], cells: pd.DataFrame, paper: str, scale: str) -
     """`claims.csv`: one row per claim."""
     rows = []
     for claim in claims:
-        found = judge(claim, cells, scale)
+        found, test = judge(claim, cells, scale), claim["test"]
         rows.append({"paper": paper, "claim": claim["id"], "statement": claim["statement"], "source": claim["source"],
                      "scale": scale, "verdict": found.verdict, "effect": found.effect, "low": found.low,
-                     "high": found.high, "unit": f"difference in {claim['test']['metric']} (fraction)", "n": found.n,
-                     "test": found.reason})
+                     "high": found.high, "unit": f"difference in {test['metric']} ({test.get('unit', 'fraction')})",
+                     "n": found.n, "test": found.reason})
     return pd.DataFrame(rows)

@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 
 from cupel.files import atomic
+from cupel.rng import rng
 
 # Okabe and Ito's colours, which stay apart for colour-blind readers
 COLOURS = ["#000000", "#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7"]
@@ -175,4 +176,116 @@ def contact_sheet(clean: np.ndarray, stamped: dict[str, np.ndarray], amplify: in
         difference = stamped[name].astype(int) - clean.astype(int)
         show(1 + 2 * k, stamped[name], name)
         show(2 + 2 * k, np.clip(128 + amplify * difference, 0, 255).astype(np.uint8), f"difference ×{amplify}")
+    return figure
+
+
+KINDS = {"pruning": COLOURS[5], "tuning": COLOURS[1], "inversion": COLOURS[3]}
+
+
+def _mean(values: np.ndarray, name: str) -> tuple[float, float, float]:
+    """Mean over settings and its bootstrap interval (95 %)."""
+    draws = rng(0, "figure", name).choice(values, (2000, len(values))).mean(1)
+    return values.mean(), *np.quantile(draws, [0.025, 0.975])
+
+
+def families(table: pd.DataFrame):
+    """ASR, ACC and RA of every defence, grouped by kind: a dot per setting, a bar for the mean over settings.
+
+    Args:
+        table: `cupel.reporting.tables.summary` of purified models with a column `kind` (pruning, tuning, inversion).
+    """
+    metrics = ("asr", "acc", "ra")
+    known = table[table.kind.isin(KINDS) & table.value.notna()]
+    means = known[known.metric == "asr"].groupby(["kind", "label"]).value.mean().reset_index()
+    means["place"] = means.kind.map(list(KINDS).index)
+    labels = list(means.sort_values(["place", "value"]).label)
+    figure, axes = plt.subplots(1, 3, figsize=(11, 0.34 * len(labels) + 1.4), sharey=True, layout="constrained")
+    for axis, metric in zip(axes, metrics, strict=True):
+        for place, label in enumerate(labels):
+            part = known[(known.label == label) & (known.metric == metric)]
+            colour = KINDS[part.kind.iloc[0]]
+            value, low, high = _mean(part.value.to_numpy(), f"{metric}{label}")
+            axis.barh(place, value, color=colour, alpha=0.35)
+            axis.plot([low, high], [place, place], color=colour, lw=2)
+            axis.plot(part.value, np.full(len(part), place), ".", color=colour, ms=4)
+        axis.set(title=metric.upper(), xlim=(0, 1.02))
+    axes[0].set_yticks(range(len(labels)), labels)
+    axes[0].invert_yaxis()
+    present = [kind for kind in KINDS if kind in set(known.kind)]
+    figure.legend(handles=[plt.Line2D([], [], color=KINDS[kind], lw=4, label=kind) for kind in present],
+                  loc="outside lower center", ncols=3)
+    return figure
+
+
+def recovery(table: pd.DataFrame):
+    """RA by defence, best first, over the settings that all of them have gone through; crosses are the mean ACC.
+
+    Args:
+        table: as in `families`.
+    """
+    known = table[table.value.notna()]
+    setting = ["attack", "attack_variant", "poison_rate", "budget"]
+    wide = known[known.metric == "ra"].pivot_table(index=setting, columns="label", values="value")
+    shared = wide.loc[:, wide.notna().sum() == wide.notna().sum().max()].dropna()
+    accs = known[known.metric == "acc"].groupby("label").value.mean()
+    order = shared.mean().sort_values(ascending=False).index
+    kinds = known.drop_duplicates("label").set_index("label").kind
+    figure, axis = plt.subplots(figsize=(0.55 * len(order) + 2.5, 3.4), layout="constrained")
+    for place, label in enumerate(order):
+        value, low, high = _mean(shared[label].to_numpy(), label)
+        axis.bar(place, value, color=KINDS.get(kinds[label], "grey"), yerr=[[value - low], [high - value]], error_kw={"lw": 1})
+        axis.plot(place, accs[label], "x", color="black")
+    axis.set_xticks(range(len(order)), order, rotation=35, ha="right")
+    axis.set(ylabel="RA", ylim=(0, 1.02), title=f"mean over {len(shared)} settings")
+    return figure
+
+
+def budget_curves(table: pd.DataFrame, sizes: dict[str, float]):
+    """ASR, ACC and RA against the number of clean samples, a line per defence and attack.
+
+    Args:
+        table: as in `families`.
+        sizes: clean samples by name of the budget.
+    """
+    part = table.assign(samples=table.budget.map(sizes))
+    several = part.groupby(["label", "attack", "poison_rate"]).samples.transform("nunique") > 1
+    part = part[several].sort_values("samples")
+    figure, axes = plt.subplots(1, 3, figsize=(10.5, 3.2), layout="constrained")
+    colours = _styles(list(dict.fromkeys(part.label)))
+    lines = list(part[["attack", "poison_rate"]].drop_duplicates().itertuples(index=False, name=None))
+    for axis, metric in zip(axes, ("asr", "acc", "ra"), strict=True):
+        for (label, attack, rate), rows in part[part.metric == metric].groupby(["label", "attack", "poison_rate"], sort=False):
+            errors = np.clip([rows.value - rows.low, rows.high - rows.value], 0, None)
+            axis.errorbar(rows.samples, rows.value, yerr=errors, color=colours[label][0], capsize=2, lw=1.2,
+                          marker=MARKERS[lines.index((attack, rate))], ms=5)
+        axis.set(xscale="log", xlabel="clean samples", title=metric.upper(), ylim=(-0.02, 1.02))
+    handles = [plt.Line2D([], [], color=colours[label][0], label=label) for label in colours]
+    handles += [plt.Line2D([], [], color="grey", marker=MARKERS[k], ls="", label=f"{attack} {100 * rate:g} %")
+                for k, (attack, rate) in enumerate(lines)]
+    figure.legend(handles=handles, loc="outside right upper", fontsize=8)
+    return figure
+
+
+def reach_curves(table: pd.DataFrame, flips: pd.DataFrame):
+    """ASR, RA, ACC and the share of flipped predictions against the reach of IMS's perturbations, a line per attack.
+
+    Args:
+        table: as in `families`, with a column `reach` (pixels in [0, 1]).
+        flips: columns attack, reach, flips.
+    """
+    figure, axes = plt.subplots(1, 4, figsize=(13, 3.1), sharey=True, layout="constrained")
+    for k, attack in enumerate(dict.fromkeys(table.attack)):
+        style = {"color": COLOURS[k % len(COLOURS)], "marker": MARKERS[k], "label": attack, "lw": 1.2}
+        for axis, metric in zip(axes, ("asr", "ra", "acc"), strict=False):
+            rows = table[(table.attack == attack) & (table.metric == metric)].sort_values("reach")
+            errors = np.clip([rows.value - rows.low, rows.high - rows.value], 0, None)
+            axis.errorbar(rows.reach, rows.value, yerr=errors, capsize=2, **style)
+            axis.set_title(metric.upper())
+        rows = flips[flips.attack == attack].sort_values("reach")
+        axes[3].plot(rows.reach, rows.flips, **style)
+    axes[3].set_title("predictions flipped by δ")
+    for axis in axes:
+        axis.set(xscale="log", xlabel="reach: step × number of steps", ylim=(-0.02, 1.02))
+    axes[0].axvline(0.02, color="grey", ls=":", lw=1)
+    axes[0].legend(fontsize=7)
     return figure

@@ -18,6 +18,8 @@ def report_paper(
     scale: str,
     cells: pd.DataFrame,
     labels: dict[str, str],
+    kinds: dict[str, str],
+    reach: dict[str, float],
     claims: list[dict],
     reported: pd.DataFrame,
     title: str,
@@ -30,6 +32,8 @@ def report_paper(
         scale: name.
         cells: the tidy table, of all papers.
         labels: names for people, by defence, in the order of the rows; `victim` is put first.
+        kinds: pruning, tuning or removal by added parts, by defence; the ones without are in neither comparison.
+        reach: how far the inner steps of a variant of IMS can move a pixel, by defence.
         claims: entries of claims.yaml.
         reported: the paper's own numbers (percent), see reported/.
         title: of the paper.
@@ -61,8 +65,27 @@ def report_paper(
                 out / "tables" / f"means_{stem}",
                 f"{title}: means over attacks and rates {settings}",
             )
+            tables.write_table(
+                tables.by_setting(chosen, order),
+                out / "tables" / f"settings_{stem}",
+                f"{title}: every setting with 95 % intervals {settings}",
+                index="setting: defence",
+            )
         present = [label for label in order if label in set(part.label)]
         figures.save(figures.acc_asr_scatter(part, present), out / "figures" / f"scatter_{dataset}_{model}.png")
+        purified = part[part.method != "victim"].assign(kind=part.method.map(kinds))
+        if purified.kind.nunique() > 1:
+            figures.save(figures.families(purified), out / "figures" / f"families_{dataset}_{model}.png")
+            figures.save(figures.recovery(purified), out / "figures" / f"recovery_{dataset}_{model}.png")
+        sizes = {budget: size for budget, size in own.groupby("budget").clean_samples.max().items() if budget}
+        if len(sizes) > 1:
+            figures.save(figures.budget_curves(purified, sizes), out / "figures" / f"budgets_{dataset}_{model}.png")
+        steps = purified[purified.method.isin(reach)].assign(reach=purified.method.map(reach))
+        if steps.reach.nunique() > 2:
+            runs = own[(own.metric == "asr") & own.method.isin(reach) & (own.dataset == dataset) & (own.model == model)]
+            flips = pd.DataFrame([_flips(row) for row in runs[runs.status == "ok"].itertuples()])
+            figures.save(figures.reach_curves(steps, flips.assign(reach=flips.method.map(reach))),
+                         out / "figures" / f"reach_{dataset}_{model}.png")
         for metric in ("asr", "acc", "ra"):
             figures.save(figures.asr_bars(part, present, metric), out / "figures" / f"{metric}_{dataset}_{model}.png")
     histories = {}
@@ -74,6 +97,12 @@ def report_paper(
         figures.save(figures.training_curves(histories), out / "figures" / "training.png")
     verdicts = judge_all(claims, cells[cells.paper == paper], paper, scale)
     write_text(out / "claims.csv", verdicts.to_csv(index=False))
+
+
+def _flips(row) -> dict:
+    """How often the perturbations of an IMS run changed the victim's prediction, mean over the rounds that have any."""
+    history = pd.read_csv(Path(row.path) / "history.csv")
+    return {"method": row.method, "attack": row.attack, "flips": history.get("flip_rate", pd.Series(dtype=float)).mean()}
 
 
 def contact_sheet(dataset: str, data: str, attacks: dict[str, tuple[dict, str]], out: str | Path, count: int = 10) -> None:

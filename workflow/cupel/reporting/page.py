@@ -21,6 +21,11 @@ def points(value) -> str:
     return "–" if value is None or pd.isna(value) else f"{100 * value:+.1f}"
 
 
+def number(value) -> str:
+    """A difference in the unit of its metric, with its sign."""
+    return "–" if value is None or pd.isna(value) else f"{value:+.3g}"
+
+
 def html_table(frame: pd.DataFrame) -> str:
     """A plain HTML table; two header rows where the columns have two levels."""
     return frame.to_html(border=0, classes="data", escape=True, na_rep="–")
@@ -29,5 +34,5 @@ def html_table(frame: pd.DataFrame) -> str:
 def write_page(path: str | Path, template: str, **content) -> None:
     """Render a template of this folder to `path`."""
     environment = Environment(loader=FileSystemLoader(TEMPLATES), autoescape=select_autoescape(["html", "j2"]))
-    environment.filters.update(percent=percent, points=points, table=html_table, quote=html.escape)
+    environment.filters.update(percent=percent, points=points, number=number, table=html_table, quote=html.escape)
     write_text(path, environment.get_template(template).render(**content))

@@ -17,7 +17,9 @@ COLUMNS = ["paper", *IDENTITY, "metric", "value", "n", "low", "high", "rate_reac
 def gather(cells: list[dict]) -> pd.DataFrame:
     """The tidy table: one row per paper, cell and metric (see `COLUMNS`); rates are fractions.
 
-    A failed cell keeps its rows, without values and with its reason; so does one that left no result.
+    A record has its numbers flat (`acc`, `acc_n`, `acc_low`, `acc_high`; `metrics` lists others than `METRICS`) or, where
+    one model is measured many times, as `rows`: metric, value, n, low, high and what differs in its identity. A failed cell
+    keeps its rows, without values and with its reason; so does one that left no result.
 
     Args:
         cells: expected cells with `paper`, `folder` and what names them (`cupel.grid.Grid.cells`).
@@ -37,9 +39,14 @@ def gather(cells: list[dict]) -> pd.DataFrame:
                                                  "clean_samples", "status")}
         base |= {"paper": cell["paper"], "path": cell["folder"], "reason": record.get("reason", "")}
         failed = record["status"] != "ok"
-        for metric in METRICS[:3] if failed else [m for m in METRICS if m in record]:
-            rows.append({**base, "metric": metric, "value": record.get(metric, np.nan), "n": record.get(f"{metric}_n", 0),
-                         "low": record.get(f"{metric}_low", np.nan), "high": record.get(f"{metric}_high", np.nan)})
+        nothing = {"value": np.nan, "n": 0, "low": np.nan, "high": np.nan}
+        if "rows" in record:
+            rows += [{**base, **nothing, **row} for row in record["rows"]]
+            continue
+        names = record.get("metrics", METRICS)
+        for metric in names[:3] if failed else [m for m in names if m in record]:
+            found = {key: record[f"{metric}_{key}"] for key in ("n", "low", "high") if f"{metric}_{key}" in record}
+            rows.append({**base, **nothing, "metric": metric, "value": record.get(metric, np.nan), **found})
     table = pd.DataFrame(rows, columns=COLUMNS)
     return table.astype({"poison_rate": float, "value": float, "low": float, "high": float, "n": int, "seed": int,
                          "rate_reached": float, "seconds": float, "peak_memory_mb": float, "peak_vram_mb": float,
@@ -92,6 +99,22 @@ def wide(table: pd.DataFrame, order: list[str], metrics: tuple[str, ...] = ("acc
     return grid.reindex(index=rows, columns=pd.MultiIndex.from_tuples(columns)).fillna("")
 
 
+def by_setting(table: pd.DataFrame, order: list[str]) -> pd.DataFrame:
+    """Rows: setting and defence; columns: every metric in percent with its 95 % interval; `failed` where a cell failed."""
+    metrics = [metric for metric in METRICS if (table.metric == metric).any()]
+    rank = {label: k for k, label in enumerate(order)}
+    rows = {}
+    for row in table.itertuples():
+        attack = f"{row.attack}{'~' + row.attack_variant if row.attack_variant else ''} {100 * row.poison_rate:g} %"
+        text = f"{100 * row.value:.1f} ({100 * row.low:.1f} to {100 * row.high:.1f})" if not np.isnan(row.value) else "failed"
+        rows.setdefault((attack, row.label), {})[row.metric] = text
+    attacks = list(dict.fromkeys(attack for attack, _ in rows))
+    ordered = sorted(rows, key=lambda key: (attacks.index(key[0]), rank.get(key[1], len(rank))))
+    grid = pd.DataFrame([[rows[key].get(metric, "") for metric in metrics] for key in ordered],
+                        index=[f"{attack}: {label}" for attack, label in ordered], columns=[m.upper() for m in metrics])
+    return grid
+
+
 def means(table: pd.DataFrame, order: list[str]) -> pd.DataFrame:
     """Rows: defence; columns: mean over settings of every metric in percent, of seconds, and the number of settings."""
     values = table.pivot_table(index="label", columns="metric", values="value", aggfunc="mean")
@@ -106,18 +129,24 @@ def means(table: pd.DataFrame, order: list[str]) -> pd.DataFrame:
     return grid.loc[rows]
 
 
-def write_table(grid: pd.DataFrame, stem: str | Path, caption: str) -> None:
-    """Write a wide table as CSV, Markdown and LaTeX."""
+def _latex(text) -> str:
+    return str(text).replace("%", r"\%").replace("~", r"\textasciitilde ").replace("_", r"\_")
+
+
+def write_table(grid: pd.DataFrame, stem: str | Path, caption: str, index: str = "defence") -> None:
+    """Write a wide table as CSV, Markdown and LaTeX; `index` names its rows."""
     stem = Path(stem)
     flat = grid.copy()
-    flat.columns = [" ".join(map(str, column)) for column in grid.columns]
-    flat.index.name = "defence"
+    flat.columns = [column if isinstance(column, str) else " ".join(map(str, column)) for column in grid.columns]
+    flat.index.name = index
     write_text(stem.with_suffix(".csv"), flat.to_csv())
     write_text(stem.with_suffix(".md"), f"{caption}\n\n{flat.to_markdown(disable_numparse=True)}\n")
     latex = grid.map(lambda text: str(text).replace("%", r"\%"))
-    latex.columns = pd.MultiIndex.from_tuples([tuple(str(part).replace("%", r"\%").replace("~", r"\textasciitilde ")
-                                                     for part in column) for column in grid.columns])
-    latex.index = [str(label).replace("%", r"\%").replace("_", r"\_") for label in grid.index]
+    if isinstance(grid.columns, pd.MultiIndex):
+        latex.columns = pd.MultiIndex.from_tuples([tuple(map(_latex, column)) for column in grid.columns])
+    else:
+        latex.columns = list(map(_latex, grid.columns))
+    latex.index = list(map(_latex, grid.index))
     write_text(stem.with_suffix(".tex"), latex.to_latex(caption=caption.replace("%", r"\%"), escape=False,
                                                         multicolumn_format="c"))
 
