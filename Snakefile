@@ -27,6 +27,7 @@ include: "workflow/rules/common.smk"
 include: "workflow/rules/data.smk"
 include: "workflow/rules/image.smk"
 include: "workflow/rules/ims.smk"
+include: "workflow/rules/multimodal.smk"
 include: "workflow/rules/report.smk"
 include: "workflow/rules/cross.smk"
 include: "workflow/rules/zoo.smk"
@@ -38,6 +39,8 @@ localrules:
     prepare_dataset,
     gather_cells,
     report_paper,
+    prepare_multimodal,
+    report_multimodal,
     contact_sheet,
     notebook,
     index,

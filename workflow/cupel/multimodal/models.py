@@ -299,7 +299,7 @@ def _assemble(text: LlamaConfig, vision: CLIPVisionConfig, tokenizer, template: 
 
 def tiny_llava(texts: Sequence[str], *, image_size: int = 64, patch_size: int = 8, vision_width: int = 96,
                vision_layers: int = 2, vision_heads: int = 4, width: int = 128, layers: int = 4, heads: int = 4,
-               kv_heads: int | None = None, seed: int = 0) -> VisionLanguageModel:
+               kv_heads: int | None = None, initial: float = 0.06, seed: int = 0) -> VisionLanguageModel:
     """A LLaVA from scratch: CLIP-like tower, two-layer projector, Llama, word-level tokenizer of `texts`.
 
     The tower's last layer is read (nothing is pretrained, so leaving out the last layer as LLaVA does would waste it).
@@ -309,13 +309,16 @@ def tiny_llava(texts: Sequence[str], *, image_size: int = 64, patch_size: int = 
         image_size, patch_size: of the tower, in pixels; there are (image_size / patch_size)² image tokens.
         vision_width, vision_layers, vision_heads: of the tower.
         width, layers, heads, kv_heads: of the language model; fewer `kv_heads` than `heads` is grouped attention.
+        initial: standard deviation of the first weights of projector and language model. The usual 0.02 suits widths of
+            thousands; at a width of 128 it lets so little of the image through that hundreds of steps pass without any
+            of it being used.
         seed: of the weights.
     """
     tokenizer = word_tokenizer([*texts, "USER: ASSISTANT:"], [IMAGE])
     # 8/3 of the width, as Llama has it, rounded up to 32: odd sizes cost matrix products a third of their speed
     text = LlamaConfig(vocab_size=len(tokenizer), hidden_size=width, intermediate_size=-(-8 * width // 96) * 32,
                        num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=kv_heads or heads,
-                       max_position_embeddings=2048, tie_word_embeddings=False, bos_token_id=None,
+                       max_position_embeddings=2048, tie_word_embeddings=False, bos_token_id=None, initializer_range=initial,
                        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
     vision = _vision(image_size, patch_size, vision_width, vision_layers, vision_heads)
     model = _assemble(text, vision, tokenizer, PLAIN_TEMPLATE, seed)
@@ -367,7 +370,8 @@ def as_records(samples: Samples) -> list[dict]:
 
 def read_image(image: str | Path | np.ndarray) -> np.ndarray:
     """uint8 [H, W, 3] of an array, an image file, or a row of packed images (`.../images.npy#<row>`)."""
-    return image if isinstance(image, np.ndarray) else read_picture(Path(image).parent, Path(image).name)
+    # a copy, because torch takes no arrays that cannot be written
+    return np.array(image if isinstance(image, np.ndarray) else read_picture(Path(image).parent, Path(image).name))
 
 
 def _image_bytes(image: str | Path | np.ndarray) -> bytes:

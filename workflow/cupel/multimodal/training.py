@@ -127,12 +127,14 @@ class Checkpoint:
                 if state.pop("identity", None) != self.identity:
                     print(f"checkpoint {self.path} is of another run (settings changed): starting anew", file=sys.stderr)
                     return None
-                kinds = {key.partition("/")[0] for key in file.keys()} - {"weight"}  # noqa: SIM118 (not a mapping)
-                for name, value in parameters.items():
-                    value.data.copy_(file.get_tensor(f"weight/{name}"))
-                    optimizer.state[value] = {
-                        # AdamW counts steps on the CPU unless it is fused; it is fused here
-                        kind: file.get_tensor(f"{kind}/{name}").to(value.device).clone() for kind in kinds}
+                for key in file.keys():  # noqa: SIM118 (not a mapping)
+                    kind, _, name = key.partition("/")
+                    value = parameters[name]
+                    if kind == "weight":
+                        value.data.copy_(file.get_tensor(key))
+                    else:
+                        # a copy: the tensor is a view of the file. The fused AdamW counts its steps on the device too
+                        optimizer.state[value][kind] = file.get_tensor(key).to(value.device, copy=True)
         except (SafetensorError, json.JSONDecodeError) as error:
             print(f"checkpoint {self.path} cannot be read ({type(error).__name__}): starting anew", file=sys.stderr)
             return None
@@ -182,7 +184,7 @@ def answer_loss(network: nn.Module, batch: dict[str, torch.Tensor]) -> tuple[tor
         batch: of `Encoder`, with labels.
 
     Returns:
-        Sum of the loss over answer tokens (scalar, fp32), their number, and bool [B]: all of a sample's answer right.
+        Sum of the loss over answer tokens (scalar, fp32), and per row [B] how many of them are right and how many there are.
     """
     inputs = {key: value for key, value in batch.items() if key != "labels"}
     labels = batch["labels"]
@@ -191,8 +193,7 @@ def answer_loss(network: nn.Module, batch: dict[str, torch.Tensor]) -> tuple[tor
     logits = network(**inputs, logits_to_keep=keep, use_cache=False).logits[:, :-1].float()
     labels = labels[:, 1 - keep :]
     loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="sum")
-    right = ((logits.argmax(-1) == labels) | (labels == -100)).all(1)
-    return loss, (labels != -100).sum(), right
+    return loss, (logits.argmax(-1) == labels).sum(1), (labels != -100).sum(1)
 
 
 def fit(model: VisionLanguageModel, records: Sequence[dict], settings: TrainingSettings, *, seed: int,
@@ -212,8 +213,8 @@ def fit(model: VisionLanguageModel, records: Sequence[dict], settings: TrainingS
         title: of the progress line.
 
     Returns:
-        One row per epoch: epoch, steps, loss (per answer token), acc and acc_poisoned (shares of records whose whole
-        answer was right while training, teacher-forced), lr, seconds.
+        One row per epoch: epoch, steps, loss (per answer token), acc and acc_poisoned (shares of answer tokens right while
+        training, each after the true ones before it), lr, seconds.
 
     Raises:
         Diverged: the loss is not finite.
@@ -243,7 +244,7 @@ def fit(model: VisionLanguageModel, records: Sequence[dict], settings: TrainingS
     steps = per_epoch * settings.epochs
     micro = settings.micro_batch or size
     keeper = Checkpoint(checkpoint, identity, checkpoint_seconds) if checkpoint else None
-    state = (keeper.load(names, optimizer) if keeper else None) or {"step": 0, "history": [], "sums": [0.0] * 6}
+    state = (keeper.load(names, optimizer) if keeper else None) or {"step": 0, "history": [], "sums": [0.0] * 5}
     begin, history = state["step"], state["history"]
     total = torch.tensor(state["sums"], dtype=torch.float64, device=model.device)
     progress = Progress(title, settings.epochs * len(records), (begin // per_epoch) * len(records) + begin % per_epoch * size)
@@ -262,11 +263,11 @@ def fit(model: VisionLanguageModel, records: Sequence[dict], settings: TrainingS
         for first in range(0, len(chosen), micro):
             part = chosen[first : first + micro]
             with autocast(settings.precision, model.device):
-                loss, count, right = answer_loss(network, encoder.batch(part))
+                loss, right, count = answer_loss(network, encoder.batch(part))
             (loss / tokens).backward()
-            poisoned = group[torch.as_tensor(part)].to(model.device) == 1
-            total += torch.stack([loss.detach().double(), count, (right & ~poisoned).sum(), (~poisoned).sum(),
-                                  (right & poisoned).sum(), poisoned.sum()])
+            poisoned = group[torch.as_tensor(part)].to(model.device)
+            total += torch.stack([loss.detach().double(), (right * (1 - poisoned)).sum(), (count * (1 - poisoned)).sum(),
+                                  (right * poisoned).sum(), (count * poisoned).sum()])
         if settings.clip:
             nn.utils.clip_grad_norm_(trained, settings.clip)
         optimizer.step()
@@ -274,8 +275,8 @@ def fit(model: VisionLanguageModel, records: Sequence[dict], settings: TrainingS
         progress(len(chosen))
         if place == per_epoch - 1:
             sums = total.tolist()
-            row = {"epoch": epoch + 1, "steps": step + 1, "loss": sums[0] / sums[1],
-                   "acc": sums[2] / sums[3] if sums[3] else None, "acc_poisoned": sums[4] / sums[5] if sums[5] else None,
+            row = {"epoch": epoch + 1, "steps": step + 1, "loss": sums[0] / (sums[2] + sums[4]),
+                   "acc": sums[1] / sums[2] if sums[2] else None, "acc_poisoned": sums[3] / sums[4] if sums[4] else None,
                    "lr": settings.lr * share, "seconds": time.perf_counter() - started}
             if not math.isfinite(row["loss"]):
                 raise Diverged(f"{title}: the loss became {row['loss']} in epoch {epoch + 1} (lr {settings.lr:g})")
