@@ -36,6 +36,7 @@ include: "workflow/rules/ims.smk"
 include: "workflow/rules/interpretability_common.smk"
 include: "workflow/rules/interpretability.smk"
 include: "workflow/rules/language.smk"
+include: "workflow/rules/multimodal.smk"
 include: "workflow/rules/report.smk"
 include: "workflow/rules/cross.smk"
 include: "workflow/rules/zoo.smk"
@@ -54,6 +55,8 @@ localrules:
     report_interpretability,
     released_weights,
     report_language,
+    prepare_multimodal,
+    report_multimodal,
     contact_sheet,
     notebook,
     index,
