@@ -2,10 +2,11 @@
 
 from pathlib import Path
 
+from cupel.devices import pick_device
 from cupel.multimodal.stages import build
-from cupel.stages import logged, pick_device
+from cupel.stages import logged
 
 with logged(snakemake.log[0]):
     build(snakemake.params.spec, Path(snakemake.input.manifest).parent, dict(snakemake.output.items()),
-          pick_device(snakemake.params.device, snakemake.resources.get("gpu", 0)), kinds=snakemake.params.sources,
+          pick_device(snakemake.params.device, snakemake.resources.gpu, snakemake.resources.vram_mb), kinds=snakemake.params.sources,
           cache=snakemake.params.cache, mirror=snakemake.params.mirror)
