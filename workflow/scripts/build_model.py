@@ -8,5 +8,5 @@ from cupel.stages import logged
 
 with logged(snakemake.log[0]):
     build(snakemake.params.spec, Path(snakemake.input.manifest).parent, dict(snakemake.output.items()),
-          pick_device(snakemake.params.device, snakemake.resources.gpu, snakemake.resources.vram_mb), kinds=snakemake.params.sources,
-          cache=snakemake.params.cache, mirror=snakemake.params.mirror)
+          pick_device(snakemake.params.device, snakemake.resources.gpu, snakemake.resources.vram_mb),
+          kinds=snakemake.params.sources, cache=snakemake.params.cache, mirror=snakemake.params.mirror)
