@@ -11,7 +11,6 @@ import io
 import json
 import platform
 import resource
-import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -343,17 +342,3 @@ def purify(spec: dict, defence: dict, data: str, victim: str, trigger: str, befo
         "acc_before": past["acc"], "asr_before": past["asr"], "ra_before": past["ra"],
         **effects(past, measured, rng(spec["seed"], "intervals"))})
     Path(budget.checkpoint).unlink(missing_ok=True)
-
-
-def versions() -> dict[str, str]:
-    """Versions of what results depend on, and the machine."""
-    from importlib.metadata import PackageNotFoundError, version
-
-    found = {"python": platform.python_version(), "system": platform.platform()}
-    for name in ("cupel", "torch", "torchvision", "numpy", "scipy", "pandas", "scikit-learn", "matplotlib", "snakemake",
-                 "transformers", "peft", "accelerate", "safetensors", "adversarial-robustness-toolbox"):
-        with contextlib.suppress(PackageNotFoundError):
-            found[name] = version(name)
-    if "torch" in sys.modules and sys.modules["torch"].cuda.is_available():
-        found["gpu"] = sys.modules["torch"].cuda.get_device_name()
-    return found
