@@ -3,6 +3,7 @@
 import hashlib
 import json
 import time
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -34,7 +35,7 @@ class Parts:
         try:
             stored = read_tensors(self.path) if self.path.is_file() else {}
             known = json.loads(str(stored.pop(ROWS))) if stored else {}
-        except (ValueError, OSError, KeyError):
+        except (ValueError, OSError, KeyError, zipfile.BadZipFile):
             return
         if known.get("key") == self.key:
             self.rows, self.arrays = known["rows"], stored

@@ -172,6 +172,8 @@ def ablation(table: pd.DataFrame, reference: dict[str, float]):
             axis.fill_between(part.gamma, part.low, part.high, color=colours[name][0], alpha=0.1, lw=0)
             if kind == "attacked" and name in reference:
                 axis.axhline(reference[name], color=colours[name][0], ls="--", lw=1)
+        gammas = sorted(set(table.gamma))
+        axis.set_xticks(gammas, [f"{gamma:g}" for gamma in gammas])
         axis.set(title=kind, xlabel="γ")
     axes[0].set(ylabel="accuracy", ylim=(-0.02, 1.02))
     axes[0].legend(fontsize=8)

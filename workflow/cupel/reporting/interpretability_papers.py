@@ -291,8 +291,11 @@ def write_ablation(table: pd.DataFrame, stem: str, title: str, where: str, out: 
         return
     rows = table.assign(row=[f"Int, γ = {gamma:g}" if gamma == gamma else "Adv" for gamma in table.gamma],
                         column=list(zip([f"trained at ε = {eps}" for eps in table.train_eps], table.kind, strict=True)),
-                        text=[f"{100 * value:.1f}" for value in table.value]).sort_values("gamma")
-    grid = rows.pivot_table(index="row", columns="column", values="text", aggfunc="first", sort=False)
+                        text=[f"{100 * value:.1f}" for value in table.value])
+    across = rows.sort_values(["train_eps", "kind"], ascending=[True, False], key=lambda column: column.map(fraction)
+                              if column.name == "train_eps" else column).column
+    grid = rows.sort_values("gamma").pivot_table(index="row", columns="column", values="text", aggfunc="first", sort=False)
+    grid = grid[list(dict.fromkeys(across))]
     grid.columns = pd.MultiIndex.from_tuples(list(grid.columns))
     tables.write_table(grid.fillna(""), out / "tables" / f"ablation_{stem}",
                        f"{title}: accuracy in percent by γ and ε of the training ({where}).", index="method")
