@@ -395,7 +395,7 @@ def report(tmp_path_factory, reported):
     write_json(bases, {"dataset": "shapes_tiny", "model": "micro_llava", "parameters": 12345, "cp": 0.7})
     table = tables.gather(cells)
     claims = read_yaml(PAPERS / "bye" / "claims.yaml")["claims"]
-    multimodal_papers.report_paper("bye", "demo", table, about(), claims, reported, "BYE", str(tmp_path / "data"),
+    multimodal_papers.report_paper("bye", "bench", table, about(), claims, reported, "BYE", str(tmp_path / "data"),
                                    [str(bases)], tmp_path / "out")
     return tmp_path / "out"
 

@@ -170,6 +170,21 @@ def test_questions_that_share_a_row_are_independent(make, attention):
         Encoder(model, rows)
 
 
+def test_shared_rows_in_half_precision():
+    """The mask of shared rows under autocast, where the fused kernel runs (as on a GPU) and where it does not."""
+    model, records = small_llava(), make_records(4, sizes=((32, 32),))
+    for record in records:
+        record["image"] = records[0]["image"]
+    found = []
+    for attention, precision in (("sdpa", torch.float32), ("sdpa", torch.bfloat16), ("eager", torch.bfloat16)):
+        model.network.set_attn_implementation(attention)
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == torch.bfloat16):
+            rows = [*grouped(records, 4, seed=0), records[0] | {"question": QUESTIONS[2]}]
+            loss, _, count = training.answer_loss(model.network, Encoder(model, rows, answers=True).batch(range(len(rows))))
+        found.append(float(loss.detach() / count.sum()))
+    assert found[1:] == pytest.approx(found[:1] * 2, rel=0.01)
+
+
 # ---------------------------------------------------------------------------------------------------------------- entropy
 
 
@@ -512,6 +527,16 @@ def test_parts_of_a_batch_add_up():
         history = fit(model, make_records(8), settings, seed=0, groups=np.arange(8) % 2)
         ends.append((history[-1]["loss"], history[-1]["acc"], history[-1]["acc_poisoned"]))
     assert ends[0] == pytest.approx(ends[1], abs=1e-4)
+
+
+@pytest.mark.parametrize("trained", ["lora", "all"])
+def test_recomputed_activations_change_nothing(trained):
+    ends = []
+    for recompute in (False, True):
+        model = small_llava()
+        settings = TrainingSettings(**{**vars(FAST), "trained": trained, "lr": 1e-3, "recompute": recompute})
+        ends.append(([row["loss"] for row in fit(model, make_records(6), settings, seed=0)], bits(model)))
+    assert ends[0] == ends[1]
 
 
 def bits(model: VisionLanguageModel) -> dict:

@@ -132,7 +132,7 @@ def layer_separation(settings: dict[str, list[dict]], tau: float):
         right.set(xlabel="layer", ylabel="AUROC of low entropy", ylim=(0, 1.03), xticks=ticks)
         if not known:
             right.text(0.5, 0.5, "no poisoned samples", transform=right.transAxes, ha="center")
-    axes[0, 0].legend(fontsize=7)
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=3, fontsize=8)
     return figure
 
 
