@@ -122,7 +122,7 @@ def sweep(table: pd.DataFrame, column: str):
     """ASR and perplexity against a setting of CROW, a line per task and attack.
 
     Args:
-        table: columns setting (text), metric, value, low, high and `column`.
+        table: columns setting (text), metric, value, low, high and `column`, above zero.
         column: alpha or epsilon.
     """
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
@@ -132,7 +132,10 @@ def sweep(table: pd.DataFrame, column: str):
             part = table[(table.setting == setting) & (table.metric == metric)].sort_values(column)
             axis.errorbar(part[column], part.value, yerr=_errors(part), color=COLOURS[k % len(COLOURS)],
                           marker=MARKERS[k % len(MARKERS)], lw=1.2, capsize=2, label=setting)
-        axis.set(title=title, xlabel=column, xscale="log" if table[column].min() > 0 else "symlog")
+        axis.set(title=title, xlabel=column, xscale="log")
+        values = sorted(table[column].unique())
+        axis.set_xticks(values, [f"{value:g}" for value in values])
+        axis.minorticks_off()
     axes[0].set_ylim(-0.02, 1.02)
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right upper", fontsize=8)
     return figure

@@ -400,6 +400,8 @@ def _figures(report: Report, pool: pd.DataFrame, records: pd.DataFrame, order: l
                           "kept or wiped (SPEC 10.2): the paper's CROW is real and kept, the released code zero and wiped. ASR "
                           "and perplexity over the attacks that have the cells; bars are 95 % intervals, lines other cells.")
         bars = part[part.metric.isin([protocol[0] for protocol in language_figures.PROTOCOLS])]
+        spread = bars.assign(place=bars.dataset + bars.attack_key).groupby("method").place.nunique()
+        bars = bars[bars.method.map(spread) * 2 >= spread.max()]  # sweeps on a few attacks have figures of their own
         if len(bars):
             report.figure(lambda bars=bars: language_figures.asr_bars(bars, order), f"asr_{stem}",
                           f"{model}: attack success by defence, under both prompts and denominators, with 95 % intervals.")
