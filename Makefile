@@ -1,14 +1,20 @@
 # Two commands: `make reproduce` and `make test`. Nothing need be installed before but Python >= 3.11.
+# Before a large run: `make plan SCALE=paper`.
 PYTHON ?= python3
 VENV ?= .venv
+EXTRAS ?= dev
 BIN := $(VENV)/bin
 
-.PHONY: reproduce test test-all faults lint
+.PHONY: reproduce plan test test-all faults lint
 
 # what config.yaml says (make reproduce SCALE=bench for another scale): installs on first use, downloads data, reports
 reproduce: $(VENV)/.installed
 	$(BIN)/snakemake --cores all $(if $(SCALE),--config scale=$(SCALE))
 	@echo "The report: $(CURDIR)/$$(ls -t results/*/index.html | head -n 1)"
+
+# what a scale takes, before anything is run: jobs, hours, disk, downloads (PAPERS="fst ims"; CALIBRATE=1 measures this machine)
+plan: $(VENV)/.installed
+	$(BIN)/python -m cupel.plan $(if $(SCALE),--scale $(SCALE)) $(if $(PAPERS),--papers $(PAPERS)) $(if $(CALIBRATE),--calibrate)
 
 # what every change must pass
 test: $(VENV)/.installed lint
@@ -29,5 +35,5 @@ lint: $(VENV)/.installed
 
 $(VENV)/.installed: pyproject.toml envs/constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c envs/constraints.txt -e ".[dev]"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c envs/constraints.txt -e ".[$(EXTRAS)]"
 	touch $@

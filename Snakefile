@@ -5,6 +5,8 @@
     snakemake --cores all fst             tables, figures and claims of one paper
     snakemake --cores all report          the report of what is asked for in config.yaml
     snakemake --cores all zoo             one victim of every attack beside its clean twin, and their gallery
+    snakemake --cores all released_weights  the networks that the authors of proper_interpretability released, measured
+    snakemake --cores all crate           the run as an RO-Crate: code, settings, results, checksums
     snakemake --cores all bundle          all that a machine without network needs, see docs/offline.md
     snakemake --cores all PATH            one cell, e.g. results/demo/victims/cifar10/.../metrics.json
 
@@ -23,21 +25,38 @@ configfile: "config.yaml"
 container: "envs/cupel.sif"
 
 
+# what Snakemake's own report begins with: snakemake --report report.zip
+report: "workflow/captions/workflow.rst"
+
+
 include: "workflow/rules/common.smk"
 include: "workflow/rules/data.smk"
 include: "workflow/rules/image.smk"
 include: "workflow/rules/ims.smk"
+include: "workflow/rules/interpretability_common.smk"
+include: "workflow/rules/interpretability.smk"
+include: "workflow/rules/language.smk"
+include: "workflow/rules/multimodal.smk"
 include: "workflow/rules/report.smk"
 include: "workflow/rules/cross.smk"
 include: "workflow/rules/zoo.smk"
 include: "workflow/rules/bundle.smk"
+include: "workflow/rules/crate.smk"
 
 
 # on a cluster these run where Snakemake runs: they take seconds, or need the network that nodes often lack
 localrules:
     prepare_dataset,
+    prepare_text,
+    prepare_language_model,
+    compose_texts,
     gather_cells,
     report_paper,
+    report_interpretability,
+    released_weights,
+    report_language,
+    prepare_multimodal,
+    report_multimodal,
     contact_sheet,
     notebook,
     index,
@@ -47,6 +66,7 @@ localrules:
     gallery,
     download_wheels,
     make_bundle,
+    make_crate,
 
 
 onstart:
@@ -66,7 +86,7 @@ rule report:
 
 rule data:
     input:
-        [f"{DATA}/{name}/manifest.json" for name in used_datasets()],
+        list(used_manifests().values()),
 
 
 for paper in GRID.papers:

@@ -30,7 +30,7 @@ CommunicationParameters=NoCtldInAddrAny,NoInAddrAny
 SlurmUser=root
 SlurmdUser=root
 AuthType=auth/munge
-AuthInfo=socket={folder}/munge.socket
+AuthInfo=socket={folder}/munge.socket,cred_expire=5
 CredType=cred/munge
 ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
@@ -54,6 +54,7 @@ SlurmctldLogFile={folder}/slurmctld.log
 SlurmdLogFile={folder}/slurmd.log
 NodeName={host} NodeAddr=127.0.0.1 CPUs=2 RealMemory=16000 Gres=gpu:pretend:2 State=UNKNOWN
 PartitionName=main Nodes={host} Default=YES MaxTime=60 State=UP
+PartitionName=accelerated Nodes={host} MaxTime=60 State=UP
 """
 
 # two devices that every machine has stand for GPUs: they are allocated and counted, never used
@@ -113,6 +114,14 @@ def _stop_daemon(name: str) -> None:
     os.kill(pid, signal.SIGKILL)
 
 
+def _end_orphans() -> None:
+    """End processes of our jobs that outlived them: without cgroups slurmd loses sight of a process whose parent has died."""
+    for folder in Path("/proc").iterdir():
+        with contextlib.suppress(OSError):  # no process, or no more
+            if folder.name.isdigit() and b"SLURM_CLUSTER_NAME=cupel\0" in (folder / "environ").read_bytes():
+                os.kill(int(folder.name), signal.SIGKILL)
+
+
 def tool(*command: str) -> str:
     """Output of a SLURM command."""
     return subprocess.run(command, env={**os.environ, "PATH": _path()}, check=True, capture_output=True, text=True).stdout
@@ -144,7 +153,7 @@ def start() -> None:
     tool("slurmd", "-f", str(CONFIGURATION / "slurm.conf"))
     for _ in range(200):
         with contextlib.suppress(subprocess.CalledProcessError):
-            if tool("sinfo", "--noheader", "--format=%T").strip() == "idle":
+            if set(tool("sinfo", "--noheader", "--format=%T").split()) == {"idle"}:
                 return
         time.sleep(0.1)
     logs = "\n".join(file.read_text()[-2000:] for file in sorted(FOLDER.glob("*.log")))
@@ -159,6 +168,7 @@ def stop() -> None:
             time.sleep(0.5)
     for name in DAEMONS:
         _stop_daemon(name)
+    _end_orphans()
     for name in ("slurm.conf", "gres.conf"):
         file = CONFIGURATION / name
         if _ours(file):

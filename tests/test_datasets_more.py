@@ -77,6 +77,9 @@ def test_descriptions_are_consistent(name):
     for source in description.sources + description.excerpts:
         for raw in source.files:
             algorithm, _, digest = raw.checksum.partition(":")
+            if name == "restricted_imagenet":  # a folder of the user's own, of which no checksum is known
+                assert not digest and source.kind == "mirror"
+                continue
             assert len(digest) == 2 * hashlib.new(algorithm).digest_size
             assert (raw.origin is None) == (source.kind == "mirror")
 

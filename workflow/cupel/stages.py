@@ -11,7 +11,6 @@ import io
 import json
 import platform
 import resource
-import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -65,19 +64,6 @@ def separately(function: Callable, *arguments, log: str | Path) -> None:
     child.join()
     if child.exitcode:
         raise RuntimeError(f"{function.__name__} ended with exit code {child.exitcode}: see {log}")
-
-
-def pick_device(setting: str, gpus: int = 1) -> str:
-    """`cpu` or `cuda` from `auto`, `cpu`, `cuda` and the number of GPUs the job was given.
-
-    Raises:
-        RuntimeError: `cuda` asked for where there is none.
-    """
-    import torch
-
-    if setting == "cuda" and not torch.cuda.is_available():
-        raise RuntimeError("config.yaml: device: cuda is asked for, but torch sees no CUDA device; use auto or cpu")
-    return "cuda" if setting != "cpu" and gpus and torch.cuda.is_available() else "cpu"
 
 
 def training_split(train: Dataset, settings: dict, seed: int) -> splits.Split:
@@ -343,17 +329,3 @@ def purify(spec: dict, defence: dict, data: str, victim: str, trigger: str, befo
         "acc_before": past["acc"], "asr_before": past["asr"], "ra_before": past["ra"],
         **effects(past, measured, rng(spec["seed"], "intervals"))})
     Path(budget.checkpoint).unlink(missing_ok=True)
-
-
-def versions() -> dict[str, str]:
-    """Versions of what results depend on, and the machine."""
-    from importlib.metadata import PackageNotFoundError, version
-
-    found = {"python": platform.python_version(), "system": platform.platform()}
-    for name in ("cupel", "torch", "torchvision", "numpy", "scipy", "pandas", "scikit-learn", "matplotlib", "snakemake",
-                 "transformers", "peft", "accelerate", "safetensors"):
-        with contextlib.suppress(PackageNotFoundError):
-            found[name] = version(name)
-    if "torch" in sys.modules and sys.modules["torch"].cuda.is_available():
-        found["gpu"] = sys.modules["torch"].cuda.get_device_name()
-    return found

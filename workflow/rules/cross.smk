@@ -5,7 +5,7 @@ rule cross:
     input:
         cells=f"{RESULTS}/cells.parquet",
     output:
-        page=f"{RESULTS}/cross.html",
+        page=report(f"{RESULTS}/cross.html", caption="../captions/cross.rst", category="all papers"),
         table=f"{RESULTS}/cross.csv",
         figures=directory(f"{RESULTS}/cross"),
     log:

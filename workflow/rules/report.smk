@@ -25,9 +25,23 @@ rule report_paper:
         histories=history_files,
         reported=lambda wildcards: sorted(str(path) for path in GRID.file(wildcards.paper, "reported").glob("*.csv")),
     output:
-        claims=f"{PAPER}/claims.csv",
-        tables=directory(f"{PAPER}/tables"),
-        figures=directory(f"{PAPER}/figures"),
+        claims=report(f"{PAPER}/claims.csv", caption="../captions/claims.rst", category="{paper}", labels={"what": "claims"}),
+        tables=report(
+            directory(f"{PAPER}/tables"),
+            patterns=["{name}.csv"],
+            caption="../captions/table.rst",
+            category="{paper}",
+            subcategory="tables",
+            labels={"what": "{name}"},
+        ),
+        figures=report(
+            directory(f"{PAPER}/figures"),
+            patterns=["{name}.png"],
+            caption="../captions/figure.rst",
+            category="{paper}",
+            subcategory="figures",
+            labels={"what": "{name}"},
+        ),
     log:
         log_of(PAPER, "report_paper"),
     benchmark:
@@ -50,7 +64,9 @@ rule feature_maps:
     input:
         lambda wildcards: feature_inputs(wildcards.paper),
     output:
-        figure=f"{PAPER}/features.png",
+        figure=report(
+            f"{PAPER}/features.png", caption="../captions/features.rst", category="{paper}", labels={"what": "features"}
+        ),
         table=f"{PAPER}/features.csv",
     log:
         log_of(PAPER, "feature_maps"),
@@ -75,7 +91,12 @@ rule contact_sheet:
         lambda wildcards: dataset_files(wildcards),
         triggers=lambda wildcards: [f"{folder}/trigger.npz" for folder in trigger_folders(wildcards.dataset).values()],
     output:
-        f"{RESULTS}/figures/triggers_{{dataset}}.png",
+        report(
+            f"{RESULTS}/figures/triggers_{{dataset}}.png",
+            caption="../captions/triggers.rst",
+            category="triggers",
+            labels={"what": "{dataset}"},
+        ),
     log:
         log_of(RESULTS, "triggers_{dataset}"),
     benchmark:
@@ -101,7 +122,7 @@ rule notebook:
         inside=lambda wildcards: inside_pictures(wildcards.paper),
     output:
         notebook=f"{PAPER}/report.ipynb",
-        html=f"{PAPER}/report.html",
+        html=report(f"{PAPER}/report.html", caption="../captions/notebook.rst", category="{paper}", labels={"what": "notebook"}),
         card=f"{PAPER}/card.md",
     log:
         log_of(PAPER, "notebook"),
@@ -129,8 +150,8 @@ rule index:
         manifests=list(used_manifests().values()),
     output:
         page=f"{RESULTS}/index.html",
-        claims=f"{RESULTS}/claims.csv",
-        provenance=f"{RESULTS}/provenance.json",
+        claims=report(f"{RESULTS}/claims.csv", caption="../captions/claims.rst", category="all papers"),
+        provenance=report(f"{RESULTS}/provenance.json", caption="../captions/provenance.rst", category="all papers"),
     log:
         log_of(RESULTS, "index"),
     benchmark:

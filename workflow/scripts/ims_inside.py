@@ -1,6 +1,7 @@
 """Masks, selections, stages and perturbations of one run of IMS."""
 
 from cupel import stages
+from cupel.devices import pick_device
 from cupel.registry import load_plugins
 from cupel.reporting.ims_inside import look_inside
 
@@ -8,4 +9,4 @@ with stages.logged(snakemake.log[0]):
     load_plugins(snakemake.params.plugins)
     look_inside(snakemake.params.spec, snakemake.params.defence, snakemake.params.data, snakemake.input.victim,
                 snakemake.input.trigger, dict(snakemake.output.items()),
-                stages.pick_device(snakemake.params.device, snakemake.resources.get("gpu", 0)))
+                pick_device(snakemake.params.device, snakemake.resources.gpu, snakemake.resources.vram_mb))

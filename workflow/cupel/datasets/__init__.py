@@ -5,7 +5,8 @@ import importlib
 
 from cupel.datasets.base import FILES, Dataset, Description, load, prepare
 
-NAMES = ("cifar10", "cifar100", "fashion_mnist", "gtsrb", "imagenette", "mnist", "tiny_imagenet")
+NAMES = ("cifar10", "cifar100", "fashion_mnist", "gtsrb", "imagenette", "mnist", "restricted_imagenet",
+         "tiny_imagenet")
 
 __all__ = ["FILES", "NAMES", "Dataset", "Description", "describe", "load", "prepare"]
 

@@ -70,7 +70,7 @@ class Description:
         sources: where raw files come from; `read` of each returns `train_images`, `train_labels`, `test_images`,
             `test_labels`; images may be `Deferred`.
         shape: (H, W, C) of an image.
-        sizes: number of (train, test) images.
+        sizes: number of (train, test) images; None where no source gives it.
         mean, std: per-channel statistics of the training pixels in [0, 1], for normalisation; `published` says whose.
         measured: (mean, std, tolerance) that the training pixels must have; empty where nothing is published.
         balanced: every class has the same number of samples in each split.
@@ -85,7 +85,7 @@ class Description:
     classes: tuple[str, ...]
     sources: tuple[Source, ...]
     shape: tuple[int, int, int]
-    sizes: tuple[int, int]
+    sizes: tuple[int | None, int | None]
     mean: tuple[float, ...]
     std: tuple[float, ...]
     licence: str
@@ -138,7 +138,7 @@ def check(description: Description, arrays: dict[str, np.ndarray], excerpt: bool
     classes = len(description.classes)
     for k, split in enumerate(("train", "test")):
         images, labels = arrays[f"{split}_images"], arrays[f"{split}_labels"]
-        size = len(images) if excerpt else description.sizes[k]
+        size = len(images) if excerpt or description.sizes[k] is None else description.sizes[k]
         expect(f"the type of {split} images", str(images.dtype), "uint8")
         expect(f"the type of {split} labels", str(labels.dtype), "int64")
         expect(f"the shape of {split} images", images.shape, (size, *description.shape))

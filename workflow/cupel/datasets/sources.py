@@ -52,6 +52,29 @@ class Raw:
 
 
 @dataclass(frozen=True)
+class Tree:
+    """A folder that only the user can have, such as ImageNet: taken from the mirror by its name, and not hashed.
+
+    Attributes:
+        name: of the folder in `data.mirror`; the mirror may also be that folder itself.
+        inside: folders that it must have.
+    """
+
+    name: str
+    inside: tuple[str, ...]
+    origin = None
+
+    @property
+    def checksum(self) -> str:
+        """What stands where files have their hash."""
+        return f"a folder with {' and '.join(self.inside)}"
+
+    def verified(self, path: Path) -> bool:
+        """Whether `path` is such a folder."""
+        return all((path / name).is_dir() for name in self.inside)
+
+
+@dataclass(frozen=True)
 class Source:
     """Raw files that together give a dataset, and the function that reads them.
 
@@ -62,7 +85,7 @@ class Source:
     """
 
     kind: str
-    files: tuple[Raw, ...]
+    files: tuple[Raw | Tree, ...]
     read: Callable[[list[Path]], dict]
 
 
@@ -247,9 +270,14 @@ def _locked(path: Path) -> Iterator[None]:
         yield
 
 
-def _in_mirror(raw: Raw, mirror: Path) -> Path:
+def _in_mirror(raw: Raw | Tree, mirror: Path) -> Path:
     if not mirror.is_dir():
         raise SourceError(f"data.mirror {mirror} is no folder")
+    if isinstance(raw, Tree):  # not searched for: the folder may hold a million files
+        for path in (mirror / raw.name, mirror):
+            if raw.verified(path):
+                return path
+        raise SourceError(f"neither {mirror / raw.name} nor {mirror} is {raw.checksum}")
     found = [path for path in sorted(mirror.rglob(Path(raw.name).name)) if path.is_file()]
     for path in found:
         if raw.verified(path):
@@ -275,7 +303,7 @@ def _download(raw: Raw, cached: Path) -> None:
     os.replace(part, cached)
 
 
-def fetch_raw(raw: Raw, cache: Path, mirror: Path | None = None) -> Path:
+def fetch_raw(raw: Raw | Tree, cache: Path, mirror: Path | None = None) -> Path:
     """Path of a verified copy of `raw`: from the cache, or from its origin, or from the mirror if it has no origin.
 
     Safe to call from several processes at once: one downloads, the others wait for it.

@@ -65,7 +65,7 @@ def judge(claim: dict, cells: pd.DataFrame, scale: str, seed: int = 0) -> Verdic
     if "b" in test:
         pairs = first.merge(side(test["b"]), on=keys, suffixes=("_a", "_b"))
     else:
-        pairs = first.rename(columns={"value": "value_a", "n": "n_a"}).assign(value_b=test["constant"], n_b=10**9)
+        pairs = first.rename(columns={"value": "value_a", "n": "n_a"}).assign(value_b=test["constant"], n_b=0)
     settings = pairs[[k for k in keys if k != "seed"]].astype(str).agg("/".join, axis=1)
     if len(pairs) < claim.get("min_n", 1):
         return Verdict(VERDICTS[3], None, None, None, len(pairs),

@@ -79,3 +79,14 @@ def agreement(model: GapClassifier, x: Tensor, changed: Tensor, y: Tensor, kind:
     with torch.no_grad():
         kept = (model(x).argmax(1) == model(changed).argmax(1)).cpu().numpy()
     return Agreement(np.array([kendalltau(a, b).statistic for a, b in zip(clean, attacked, strict=True)]), kept)
+
+
+def overlap(first: np.ndarray, second: np.ndarray, k: int = 8) -> np.ndarray:
+    """Share of the k largest cells that two maps have in common, float64 [n], of maps [n, ...] each (SPEC 3.6).
+
+    The released code cannot run and would divide by the size of the map; this is what it is named after.
+    """
+    def largest(maps: np.ndarray) -> np.ndarray:
+        return np.argsort(-maps.reshape(len(maps), -1), 1, kind="stable")[:, :k]
+
+    return np.array([len(set(a) & set(b)) / k for a, b in zip(largest(first), largest(second), strict=True)])

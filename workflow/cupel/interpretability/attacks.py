@@ -16,11 +16,6 @@ from torch import Tensor, nn
 
 from cupel.defenses.adversarial import perturb
 
-EPSILONS = {  # of the evaluation, SPEC 3.1
-    "mnist": (0.0, 0.05, 0.1, 0.2, 0.3, 0.35, 0.4),
-    "cifar10": tuple(value / 255 for value in (0, 2, 4, 6, 8, 9, 10)),
-    "rimagenet": tuple(value / 255 for value in (0, 2, 4, 6, 8, 9, 10)),
-}
 STEPS = (1, 10, 100, 200)
 
 

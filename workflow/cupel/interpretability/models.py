@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cupel.models.checkpoint import GAP
 from cupel.registry import unknown
 
 Activation = Callable[[Tensor], Tensor]
@@ -112,12 +113,14 @@ class GapClassifier(nn.Module):
     Attributes:
         extractor: pixels to A, float [B, d, h, w]; :class:`Chain` or :class:`Residual`.
         head: W, a linear layer d -> K without bias.
+        spec: JSON-able arguments by which :func:`cupel.models.load` builds it again; empty if not made by :func:`blank`.
     """
 
     def __init__(self, extractor: Chain | Residual, num_classes: int):
         super().__init__()
         self.extractor = extractor
         self.head = nn.Linear(extractor.channels, num_classes, bias=False)
+        self.spec: dict = {}
 
     def feature_map(self, x: Tensor, activation: Activation = F.relu) -> Tensor:
         """A(x), float [B, d, h, w], linear: it has negative entries. `activation` replaces every ReLU (integrated
@@ -186,7 +189,9 @@ def blank(name: str, num_classes: int, in_channels: int) -> GapClassifier:
     if name not in NETWORKS:
         raise ValueError(unknown("network", name, NETWORKS))
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
-        return GapClassifier(NETWORKS[name](in_channels), num_classes)
+        model = GapClassifier(NETWORKS[name](in_channels), num_classes)
+    model.spec = {"family": GAP, "name": name, "num_classes": num_classes, "in_channels": in_channels}
+    return model
 
 
 def build(name: str, *, num_classes: int = 10, in_channels: int = 3, seed: int = 99) -> GapClassifier:

@@ -36,7 +36,6 @@ from cupel.interpretability.maps import cam, path_gradients
 from cupel.interpretability.models import GapClassifier
 from cupel.registry import unknown
 from cupel.rng import torch_rng
-from cupel.training.engine import Recipe
 from cupel.training.hook import Hook
 
 
@@ -55,19 +54,6 @@ class Ramp:
         if step > self.end:
             return self.eps
         return self.eps * max(step - self.begin, 0) / max(self.end - self.begin, 1)
-
-
-INNER = {  # arguments of `Objective` by dataset
-    "mnist": {"ramp": Ramp(0.3, 2000, 10000), "inner_steps": 40, "step_size": 0.01},
-    "cifar10": {"ramp": Ramp(8 / 255, 5000, 70000), "inner_steps": 10, "step_size": 2 / 255},
-    "rimagenet": {"ramp": Ramp(0.003, 5000, 10000), "inner_steps": 7, "step_size": 0.1},
-}
-_PLAIN = {"optimizer": "adam", "weight_decay": 0.0, "crop": 0, "flip": False, "drop_last": True}
-RECIPES = {
-    "mnist": Recipe(epochs=100, lr=1e-4, batch_size=50, schedule="constant", **_PLAIN),
-    # lr falls at steps 40,000 and 60,000 of 351 an epoch; the engine's milestones are the ends of those epochs
-    "cifar10": Recipe(epochs=200, lr=1e-3, batch_size=128, schedule="multistep", milestones=(114, 171), **_PLAIN),
-}
 
 
 class View:
@@ -188,7 +174,7 @@ class Objective(Hook):
 
     Args:
         method: a key of `METHODS`.
-        ramp: ε by step; `INNER` has those of the paper's datasets.
+        ramp: ε by step.
         inner_steps, step_size: PGD steps and α, which does not shrink with ε (40 x 0.01 on MNIST).
         steps_per_epoch: batches in an epoch.
         seed: of the stream `inner` that draws the start x + U(−ε, ε).

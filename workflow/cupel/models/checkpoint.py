@@ -3,7 +3,7 @@
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -13,37 +13,45 @@ from cupel.files import atomic
 from cupel.models.attachments import attach
 from cupel.models.classifier import Classifier
 
+if TYPE_CHECKING:
+    from cupel.interpretability.models import GapClassifier
+
 FORMAT = "cupel.classifier/1"
+#: `spec["family"]` of :class:`cupel.interpretability.models.GapClassifier`; networks of :func:`cupel.models.build` have none
+GAP = "gap"
 
 
 class NotACheckpoint(ValueError):
     """The file is not one that :func:`save` wrote, or it does not fit the network that it names."""
 
 
-def save(model: Classifier, path: str | os.PathLike[str]) -> None:
+def save(model: "Classifier | GapClassifier", path: str | os.PathLike[str]) -> None:
     """Write ``model`` to ``path`` as safetensors, with its ``spec`` and its attachments as metadata.
 
     The file appears whole or not at all, and missing folders are made. Equal models give equal bytes: weights in
     channels-last order are stored in the usual order.
     """
     model = getattr(model, "_orig_mod", model)  # torch.compile's wrapper would prefix every key
+    if not model.spec:
+        raise ValueError("this network has no spec to build it again by: make it with build() or blank()")
     tensors = {key: value.detach().contiguous() for key, value in model.state_dict().items()}
     # One key only: safetensors writes several in random order, and equal models shall be equal files.
     recipe = {"format": FORMAT, "spec": model.spec}
-    if model.attachments:
+    if getattr(model, "attachments", None):
         recipe["attachments"] = [attachment.describe() for attachment in model.attachments]
     recipe = json.dumps(recipe, sort_keys=True)
     with atomic(path) as temporary:
         save_file(tensors, temporary, metadata={"cupel": recipe})
 
 
-def load(path: str | os.PathLike[str]) -> Classifier:
+def load(path: str | os.PathLike[str]) -> "Classifier | GapClassifier":
     """Rebuild the classifier that :func:`save` wrote: same weights bit for bit, on the CPU, in training mode.
 
     Raises:
         FileNotFoundError: There is no such file.
         NotACheckpoint: It is not safetensors, not by :func:`save`, or its tensors are not those of the network.
     """
+    from cupel.interpretability.models import blank
     from cupel.models import build  # which imports this module
 
     path = Path(path)
@@ -53,7 +61,10 @@ def load(path: str | os.PathLike[str]) -> Classifier:
     try:
         # Weights come from the file, so nothing is initialised, downloaded or drawn from a generator.
         with torch.device("meta"):
-            model = build(**{**spec, "pretrained": False, "seed": None})
+            if spec.get("family") == GAP:
+                model = blank(**{key: value for key, value in spec.items() if key != "family"})
+            else:
+                model = build(**{**spec, "pretrained": False, "seed": None})
             for attachment in attachments:
                 attach(model, **attachment)
     except (TypeError, ValueError) as error:

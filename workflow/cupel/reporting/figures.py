@@ -220,13 +220,16 @@ def families(table: pd.DataFrame):
 def recovery(table: pd.DataFrame):
     """RA by defence, best first, over the settings that all of them have gone through; crosses are the mean ACC.
 
+    Defences with less than half of the settings are left out.
+
     Args:
         table: as in `families`.
     """
     known = table[table.value.notna()]
     setting = ["attack", "attack_variant", "poison_rate", "budget"]
     wide = known[known.metric == "ra"].pivot_table(index=setting, columns="label", values="value")
-    shared = wide.loc[:, wide.notna().sum() == wide.notna().sum().max()].dropna()
+    counts = wide.notna().sum()
+    shared = wide.loc[:, counts >= counts.max() / 2].dropna()
     accs = known[known.metric == "acc"].groupby("label").value.mean()
     order = shared.mean().sort_values(ascending=False).index
     kinds = known.drop_duplicates("label").set_index("label").kind

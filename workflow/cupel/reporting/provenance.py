@@ -1,13 +1,14 @@
 """What made a set of results: commit, versions, machine, seeds, data, time per rule."""
 
+import contextlib
 import platform
 import subprocess
+import sys
 from pathlib import Path
 
 import pandas as pd
 
 from cupel.files import read_json
-from cupel.stages import versions
 
 
 def git_commit(folder: str | Path) -> str:
@@ -57,3 +58,17 @@ def provenance(root: str | Path, config: dict, config_hash: str, data: str | Pat
         "processor": processor(), "seeds": seeds,
         "data": {name: {"content_sha256": m["content_sha256"], "source": m["source"]} for name, m in manifests.items()},
     }
+
+
+def versions() -> dict[str, str]:
+    """Versions of what results depend on, and the machine."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    found = {"python": platform.python_version(), "system": platform.platform()}
+    for name in ("cupel", "torch", "torchvision", "numpy", "scipy", "pandas", "scikit-learn", "matplotlib", "snakemake",
+                 "transformers", "peft", "accelerate", "safetensors", "adversarial-robustness-toolbox"):
+        with contextlib.suppress(PackageNotFoundError):
+            found[name] = version(name)
+    if "torch" in sys.modules and sys.modules["torch"].cuda.is_available():
+        found["gpu"] = sys.modules["torch"].cuda.get_device_name()
+    return found

@@ -1,0 +1,93 @@
+"""Cost of a CROW update in plain LoRA updates on the same batch, in one run.
+
+    python benchmarks/crow_step.py [--model FOLDER] [--length 128] [--precision bf16] [--threads 2] [--device cpu]
+
+Without `--model` the network has SmolLM2-135M's shape (or a smaller one, by `--blocks`) and random weights, which cost the
+same. Rounds alternate, medians are reported. The ratio is the result; absolute figures depend on the machine.
+"""
+
+import argparse
+import statistics
+import time
+
+import torch
+
+from cupel.compat import ensure_torchvision
+from cupel.language import training
+from cupel.language.consistency import Consistency, weigh
+from cupel.language.models import load_model
+from cupel.rng import torch_rng
+
+ensure_torchvision()
+
+from peft.helpers import disable_input_dtype_casting  # noqa: E402
+from transformers import LlamaConfig, LlamaForCausalLM  # noqa: E402
+
+VARIANTS = {
+    "plain LoRA": None,
+    "CROW": Consistency(),
+    "CROW, code pairs, padding included": Consistency(pairs="code", padding="included"),
+    "CROW, KL": Consistency(distance="kl"),
+    "random signs": Consistency(perturbation="random_sign"),
+    "zero perturbation (pure consistency)": Consistency(perturbation="zero"),
+}
+
+
+def network(blocks: int, precision: str) -> LlamaForCausalLM:
+    """SmolLM2-135M's shape, with another number of blocks."""
+    config = LlamaConfig(vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=blocks,
+                         num_attention_heads=9, num_key_value_heads=3, tie_word_embeddings=True)
+    return LlamaForCausalLM(config).to(training.PRECISIONS[precision])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", help="folder of a model")
+    parser.add_argument("--blocks", type=int, default=30)
+    parser.add_argument("--rows", type=int, default=8)
+    parser.add_argument("--length", type=int, default=128)
+    parser.add_argument("--precision", choices=training.PRECISIONS, default="bf16")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    base = load_model(options.model, training.PRECISIONS[options.precision]) if options.model else \
+        network(options.blocks, options.precision)
+    settings = training.Settings(precision=options.precision)
+    model = training.add_lora(base.to(options.device), settings, 0)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
+    ids = torch.randint(3, base.config.vocab_size, (options.rows, options.length), generator=torch_rng(0, "tokens"))
+    labels = ids.clone()
+    labels[:, : options.length // 2] = -100  # the prompt
+    batch = weigh({"input_ids": ids, "labels": labels, "attention_mask": torch.ones_like(ids)})
+    noise = training.signs([options.length] * options.rows, base.config.hidden_size, 0, 0)
+
+    def update(consistency: Consistency | None) -> float:
+        begun = time.perf_counter()
+        optimizer.zero_grad(set_to_none=True)
+        random = noise if consistency and consistency.perturbation == "random_sign" else None
+        sums = training.accumulate(model, [(batch, random)], consistency)
+        optimizer.step()
+        sums["loss_lm"].item()  # waits for the device
+        return time.perf_counter() - begun
+
+    print(f"{options.model or f'{options.blocks} blocks of SmolLM2-135M'}, {options.rows} x {options.length} tokens, "
+          f"{options.precision}, {options.device}, {options.threads} threads, torch {torch.__version__}, "
+          f"median of {options.rounds} alternating rounds")
+    seconds: dict[str, list[float]] = {name: [] for name in VARIANTS}
+    with disable_input_dtype_casting(model):
+        for number in range(options.rounds + 1):
+            for name, consistency in VARIANTS.items():
+                spent = update(consistency)
+                if number:  # the first round warms up
+                    seconds[name].append(spent)
+    plain = statistics.median(seconds["plain LoRA"])
+    for name, spent in seconds.items():
+        print(f"{name}: {statistics.median(spent):.3f} s, {statistics.median(spent) / plain:.2f} plain updates")
+    if options.device == "cuda":
+        print(f"peak memory {torch.cuda.max_memory_allocated() / 2**30:.2f} GiB")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,626 @@
+"""Hostile programs as plain data, the bait they are after, and a report of the harm they did.
+
+    for name in [*HOSTILE, *FORGERIES]:
+        outcome, harm = attack(name)
+
+`HOSTILE` are programs for `run_untrusted`: name, then source and what must hold. A program writes REACHED and a word when it
+got something that it must not get; beyond that the bait is looked at from outside. `FORGERIES` are wrong solutions, for
+`check_untrusted` with `FORGERY_TEST`, that try to be taken for right ones. `ENDS` are the statuses that are certain.
+"""
+
+import contextlib
+import os
+import secrets
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+from cupel.language.sandbox import Limits, Outcome, check_untrusted, run_untrusted
+
+# small enough that each attack ends in seconds, large enough for Python to start on a busy machine
+TIGHT = Limits(cpu=1, seconds=1.5, memory=1 << 27, disk=1 << 22, output=1 << 12)
+
+_TRY = """
+def attempt(what, step):
+    try:
+        result = step()
+    except BaseException as error:
+        print(what, type(error).__name__)
+    else:
+        print("REACHED", what, repr(result)[:200])
+"""
+
+HOSTILE: dict[str, tuple[str, str]] = {
+    # ---- processes
+    "fork bomb": ("""
+import os
+made = 0
+while True:
+    try:
+        if os.fork() == 0:
+            while True:
+                try: os.fork()
+                except OSError: pass
+        made += 1
+    except OSError:
+        break
+print("REACHED", made, "children") if made else None
+""", "no process is made"),
+    "thread bomb": ("""
+import threading, time
+made = 0
+while made < 200:
+    try: threading.Thread(target=time.sleep, args=(60,), daemon=True).start()
+    except RuntimeError: break
+    made += 1
+print("REACHED", made, "threads") if made else None
+""", "no thread is made"),
+    "daemon by double fork": ("""
+import os, time
+if os.fork() == 0:
+    os.setsid()
+    if os.fork() == 0:
+        time.sleep(1)
+        open("@FOLDER@/daemon", "w").write("alive")
+        time.sleep(60)
+    os._exit(0)
+print("REACHED a child")
+""", "no process outlives the program"),
+    "another program": (_TRY + """
+import os, subprocess
+attempt("shell", lambda: os.system("id > @FOLDER@/id") and 1 / 0)
+attempt("subprocess", lambda: subprocess.run(["/bin/sh", "-c", "id"], check=True))
+attempt("exec", lambda: os.execv("/bin/sh", ["sh", "-c", "echo REACHED exec"]))
+attempt("python", lambda: os.execv("@PYTHON@", ["python", "-c", "print('REACHED exec')"]))
+""", "nothing is executed"),
+    "kill the parent": (_TRY + """
+import os, signal
+for pid in (os.getppid(), @PARENT@):
+    try: os.kill(pid, 0)
+    except OSError: continue
+    attempt("parent", lambda: os.kill(pid, signal.SIGKILL) if pid > 1 else 1 / 0)
+try: os.kill(os.getppid(), signal.SIGKILL)
+except OSError: pass
+""", "the parent lives, and the outcome comes"),
+    "kill everything": (_TRY + """
+import os, signal
+try:
+    os.kill(@VICTIM@, 0)
+except OSError:
+    for target in (-1, 0):
+        try: os.kill(target, signal.SIGKILL)
+        except OSError: pass
+else:
+    print("REACHED a process of the user")
+""", "no other process is signalled"),
+    "stop the parent": ("""
+import os, signal
+try:
+    os.kill(os.getppid(), signal.SIGSTOP)
+    os.killpg(os.getpgid(os.getppid()), signal.SIGSTOP)
+except OSError: pass
+""", "the outcome comes in time"),
+    "signal by way of a pipe": ("""
+import fcntl, os
+r, w = os.pipe()
+try:
+    os.kill(@VICTIM@, 0)
+except OSError:
+    try:
+        fcntl.fcntl(r, 10, 9)
+        fcntl.fcntl(r, fcntl.F_SETOWN, os.getppid())
+        fcntl.fcntl(r, fcntl.F_SETFL, os.O_ASYNC)
+        os.write(w, b"x")
+    except OSError: pass
+""", "the parent lives"),
+    "starve the parent": (_TRY + """
+import os, resource
+for pid in (os.getppid(), @PARENT@, @VICTIM@):
+    if pid > 1:
+        attempt("limits", lambda: resource.prlimit(pid, resource.RLIMIT_CPU, (0, 0)))
+        attempt("priority", lambda: os.setpriority(os.PRIO_PROCESS, pid, 19))
+        attempt("affinity", lambda: os.sched_setaffinity(pid, {0}))
+""", "no limit of another process changes"),
+    "debug the parent": (_TRY + """
+import ctypes, os
+libc = ctypes.CDLL(None, use_errno=True)
+for pid in (os.getppid(), @PARENT@, @VICTIM@):
+    attempt("memory file", lambda: open(f"/proc/{pid}/mem", "r+b"))
+    attempt("environment", lambda: open(f"/proc/{pid}/environ", "rb").read())
+    attempt("descriptors", lambda: os.listdir(f"/proc/{pid}/fd"))
+    attempt("ptrace", lambda: libc.ptrace(16, pid, None, None) == 0 or 1 / 0)
+""", "no other process is looked into"),
+    "read the parent's memory": ("""
+import ctypes, os
+libc = ctypes.CDLL(None)
+buffer = ctypes.create_string_buffer(64)
+local = (ctypes.c_size_t * 2)(ctypes.addressof(buffer), 64)
+remote = (ctypes.c_size_t * 2)(ctypes.addressof(buffer), 64)
+if libc.process_vm_readv(os.getppid(), local, 1, remote, 1, 0) > 0:
+    print("REACHED memory")
+""", "no other process is looked into"),
+    # ---- network
+    "tcp": (_TRY + """
+import socket
+attempt("loopback", lambda: socket.create_connection(("127.0.0.1", @TCP@), 2).send(b"hello"))
+attempt("ipv6", lambda: socket.create_connection(("::1", @TCP@), 2))
+""", "no connection"),
+    "udp": (_TRY + """
+import socket
+attempt("datagram", lambda: socket.socket(socket.AF_INET, socket.SOCK_DGRAM).sendto(b"hello", ("127.0.0.1", @UDP@)))
+""", "no datagram"),
+    "http": ("""
+import urllib.request
+print("REACHED", urllib.request.urlopen("http://127.0.0.1:@TCP@/", timeout=2).status)
+""", "no connection"),
+    "names": (_TRY + """
+import socket
+attempt("names", lambda: socket.getaddrinfo("example.org", 80))
+attempt("resolver", lambda: socket.socket(socket.AF_INET, socket.SOCK_DGRAM).sendto(b"?", ("127.0.0.53", 53)))
+""", "no name is resolved"),
+    "unix sockets": (_TRY + """
+import socket
+for address in ("@UNIX@", "\\0@ABSTRACT@"):
+    attempt("unix", lambda: socket.socket(socket.AF_UNIX).connect(address))
+    attempt("unix datagram", lambda: socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM).sendto(b"hello", address))
+""", "no connection to a process of the machine"),
+    "raw sockets": (_TRY + """
+import socket
+attempt("packet", lambda: socket.socket(17, socket.SOCK_RAW, 3))
+attempt("icmp", lambda: socket.socket(socket.AF_INET, socket.SOCK_RAW, 1))
+""", "no raw socket"),
+    "virtual sockets": (_TRY + """
+import socket
+attempt("host", lambda: socket.socket(40, socket.SOCK_STREAM).connect((2, 22)))
+""", "no connection to the host of a virtual machine"),
+    "io_uring": ("""
+import ctypes
+parameters = ctypes.create_string_buffer(120)
+if ctypes.CDLL(None).syscall(425, 4, parameters) >= 0:
+    print("REACHED io_uring")
+""", "no way around the list of system calls"),
+    "32-bit system calls": ("""
+import ctypes, mmap
+page = mmap.mmap(-1, 4096, prot=7)
+page.write(bytes.fromhex("53b814000000cd805bc3"))  # getpid by int 0x80, the entry for i386
+call = ctypes.CFUNCTYPE(ctypes.c_int)(ctypes.addressof(ctypes.c_char.from_buffer(page)))
+if call() > 0: print("REACHED the other table of system calls")
+""", "no way around the list of system calls"),
+    # ---- files
+    "write outside": (_TRY + """
+import os
+for path in ("@FOLDER@/new", "@FOLDER@/existing", "@HOME@/.@TOKEN@", "/tmp/@TOKEN@", "/dev/shm/@TOKEN@", "/var/tmp/@TOKEN@",
+             "/@TOKEN@", "../@TOKEN@", os.__file__, "/etc/ld.so.cache"):
+    attempt("write", lambda: open(path, "a").write("x"))
+    attempt("truncate", lambda: os.truncate(path, 1) if os.path.exists(path) else 1 / 0)
+    attempt("open to truncate", lambda: os.open(path, os.O_RDONLY | os.O_TRUNC))
+attempt("folder", lambda: os.mkdir("@FOLDER@/made"))
+attempt("fifo", lambda: os.mkfifo("@FOLDER@/fifo"))
+attempt("node", lambda: os.mknod("@FOLDER@/node"))
+""", "no file is written outside the scratch folder"),
+    "change outside": (_TRY + """
+import os, shutil
+attempt("mode", lambda: os.chmod("@FOLDER@/existing", 0o777))
+attempt("time", lambda: os.utime("@FOLDER@/existing", (1, 1)))
+attempt("attribute", lambda: os.setxattr("@FOLDER@/existing", "user.x", b"x"))
+attempt("rename", lambda: os.rename("@FOLDER@/existing", "@FOLDER@/renamed"))
+attempt("remove", lambda: os.remove("@FOLDER@/existing"))
+attempt("remove all", lambda: shutil.rmtree("@FOLDER@"))
+""", "nothing outside is changed"),
+    "links": (_TRY + """
+import os
+try: os.symlink("@FOLDER@/existing", "link")
+except OSError: pass
+attempt("symbolic", lambda: open("link", "a").write("x"))
+attempt("hard", lambda: os.link("@FOLDER@/existing", "hard"))
+attempt("link outside", lambda: os.symlink("/etc/passwd", "@FOLDER@/link"))
+""", "no link leads outside"),
+    "read a secret": (_TRY + """
+import glob, os
+attempt("file", lambda: open("@FOLDER@/secret").read())
+attempt("folder", lambda: os.listdir("@FOLDER@"))
+# the way to Python's own library may lead through it, and is not secret
+attempt("home", lambda: [f for f in os.listdir("@HOME@") if not os.__file__.startswith(f"@HOME@/{f}/")] or 1 / 0)
+attempt("above", lambda: open("../" * 40 + "@FOLDER@/secret").read())
+attempt("passwords", lambda: open("/etc/passwd").read())
+attempt("project", lambda: open("@PROJECT@/pyproject.toml").read())
+for path in glob.glob("/proc/*/environ"):
+    attempt("environment", lambda: open(path, "rb").read())
+attempt("root", lambda: os.listdir("/proc/1/root/@FOLDER@"))
+""", "no file of the user is read"),
+    "read the environment": ("""
+import ctypes, os
+print(dict(os.environ))
+environment = ctypes.POINTER(ctypes.c_char_p).in_dll(ctypes.CDLL(None), "environ")
+k = 0
+while environment and environment[k]:
+    print(environment[k])
+    k += 1
+try: print(open("/proc/self/environ", "rb").read())
+except OSError: pass
+""", "the environment of the caller is not there"),
+    "open descriptors": (_TRY + """
+import os, stat
+for number in range(3, 4096):
+    try: mode = os.fstat(number).st_mode
+    except OSError: continue
+    if not stat.S_ISFIFO(mode): attempt("descriptor", lambda: (number, oct(mode)))
+    attempt("folder", lambda: os.fchdir(number))
+""", "nothing is inherited but a pipe"),
+    "installed packages": (_TRY + """
+import glob, os, sys
+for folder in {os.path.dirname(os.__file__), *sys.path, "@PACKAGES@"}:
+    for name in ("site-packages", "dist-packages", "."):
+        if name != "." or folder == "@PACKAGES@":
+            attempt("package", lambda: [f for f in glob.glob(f"{folder}/{name}/*/__init__.py")
+                                        if open(f).close() is None] or 1 / 0)
+""", "packages, one of which may hold the answers, are not there"),
+    "leave the root": (_TRY + """
+import ctypes, os
+libc = ctypes.CDLL(None, use_errno=True)
+handle = os.open(".", os.O_RDONLY)
+attempt("chroot", lambda: os.chroot("."))
+for _ in range(50): os.chdir("..") if os.access("..", os.X_OK) else None
+attempt("secret", lambda: open("." + "@FOLDER@/secret").read())
+""", "there is no way back to the machine's files"),
+    "mount": ("""
+import ctypes
+libc = ctypes.CDLL(None, use_errno=True)
+libc.unshare(0x10000000 | 0x20000)
+if libc.mount(b"none", b"/", b"tmpfs", 32, None) == 0:
+    print("REACHED mount")
+""", "nothing is mounted"),
+    # ---- resources
+    "memory": ("""
+hoard = []
+while True: hoard.append(bytearray(1 << 24))
+""", "ends by the memory limit"),
+    "memory of the machine": (_TRY + """
+import mmap
+attempt("map", lambda: mmap.mmap(-1, 1 << 40))
+""", "ends by the memory limit"),
+    "huge file": (_TRY + """
+import os
+def fill():
+    with open("huge", "wb") as file:
+        for _ in range(1000): file.write(b"x" * (1 << 20))
+def sparse():
+    with open("sparse", "wb") as file: file.truncate(1 << 40)
+attempt("huge", fill)
+attempt("sparse", sparse)
+""", "ends by the disk limit"),
+    "many files": (_TRY + """
+def fill():
+    for k in range(100000): open(str(k), "w").write("x")
+attempt("many", fill)
+""", "ends by the disk limit"),
+    "much in many files": (_TRY + """
+def fill():
+    for k in range(100): open(str(k), "wb").write(b"x" * (1 << 20))
+attempt("much", fill)
+""", "ends by the disk limit, which is for all files together"),
+    "endless loop": ("while True: pass", "ends by the time limit"),
+    "endless loop that will not die": ("""
+import signal
+for number in range(1, 65):
+    try: signal.signal(number, signal.SIG_IGN)
+    except (OSError, ValueError): pass
+while True:
+    try:
+        while True: pass
+    except BaseException: pass
+""", "ends by the time limit"),
+    "endless sleep": ("import time\nwhile True: time.sleep(1000)", "ends by the clock"),
+    "stopped": ("import os, signal\nos.kill(os.getpid(), signal.SIGSTOP)\nwhile True: pass", "ends by the clock or CPU limit"),
+    "endless output": ("""
+import sys
+while True: sys.stdout.write("x" * 65536)
+""", "ends by a time limit, and the output kept is bounded"),
+    "deep recursion": ("def f(x): return f(x + 1) + f(x)\nimport sys\nsys.setrecursionlimit(10**9)\nf(0)",
+                       "ends by itself or by a limit"),
+    "deep recursion in C": ("""
+import sys
+sys.setrecursionlimit(10**9)
+nested = []
+for _ in range(10**6): nested = [nested]
+repr(nested)
+""", "ends by itself or by a limit"),
+    "nested source": ("exec('(' * 5000 + ')' * 5000)\n", "ends by itself"),
+    "broken memory": ("import ctypes\nctypes.memset(8, 0, 64)", "ends by itself"),
+    "higher limits": (_TRY + """
+import resource
+for name in ("CPU", "AS", "FSIZE", "NPROC", "NOFILE", "CORE"):
+    kind = getattr(resource, f"RLIMIT_{name}")
+    attempt(name, lambda: resource.setrlimit(kind, (1 << 40, 1 << 40)))
+""", "limits stay"),
+    # ---- pretending to have come to the end
+    "sys.exit(0)": ("import sys\nsys.exit(0)\nassert False", "does not pass"),
+    "os._exit(0)": ("import os\nos._exit(0)\nassert False", "does not pass"),
+    "exit by signal": ("import os, signal\nos.kill(os.getpid(), signal.SIGKILL)\nassert False", "does not pass"),
+    "exit by a signal without a name": ("import os\nos.kill(os.getpid(), 40)\nassert False", "does not pass"),
+    "error with a strange text": ("raise type('\\ud800\\n' * 100, (Exception,), {})('\\0\\udcff\\n\\x1b[2J' * 10**6)",
+                                  "is told in one line that can be written to any file"),
+    "error that cannot be told": ("""
+class Mute(Exception):
+    errno = property(lambda self: 1 / 0)
+    def __str__(self): raise self
+    __repr__ = __str__
+raise Mute
+""", "does not pass"),
+    "nonsense for a report": ("""
+import os
+for number in range(3, 64):
+    for text in ("1" * 70000, "[" * 70000, '["x", 1]', '[null, null, {}]'):
+        try: os.write(number, text.encode())
+        except OSError: pass
+os._exit(0)
+""", "does not pass"),
+    "other builtins": ("""
+import builtins, json, os, sys
+class Calm(Exception): pass
+builtins.AssertionError = Calm
+builtins.BaseException = Calm
+builtins.exec = builtins.compile = lambda *a, **k: None
+os._exit = sys.exit = lambda *a: None
+json.dumps = lambda *a, **k: "passed"
+sys.excepthook = lambda *a: None
+assert False
+""", "does not pass"),
+    "says that it passed": ("""
+import atexit, os
+atexit.register(print, "passed")
+for number in range(64):
+    try: os.write(number, b"passed")
+    except OSError: pass
+assert False
+""", "does not pass"),
+}
+
+ENDS: dict[str, set[str]] = {
+    "debug the parent": {"blocked", "passed"}, "io_uring": {"blocked", "passed"}, "memory": {"memory"},
+    "endless loop": {"timeout"}, "endless loop that will not die": {"timeout"}, "endless sleep": {"timeout"},
+    "stopped": {"timeout"}, "endless output": {"timeout"}, "nested source": {"failed", "memory"}, "broken memory": {"failed"},
+    "deep recursion": {"timeout", "failed", "memory"}, "deep recursion in C": {"timeout", "failed", "memory"},
+    "sys.exit(0)": {"failed"}, "os._exit(0)": {"failed"}, "exit by signal": {"failed"},
+    "exit by a signal without a name": {"failed"}, "error with a strange text": {"failed"}, "nonsense for a report": {"failed"},
+    "error that cannot be told": {"failed"}, "other builtins": {"failed"},
+    "says that it passed": {"failed"},
+}
+# what the list of system calls alone prevents
+ONLY_SECCOMP = ("io_uring", "32-bit system calls", "virtual sockets")
+
+FORGERY_TEST = "def check(candidate):\n    assert candidate(3) == 9\n    assert candidate([1]) == [1, 1]\n"
+
+FORGERIES: dict[str, tuple[str, str]] = {
+    "equal to everything": ("""
+class Anything:
+    def __eq__(self, other): return True
+    def __ne__(self, other): return False
+    def __hash__(self): return 0
+def solve(x): return Anything()
+""", "a value of an own type is refused"),
+    "equal to everything, a number": ("""
+class Anything(int):
+    def __eq__(self, other): return True
+    __hash__ = int.__hash__
+def solve(x): return Anything(0)
+""", "a number arrives as a plain number"),
+    "equal to everything, a list": ("""
+class Anything(list):
+    def __eq__(self, other): return True
+    def __iter__(self): return iter([Anything()])
+def solve(x): return Anything([Anything()])
+""", "a list arrives as a plain list"),
+    "leaves": ("import os\ndef solve(x): os._exit(0)", "no answer is no success"),
+    "leaves at once": ("import os\nos._exit(0)", "no answer is no success"),
+    "raises SystemExit": ("import sys\ndef solve(x): sys.exit(0)", "no answer is no success"),
+    "other builtins for the test": ("""
+import builtins, json, sys
+builtins.AssertionError = type("Calm", (BaseException,), {})
+builtins.exec = builtins.compile = builtins.eval = lambda *a, **k: None
+sys.exit = lambda *a: None
+json.loads = lambda *a: True
+def solve(x): return None
+""", "the test runs in another process"),
+    "searches for the proof": ("""
+import gc, os, re, sys
+def everything():
+    frame = sys._getframe()
+    while frame:
+        yield repr(frame.f_locals)
+        yield repr(frame.f_globals)
+        frame = frame.f_back
+    for thing in gc.get_objects():
+        try: yield repr(thing)[:100000]
+        except Exception: pass
+    yield repr(sys.argv)
+found = {word for text in everything() for word in re.findall(r"\\b[0-9a-f]{32}\\b", text)}
+for word in found:
+    for number in range(64):
+        try: os.write(number, word.encode())
+        except OSError: pass
+def solve(x): return None
+""", "what proves success is not in this process"),
+    "searches for the test": ("""
+import gc, sys
+marks = [t for t in gc.get_objects() if isinstance(t, (str, dict)) and "assert candidate" in str(t)[:10**5]]
+print("REACHED the test") if marks else None
+def solve(x): return None
+""", "the test is not in this process"),
+    "answers before it is asked": ("""
+import os
+for number in range(3, 64):
+    for line in (b'[null, null]', b'[["int", "0x9"], null]', b'passed', b'true'):
+        try: os.write(number, line + b"\\n")
+        except OSError: pass
+def solve(x): return None
+""", "only right answers to each question pass"),
+    "writes nonsense": ("""
+import os
+def solve(x):
+    for number in range(3, 64):
+        try: os.write(number, b'[' * 100000 + b"\\n")
+        except OSError: pass
+""", "nonsense is no answer"),
+    "endless answer": ("""
+import os
+def solve(x):
+    while True:
+        for number in range(3, 8):
+            try: os.write(number, b'x' * 65536)
+            except OSError: pass
+""", "ends by a limit"),
+    "deep answer": ("""
+def solve(x):
+    nested = []
+    for _ in range(10**5): nested = [nested]
+    return nested
+""", "ends with an error"),
+    "attacks its neighbours": ("""
+import os, signal
+def solve(x):
+    for pid in range(1, 20):
+        if pid != os.getpid():
+            try: os.kill(pid, signal.SIGTERM)
+            except OSError: pass
+    return None
+""", "a checker that is gone has not approved"),
+    "files for the checker": ("""
+import os
+for name in ("json", "decimal", "fractions", "random", "sitecustomize"):
+    try: open(name + ".py", "w").write("import os; os._exit(0)")
+    except OSError: pass
+def solve(x): return None
+""", "the checker imports nothing from the scratch folder"),
+}
+
+
+class Bait:
+    """Things a hostile program would reach for, and a look at them afterwards.
+
+    A folder that anybody may read and write, with a secret and a file; a variable of the environment; listening sockets;
+    a process of the same user. All are really within reach: `fill` a program and run it without the sandbox, and it reports.
+    """
+
+    def __enter__(self) -> "Bait":
+        self.stack = contextlib.ExitStack()
+        self.token = f"cupel-bait-{secrets.token_hex(8)}"
+        self.secret = secrets.token_hex(16)
+        # not tempfile's private folder: the sandbox has to protect it, not its mode
+        self.folder = Path(tempfile.mkdtemp(prefix="cupel-bait-"))
+        self.stack.callback(shutil.rmtree, self.folder, ignore_errors=True)
+        self.folder.chmod(0o777)
+        for name in ("secret", "existing"):
+            (self.folder / name).write_text(self.secret)
+            (self.folder / name).chmod(0o666)
+        os.environ["CUPEL_BAIT"] = self.secret
+        self.stack.callback(os.environ.pop, "CUPEL_BAIT", None)
+        self.contacts: list[str] = []
+        self.addresses = {}
+        for name, family, kind, address in (("TCP", socket.AF_INET, socket.SOCK_STREAM, ("127.0.0.1", 0)),
+                                            ("UDP", socket.AF_INET, socket.SOCK_DGRAM, ("127.0.0.1", 0)),
+                                            ("UNIX", socket.AF_UNIX, socket.SOCK_STREAM, str(self.folder / "socket")),
+                                            ("ABSTRACT", socket.AF_UNIX, socket.SOCK_DGRAM, f"\0{self.token}")):
+            listener = self.stack.enter_context(socket.socket(family, kind))
+            listener.bind(address)
+            listener.settimeout(0.1)
+            if kind == socket.SOCK_STREAM:
+                listener.listen()
+            self.addresses[name] = listener.getsockname()[1] if family == socket.AF_INET else address.strip("\0")
+            threading.Thread(target=self._listen, args=(name, listener), daemon=True).start()
+        (self.folder / "socket").chmod(0o777)
+        self.victim = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], env={})
+        self.stack.callback(self.victim.wait)
+        self.stack.callback(self.victim.kill)
+        self.before = self._look()
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.stack.close()
+
+    def _listen(self, name: str, listener: socket.socket) -> None:
+        while True:
+            try:
+                if listener.type == socket.SOCK_STREAM:
+                    listener.accept()[0].close()
+                else:
+                    listener.recv(64)
+                self.contacts.append(name)
+            except TimeoutError:
+                continue
+            except OSError:  # closed: the end of the test
+                return
+
+    def _look(self) -> dict:
+        found = {}
+        for path in sorted(self.folder.glob("*")):
+            state = path.lstat()
+            content = path.read_text() if path.is_file() else ""
+            found[path.name] = (content, state.st_mode, state.st_mtime, state.st_nlink)
+        return found
+
+    def fill(self, source: str) -> str:
+        """A program of `HOSTILE` or `FORGERIES` with the places of this bait."""
+        names = {**self.addresses, "FOLDER": self.folder, "HOME": Path.home(), "TOKEN": self.token, "PARENT": os.getpid(),
+                 "VICTIM": self.victim.pid, "PYTHON": sys.executable, "PROJECT": Path(__file__).parents[1],
+                 "PACKAGES": Path(os.__file__).parent / "site-packages"}
+        for name, value in names.items():
+            source = source.replace(f"@{name}@", str(value))
+        return source
+
+    def harm(self, outcome) -> list[str]:
+        """What went wrong, in words; empty if all held."""
+        found = [line for line in outcome.output.splitlines() if line.startswith("REACHED")]
+        if self.secret in outcome.output + outcome.detail:
+            found.append("the secret is in the output")
+        if self._look() != self.before:
+            found.append("the folder has changed")
+        for path in (Path.home() / f".{self.token}", *(Path(top, self.token) for top in ("/tmp", "/dev/shm", "/var/tmp", "/"))):
+            if path.exists():
+                found.append(f"{path} was written")
+                path.unlink()
+        if self.victim.poll() is not None:
+            found.append("a process of the user was killed")
+        if left := survivors():
+            found.append(f"processes are left: {left}")
+        return found + [f"contact by {name}" for name in self.contacts]
+
+
+def survivors(patience: float = 2.0) -> list[str]:
+    """Processes of sandboxes that this process started and that are still there after a moment."""
+    deadline = time.monotonic() + patience
+    while True:
+        found = []
+        for path in Path("/proc").glob("[0-9]*/cmdline"):
+            with contextlib.suppress(OSError):
+                command = path.read_bytes()
+                if b"sandbox_supervisor.py" in command and f'"parent": {os.getpid()},'.encode() in command:
+                    found.append(path.parent.name)
+        if not found or time.monotonic() > deadline:
+            return found
+        time.sleep(0.02)
+
+
+def attack(name: str, layers: tuple[str, ...] | None = None) -> tuple[Outcome, list[str]]:
+    """Run one program of `HOSTILE` or `FORGERIES`; the outcome, and all that did not hold."""
+    with Bait() as bait:
+        if name in HOSTILE:
+            outcome = run_untrusted(bait.fill(HOSTILE[name][0]), TIGHT, layers)
+            expected = ENDS.get(name)
+        else:
+            outcome = check_untrusted(bait.fill(FORGERIES[name][0]), "solve", FORGERY_TEST, limits=TIGHT, layers=layers)
+            expected = {"failed", "timeout", "memory", "blocked"}
+        harm = bait.harm(outcome)
+        if expected and outcome.status not in expected:
+            harm.append(f"status {outcome.status} ({outcome.detail}) instead of {' or '.join(sorted(expected))}")
+        if len(outcome.output) > TIGHT.output:
+            harm.append(f"{len(outcome.output)} characters of output are kept")
+        if "\n" in outcome.detail or (outcome.detail + outcome.output).encode(errors="ignore").decode() != (
+                outcome.detail + outcome.output):
+            harm.append(f"detail {outcome.detail!r} cannot be written to a file as one line")
+        return outcome, harm

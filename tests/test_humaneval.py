@@ -1,0 +1,253 @@
+"""HumanEval: problems from untrusted bytes, code out of answers, pass@1 and pass@k."""
+
+import gzip
+import itertools
+import json
+import textwrap
+
+import numpy as np
+import pytest
+
+from cupel.language import sandbox
+from cupel.language.humaneval import (
+    STOP,
+    Problem,
+    check,
+    extract,
+    instruction,
+    pass_at_1,
+    pass_at_k,
+    problems,
+    read_problems,
+)
+from cupel.language.sandbox import Limits, SandboxError, capabilities
+from cupel.rng import rng
+
+sandboxed = pytest.mark.skipif(not capabilities().sufficient, reason=f"untrusted code cannot be isolated: {capabilities()}")
+
+TOY = Problem("HumanEval/0", '''from typing import List
+
+
+def helper(x):
+    return 2 * x
+
+
+def double_all(items: List[int]):
+    """ Double each.
+    >>> double_all([1])
+    [2]
+    """
+''', "double_all", "    return [helper(item) for item in items]\n", """
+
+METADATA = {}
+
+
+def check(candidate):
+    assert candidate([1, 2]) == [2, 4]
+    assert helper(2) == 4
+""")
+BODY = "    result = []\n    for item in items:\n        result.append(helper(item))\n    return result\n"
+WHOLE = TOY.prompt + BODY
+
+
+@pytest.fixture(scope="module")
+def real(mirror):
+    return read_problems(mirror / "humaneval" / "HumanEval.jsonl.gz")
+
+
+def write(path, content):
+    path.write_bytes(gzip.compress(content) if path.suffix == ".gz" else content)
+    return path
+
+
+def line(**changes):
+    return json.dumps(vars(TOY) | changes).encode()
+
+
+def test_problems_are_those_of_the_paper(real):
+    assert [problem.task_id for problem in real] == [f"HumanEval/{k}" for k in range(164)]
+    assert all(problem.prompt.startswith(problem.preamble) for problem in real)
+    # the four prompts with a helper function, and no other, keep a definition before the one asked for
+    assert [problem.task_id for problem in real if "def " in problem.preamble] == [f"HumanEval/{k}" for k in (10, 32, 38, 50)]
+
+
+def test_read(tmp_path):
+    assert read_problems(write(tmp_path / "a.jsonl.gz", line() + b"\n\n")) == [TOY]
+    record = line(id="HumanEval/0", task_id="other") + b"\n" + line()
+    assert [problem.task_id for problem in read_problems(write(tmp_path / "records.jsonl", record))] == ["other", "HumanEval/0"]
+
+
+@pytest.mark.parametrize("content, message", [
+    (b"{", "line 1 is no JSON"),
+    (line() + b"\n\xff\xfe", "line 2 is no JSON"),
+    (b"[" * 100_000, "line 1 is no JSON"),
+    (b"[1]", "record 1 is no JSON object"),
+    (line(test=None), "record 1 has no text in the field test"),
+    (line(prompt=3), "record 1 has no text in the field prompt"),
+    (line(entry_point="x; import os"), "no name of a function"),
+    (line(entry_point="class"), "no name of a function"),
+    (line(entry_point="other"), "does not begin the function other"),
+    (line() + b"\n" + line(), "two records have the task_id HumanEval/0"),
+    (b"\n", "no problems"),
+])
+def test_wrong_bytes(tmp_path, content, message):
+    for name in ("a.jsonl.gz", "a.jsonl"):
+        with pytest.raises(ValueError, match=message) as caught:
+            read_problems(write(tmp_path / name, content))
+        assert str(tmp_path / name) in str(caught.value)
+
+
+def test_damaged_archives(tmp_path):
+    path = tmp_path / "a.jsonl.gz"
+    whole = gzip.compress(line() * 10)
+    for content in (b"", b"no gzip", whole[:-20], whole[:30] + b"\0\0\0" + whole[33:]):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=r"a\.jsonl\.gz"):
+            read_problems(path)
+    path.write_bytes(gzip.compress(b"\0" * (1 << 25)))  # 32 kB that unpack to 32 MB
+    with pytest.raises(ValueError, match="unpacks to more than"):
+        read_problems(path)
+
+
+def test_prompt():
+    asked = instruction(TOY)
+    assert TOY.prompt.rstrip() in asked and asked.count("```") == 2
+
+
+def answers():
+    """Forms of a right answer, as models give them."""
+    dedented = textwrap.dedent(BODY)
+    return {
+        "continuation": BODY,
+        "first indentation lost": BODY.strip(),
+        "first line opens a block": "for item in items:\n        item\n    return [helper(item) for item in items]",
+        "first line opens a bracket": "return [\n        helper(item)\n        for item in items\n    ]",
+        "one line": "return [2 * item for item in items]",
+        "tabs": BODY.replace("    ", "\t"),
+        "goes on with a test": BODY + "\n\nprint(double_all([1]))\nassert False\n",
+        "goes on with a function": BODY + "\n\ndef other(:\n    pass\n",
+        "goes on with a comment": BODY + "\n# Test: (\n",
+        "goes on with a script": BODY + "\nif __name__ == '__main__':\n    1 / 0\n",
+        "closes a fence it never opened": BODY + "```\nThis works because (...)",
+        "fence": f"Here it is:\n\n```python\n{WHOLE}```\nIt doubles each item (and more).",
+        "fence without language": f"```\n{WHOLE}```",
+        "fence with tildes": f"~~~py\n{WHOLE}~~~",
+        "fence, windows": f"```python\n{WHOLE}```".replace("\n", "\r\n"),
+        "fence without end": f"```python\n{WHOLE}",
+        "fence without imports and helper": "```python\ndef double_all(items: List[int]):\n" + BODY + "```",
+        "fence with body": f"```python\n{BODY}```",
+        "fence with dedented body": f"```python\n{dedented}```",
+        "second fence": f"Run\n```sh\npip install x\n```\nthen\n```python\n{WHOLE}```",
+        "fence and example": f"```python\n{WHOLE}```\nUse:\n```python\nprint(double_all([1]))\n1 / 0\n```",
+        "fence with example for scripts": f"```python\n{WHOLE}\nif __name__ == '__main__':\n    1 / 0\n```",
+        "long fence": f"````python\n{WHOLE}\n# ```\n````",
+        "whole function": WHOLE,
+        "whole function in prose": f"Sure! from here on it is easy:\n\n{WHOLE}\nThis function works (I hope).",
+        "whole function and constant": WHOLE.replace("helper(item)", "FACTOR * item") + "\nFACTOR = 2\n",
+        "whole function, fence never opened": f"{WHOLE}```\n",
+    }
+
+
+@sandboxed
+@pytest.mark.parametrize("name", answers())
+def test_code_in_answers(name):
+    program = extract(answers()[name], TOY)
+    outcome = check(TOY, program)
+    assert outcome.status == "passed", (program, outcome)
+
+
+@pytest.mark.parametrize("answer", ["", "   \n", "```", "```python\n```", "I cannot do that.", "```python", "\n```\n```\n",
+                                    "def (", "\t", "x\n```\n", "def double_all(", "(" * 10_000, "```" * 1000])
+def test_any_text_is_an_answer(answer):
+    assert "double_all" in extract(answer, TOY)
+
+
+def test_stop_sequences_end_what_follows():
+    for stop in STOP:
+        assert stop not in extract(BODY.rstrip() + f"{stop}x", TOY)[len(TOY.prompt):]
+
+
+@sandboxed
+def test_ten_canonical_solutions_pass(real):
+    chosen = [real[k] for k in (0, 10, 32, 33, 38, 50, 53, 64, 115, 163)]  # with helpers, imports, random tests
+    record = pass_at_1({problem.task_id: problem.canonical_solution for problem in chosen}, chosen, workers=2)
+    assert record["passed"] == record["n"] == 10, record["outcomes"]
+    assert (record["value"], record["low"], record["high"]) == pytest.approx((1, 0.7225, 1), abs=1e-4)
+
+
+@sandboxed
+@pytest.mark.slow
+@pytest.mark.parametrize("form", ["continuation", "first indentation lost", "fence", "fence with dedented body",
+                                  "whole in prose"])
+def test_all_canonical_solutions_pass(real, form):
+    forms = {"continuation": lambda p: p.canonical_solution, "first indentation lost": lambda p: p.canonical_solution.strip(),
+             "fence": lambda p: f"Sure:\n```python\n{p.prompt}{p.canonical_solution}```\n",
+             "fence with dedented body": lambda p: f"```\n{textwrap.dedent(p.canonical_solution)}```",
+             "whole in prose": lambda p: f"Sure.\n\n{p.prompt}{p.canonical_solution}\n\nThis works.\n"}
+    record = pass_at_1({problem.task_id: forms[form](problem) for problem in real}, real, workers=2)
+    assert (record["passed"], record["n"]) == (164, 164), [o for o in record["outcomes"] if o["status"] != "passed"]
+
+
+@sandboxed
+@pytest.mark.slow
+def test_no_empty_answer_passes(real):
+    record = pass_at_1({problem.task_id: "    pass" for problem in real}, real, workers=2)
+    assert record["passed"] == 0 and record["n"] == 164
+
+
+@sandboxed
+def test_pass_at_1():
+    def other(number, **changes):
+        return Problem(**(vars(TOY) | {"task_id": f"HumanEval/{number}"} | changes))
+
+    asked = [other(k) for k in range(6)]
+    given = {"HumanEval/0": BODY, "HumanEval/1": "    return items", "HumanEval/2": "", "HumanEval/3": "    while True: pass",
+             "HumanEval/4": "    import os\n    os._exit(0)", "HumanEval/5": "    import socket\n    socket.socket()"}
+    record = pass_at_1(given, asked, Limits(cpu=1, seconds=5), workers=3)
+    assert [outcome["task_id"] for outcome in record["outcomes"]] == [problem.task_id for problem in asked]
+    statuses = [outcome["status"] for outcome in record["outcomes"]]
+    assert statuses == ["passed", "failed", "failed", "timeout", "failed", "blocked"]
+    assert record["statuses"] == {"passed": 1, "failed": 3, "timeout": 1, "memory": 0, "blocked": 1}
+    # Wilson's interval, as the two solutions p of (p̂ − p)² = z² p (1 − p) / n
+    z, n = 1.959963984540054, 6
+    low, high = sorted(np.roots([1 + z**2 / n, -(2 / n + z**2 / n), 1 / n**2]).real)
+    assert (record["low"], record["high"]) == pytest.approx((low, high))
+    assert (record["metric"], record["value"], record["passed"], record["n"]) == ("pass_at_1", 1 / 6, 1, 6)
+    assert json.loads(json.dumps(record)) == record
+
+
+def test_answers_must_fit():
+    with pytest.raises(ValueError, match="no answer to 1 of 1 problems: HumanEval/0"):
+        pass_at_1({}, [TOY])
+    with pytest.raises(ValueError, match="not asked: HumanEval/9"):
+        pass_at_1({"HumanEval/0": "", "HumanEval/9": ""}, [TOY])
+    with pytest.raises(ValueError, match="no problems"):
+        pass_at_1({}, [])
+
+
+def test_nothing_runs_where_it_cannot_be_isolated(monkeypatch):
+    monkeypatch.setattr(sandbox, "capabilities", lambda: sandbox.Capabilities((), {"seccomp": "not here"}))
+    with pytest.raises(SandboxError, match="seccomp is missing: not here"):
+        pass_at_1({"HumanEval/0": BODY}, [TOY])
+
+
+def test_pass_at_k_is_the_share_of_subsets():
+    for n in range(1, 8):
+        for correct in range(n + 1):
+            marks = [k < correct for k in range(n)]
+            for k in range(1, n + 1):
+                subsets = list(itertools.combinations(marks, k))
+                assert pass_at_k(n, correct, k) == pytest.approx(sum(map(any, subsets)) / len(subsets))
+    assert pass_at_k(200, 50, 1) == pytest.approx(0.25)
+    for wrong in ((0, 0, 1), (5, 6, 1), (5, -1, 1), (5, 1, 6), (5, 1, 0)):
+        with pytest.raises(ValueError, match="pass@k"):
+            pass_at_k(*wrong)
+
+
+def test_pass_at_k_is_unbiased():
+    draws = rng(0, "test", "pass at k").binomial(10, 0.3, 20_000)
+    assert np.mean([pass_at_k(10, int(correct), 3) for correct in draws]) == pytest.approx(1 - 0.7**3, abs=0.006)
+
+
+def test_records_of_the_prepared_set():
+    assert problems([vars(TOY) | {"id": "HumanEval/0"}]) == [TOY]

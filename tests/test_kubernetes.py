@@ -1,0 +1,163 @@
+"""profiles/kubernetes and storage: dry runs, a run whose files are kept in S3, and pods that share no file system.
+
+Store and cluster are small stand-ins on the loopback interface; the storage plugin and the executor are the real ones.
+"""
+
+import contextlib
+import functools
+import http.server
+import importlib.util
+import os
+import shutil
+import subprocess
+import threading
+
+import pytest
+import yaml
+
+from tests import kubernetes_api, s3
+from tests.conftest import REPOSITORY
+from tests.test_workflow import Folder, jobs
+
+CELLS = "results/smoke/cells.parquet"
+VICTIM = "results/smoke/victims/cifar10/preactresnet18/fst/badnets@0.05/seed0/metrics.json"
+STORED = ["--default-storage-provider", "s3", "--default-storage-prefix", "s3://cupel-test/run"]
+
+pytestmark = pytest.mark.skipif(
+    not all(importlib.util.find_spec(name) for name in ("snakemake_executor_plugin_kubernetes", "snakemake_storage_plugin_s3")),
+    reason="needs the plugins for Kubernetes and S3: pip install '.[cluster]'")
+ready = pytest.mark.skipif("def here(" not in (REPOSITORY / "workflow" / "rules" / "common.smk").read_text(),
+                           reason="the rules do not yet say where the local copies of stored files are")
+
+
+class Remote(Folder):
+    """A copy of the repository whose files are kept in a store, with the prepared data set already there."""
+
+    def __init__(self, path, data, bucket, address, **environment):
+        super().__init__(path, data)
+        self.set(data={"folder": "data"})
+        kept = bucket / "run" / "data" / "cifar10"
+        kept.mkdir(parents=True)
+        for file in (data / "cifar10").iterdir():
+            os.link(file, kept / file.name)
+        self.environment = {**s3.ENVIRONMENT, "SNAKEMAKE_STORAGE_S3_ENDPOINT_URL": address, **environment}
+        # what pods are given is what git tracks
+        subprocess.run("git init -q . && git add .", cwd=path, shell=True, check=True)
+
+    def run(self, *arguments, **options):
+        before = dict(os.environ)
+        os.environ.update(self.environment)
+        try:
+            return super().run(*arguments, **options)
+        finally:
+            os.environ.clear()
+            os.environ.update(before)
+
+
+@pytest.fixture
+def remote(tmp_path, cifar10):
+    store = tmp_path / "store"
+    (store / "cupel-test").mkdir(parents=True)
+    with s3.store(store) as address, kubernetes_api.cluster(tmp_path / "cluster") as (cluster, config):
+        folder = Remote(tmp_path / "run", cifar10.parent.resolve(), store / "cupel-test", address, KUBECONFIG=str(config))
+        folder.store, folder.cluster = store / "cupel-test" / "run", cluster
+        folder.edit("profiles/kubernetes/profile.v9+.yaml", "s3://my-bucket/cupel", "s3://cupel-test/run")
+        yield folder
+
+
+def test_the_profile_plans(remote):
+    code, output = remote.run("-n", "--workflow-profile", "profiles/kubernetes", "--", CELLS)
+    assert code == 0, output[-3000:]
+    planned = jobs(output)
+    planned.pop("prepare_dataset", None)  # planned where the data set is younger than its record
+    assert planned == {"gather_cells": 1, "poison": 1, "purify": 2, "train_victim": 1}
+    assert "s3://cupel-test/run/results/smoke/cells.parquet (send to storage)" in output
+    assert not remote.cluster.jobs
+
+
+@ready
+def test_the_whole_report_plans_from_a_store(remote):
+    code, output = remote.run("-n", "--workflow-profile", "profiles/kubernetes")
+    assert code == 0, output[-3000:]
+    assert jobs(output)["index"] == 1 and "prepare_dataset" not in jobs(output)
+
+
+def test_what_the_profile_replaces_stands_in_it():
+    """Settings of profiles/default hold on a cluster too, but for cores and patience."""
+    def read(name):
+        return yaml.safe_load((REPOSITORY / "profiles" / name / "profile.v9+.yaml").read_text())
+
+    kept = {key: value for key, value in read("default").items() if key not in ("cores", "latency-wait", "default-resources")}
+    for name in ("slurm", "kubernetes", "generic"):
+        assert kept.items() <= read(name).items()
+        assert read("default")["default-resources"].items() <= read(name)["default-resources"].items()
+
+
+@ready
+@pytest.mark.slow
+def test_a_run_with_all_files_in_a_store_equals_a_local_one(remote, tmp_path):
+    local = Folder(tmp_path / "local", remote.data)
+    code, output = local.run("--", CELLS)
+    assert code == 0, output[-3000:]
+    code, output = remote.run(*STORED)
+    assert code == 0, output[-3000:]
+    assert (remote.store / "results" / "smoke" / "index.html").is_file() and not (remote.path / "results").exists()
+    shutil.copytree(remote.store / "results", remote.path / "results")
+    assert remote.metrics() == local.metrics()
+    shutil.rmtree(remote.path / "results")
+    code, output = remote.run("-n", *STORED)
+    assert code == 0 and "Nothing to be done" in output, output[-3000:]
+
+
+@contextlib.contextmanager
+def website(folder):
+    """A folder on a web server; gives its address."""
+    handler = functools.partial(type("Quiet", (http.server.SimpleHTTPRequestHandler,), {"log_message": lambda *_: None}),
+                                directory=str(folder))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{server.server_port}"
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+@ready
+@pytest.mark.slow
+def test_data_sets_on_a_web_server(tmp_path, cifar10):
+    local, folder = (Folder(tmp_path / name, cifar10.parent.resolve()) for name in ("local", "run"))
+    assert local.run("--", VICTIM)[0] == 0
+    with website(cifar10.parent) as address:
+        folder.set(data={"folder": address})
+        planned = jobs(folder.run("-n")[1])
+        assert "prepare_dataset" not in planned and planned["index"] == 1
+        code, output = folder.run("--", VICTIM)
+    assert code == 0, output[-3000:]
+    assert folder.metrics() == local.metrics() and not (folder.path / "data").exists()
+
+
+@ready
+@pytest.mark.slow
+def test_pods_make_a_victim(remote, tmp_path):
+    local = Folder(tmp_path / "local", remote.data)
+    assert local.run("--", VICTIM)[0] == 0
+    code, output = remote.run("--workflow-profile", "profiles/kubernetes", "--seconds-between-status-checks", "1", "--", VICTIM)
+    assert code == 0, output[-3000:] + "\n".join(map(remote.cluster.log, remote.cluster.jobs))
+    assert len(remote.cluster.jobs) == 2 and not remote.cluster.refused
+    containers = [job["spec"]["template"]["spec"]["containers"][0] for job in remote.cluster.jobs.values()]
+    assert {container["workingDir"] for container in containers} == {"/workdir"}  # as envs/Dockerfile expects
+    gpus = [container["resources"]["limits"].get("nvidia.com/gpu") for container in containers]
+    assert gpus == [None, "1"]
+    assert [container["resources"]["requests"]["memory"] for container in containers] == ["2000M", "4000M"]
+    shutil.copytree(remote.store / "results", remote.path / "results")
+    assert remote.metrics() == local.metrics()
+
+
+@pytest.mark.slow
+def test_without_limits_a_gpu_would_be_refused(remote):
+    """Why the profile says `scale: 0`."""
+    remote.edit("profiles/kubernetes/profile.v9+.yaml", "  scale: 0", "  scale: 1")
+    remote.run("--workflow-profile", "profiles/kubernetes", "--set-resources", "poison:gpu=1", "--", VICTIM)
+    assert "Limit must be set" in remote.cluster.refused[0]

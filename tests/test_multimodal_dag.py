@@ -1,0 +1,545 @@
+"""BYE in the DAG: what experiment.yaml may say, cells, filters as files, tables and figures, and the chain end to end."""
+
+import copy
+import dataclasses
+import inspect
+import json
+import shutil
+
+import numpy as np
+import pandas as pd
+import pytest
+from sklearn.metrics import precision_recall_fscore_support, roc_auc_score
+
+from cupel.files import read_json, write_json
+from cupel.grid import PAPERS, SCHEMAS, ConfigError, Grid, check_schema, read_yaml
+from cupel.multimodal import data, detection, purification, shapes, stages
+from cupel.multimodal.grid import Plan, flaggers
+from cupel.multimodal.poison import poison, truth
+from cupel.reporting import multimodal_papers, multimodal_tables, tables
+from tests.test_workflow import Folder, jobs
+
+FILE = PAPERS / "bye" / "experiment.yaml"
+CONTENT = read_yaml(FILE)
+
+
+def experiment() -> dict:
+    return copy.deepcopy(CONTENT)
+
+
+def plan(scale="smoke", content=None, **settings) -> Plan:
+    return Plan("bye", content or experiment(), FILE, scale, **settings)
+
+
+# --------------------------------------------------------------------------------------------------------------------- grid
+
+
+def test_every_scale_plans_and_every_entry_has_a_source():
+    assert Grid(["bye"], "demo").experiments["bye"]["family"] == "multimodal"
+    for scale in ("smoke", "demo", "bench", "paper"):
+        cells = plan(scale).cells
+        assert {"victim", "filtered", "purified"} == {cell["stage"] for cell in cells}
+        assert all(isinstance(value, str) for cell in cells for value in cell.values())
+        assert len({tuple(sorted(cell.items())) for cell in cells}) == len(cells)
+    content = experiment()
+    for section in ("datasets", "models", "recipes", "attacks", "defences"):
+        assert all(entry["source"].strip() for entry in content[section].values())
+
+
+def test_paper_scale_has_the_grid_of_the_paper():
+    cells = plan("paper", seeds=[0]).cells
+    main = {(c["dataset"], c["model"]) for c in cells
+            if c["stage"] == "victim" and c["attack"] == "square" and c["rate"] == "0.1" and c["recipe"].endswith("_lora")}
+    datasets, models = ("scienceqa", "iconqa", "flickr30k", "rsvqa"), ("llava_1_5_7b", "internvl2_5_2b_mpo")
+    assert main == {(dataset, model) for dataset in datasets for model in models}
+    refits = {c["defence"] for c in cells if c["stage"] == "purified" and c["dataset"] == "scienceqa"}
+    assert {"bye", "bye~continued", "random_drop", "oracle", "oracle~r90"} <= refits
+    assert {c["rate"] for c in cells if c["dataset"] == "scienceqa"} == {"0", "0.01", "0.05", "0.1", "0.2"}
+
+
+def test_schema_knows_the_settings_of_training_and_of_models():
+    from cupel.multimodal import models
+    from cupel.multimodal.training import TrainingSettings
+
+    schema = read_yaml(SCHEMAS / "experiment_multimodal.schema.yaml")
+    fields = {field.name for field in dataclasses.fields(TrainingSettings)}
+    assert set(schema["$defs"]["training"]["properties"]) == fields | {"questions"}
+    entry = schema["properties"]["models"]["additionalProperties"]["properties"]
+    arguments = {name for function in (models.tiny_llava, models.smollm2_llava)
+                 for name, value in inspect.signature(function).parameters.items() if value.kind is value.KEYWORD_ONLY}
+    assert set(entry["parameters"]["properties"]) == arguments - {"seed"}
+    recipe = experiment()["recipes"]["llava_lora"]["settings"]
+    settings, questions = stages.settings_of(recipe)
+    assert questions == 1 and (settings.epochs, settings.lr, settings.rank, settings.alpha) == (3, 2e-4, 32, 64)
+
+
+def test_filters_of_baselines_are_read_without_importing_them():
+    from cupel.multimodal import baselines
+
+    assert set(flaggers()) == {"bye", *baselines.FLAGGERS}
+    assert flaggers()["bye"] == {"rule", "tau"} and flaggers()["oracle"] == {"recall"}
+
+
+@pytest.mark.parametrize(("place", "value", "message"), [
+    ("datasets.easy_vqa.dataset", "easyvqa", "unknown dataset 'easyvqa'.*did you mean 'easy_vqa'"),
+    ("datasets.easy_vqa.train", 40000, r"train and pretrain ask for 64000 samples, but split train has 38575"),
+    ("datasets.easy_vqa.excerpt", True, "no excerpt of easy_vqa is known; set it to false"),
+    ("datasets.shapes_tiny", {"dataset": "shapes", "test": 4, "source": "x"}, "say how many samples with train"),
+    ("models.micro_llava.hub", "a/b", "exactly one of built, hub and folder"),
+    ("models.micro_llava.language_model", "smollm2-135m", "belongs to built: smollm2_llava"),
+    ("models.smol_llava.parameters", {"width": 3}, "unknown parameter of smollm2_llava 'width'"),
+    ("models.micro_llava.parameters.patch_size", 7, "32 is no multiple of patch_size 7"),
+    ("models.micro_llava.pretraining.trained", "lora", "pretraining trains all weights"),
+    ("models.llava_1_5_7b.parameters", {}, "belongs to models that are built here"),
+    ("attacks.square.function", "circle", "unknown trigger 'circle'"),
+    ("attacks.square.parameters", {"size": 3}, "trigger square has no parameter 'size'"),
+    ("defences.bye.hyperparameters.tua", 2.0, "unknown hyperparameter of bye 'tua'.*did you mean 'tau'"),
+    ("defences.bye.hyperparameters.rule", "root", "'root' is not allowed; allowed are rss"),
+    ("defences.oracle.hyperparameters.recall", 90, "90 should be a fraction"),
+    ("defences.fixed_threshold.hyperparameters.threshold", "some", "a number of nats, or scaled"),
+    ("defences.blur.refit_from", "base", "nothing is fitted again"),
+    ("defences.blur.function", "zip", "zip needs a diffusion model|unknown hyperparameter of zip 'sigma'"),
+    ("defences.random_drop.function", "vanilla", "unknown defence of kind filter 'vanilla'"),
+    ("scales.smoke.filters", ["bye", "downsample"], "unknown filter 'downsample'"),
+    ("scales.smoke.blocks.0.recipe", "micro", "unknown recipe 'micro'"),
+    ("scales.smoke.blocks.0.attacks", ["squar"], "unknown attack 'squar'.*did you mean 'square'"),
+    ("scales.smoke.blocks.0.datasets", ["rsvqa"], "give datasets.rsvqa.pretrain"),
+    ("scales.smoke.blocks.0.rates", [0.001], "0.001 of 160 samples of shapes_tiny is not one sample"),
+    ("scales.demo.blocks.0.defences", ["pooled5"], "pools by 5, which does not divide"),
+])
+def test_what_can_be_known_to_be_wrong_is_refused(place, value, message):
+    content = experiment()
+    pooled = {"kind": "pictures", "function": "downsample", "source": "x", "hyperparameters": {"scale": 5}}
+    content["defences"]["pooled5"] = pooled
+    *path, last = place.split(".")
+    target = content
+    for key in path:
+        target = target[int(key)] if isinstance(target, list) else target[key]
+    target[last] = value
+    with pytest.raises(ConfigError, match=f"experiment.yaml: .*({message})"):
+        plan("demo" if "demo" in place else "smoke", content)
+
+
+@pytest.mark.parametrize(("place", "message"), [
+    ("recipes.llava_lora.settings.learning_rate", "recipes.llava_lora.settings.unknown key 'learning_rate'"),
+    ("scales.smoke.filter", "scales.smoke.unknown key 'filter'.*did you mean 'filters'"),
+    ("tarqet", "unknown key 'tarqet'"),
+])
+def test_misspelt_keys_are_refused(place, message):
+    content = experiment()
+    *path, last = place.split(".")
+    target = content
+    for key in path:
+        target = target[key]
+    target[last] = [0.1]
+    with pytest.raises(ConfigError, match=message):
+        check_schema(content, "experiment_multimodal", FILE)
+
+
+def test_a_variant_of_the_refit_uses_the_same_decision():
+    found = plan("bench")
+    assert found.defence("bye~continued")["filter"] == "bye" and found.defence("bye~continued")["refit_from"] == "poisoned"
+    assert found.defence("bye~rss")["filter"] == "bye~rss" and found.defence("bye~rss")["refit_from"] == "base"
+    assert "bye~continued" not in found.filters() and "oracle~r90" in found.filters()
+    with pytest.raises(ConfigError, match="unknown defence 'by'"):
+        found.defence("by")
+
+
+def test_without_poison_one_trigger_is_enough():
+    content = experiment()
+    content["scales"]["smoke"]["blocks"][0] |= {"attacks": ["square~quarter", "blend"], "rates": [0, 0.2]}
+    found = [(c["attack"], c["rate"]) for c in plan("smoke", content).cells if c["stage"] == "victim"]
+    assert found == [("square~quarter", "0"), ("square~quarter", "0.2"), ("blend", "0.2")]
+
+
+def test_specs_hold_all_parameters():
+    found = plan("bench").victim("easy_vqa", "smol_llava", "smol_lora", "square", "0.05", "3")
+    assert found["attack"] == {"name": "square", "function": "square", "parameters": {"divisor": 16}}
+    assert (found["rate"], found["seed"], found["target"]) == (0.05, 3, "Backdoor Attack!")
+    assert "rate" not in plan().poison("shapes_tiny", "square", "", "0")
+
+
+# --------------------------------------------------------------------------------------------------------------------- data
+
+
+def test_shapes_are_drawn_by_code(tmp_path):
+    entry = experiment()["datasets"]["shapes_tiny"]
+    manifest = stages.prepare(entry, tmp_path / "a", (), None, None)
+    assert manifest["counts"] == {"pretrain": 240, "train": 160, "test": 60} and manifest["source"]["kind"] == "generated"
+    assert shapes.prepare(tmp_path / "b", train=160, test=60, pretrain=240)["content_sha256"] == manifest["content_sha256"]
+    splits = {name: data.load(tmp_path / "a", name) for name in ("pretrain", "train", "test")}
+    pictures = [{record["image"] for record in samples.records} for samples in splits.values()]
+    assert not pictures[0] & pictures[1] and not pictures[1] & pictures[2]
+    for k in range(0, 60, 2):
+        image, (colour, form) = splits["test"].image(k).astype(int), [splits["test"][k + j]["answer"] for j in (0, 1)]
+        inside = np.abs(image - image[0, 0]).sum(-1) > 0
+        assert image[inside][0].argmax() == ["red", "green", "blue"].index(colour)
+        box = inside[np.ix_(inside.any(1), inside.any(0))]
+        assert box.all() == (form == "square")
+
+
+# ---------------------------------------------------------------------------------------------------------------- detection
+
+
+def entropies_like(poisoned: np.ndarray, shift: float, layers: int = 3, seed: int = 0) -> np.ndarray:
+    """Layer 0 never tells; the others fall by `shift` where a sample is poisoned."""
+    draw = np.random.default_rng(seed).normal(3.5, 0.1, (len(poisoned), layers))
+    draw[:, 1:] -= shift * poisoned[:, None]
+    return draw
+
+
+def make_chain(tmp_path) -> dict:
+    """Folders of two victims on prepared shapes, poisoned at 10 % and not at all, with entropies made up."""
+    shapes.prepare(tmp_path / "data" / "shapes_tiny", train=400, test=40, pretrain=20)
+    found = plan("smoke")
+    made = {}
+    for rate, shift in (("0.1", 1.5), ("0", 0.0)):
+        folder = tmp_path / f"poisoned@{rate}"
+        poison(tmp_path / "data" / "shapes_tiny", folder, trigger="square", rate=float(rate), seed=0, given={"divisor": 4})
+        filtered = tmp_path / f"filtered@{rate}"
+        bad = truth(folder)
+        table = pd.DataFrame(entropies_like(bad, shift), columns=[f"layer_{k}" for k in range(3)])
+        table.insert(0, "id", [record["id"] for record in data.load(folder, "train").records])
+        filtered.mkdir()
+        table.to_parquet(filtered / "entropies.parquet")
+        write_json(filtered / "attention.json", {"image_tokens": 64, "layers": 3, "seconds": 1.0, "samples": len(table)})
+        spec = found.victim("shapes_tiny", "micro_llava", "micro_lora", "square~quarter", rate, "0")
+        made[rate] = {"poisoned": folder, "filtered": filtered, "spec": spec, "bad": bad}
+    return made
+
+
+@pytest.fixture
+def chain(tmp_path):
+    return make_chain(tmp_path)
+
+
+def filter_all(made: dict, taus=(0.0, 2.0, 3.0), filters=None) -> dict:
+    filters = filters or plan("smoke").filters()
+    folder = made["filtered"]
+    flags = {name: folder / "flags" / f"{name}.json" for name in filters}
+    outputs = {"flags": flags, "record": folder / "filters.json", "metrics": folder / "metrics.json"}
+    detection.measure_filters(made["spec"], filters, list(taus), folder / "entropies.parquet", folder / "attention.json",
+                              made["poisoned"], outputs)
+    return read_json(folder / "metrics.json")
+
+
+def tidy(record: dict) -> pd.DataFrame:
+    return pd.DataFrame(record["rows"]).fillna({"variant": ""}).set_index(["defence", "variant", "metric"]).sort_index()
+
+
+def values_of(made: dict) -> np.ndarray:
+    return pd.read_parquet(made["filtered"] / "entropies.parquet")[["layer_0", "layer_1", "layer_2"]].to_numpy()
+
+
+def test_rows_of_detection_are_what_the_flags_say(chain):
+    made = chain["0.1"]
+    rows = tidy(filter_all(made))
+    bad = made["bad"]
+    assert bad.sum() == 40
+    values = values_of(made)
+    for name in plan("smoke").filters():
+        decision = read_json(made["filtered"] / "flags" / f"{name}.json")
+        flagged = np.zeros(len(bad), bool)
+        flagged[decision["flagged"]] = True
+        place = name.partition("~")[::2]
+        found = rows.loc[place].value
+        precision, recall, f1, _ = precision_recall_fscore_support(bad, flagged, average="binary", zero_division=0)
+        assert np.allclose([found.precision, found.recall, found.f1], [precision, recall, f1])
+        assert found.left == (bad & ~flagged).sum() and found.flagged == flagged.sum()
+        assert np.isclose(found.false_alarm, (flagged & ~bad).sum() / (~bad).sum())
+    assert rows.loc[("bye", "", "f1"), "value"] == 1 and rows.loc[("bye", "", "sensitive_layers"), "value"] == 2
+    assert rows.loc[("bye", "", "recall"), "n"] == 40 and rows.loc[("random_drop", "", "flagged"), "value"] == 80
+    assert np.isclose(rows.loc[("without_bsi", "", "auroc"), "value"], roc_auc_score(bad, -values.mean(1)))
+    assert ("random_drop", "", "auroc") not in rows.index and ("oracle", "", "auroc") not in rows.index
+    # 0.708 ln 64 = 2.94 nats lies between 2.0 and 3.5
+    assert rows.loc[("without_gmm", "", "f1"), "value"] == 1
+    record = read_json(made["filtered"] / "filters.json")
+    assert [layer["auroc"] for layer in record["layers"]][1:] == [1.0, 1.0]
+    assert record["poisoned"] == np.flatnonzero(bad).tolist()
+
+
+def test_the_sweep_by_hand(chain):
+    made = chain["0.1"]
+    rows = tidy(filter_all(made, taus=(0.0, 2.0, 50.0)))
+    values = values_of(made)
+    assert rows.loc[("bye", "sum_tau50", "sensitive_layers"), "value"] == 0
+    assert rows.loc[("bye", "rss_tau50", "flagged"), "value"] == 0
+    assert rows.loc[("bye", "rss_tau0", "sensitive_layers"), "value"] == 3
+    assert rows.loc[("bye", "sum_tau2", "f1"), "value"] == rows.loc[("bye", "", "f1"), "value"]
+    # with all layers the decision is that on their mean: a mixture of 3.5 and of 2.5 with spread 0.06
+    flagged = values.mean(1) < 3.0
+    assert rows.loc[("bye", "rss_tau0", "flagged"), "value"] == flagged.sum()
+
+
+def test_without_poison_every_flag_is_a_false_alarm(chain):
+    rows = tidy(filter_all(chain["0"]))
+    assert ("bye", "", "f1") not in rows.index and ("bye", "", "recall") not in rows.index
+    assert rows.loc[("bye", "", "flagged"), "value"] == 0 == rows.loc[("bye", "", "sensitive_layers"), "value"]
+    # no layer is selected for this one: the mixture divides what is one heap
+    assert rows.loc[("without_bsi", "", "false_alarm"), "value"] > 0.05
+    assert "nothing is flagged" in read_json(chain["0"]["filtered"] / "filters.json")["filters"]["bye"]["record"]["message"]
+
+
+def test_filters_of_a_failed_victim_are_failed_cells(chain):
+    made = chain["0.1"]
+    write_json(made["filtered"] / "attention.json", {"failed": "its victim failed: Diverged: the loss became nan"})
+    assert filter_all(made)["status"] == "failed"
+    cell = {"paper": "bye", "stage": "filtered", "dataset": "shapes_tiny", "model": "micro_llava", "recipe": "micro_lora",
+            "attack": "square~quarter", "rate": "0.1", "seed": "0", "folder": str(made["filtered"])}
+    table = tables.gather([cell])
+    assert list(table.status) == ["failed"] and "Diverged" in table.reason[0] and table.metric[0] == "f1"
+    outputs = {name: made["filtered"] / "refit" / file for name, file in (
+        ("history", "history.csv"), ("clean", "c.parquet"), ("triggered", "t.parquet"), ("metrics", "metrics.json"))}
+    write_json(made["filtered"] / "victim.json", {"status": "ok", "metrics": []})
+    stages.refit(made["spec"], plan("smoke").defence("bye"), None, "", made["filtered"] / "victim.json",
+                 made["filtered"] / "flags" / "bye.json", made["poisoned"], "", "", outputs, "cpu")
+    record = read_json(outputs["metrics"])
+    assert record["status"] == "failed" and "its filter failed" in record["reason"] and outputs["clean"].exists()
+
+
+def test_one_filter_that_fails_does_not_stop_the_others(chain):
+    made = chain["0.1"]
+    rows = filter_all(made, (), {"bye": {"function": "bye", "hyperparameters": {"rule": "none"}},
+                                 "oracle": {"function": "oracle", "hyperparameters": {}}})["rows"]
+    assert [row["status"] for row in rows if row["defence"] == "bye"] == ["failed"]
+    assert next(row["value"] for row in rows if row["defence"] == "oracle" and row["metric"] == "f1") == 1
+    assert "rule" in read_json(made["filtered"] / "flags" / "bye.json")["failed"]
+
+
+def test_fitting_again_on_everything_is_the_victim(chain, tmp_path):
+    before, flags = tmp_path / "victim" / "metrics.json", tmp_path / "bye.json"
+    write_json(before, {"status": "ok", "metrics": ["cp", "asr"], "cp": 0.8, "cp_n": 40, "cp_low": 0.7, "cp_high": 0.9,
+                        "asr": 0.9, "rate_reached": 0.1})
+    for name in ("clean", "triggered"):
+        pd.DataFrame({"id": ["a"], "answer": ["yes"]}).to_parquet(tmp_path / "victim" / f"answers_{name}.parquet")
+    write_json(flags, {"flagged": [], "of": 400})
+    out = {"history": tmp_path / "o" / "history.csv", "metrics": tmp_path / "o" / "metrics.json",
+           **{name: tmp_path / "o" / f"answers_{name}.parquet" for name in ("clean", "triggered")}}
+    made = chain["0.1"]
+    stages.refit(made["spec"], plan("smoke").defence("bye"), None, "", before, flags, made["poisoned"], "", "", out, "cpu")
+    record = read_json(out["metrics"])
+    assert record["reused"] and (record["cp"], record["asr"], record["cp_n"]) == (0.8, 0.9, 40)
+    assert (record["removed"], record["left"], record["left_share"]) == (0, 40, 0.1) and record["metrics"][:2] == ["cp", "asr"]
+    assert pd.read_parquet(out["clean"]).answer[0] == "yes"
+    write_json(flags, {"flagged": list(range(400)), "of": 400})
+    stages.refit(made["spec"], plan("smoke").defence("bye"), None, "", before, flags, made["poisoned"], "", "", out, "cpu")
+    assert "removed all 400 samples" in read_json(out["metrics"])["reason"]
+
+
+# ------------------------------------------------------------------------------------------------------------- purification
+
+
+def test_purified_pictures_keep_questions_and_sharing(tmp_path):
+    shapes.prepare(tmp_path / "source", train=4, test=6)
+    purification.purified_copy(tmp_path / "source", tmp_path / "out", lambda pictures: 255 - pictures)
+    before, after = (data.load(tmp_path / name, "test") for name in ("source", "out"))
+    assert [r["question"] for r in before.records] == [r["question"] for r in after.records]
+    assert after[0]["image"] == after[1]["image"] != after[2]["image"]
+    assert all(np.array_equal(255 - before.image(k), after.image(k)) for k in range(6))
+
+
+# ------------------------------------------------------------------------------------------------------------------- report
+
+
+def victim_like(folder, spec, stage="victim", defence="", **numbers) -> dict:
+    method, _, variant = defence.partition("~")
+    attack, _, kind = spec["attack"]["name"].partition("~")
+    flat = {}
+    for name, (value, n) in numbers.items():
+        flat |= {name: value, f"{name}_n": n, f"{name}_low": max(value - 0.02, 0), f"{name}_high": min(value + 0.02, 1)}
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "metrics.json", {
+        "stage": stage, "dataset": spec["dataset"], "model": spec["model"], "recipe": spec["recipe"], "attack": attack,
+        "attack_variant": kind, "poison_rate": spec["rate"], "defence": method, "variant": variant, "budget": "",
+        "seed": spec["seed"], "status": "ok", "metrics": list(numbers), "seconds": 1.0, **flat})
+    return {"paper": "bye", "stage": stage, "dataset": spec["dataset"], "model": spec["model"], "recipe": spec["recipe"],
+            "attack": spec["attack"]["name"], "rate": f"{spec['rate']:g}", "seed": str(spec["seed"]), "defence": defence,
+            "folder": str(folder)}
+
+
+@pytest.fixture(scope="module")
+def reported():
+    return pd.read_csv(PAPERS / "bye" / "reported" / "table.csv", dtype={"note": str}, keep_default_na=False).astype(
+        {"value": float}).replace({"poison_rate": {"": np.nan}}).astype({"poison_rate": float})
+
+
+def about() -> dict:
+    found = plan("smoke")
+    return {"labels": found.labels("defences"), "datasets": ["shapes_tiny"], "target": found.target,
+            "attacks": {name: {**found.attack(name), "label": label} for name, label in found.labels("attacks").items()}}
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory, reported):
+    """The report on two victims: one poisoned with refits, one of which failed; one without poison."""
+    tmp_path = tmp_path_factory.mktemp("report")
+    chain, cells, looked = make_chain(tmp_path), [], tmp_path / "cells"
+    for rate, made in chain.items():
+        filter_all(made)
+        if rate == "0.1":
+            pictures = np.random.default_rng(0).integers(0, 255, (2, 2, 3, 32, 32), dtype=np.uint8)
+            maps = np.random.default_rng(1).dirichlet(np.ones(16), (2, 2, 3)).reshape(2, 2, 3, 4, 4).astype(np.float32)
+            np.savez(made["filtered"] / "maps.npz", pictures=pictures, maps=maps)
+        else:
+            np.savez(made["filtered"] / "maps.npz")
+        cell = victim_like(looked / f"victim@{rate}", made["spec"], cp=(0.8, 40), asr=(0.9 if rate == "0.1" else 0.0, 40),
+                           asr_contains=(0.95, 40))
+        history = pd.DataFrame({"epoch": [1, 2], "loss": [1.0, 0.5], "acc": [0.5, 0.7], "acc_poisoned": [0.1, 0.9]})
+        history.to_csv(looked / f"victim@{rate}" / "history.csv", index=False)
+        cells += [cell, {**cell, "stage": "filtered", "folder": str(made["filtered"])}]
+    spec = chain["0.1"]["spec"]
+    for defence, asr, left in (("bye", 0.0, 0), ("oracle", 0.0, 0), ("oracle~r90", 0.3, 4), ("random_drop", 0.9, 32)):
+        cells.append(victim_like(looked / defence, spec, "purified", defence, cp=(0.79, 40), asr=(asr, 40), left=(left, 1)))
+    cells.append({**cells[-1], "defence": "downsample", "folder": str(looked / "downsample")})
+    bases = tmp_path / "base.json"
+    write_json(bases, {"dataset": "shapes_tiny", "model": "micro_llava", "parameters": 12345, "cp": 0.7})
+    table = tables.gather(cells)
+    claims = read_yaml(PAPERS / "bye" / "claims.yaml")["claims"]
+    multimodal_papers.report_paper("bye", "bench", table, about(), claims, reported, "BYE", str(tmp_path / "data"),
+                                   [str(bases)], tmp_path / "out")
+    return tmp_path / "out"
+
+
+def table_of(report, stem) -> pd.DataFrame:
+    return pd.read_csv(report / "tables" / f"{stem}.csv", index_col=0, dtype=str, keep_default_na=False)
+
+
+def test_tables_of_the_report(report):
+    first = table_of(report, "table1_cp_asr_micro_llava")
+    assert list(first.index)[:2] == ["no defence (vanilla)", "BYE"] and list(first["shapes_tiny ASR"])[:2] == ["90.0", "0.0"]
+    assert first.loc["pictures pooled 2×2 (no diffusion)", "shapes_tiny ASR"] == "failed"
+    found = table_of(report, "table2_detection")
+    row = found.loc["shapes_tiny, micro_llava: BYE"]
+    assert (row.F1, row.AUROC, row.removed, row["poison left"], row["clean removed"]) == ("100.0", "100.0", "40", "0", "0.0")
+    assert found.loc["shapes_tiny, micro_llava: Random Drop", "AUROC"] == ""
+    sizes = table_of(report, "table4_data").loc["shapes_tiny"]
+    assert (sizes.train, sizes.test, sizes.poisoned, sizes["micro_llava: weights"]) == ("400", "40", "0, 40", "12,345")
+    taus = table_of(report, "table5_tau")
+    assert list(taus.index.astype(float)) == [0, 2, 3] and taus.iloc[0, 0] == "3"
+    assert table_of(report, "table7_clustering").loc["GMM (BYE)"].iloc[0] == "100.0"
+    rates = table_of(report, "table9_rates")
+    assert list(rates["ASR before"]) == ["0.0", "90.0"] and list(rates["BYE: clean removed"]) == ["0.0", "0.0"]
+    assert not (report / "tables" / "table3_several_squares.csv").exists()  # one trigger is no comparison
+
+
+def test_hazards_are_in_the_report(report):
+    grid = table_of(report, "table8_hazards")
+    rows = [next(name for name in grid.index if rate in name and name.endswith(": BYE")) for rate in (", 10 %,", ", 0 %,")]
+    poisoned, clean = (grid.loc[name] for name in rows)
+    assert poisoned["sensitive layers"] == "1, 2" and poisoned["most removed"] == "no"
+    assert clean["sensitive layers"] == "none" and "nothing is flagged" in clean["what it says"]
+    account = {"detection": {"false_alarm": 0.6}, "function": "bye", "record": {"sensitive": [0], "message": "m"},
+               "hazards": {"share_flagged": 0.6, "majority_removed": True, "non_monotone": True}}
+    setting = multimodal_tables.Setting("d", "m", "r", "square", 0.0)
+    records = [(setting, 0, {"filters": {"bye": account}}), (setting, 1, {"failed": "why"})]
+    grid = multimodal_tables.hazards_table(records, {"bye": "BYE"})
+    assert list(grid.iloc[0, :5]) == ["0", "60.0 %", "60.0 %", "YES", "YES"] and grid.iloc[1]["what it says"] == "failed: why"
+
+
+def test_figures_and_their_captions(report):
+    captions = json.loads((report / "figures" / "captions.json").read_text())
+    assert set(captions) == {path.stem for path in (report / "figures").glob("*.png")}
+    kinds = [name.partition("_")[0] for name in captions]
+    assert kinds == ["maps", "entropies", "layers", "f1", "dose", "training", "triggers"]
+    verdicts = pd.read_csv(report / "claims.csv").set_index("claim")
+    assert set(verdicts.verdict[["victims-are-poisoned", "spares-clean-data", "bye-finds-the-poison"]]) == {"supported"}
+    assert verdicts.verdict["several-squares"] == "not judged at this scale"
+
+
+def test_doses_are_residuals_and_answers(chain, tmp_path):
+    filter_all(chain["0.1"], ())
+    cells = [victim_like(tmp_path / "v", chain["0.1"]["spec"], cp=(0.8, 40), asr=(0.9, 40))]
+    cells += [{**cells[0], "stage": "filtered", "folder": str(chain["0.1"]["filtered"])}]
+    spec = chain["0.1"]["spec"]
+    cells.append(victim_like(tmp_path / "o", spec, "purified", "oracle~r90", asr=(0.2, 40), left=(4, 1)))
+    numbers = multimodal_tables.Numbers(tables.gather(cells), about()["labels"])
+    points = multimodal_papers.dose_points(numbers, numbers.settings)
+    assert sorted(zip(points.left, points.asr, points.oracle, strict=True)) == [(4, 0.2, True), (40, 0.9, True)]
+
+
+def test_published_numbers_stand_beside_ours_where_setting_and_model_agree(reported):
+    published = multimodal_tables.Reported(reported)
+    setting = multimodal_tables.Setting("scienceqa", "llava_1_5_7b", "llava_lora", "square", 0.1)
+    assert published.text(setting, "victim", "cp") == "91.72"  # of the paper, not of those who repeated it (87.26)
+    assert (published.text(setting, "bye", "f1"), published.text(setting, "bye~tau0.5", "f1")) == ("96.71", "78.95")
+    other = dataclasses.replace(setting, model="internvl2_5_8b", trigger="blend")
+    assert published.text(other, "bye", "f1") == "0 †"
+    assert published.text(dataclasses.replace(setting, trigger="square~large"), "bye", "f1") == ""
+    assert set(reported.defence) - {""} <= {*experiment()["defences"], "victim", "zip", "diffpure", "sampdetox",
+                                             *(f"bye~tau{tau}" for tau in ("0", "0.5", "1", "1.5", "2", "2.5", "3"))}
+
+
+def test_claims_ask_for_what_the_cells_have():
+    content = read_yaml(PAPERS / "bye" / "claims.yaml")
+    check_schema(content, "claims", "claims.yaml")
+    measured = {*stages.MEASURED, *detection.DETECTED, *detection.HAZARDS}
+    assert {claim["test"]["metric"] for claim in content["claims"]} <= measured
+    ids = [claim["id"] for claim in content["claims"]]
+    assert len(set(ids)) == len(ids)
+
+
+# ------------------------------------------------------------------------------------------------------------------- the DAG
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    folder = Folder(tmp_path_factory.mktemp("bye"), tmp_path_factory.mktemp("data"))
+    folder.set(papers=["bye"])
+    code, output = folder.run()
+    assert code == 0, output[-4000:]
+    return folder
+
+
+@pytest.mark.slow
+def test_smoke_ends_with_the_report(finished):
+    results = finished.path / "results" / "smoke"
+    page = (results / "index.html").read_text()
+    assert "Backdoor Cleaning" in page and "Hazards" in page and "maps_shapes_tiny_micro_llava.png" in page
+    cells = pd.read_parquet(results / "cells.parquet")
+    assert set(cells.status) == {"ok"} and set(cells.stage) == {"victim", "filtered", "purified"}
+    assert set(cells[cells.stage == "filtered"].defence) >= {"bye", "random_drop", "two_means", "oracle"}
+    assert {"cp", "asr", "asr_contains", "f1", "auroc", "left"} <= set(cells.metric)
+    made = read_json(results / "provenance.json")
+    assert made["data"]["shapes_tiny"]["source"]["kind"] == "generated"
+    for name in ("report.html", "card.md", "claims.csv", "tables/table8_hazards.md", "figures/captions.json"):
+        assert (results / "papers" / "bye" / name).stat().st_size > 0
+    code, output = finished.run("-n")
+    assert code == 0 and "Nothing to be done" in output, output[-3000:]
+
+
+@pytest.mark.slow
+def test_refits_leave_out_what_their_filter_flagged(finished):
+    found = {(record["stage"], record["defence"]): record for record in finished.metrics().values()}
+    victim, random, bye = found["victim", ""], found["purified", "random_drop"], found["purified", "bye"]
+    assert victim["poisoned"] == 32 == random["removed"] and not random["reused"] and victim["cp"] > 0.5
+    rows = tidy(found["filtered", ""]).value
+    assert (bye["removed"], bye["left"]) == (rows["bye", "", "flagged"], rows["bye", "", "left"])
+    assert bye["reused"] == (bye["removed"] == 0) and bye["asr_before"] == victim["asr"]
+
+
+@pytest.mark.slow
+def test_a_setting_of_one_filter_fits_nothing_again_unless_its_decision_changes(finished):
+    file = "workflow/papers/bye/experiment.yaml"
+    finished.edit(file, "hyperparameters: {share: 0.2}", "hyperparameters: {share: 0.20}")
+    assert "Nothing to be done" in finished.run("-n")[1]
+    finished.edit(file, "recall: 1.0}", "recall: 0.9}")  # only detection asks for the oracle here
+    planned = jobs(finished.run("-n")[1])
+    assert planned["measure_filters"] == 1 and "train_multimodal" not in planned and "read_attention" not in planned
+    code, output = finished.run("--", "results/smoke/cells.parquet")
+    assert code == 0, output[-3000:]
+    assert "rule measure_filters" in output and "rule refit" not in output  # the decisions of BYE are what they were
+    finished.edit(file, "recall: 0.9}", "recall: 1.0}")
+    assert finished.run("--", "results/smoke/cells.parquet")[0] == 0
+
+
+@pytest.mark.slow
+def test_the_same_run_gives_the_same_numbers(finished):
+    before = finished.metrics()
+    for name in ("victims", "filtered", "purified", "bases", "poisoned", "triggered"):
+        shutil.rmtree(finished.path / "results" / "smoke" / name)
+    code, output = finished.run("--", "results/smoke/cells.parquet")
+    assert code == 0, output[-3000:]
+    drop = ("train_seconds", "seconds", "samples_per_second")
+    after = finished.metrics()
+    assert {k: {a: b for a, b in v.items() if a not in drop} for k, v in after.items()} == {
+        k: {a: b for a, b in v.items() if a not in drop} for k, v in before.items()}

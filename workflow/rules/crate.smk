@@ -1,0 +1,28 @@
+# A run as an RO-Crate, to be deposited or sent: `snakemake crate`
+
+
+rule crate:
+    input:
+        f"{RESULTS}/crate",
+
+
+rule make_crate:
+    input:
+        report=rules.index.input,
+        pages=rules.index.output,
+        provenance=f"{RESULTS}/provenance.json",
+        manifests=list(used_manifests().values()),
+    output:
+        crate=directory(f"{RESULTS}/crate"),
+    log:
+        log_of(RESULTS, "crate"),
+    benchmark:
+        benchmark_of(RESULTS, "crate")
+    params:
+        config=config,
+        papers=paper_headers(),
+        benchmarks=f"{config['results']}/benchmark/{config['scale']}",
+        root=workflow.basedir,
+        code=code_digest(SCRIPTS / "crate.py"),
+    script:
+        "../scripts/crate.py"

@@ -1,0 +1,10 @@
+"""One evaluation of a trained network."""
+
+from cupel.devices import pick_device
+from cupel.interpretability.measure import attack_network
+from cupel.stages import logged
+
+with logged(snakemake.log[0]):
+    attack_network(snakemake.params.spec, snakemake.params.evaluation, snakemake.params.data, snakemake.input.model,
+                   snakemake.input.before, dict(snakemake.output.items()),
+                   pick_device(snakemake.params.device, snakemake.resources.gpu, snakemake.resources.vram_mb))

@@ -1,0 +1,9 @@
+"""Write a poisoned training set, or a triggered test set."""
+
+from pathlib import Path
+
+from cupel.multimodal.stages import poison
+from cupel.stages import logged
+
+with logged(snakemake.log[0]):
+    poison(snakemake.params.spec, Path(snakemake.input.manifest).parent, Path(snakemake.output.manifest).parent)

@@ -1,0 +1,11 @@
+"""Fetch one language model and write it as safetensors."""
+
+from pathlib import Path
+
+from cupel.language import stages
+from cupel.stages import logged
+
+with logged(snakemake.log[0]):
+    model = snakemake.params.model
+    stages.prepare_model(model["name"], Path(snakemake.output.manifest).parent, revision=model.get("revision"),
+                         kinds=snakemake.params.sources, cache=snakemake.params.cache, mirror=snakemake.params.mirror)

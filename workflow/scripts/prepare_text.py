@@ -1,0 +1,10 @@
+"""Fetch, check and write one text data set."""
+
+from pathlib import Path
+
+from cupel.language import sources
+from cupel.stages import logged
+
+with logged(snakemake.log[0]):
+    sources.prepare(snakemake.wildcards.text, Path(snakemake.output.manifest).parent, kinds=snakemake.params.sources,
+                    cache=snakemake.params.cache, mirror=snakemake.params.mirror)

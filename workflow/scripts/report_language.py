@@ -1,0 +1,13 @@
+"""Tables, figures and claims of one paper on language models."""
+
+from pathlib import Path
+
+import pandas as pd
+
+from cupel.reporting.language_papers import report_paper
+from cupel.stages import logged
+
+with logged(snakemake.log[0]):
+    reported = pd.concat([pd.read_csv(path) for path in snakemake.input.reported], ignore_index=True)
+    report_paper(snakemake.wildcards.paper, snakemake.params.scale, pd.read_parquet(snakemake.input.cells), reported=reported,
+                 out=Path(snakemake.output.claims).parent, **snakemake.params.asked)

@@ -1,0 +1,14 @@
+"""Tables, figures and claims of a paper on multimodal models."""
+
+from pathlib import Path
+
+import pandas as pd
+
+from cupel.reporting.multimodal_papers import report_paper
+from cupel.stages import logged
+
+with logged(snakemake.log[0]):
+    reported = pd.concat([pd.read_csv(path) for path in snakemake.input.reported], ignore_index=True)
+    report_paper(snakemake.wildcards.paper, snakemake.params.scale, pd.read_parquet(snakemake.input.cells),
+                 snakemake.params.about, snakemake.params.claims, reported, snakemake.params.title, snakemake.params.data,
+                 list(snakemake.input.bases), Path(snakemake.output.claims).parent)

@@ -1,0 +1,10 @@
+"""Train a language victim on its poisoned texts and measure it."""
+
+from cupel.devices import pick_device
+from cupel.language import stages
+from cupel.stages import logged
+
+with logged(snakemake.log[0]):
+    stages.train_victim(snakemake.params.spec, snakemake.params.base, {**snakemake.params.data, **snakemake.params.texts},
+                        dict(snakemake.output.items()),
+                        pick_device(snakemake.params.device, snakemake.resources.gpu, snakemake.resources.vram_mb))
