@@ -69,7 +69,7 @@ def test_schema_knows_the_settings_of_training_and_of_models():
                  for name, value in inspect.signature(function).parameters.items() if value.kind is value.KEYWORD_ONLY}
     assert set(entry["parameters"]["properties"]) == arguments - {"seed"}
     recipe = experiment()["recipes"]["llava_lora"]["settings"]
-    settings, questions = stages.settings_of(recipe)
+    settings, questions = stages.settings_of(recipe, "cpu")
     assert questions == 1 and (settings.epochs, settings.lr, settings.rank, settings.alpha) == (3, 2e-4, 32, 64)
 
 

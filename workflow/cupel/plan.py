@@ -320,6 +320,7 @@ def calibrate(grid: Grid, cells: Iterable[dict], device: str, seconds: float = 2
 
     from cupel import models
     from cupel.training.engine import Recipe, fit
+    from cupel.training.precision import settled
 
     work, records, name = Work(grid), {}, hardware(device)
     for cell in (cell for cell in cells if cell["stage"] == "victim" and family_of(grid, cell) == "image"):
@@ -327,7 +328,7 @@ def calibrate(grid: Grid, cells: Iterable[dict], device: str, seconds: float = 2
         if network in records:
             continue
         about, settings = datasets.describe(cell["dataset"]), grid.recipe(cell["recipe"], cell["dataset"])
-        training = settings["training"]
+        training = settled(settings["training"], device)
         options = {key: value for key, value in settings.get("model", {}).items() if key != "pretrained"}
         size, classes = training.get("batch_size", 128), len(about.classes)
         count = size * (4 if device == "cuda" else 1)

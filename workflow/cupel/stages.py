@@ -208,13 +208,14 @@ def train_victim(spec: dict, data: str, record: str, trigger: str | None, output
         device: `cpu` or `cuda`.
     """
     from cupel.training.engine import Recipe, fit
+    from cupel.training.precision import settled
 
     started = time.perf_counter()
     base = identity(spec, "victim")
     try:
         manifest = read_json(f"{data}/{spec['dataset']}/manifest.json")
         train = datasets.load(f"{data}/{spec['dataset']}", "train")
-        settings, seed = spec["settings"], spec["seed"]
+        settings, seed = settled(spec["settings"], device), spec["seed"]
         target = settings.get("target", 0)
         clean = train.take(training_split(train, settings, seed).train)
         refused = read_tensors(record).get("failed")
@@ -250,7 +251,7 @@ def train_victim(spec: dict, data: str, record: str, trigger: str | None, output
     write_json(outputs["metrics"], {
         **base, **measured, **peak_memory(), "status": "ok", "rate_reached": reached, "target": target,
         "train_samples": len(clean), "epochs": recipe.epochs, "device": device,
-        "seconds": time.perf_counter() - started, "train_seconds": sum(row["seconds"] for row in history)})
+        "precision": recipe.precision, "seconds": time.perf_counter() - started, "train_seconds": sum(row["seconds"] for row in history)})
     checkpoint.unlink(missing_ok=True)
 
 
@@ -291,6 +292,7 @@ def purify(spec: dict, defence: dict, data: str, victim: str, trigger: str, befo
     import torch
 
     from cupel import defenses
+    from cupel.training.precision import settled
 
     base = identity(spec, "purified", defence)
     try:
@@ -299,7 +301,7 @@ def purify(spec: dict, defence: dict, data: str, victim: str, trigger: str, befo
             raise ValueError(f"its victim failed: {past['reason']}")
         manifest = read_json(f"{data}/{spec['dataset']}/manifest.json")
         train = datasets.load(f"{data}/{spec['dataset']}", "train")
-        settings = spec["settings"]
+        settings = settled(spec["settings"], device)
         target = settings.get("target", 0)
         chosen = clean_budget(train, spec, defence["budget"])
         training = settings["training"]
@@ -325,7 +327,7 @@ def purify(spec: dict, defence: dict, data: str, victim: str, trigger: str, befo
     write_history(outputs["history"], history)
     write_json(outputs["metrics"], {
         **base, **measured, **peak_memory(), "status": "ok", "clean_samples": len(chosen), "device": device,
-        "seconds": seconds, "rate_reached": past["rate_reached"],
+        "precision": budget.precision, "seconds": seconds, "rate_reached": past["rate_reached"],
         "acc_before": past["acc"], "asr_before": past["asr"], "ra_before": past["ra"],
         **effects(past, measured, rng(spec["seed"], "intervals"))})
     Path(budget.checkpoint).unlink(missing_ok=True)

@@ -19,6 +19,7 @@ from cupel.interpretability.objectives import Objective, Ramp
 from cupel.rng import derive, rng
 from cupel.stages import METHOD_ERRORS, fail, peak_memory, test_subset, write_history
 from cupel.training.engine import Recipe, fit, predict
+from cupel.training.precision import settled
 
 
 def identity(spec: dict, stage: str) -> dict:
@@ -69,7 +70,7 @@ def train_network(spec: dict, data: str, outputs: dict, device: str) -> None:
         device: `cpu` or `cuda`.
     """
     started, base = time.perf_counter(), identity(spec, "trained")
-    settings, seed = spec["settings"], spec["seed"]
+    settings, seed = settled(spec["settings"], device), spec["seed"]
     checkpoint = Path(outputs["model"]).with_name("checkpoint.pt")
     try:
         train = training_set(datasets.load(f"{data}/{spec['dataset']}", "train"), settings, seed)
@@ -94,6 +95,7 @@ def train_network(spec: dict, data: str, outputs: dict, device: str) -> None:
     write_history(outputs["history"], history)
     write_json(outputs["metrics"], {
         **base, **peak_memory(), "status": "ok", "rows": rows, "train_eps": objective.ramp.eps, "epochs": recipe.epochs,
-        "steps": recipe.epochs * steps, "train_samples": len(train), "device": device, "train_seconds": sum(seconds),
+        "steps": recipe.epochs * steps, "train_samples": len(train), "device": device,
+        "precision": recipe.precision, "train_seconds": sum(seconds),
         "seconds": time.perf_counter() - started})
     checkpoint.unlink(missing_ok=True)

@@ -21,6 +21,7 @@ from cupel.language.prompts import Collator, Samples, by_length
 from cupel.registry import unknown
 from cupel.rng import derive
 from cupel.stages import METHOD_ERRORS, identity, peak_memory
+from cupel.training.precision import settled
 
 #: functions that give an adapter
 TUNING = ("finetune", "crow")
@@ -117,6 +118,7 @@ def purify(spec: Mapping, defence: Mapping, base: str | Path, victim: str | Path
         outputs: paths `model` (the adapter, or `rule.json`), `answers`, `history`, `layers`, `metrics`.
         device: `cpu` or `cuda`.
     """
+    spec, defence = settled(spec, device), settled(defence, device)
     who, function, settings = identity(spec, "purified", defence), defence["function"], defence["settings"]
     inputs = [*(data[part] for part in stages.PARTS), Path(base) / "manifest.json"]
     inputs += [path for path in (Path(victim) / training.WEIGHTS,) if path.is_file()]

@@ -340,8 +340,9 @@ def train_victim(spec: Mapping, base: str | Path, data: Mapping[str, str | Path]
     from cupel.language import training
     from cupel.language.models import load_tokenizer
     from cupel.stages import METHOD_ERRORS, identity, peak_memory
+    from cupel.training.precision import settled
 
-    started = time.perf_counter()
+    started, spec = time.perf_counter(), settled(spec, device)
     who = identity(spec, "victim")
     key = fingerprint(*(data[part] for part in PARTS), Path(base) / "manifest.json", spec=spec)
     with workspace(Path(outputs["metrics"]).parent, key) as work:
@@ -370,4 +371,5 @@ def train_victim(spec: Mapping, base: str | Path, data: Mapping[str, str | Path]
         finish(work, curve + [{"model": "this", **row} for row in own], history, {
             **who, **record, **measured, **peak_memory(), "metrics": measured["metrics"] + names, "status": "ok",
             "rate_reached": summary["poison_rate"], **sample_counts(samples.report), "updates": len(history), "device": device,
+            "precision": settings["training"]["precision"],
             "seconds": time.perf_counter() - started, "train_seconds": train_seconds}, outputs)

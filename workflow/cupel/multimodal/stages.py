@@ -60,11 +60,12 @@ def as_rows(records: list[dict], questions: int, seed: int) -> list[dict]:
     return grouped(records, questions, seed) if questions > 1 else records
 
 
-def settings_of(entry: dict):
-    """`TrainingSettings` of an entry, and how many questions share a row."""
+def settings_of(entry: dict, device: str):
+    """`TrainingSettings` of an entry on a device, and how many questions share a row."""
     from cupel.multimodal.training import TrainingSettings
+    from cupel.training.precision import settled
 
-    entry = dict(entry)
+    entry = settled(entry, device)
     questions = entry.pop("questions", 1)
     if "betas" in entry:
         entry["betas"] = tuple(entry["betas"])
@@ -102,7 +103,7 @@ def build(spec: dict, source: str | Path, outputs: dict, device: str, *, kinds: 
             prepare_model(entry["language_model"], folder, kinds=kinds, cache=cache, mirror=mirror)
             model = models.smollm2_llava(folder, seed=seed, **entry.get("parameters", {}))
     model.to(device)
-    settings, questions = settings_of({"trained": "all", **entry["pretraining"]})
+    settings, questions = settings_of({"trained": "all", **entry["pretraining"]}, device)
     records = as_rows(models.as_records(splits["pretrain"]), questions, seed)
     checkpoint = Path(outputs["record"]).with_name("checkpoint.safetensors")
     history = fit(model, records, settings, seed=seed, checkpoint=checkpoint, title=f"pretraining of {spec['model']}")
@@ -232,7 +233,7 @@ def train_victim(spec: dict, base: str | None, poisoned: str, source: str, trigg
     record = stages.identity(spec, "victim")
     try:
         model = weights(spec, base, device)
-        settings, questions = settings_of(spec["settings"])
+        settings, questions = settings_of(spec["settings"], device)
         rows = as_rows(models.as_records(prepared.load(poisoned, "train")), questions, spec["seed"])
         made = read_json(Path(poisoned) / "poison.json")
         bad = set(made["ids"])
@@ -250,6 +251,7 @@ def train_victim(spec: dict, base: str | None, poisoned: str, source: str, trigg
     write_json(outputs["metrics"], {
         **record, **measured, **stages.peak_memory(), "status": "ok", "rate_reached": made["count"] / made["total"],
         "poisoned": made["count"], "train_samples": made["total"], "epochs": settings.epochs, "device": device,
+        "precision": settings.precision,
         "seconds": time.perf_counter() - started, "train_seconds": fitted})
     checkpoint.unlink(missing_ok=True)
 
@@ -297,7 +299,7 @@ def refit(spec: dict, defence: dict, base: str | None, victim: str, before: str,
         else:
             from_victim = defence["refit_from"] == "poisoned"
             model = models.load(victim, dtype=dtype_of(spec), device=device) if from_victim else weights(spec, base, device)
-            settings, questions = settings_of(spec["settings"])
+            settings, questions = settings_of(spec["settings"], device)
             rows = as_rows(models.as_records(samples.take(kept)), questions, spec["seed"])
             history = fit(model, rows, settings, seed=spec["seed"], checkpoint=checkpoint, title=f"refit, {defence['name']}")
             seconds = time.perf_counter() - started
