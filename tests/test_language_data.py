@@ -1026,8 +1026,12 @@ def test_layer_cosines_by_hand(model, tokenizer, asked):
     found = inconsistency.layer_cosines(model, ids, tokenizer.pad_token_id, batch_size=3)
     assert found.shape == (4, 4)
     for row, prompt in zip(found, ids, strict=True):
+        last = []  # transformers gives the last state after the final norm, and the loss compares the one before it
+        hook = model.model.layers[-1].register_forward_hook(lambda _, __, out, last=last: last.append(out))
         with torch.no_grad():
-            states = [s[0].double().numpy() for s in model(torch.tensor([prompt]), output_hidden_states=True).hidden_states]
+            states = model(torch.tensor([prompt]), output_hidden_states=True).hidden_states
+        hook.remove()
+        states = [s[0].double().numpy() for s in (*states[:-1], last[0])]
         for k, value in enumerate(row):
             a, b = states[k], states[k + 1]
             cosine = (a * b).sum(1) / (np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1))

@@ -238,6 +238,10 @@ def only(papers):
     return "|".join(papers) or "none"
 
 
+# chains of a few long jobs cannot fill two cores side by side; at demo scale each of their jobs takes both
+CHAIN_THREADS = 2 if config["scale"] == "demo" else 1
+
+
 def runtime_of(scale_minutes):
     """Minutes of a job at this scale, doubled with every attempt."""
 

@@ -91,6 +91,7 @@ rule train_language_victim:
     wildcard_constraints:
         dataset=only(LANGUAGE_TASKS),
     retries: 1
+    threads: CHAIN_THREADS
     resources:
         gpu=1,
         vram_mb=language_vram,
@@ -128,6 +129,7 @@ rule purify_language:
     wildcard_constraints:
         dataset=only(LANGUAGE_TASKS),
     retries: 1
+    threads: CHAIN_THREADS
     resources:
         gpu=1,
         vram_mb=language_vram,

@@ -43,6 +43,7 @@ rule build_model:
         benchmark_of(BASE, "build")
     wildcard_constraints:
         dataset=only(multimodal_names("datasets")),
+    threads: CHAIN_THREADS
     resources:
         gpu=1,
         vram_mb=24000,
@@ -122,6 +123,7 @@ rule train_multimodal:
     wildcard_constraints:
         dataset=only(multimodal_names("datasets")),
     retries: 1
+    threads: CHAIN_THREADS
     resources:
         gpu=1,
         vram_mb=40000,
@@ -153,6 +155,7 @@ rule read_attention:
     wildcard_constraints:
         dataset=only(multimodal_names("datasets")),
     retries: 1
+    threads: CHAIN_THREADS
     resources:
         gpu=1,
         vram_mb=40000,
@@ -215,6 +218,7 @@ rule refit:
         dataset=only(multimodal_names("datasets")),
         defence=only(multimodal_defences("filter")),
     retries: 1
+    threads: CHAIN_THREADS
     resources:
         gpu=1,
         vram_mb=40000,
@@ -248,6 +252,7 @@ rule purify_pictures:
         dataset=only(multimodal_names("datasets")),
         defence=only(multimodal_defences("pictures")),
     retries: 1
+    threads: CHAIN_THREADS
     resources:
         gpu=1,
         vram_mb=40000,

@@ -1,7 +1,7 @@
 """How far hidden states turn from layer to layer: the curves of Figure 1 and L_cons itself (crow SPEC 2.1, 9).
 
-With N blocks there are N pairs: pair l is (l, l + 1), where 0 is the embeddings, l the output of block l, and N that of
-the last block after the final norm, as transformers returns them.
+With N blocks there are N pairs: pair l is (l, l + 1), where 0 is the embeddings and l the output of block l, the last one
+before the final norm: the states that CROW's loss compares.
 """
 
 from collections.abc import Sequence
@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from cupel.language.consistency import pair_indices
+from cupel.language.layers import captured
 from cupel.language.prompts import by_length
 from cupel.rng import rng
 
@@ -35,8 +36,8 @@ def layer_cosines(model, prompts: Sequence[Sequence[int]], pad: int, *, batch_si
             ids[row, : len(prompts[k])] = torch.as_tensor(prompts[k])
             mask[row, : len(prompts[k])] = 1
         # one logit is enough: the head is not looked at
-        states = model(input_ids=ids.to(device), attention_mask=mask.to(device), output_hidden_states=True,
-                       use_cache=False, logits_to_keep=1).hidden_states
+        with captured(model) as states:
+            model(input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False, logits_to_keep=1)
         share = (mask / mask.sum(1, keepdim=True)).double()
         for number in range(len(states) - 1):
             cosine = F.cosine_similarity(states[number].float(), states[number + 1].float(), dim=-1).double().cpu()
