@@ -227,3 +227,9 @@ def test_budget_split_has_every_class():
 def test_predict_in_batches_equals_one_pass(victim):
     images, _ = data(50)
     assert np.allclose(predict(victim, images, batch_size=7), predict(victim, images), atol=1e-5)
+
+
+def test_predicting_leaves_a_network_that_can_be_trained():
+    model = models.build("preactresnet18", num_classes=4, image_size=16, width=8, stem_stride=2, seed=0)
+    predict(model, np.zeros((2, 16, 16, 3), np.uint8))
+    assert not any(p.is_inference() for p in model.parameters())

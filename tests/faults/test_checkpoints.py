@@ -19,7 +19,8 @@ from safetensors.torch import save, save_file
 
 from cupel import models
 from cupel.models import NotACheckpoint
-from cupel.training.engine import DamagedCheckpoint, Recipe, fit
+from cupel.training.engine import Recipe, fit
+from cupel.training.resume import DamagedCheckpoint
 from tests.faults.record import shorten, trial
 from tests.faults.runs import PURIFIED, VICTIM, copy, remove
 

@@ -1,8 +1,11 @@
 """Defences, one file each, with one interface: `purify(name, victim, budget, rng, **hyperparameters)`."""
 
+from dataclasses import fields, replace
+
 import numpy as np
 
 from cupel.defenses.base import Budget, defence
+from cupel.training.resume import Resume, fingerprint
 
 DEFENCES = defence
 
@@ -15,7 +18,7 @@ def purify(name: str, victim, budget: Budget, rng: np.random.Generator, **hyperp
     Args:
         name: registered name, e.g. `fst`.
         victim: `cupel.models.Classifier`; it is not changed.
-        budget: the defender's clean data.
+        budget: the defender's clean data; with a checkpoint, a killed run of the same arguments is continued.
         rng: the only source of randomness.
         hyperparameters: keyword arguments of the defence.
 
@@ -30,4 +33,12 @@ def purify(name: str, victim, budget: Budget, rng: np.random.Generator, **hyperp
     if unknown:
         raise ValueError(f"defence {name} has no hyperparameter {', '.join(sorted(unknown))}; "
                          f"it has {', '.join(sorted(function.__kwdefaults__ or {}))}")
+    if budget.checkpoint:
+        weights = victim.state_dict()
+        identity = {"defence": name, "hyperparameters": {**(function.__kwdefaults__ or {}), **hyperparameters},
+                    "victim": [*weights, fingerprint(weights.values())], "stream": rng.bit_generator.state,
+                    "data": fingerprint((budget.images, budget.labels)),
+                    **{field.name: str(getattr(budget, field.name)) for field in fields(budget)
+                       if field.name not in ("images", "labels", "checkpoint")}}
+        budget = replace(budget, checkpoint=Resume(budget.checkpoint, identity, budget.device))
     return function(victim, budget, rng, **hyperparameters)

@@ -65,7 +65,9 @@ def anp(victim, budget, rng, *, eps=0.4, steps=1, alpha=0.2, lr=0.01, momentum=0
     order, noise = torch_rng(seed, "batches"), torch_rng(seed, "noise")
     torch.manual_seed(derive(seed, "dropout"))
     losses = torch.zeros(2, device=images.device)
-    for _ in range(iterations):
+    work = budget.resume(mask=masked.mask, optimizer=optimizer, batches=order, noise=noise, losses=losses,
+                         dropout=torch.default_generator)
+    for _ in work.each(range(iterations), "iterations"):
         index = torch.randint(len(labels), (batch_size,), generator=order).to(images.device)
         x, y = augmented(images, index, budget, order), labels[index]
         start = (eps * (2 * torch.rand(2, masked.channels.total, generator=noise) - 1)).to(images.device)
@@ -76,7 +78,7 @@ def anp(victim, budget, rng, *, eps=0.4, steps=1, alpha=0.2, lr=0.01, momentum=0
         (alpha * natural + (1 - alpha) * robust).backward()
         optimizer.step()
         masked.clamp()
-        losses = torch.stack([natural, robust]).detach()
+        losses.copy_(torch.stack([natural, robust]).detach())
 
     masks = masked.masks()
     best = copy.deepcopy(victim).to(budget.device).eval()

@@ -52,7 +52,8 @@ def awn(victim, budget, rng, *, lr=0.01, gamma=0.9, epochs=20, trigger_norm=1000
     optimizer = torch.optim.SGD([masked.mask], lr)
     scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, gamma)
     history = []
-    for number in range(epochs):
+    work = budget.resume(mask=masked.mask, optimizer=optimizer, scheduler=scheduler, history=history)
+    for number in work.each(range(epochs), "epochs"):
         height, width, colours = budget.images.shape[1:]
         d = torch.zeros(1, colours, height, width, device=budget.device, requires_grad=True)
         for x, _ in batches(budget, batch_size, seed, 2 * number):

@@ -6,6 +6,7 @@ import numpy as np
 
 from cupel.registry import Registry
 from cupel.training.engine import Recipe
+from cupel.training.resume import Resume
 
 defence = Registry("defence", "cupel.defenses")
 
@@ -21,7 +22,7 @@ class Budget:
         crop, flip: the augmentation of the data set, which the papers assume known.
         device: where to compute.
         precision: `fp32` or `bf16`, for training passes.
-        checkpoint: file for long runs to continue from, or None.
+        checkpoint: file for long runs to continue from, or None. `purify` makes a `Resume` of it, which knows the run.
     """
 
     images: np.ndarray
@@ -31,7 +32,7 @@ class Budget:
     flip: bool = True
     device: str = "cpu"
     precision: str = "fp32"
-    checkpoint: str | None = None
+    checkpoint: str | Resume | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -52,6 +53,10 @@ class Budget:
                 held.append(members[: max(1, int(ratio * len(members)))])
         validation = np.sort(np.concatenate(held))
         return self.take(np.setdiff1d(np.arange(len(self)), validation)), self.take(validation)
+
+    def resume(self, **parts) -> Resume:
+        """What lets a killed run go on, holding `parts`; see `Resume`."""
+        return (self.checkpoint if isinstance(self.checkpoint, Resume) else Resume(None, {})).hold(**parts)
 
     def recipe(self, epochs: int, lr: float, **settings) -> Recipe:
         """A training recipe with this budget's augmentation and precision."""

@@ -115,18 +115,20 @@ def bti_dbf(victim, budget, rng, *, rounds=5, pretrain_epochs=50, mask_epochs=20
     """
     device, history = torch.device(budget.device), []
     # weights ask for gradients in the unlearning only, where `fit` turns them on
-    model = copy.deepcopy(victim).to(device).requires_grad_(False)
+    model = copy.deepcopy(victim).to(device).eval().requires_grad_(False)
     seed = int(rng.integers(2**62))
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(derive(seed, "generator"))
         generator = UNet(copy.deepcopy(model.normalize).cpu(), generator_width)
-        starts = torch.randn(rounds, model.head.in_features)
+        masks = nn.ModuleList(FeatureMask(start) for start in torch.randn(rounds, model.head.in_features))
+    found = {}
+    work = budget.resume(model=model, generator=generator, masks=masks, found=found)
 
     def run(name, trained, epochs, rate, objective):
         recipe = budget.recipe(epochs, rate, batch_size=batch_size, optimizer="adam", weight_decay=0.0,
                                schedule="constant")
         rows = fit(trained, budget.images, budget.labels, recipe, seed=int(rng.integers(2**62)), device=device,
-                   objective=objective, title=f"bti_dbf {name}")
+                   objective=objective, checkpoint=work, title=f"bti_dbf {name}")
         history.extend(stage(name, rows))
 
     def image_mse(x, generated):
@@ -145,11 +147,9 @@ def bti_dbf(victim, budget, rng, *, rounds=5, pretrain_epochs=50, mask_epochs=20
         return loss + torch.where(distance > 0.1, 100.0, 0.01) * distance, logits
 
     run("reproduce", generator, pretrain_epochs, generator_lr, reproduce)
-    detected = None
-    for number in range(rounds):
+    for feature_mask in masks:
         # in train mode, as released, but on a copy: the statistics of the network must not move here
         inverted = copy.deepcopy(model).train()
-        feature_mask = FeatureMask(starts[number])
 
         def decouple(module, x, y, inverted=inverted):
             with torch.no_grad():
@@ -157,7 +157,7 @@ def bti_dbf(victim, budget, rng, *, rounds=5, pretrain_epochs=50, mask_epochs=20
             return mask_loss(inverted.head, features, module(), y)
 
         run("decouple", feature_mask, mask_epochs, mask_lr, decouple)
-        mask = feature_mask().detach()
+        mask, detected = feature_mask().detach(), found.get("class")
 
         def invert(generator, x, y, mask=mask, detected=detected):
             model.eval()
@@ -170,10 +170,10 @@ def bti_dbf(victim, budget, rng, *, rounds=5, pretrain_epochs=50, mask_epochs=20
             return loss if detected is None else loss + F.cross_entropy(logits, torch.full_like(y, detected)), logits
 
         run("invert", generator, generator_epochs, generator_lr, invert)
-        if detected is None:
+        if not found:
             with torch.no_grad():
                 predicted = torch.cat([model(generator(x)).argmax(1) for x, _ in batches(budget, batch_size, seed, 0)])
-            detected = predicted.bincount(minlength=budget.classes).argmax().item()
+            found["class"] = predicted.bincount(minlength=budget.classes).argmax().item()
 
         def unlearn(network, x, y):
             # batches are shuffled, so the first images are random ones
@@ -186,4 +186,4 @@ def bti_dbf(victim, budget, rng, *, rounds=5, pretrain_epochs=50, mask_epochs=20
 
         run("unlearn", model, unlearn_epochs, lr, unlearn)
     model.requires_grad_(True)
-    return model, [{**row, "detected_class": detected} for row in history]
+    return model, [{**row, "detected_class": found.get("class")} for row in history]

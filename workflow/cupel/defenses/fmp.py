@@ -101,7 +101,8 @@ def fmp(victim, budget, rng, *, eps=1 / 255, samples=32, fraction=1 / 64, epochs
     coins = torch.randint(0, 2, z.shape, generator=torch_rng(seed, "start")).to(z)
     start = clamp_normalised(model, z + eps * (2 * coins - 1), clamp)
     history, doomed = [], {}
-    for name, convolution in convolutions.items():
+    work = budget.resume(doomed=doomed, history=history)
+    for name, convolution in work.each(convolutions.items(), "rank"):
         scores = channel_accuracies(model, convolution, z, start, y, eps=eps, clamp=clamp, precision=budget.precision)
         doomed[name] = scores.argsort(stable=True)[: int(len(scores) * fraction)]
         history.append({"stage": "rank", "layer": name, "channels": len(scores), "pruned": len(doomed[name]),

@@ -79,20 +79,21 @@ def i_bau(victim, budget, rng, *, rounds=5, iterations=5, lr=1e-4, delta_lr=10.0
         (slope,) = torch.autograd.grad(attack_loss(delta, first, first_labels), delta, create_graph=True)
         return delta - inner_step * slope
 
-    history = []
-    for number in range(rounds):
-        started, total = time.perf_counter(), 0.0
-        delta = torch.zeros_like(first[:1])
-        for x, _ in batches(budget, batch_size, seed, 1 + number):
+    history, delta, total = [], torch.zeros_like(first[:1]), torch.zeros((), dtype=torch.float64)
+    work = budget.resume(model=model, optimizer=optimizer, delta=delta, total=total, history=history)
+    for number in work.each(range(rounds), "rounds"):
+        started = time.perf_counter()
+        for x, _ in work.each(batches(budget, batch_size, seed, 1 + number), f"perturb {number}"):
             with torch.no_grad():
                 own = model(x).argmax(1)
-            delta.requires_grad_()
-            (slope,) = torch.autograd.grad(attack_loss(delta, x, own), delta)
-            delta = (delta - delta_lr * slope).detach()
+            probe = delta.clone().requires_grad_()
+            (slope,) = torch.autograd.grad(attack_loss(probe, x, own), probe)
+            delta -= delta_lr * slope
         draw = torch_rng(seed, "carriers", number)
-        for x, y in fixed:
+        orders = [torch.randperm(len(y), generator=draw) for _, y in fixed]
+        for (x, y), order in work.each(zip(fixed, orders, strict=True), f"unlearn {number}"):
             carriers = torch.zeros(len(y), 1, 1, 1)
-            carriers[torch.randperm(len(y), generator=draw)[: max(int(portion * len(y)), int(at_least_one))]] = 1
+            carriers[order[: max(int(portion * len(y)), int(at_least_one))]] = 1
             carriers = carriers.to(x.device)
 
             def outer(d, x=x, y=y, carriers=carriers):
@@ -103,7 +104,9 @@ def i_bau(victim, budget, rng, *, rounds=5, iterations=5, lr=1e-4, delta_lr=10.0
                 p.grad = gradient
             optimizer.step()
             total += loss.item() * len(y)
-        history.append({"epoch": number + 1, "loss": total / len(budget), "delta_norm": delta.norm().item(),
+        history.append({"epoch": number + 1, "loss": total.item() / len(budget), "delta_norm": delta.norm().item(),
                         "seconds": time.perf_counter() - started})
+        delta.zero_()
+        total.zero_()
     model.zero_grad(set_to_none=True)
     return model, history

@@ -213,6 +213,18 @@ class Refinement:
         """m and mi [N]."""
         return tuple(mask(self.a, self.s, self.settings.temperature) for mask in (forward_mask, inverse_mask))
 
+    def state_dict(self) -> dict:
+        return {"a": self.a.detach(), "s": self.s.detach(), "optimizer": self.optimizer.state_dict(), "best": self.best,
+                "waited": self.waited}
+
+    def load_state_dict(self, state: dict) -> None:
+        with torch.no_grad():
+            self.a.copy_(state["a"])
+            self.s.copy_(state["s"])
+        self.new_stage()
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.best, self.waited = state["best"], state["waited"]
+
     def new_stage(self) -> None:
         """A fresh optimiser; a and s carry over."""
         self.optimizer = torch.optim.AdamW([self.a, self.s], self.settings.lr_mask, weight_decay=0.01)
@@ -276,9 +288,11 @@ def _purify(kind, victim, budget: Budget, rng, settings: Settings):
     stages = (("I", settings.rounds_initial, settings.l1_weight), ("II", settings.rounds_minimise, 0.0),
               ("III", settings.rounds_minimise, settings.l1_weight))
     history = []
+    work = budget.resume(masks=state, order=generator, history=history)
     for stage, rounds, weight in stages:
-        state.new_stage()
-        for number in range(1, rounds + 1):
+        for number in work.each(range(1, rounds + 1), stage):
+            if number == 1:
+                state.new_stage()
             index = torch.randperm(len(images), generator=generator)[: settings.batch_size].to(images.device)
             x, y = to_pixels(images[index]), clean[index]
             row = {"stage": stage, "round": number}
@@ -304,6 +318,7 @@ def _purify(kind, victim, budget: Budget, rng, settings: Settings):
             row |= {"loss": sum(losses.values()), **losses, **state.shares()}
             history.append(row)
             if state.finished(row["loss"]):
+                work.end(stage)
                 break
     final = state.masks()[0].detach()
     masked.finish(final)

@@ -66,9 +66,11 @@ def nad(victim, budget, rng, *, betas=(500.0, 1000.0, 1000.0), p=2.0, teacher_ep
     """
     settings = {"batch_size": batch_size, "momentum": momentum, "weight_decay": weight_decay}
     teacher = copy.deepcopy(victim).to(budget.device)
+    work = budget.resume(teacher=teacher)
     history = stage("teacher", fit(teacher, budget.images, budget.labels,
                                    budget.recipe(teacher_epochs, lr, t_max=100, **settings),
-                                   seed=int(rng.integers(2**62)), device=budget.device, title="nad teacher"))
+                                   seed=int(rng.integers(2**62)), device=budget.device, checkpoint=work,
+                                   title="nad teacher"))
     model = copy.deepcopy(victim).to(budget.device)
     levels = dict(zip(reversed(model.stages), reversed(betas), strict=False))
 
@@ -82,5 +84,5 @@ def nad(victim, budget, rng, *, betas=(500.0, 1000.0, 1000.0), p=2.0, teacher_ep
     history += stage("distil", fit(model, budget.images, budget.labels,
                                    budget.recipe(epochs, lr, schedule="constant", **settings),
                                    seed=int(rng.integers(2**62)), device=budget.device, objective=objective,
-                                   checkpoint=budget.checkpoint, title="nad"))
+                                   checkpoint=work, title="nad"))
     return model, history

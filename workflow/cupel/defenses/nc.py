@@ -13,6 +13,7 @@ so the result is that of one search per class with the same batches.
 """
 
 import copy
+import math
 
 import numpy as np
 import torch
@@ -58,6 +59,13 @@ class Search:
         self.active = np.ones(classes, bool)
         self.mask = self.pattern = None
         self.up, self.patience, self.success, self.stop_patience = up, patience, success, stop_patience
+
+    def state_dict(self) -> dict:
+        return {key: torch.from_numpy(value) if isinstance(value, np.ndarray) else value for key, value in vars(self).items()}
+
+    def load_state_dict(self, state: dict) -> None:
+        for key, value in state.items():
+            setattr(self, key, value.cpu().numpy() if isinstance(getattr(self, key), np.ndarray) else value)
 
     def update(self, reached: np.ndarray, norm: np.ndarray, mask: Tensor, pattern: Tensor) -> None:
         """Take in one pass.
@@ -105,10 +113,14 @@ def search(model, budget, seed: int, *, epochs: int, lr: float, batch_size: int,
     v = torch.ones(budget.classes, channels, height, width, device=device, requires_grad=True)
     optimizer = torch.optim.Adam([u, v], lr, betas=(0.5, 0.9))
     found = Search(budget.classes, **rule)
-    for number in range(epochs):
+    steps = math.ceil(len(budget) / batch_size)
+    reached, norms = sums = torch.zeros(2, budget.classes, device=device)
+    work = budget.resume(u=u, v=v, optimizer=optimizer, found=found, sums=sums)
+    for number in work.each(range(epochs), "search"):
+        if not found.active.any():
+            break
         costs = torch.from_numpy(found.cost).to(device, torch.float32)
-        reached, norms, steps = *torch.zeros(2, budget.classes, device=device), 0
-        for x, _ in batches(budget, batch_size, seed, number):
+        for x, _ in work.each(batches(budget, batch_size, seed, number), f"pass {number}"):
             optimizer.zero_grad(set_to_none=True)
             for chunk in torch.from_numpy(np.flatnonzero(found.active)).to(device).split(together):
                 m, p = unit(u[chunk]), unit(v[chunk])
@@ -123,11 +135,9 @@ def search(model, budget, seed: int, *, epochs: int, lr: float, batch_size: int,
                 reached[chunk] += (logits.argmax(1) == targets).view(len(chunk), -1).float().mean(1)
                 norms[chunk] += norm.detach()
             optimizer.step()
-            steps += 1
         found.update((reached / steps).double().cpu().numpy(), (norms / steps).double().cpu().numpy(),
                      unit(u).detach(), unit(v).detach())
-        if not found.active.any():
-            break
+        sums.zero_()
     return found
 
 

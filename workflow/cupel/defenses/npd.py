@@ -94,10 +94,12 @@ def npd(victim, budget, rng, *, place="", warm_epochs=5, warm_lr=1e-4, epochs=50
                 + lambda_3 * not_this(adversarial, without(adversarial, y)) + lambda_4 * not_this(adversarial, towards))
         return loss, logits
 
+    work = budget.resume(model=model)
+
     def tune(name, recipe, loss):
         return stage(name, fit(model, budget.images, budget.labels, recipe, seed=int(rng.integers(2**62)),
                                device=budget.device, objective=loss, parameters=polarizer.parameters(),
-                               title=f"npd {name}"))
+                               checkpoint=work, title=f"npd {name}"))
 
     history = tune("warm-up", budget.recipe(warm_epochs, warm_lr, batch_size=batch_size, momentum=0.0,
                                             weight_decay=0.0, schedule="constant"), warm)

@@ -33,7 +33,11 @@ def unlearn(model, budget: Budget, seed: int, *, lr: float, momentum: float, wei
     torch.manual_seed(derive(seed, "dropout"))
     model.train()
     history = []
-    for number in range(epochs):
+    work = budget.resume(forgetful=model, optimizer=optimizer, scheduler=scheduler, forgotten=history,
+                         dropout=torch.default_generator)
+    for number in work.each(range(epochs), f"unlearn with {lr:g}"):
+        if history and history[-1]["acc"] <= threshold:
+            break
         total = torch.zeros(2, device=budget.device, dtype=torch.float64)
         for x, y in batches(budget, batch_size, seed, number):
             with autocast(budget.precision, x.device):
@@ -47,8 +51,6 @@ def unlearn(model, budget: Budget, seed: int, *, lr: float, momentum: float, wei
         if not math.isfinite(mean):
             raise Diverged(f"rnp, unlearning: the loss became {mean} in epoch {number + 1} (lr {lr:g})")
         history.append({"epoch": number + 1, "loss": mean, "acc": share, "lr": scheduler.get_last_lr()[0]})
-        if share <= threshold:
-            break
         scheduler.step()
     return history
 
@@ -76,7 +78,9 @@ def rnp(victim, budget, rng, *, unlearn_lr=0.001, unlearn_epochs=20, unlearn_thr
         ValueError: the network has no BatchNorm.
     """
     seed = int(rng.integers(2**62))
-    for attempt in range(ATTEMPTS):
+    diverged = []
+    budget.resume(diverged=diverged)
+    for attempt in range(len(diverged), ATTEMPTS):
         forgetful = copy.deepcopy(victim).to(budget.device, memory_format=torch.channels_last).requires_grad_(True)
         try:
             forgotten = unlearn(forgetful, budget, seed, lr=unlearn_lr / 10**attempt, momentum=momentum,
@@ -90,7 +94,8 @@ def rnp(victim, budget, rng, *, unlearn_lr=0.001, unlearn_epochs=20, unlearn_thr
                             checkpoint=budget.checkpoint, title="rnp recover")
             break
         except Diverged:
-            if attempt == ATTEMPTS - 1:
+            diverged.append(attempt)
+            if len(diverged) == ATTEMPTS:
                 raise
     history = stage("unlearn", forgotten) + stage("recover", recovered)
 

@@ -6,7 +6,6 @@ epoch's number, so a run continued from a checkpoint sees the very same batches,
 
 import contextlib
 import hashlib
-import json
 import sys
 import time
 from collections.abc import Callable, Iterable
@@ -20,20 +19,16 @@ from torch import nn
 from torch.optim import lr_scheduler
 from tqdm import tqdm
 
-from cupel.files import atomic
 from cupel.rng import derive, torch_rng
 from cupel.training.augment import Draws, augment, to_pixels
 from cupel.training.hook import Hook
+from cupel.training.resume import EVERY, Checkpoint, Resume
 
 Objective = Callable[[nn.Module, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 
 
 class Diverged(ArithmeticError):
     """The loss is no longer finite."""
-
-
-class DamagedCheckpoint(RuntimeError):
-    """A checkpoint claims to be of this run, and is not."""
 
 
 @dataclass(frozen=True)
@@ -132,47 +127,6 @@ def upload(images: np.ndarray, device: torch.device) -> torch.Tensor:
     return torch.from_numpy(np.array(images)).to(device)
 
 
-class Checkpoint:
-    """State after a whole epoch, in one file that is complete or absent.
-
-    Args:
-        path: of the file.
-        identity: JSON-able description of the run; a checkpoint of any other run is not continued.
-        every: least number of seconds between two saves.
-    """
-
-    def __init__(self, path: str | Path, identity: dict, every: float = 10.0):
-        self.path, self.every, self.saved = Path(path), every, time.monotonic()
-        self.identity = hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode()).hexdigest()
-
-    def save(self, state: dict, last: bool = False) -> None:
-        """Save if enough time has passed (the last epoch is the result, and is saved by the caller)."""
-        if last or time.monotonic() - self.saved < self.every:
-            return
-        with atomic(self.path) as temporary:
-            torch.save({"identity": self.identity, **state}, temporary)
-        self.saved = time.monotonic()
-
-    def load(self, device: torch.device) -> dict | None:
-        """The state of this run, or None."""
-        if not self.path.is_file():
-            return None
-        try:
-            state = torch.load(self.path, map_location=device, weights_only=True)
-            identity = state["identity"]
-        except Exception as error:
-            print(f"checkpoint {self.path} cannot be read ({type(error).__name__}): starting anew", file=sys.stderr)
-            return None
-        if identity != self.identity:
-            print(f"checkpoint {self.path} is of another run (settings changed): starting anew", file=sys.stderr)
-            return None
-        return state
-
-    def remove(self) -> None:
-        """Once the result is safe."""
-        self.path.unlink(missing_ok=True)
-
-
 class Progress:
     """One line per run on a terminal, a line now and then in a log."""
 
@@ -205,7 +159,7 @@ def fit(model: nn.Module, images: np.ndarray | torch.Tensor, labels: np.ndarray 
         seed: int, device: str | torch.device = "cpu", objective: Objective | None = None, step: Callable = descend,
         after_step: Callable[[nn.Module], None] | None = None, hook: Hook | None = None,
         groups: np.ndarray | None = None, parameters: Iterable[nn.Parameter] | None = None,
-        checkpoint: str | Path | None = None, checkpoint_seconds: float = 10.0, title: str = "train") -> list[dict]:
+        checkpoint: str | Path | Resume | None = None, checkpoint_seconds: float = EVERY, title: str = "train") -> list[dict]:
     """Train `model` in place.
 
     Args:
@@ -221,7 +175,8 @@ def fit(model: nn.Module, images: np.ndarray | torch.Tensor, labels: np.ndarray 
         hook: see `Hook`.
         groups: int64 [N], 1 for samples whose accuracy is kept apart in the history (poisoned ones), else 0.
         parameters: those to train; default all. The others keep their values, but the network stays in train mode.
-        checkpoint: file to continue from and to save to; removed by the caller when the result is safe.
+        checkpoint: file to continue from and to save to; removed by the caller when the result is safe. A `Resume`, of
+            which this training is a part, has its own time between two saves.
         checkpoint_seconds: least time between two saves.
         title: of the progress line.
 
@@ -252,21 +207,23 @@ def fit(model: nn.Module, images: np.ndarray | torch.Tensor, labels: np.ndarray 
     identity = {"recipe": asdict(recipe), "seed": seed, "title": title, "device": device.type, "samples": len(target),
                 "labels": hashlib.sha256(target.cpu().numpy().tobytes()).hexdigest(),
                 "pixels": int(data.sum(dtype=torch.int64))}
-    keeper = Checkpoint(checkpoint, identity, checkpoint_seconds) if checkpoint else None
+    if isinstance(checkpoint, Resume):
+        keeper = checkpoint.training(model, identity)
+    else:
+        keeper = Checkpoint(checkpoint, identity, checkpoint_seconds) if checkpoint else None
+    if keeper and keeper.finished is not None:
+        model.eval()
+        return keeper.finished
     history, begin = [], 0
     state = keeper.load(device) if keeper else None
     if state:
-        try:
+        with keeper.restoring():
             model.load_state_dict(state["model"])
             optimizer.load_state_dict(state["optimizer"])
             scheduler.load_state_dict(state["scheduler"])
             if hook:
                 hook.load_state_dict(state["hook"])
             history, begin = state["history"], state["epoch"]
-        except Exception as error:
-            keeper.remove()  # the network is half overwritten: what is there now cannot be trained from the start
-            raise DamagedCheckpoint(f"checkpoint {keeper.path} does not fit this run and was removed: run the same command "
-                                    f"again ({type(error).__name__}: {' '.join(str(error).split())[:200]})") from None
     elif hook:
         hook.start(model, data, target)
 
@@ -340,15 +297,16 @@ def fit(model: nn.Module, images: np.ndarray | torch.Tensor, labels: np.ndarray 
     return history
 
 
-@torch.inference_mode()
 def predict(model: nn.Module, images: np.ndarray, *, device: str | torch.device = "cpu", batch_size: int = 500,
             precision: str = "fp32") -> np.ndarray:
     """Logits float32 [N, K] of uint8 images [N, H, W, C], in eval mode."""
     device = torch.device(device)
+    # before inference mode, which would turn weights that change their layout into tensors that cannot be trained
     model.to(device, memory_format=torch.channels_last).eval()
     out = []
-    for start in range(0, len(images), batch_size):
-        x = to_pixels(upload(images[start : start + batch_size], device))
-        with autocast(precision, device):
-            out.append(model(x).float().cpu())
+    with torch.inference_mode():
+        for start in range(0, len(images), batch_size):
+            x = to_pixels(upload(images[start : start + batch_size], device))
+            with autocast(precision, device):
+                out.append(model(x).float().cpu())
     return torch.cat(out).numpy()
