@@ -43,7 +43,7 @@ def dataset(**settings):
 
 
 def tiny(seed=0):
-    return build_model("preactresnet18", num_classes=4, image_size=16, width=4, stem_stride=2, seed=seed)
+    return build_model("preactresnet18", num_classes=4, image_size=16, width=8, stem_stride=2, seed=seed)
 
 
 def pixels(batch, size=16, seed=0):

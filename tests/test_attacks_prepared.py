@@ -46,7 +46,7 @@ def toy():
 @pytest.fixture(scope="module")
 def clean(toy):
     """A network trained on the toy data."""
-    model = build_model("preactresnet18", num_classes=4, width=4, stem_stride=2, mean=[0.5] * 3, std=[0.2] * 3, seed=0)
+    model = build_model("preactresnet18", num_classes=4, width=8, stem_stride=2, mean=[0.5] * 3, std=[0.2] * 3, seed=0)
     fit(model, toy.images, toy.labels, Recipe(epochs=4, lr=0.05, batch_size=50, crop=0, flip=False), seed=0)
     assert (predict(model, toy.images).argmax(1) == toy.labels).mean() > 0.95
     return model

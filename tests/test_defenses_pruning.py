@@ -58,7 +58,7 @@ def synthetic(count, classes=4, size=16, seed=0):
 def tiny():
     """A small trained network and a budget of 40 images."""
     images, labels = synthetic(160)
-    model = build("preactresnet18", num_classes=4, image_size=16, width=4, stem_stride=2, mean=MEAN, std=STD, seed=0)
+    model = build("preactresnet18", num_classes=4, image_size=16, width=8, stem_stride=2, mean=MEAN, std=STD, seed=0)
     fit(model, images, labels, Recipe(epochs=3, lr=0.1, batch_size=32), seed=0)
     model.zero_grad()
     return model, Budget(images[:40], labels[:40], 4)
@@ -353,7 +353,7 @@ def test_anp_takes_the_largest_threshold_that_keeps_the_accuracy(tiny):
 
 
 def test_clp_lipschitz_against_numpy():
-    model = randomise_batchnorms(build("resnet18", num_classes=4, width=4, seed=0))
+    model = randomise_batchnorms(build("resnet18", num_classes=4, width=8, seed=0))
     pairs = clp_file.pairs(model)
     seen = {}
     for name, module in model.named_modules():
@@ -373,7 +373,7 @@ def test_clp_lipschitz_against_numpy():
 
 
 def test_clp_pairs_of_other_networks():
-    pairs = clp_file.pairs(build("preactresnet18", num_classes=4, width=4, seed=0))
+    pairs = clp_file.pairs(build("preactresnet18", num_classes=4, width=8, seed=0))
     assert pairs["extractor.layer1.0.bn1"] == "extractor.conv1"
     assert pairs["extractor.layer1.0.bn2"] == "extractor.layer1.0.conv1"
     assert pairs["extractor.layer2.1.bn1"] == "extractor.layer2.0.shortcut"

@@ -39,7 +39,7 @@ FEW = {
 
 
 def small(seed=0, **arguments):
-    return build("preactresnet18", **{"num_classes": 3, "width": 4, "stem_stride": 2, "image_size": 16, "seed": seed,
+    return build("preactresnet18", **{"num_classes": 3, "width": 8, "stem_stride": 2, "image_size": 16, "seed": seed,
                                       "mean": MEAN, "std": STD, **arguments})
 
 

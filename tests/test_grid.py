@@ -90,7 +90,7 @@ def test_impossible_rate_becomes_a_failed_victim(tmp_path, cifar10):
         "settings": {
             "train_size": 500,
             "test_size": 100,
-            "model": {"width": 4, "stem_stride": 2},
+            "model": {"width": 8, "stem_stride": 2},
             "training": {"epochs": 1, "lr": 0.1, "batch_size": 50},
         },
     }

@@ -13,7 +13,7 @@ from tests.conftest import REPOSITORY
 from tests.test_workflow import Folder, jobs
 
 CHIP = "a chip"
-NARROW = "preactresnet18/cifar10 stem_stride=2 width=4 fp32"
+NARROW = "preactresnet18/cifar10 stem_stride=2 width=8 fp32"
 
 
 def record(rule, method="", seconds=1.0, images=0.0, **more):
@@ -105,7 +105,7 @@ def test_every_defence_has_its_passes():
 
 
 def test_sizes_are_those_of_files(tmp_path):
-    model = models.build("preactresnet18", num_classes=10, width=4, stem_stride=2)
+    model = models.build("preactresnet18", num_classes=10, width=8, stem_stride=2)
     models.save(model, tmp_path / "model.safetensors")
     work = plan.Work(Grid(["fst"], "smoke"))
     cell = next(c for c in work.grid.cells("purified"))

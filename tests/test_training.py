@@ -21,7 +21,7 @@ def data(n=96, seed=0):
 
 
 def net(seed=0):
-    return models.build("preactresnet18", num_classes=4, image_size=16, width=4, stem_stride=2, seed=seed)
+    return models.build("preactresnet18", num_classes=4, image_size=16, width=8, stem_stride=2, seed=seed)
 
 
 def same(a, b):

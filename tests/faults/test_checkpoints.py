@@ -45,7 +45,7 @@ def mark(tmp_path, monkeypatch):
 
 
 def network():
-    return models.build("preactresnet18", num_classes=10, image_size=32, seed=0, width=4)
+    return models.build("preactresnet18", num_classes=10, image_size=32, seed=0, width=8)
 
 
 def header(content, data=b"", length=None):
@@ -209,7 +209,7 @@ RECIPE = Recipe(epochs=3, lr=0.05, batch_size=32, crop=2)
 
 def train(path=None, steps=None):
     """Weights after three epochs, or after the steps given, with what stands at `path` continued."""
-    model = models.build("preactresnet18", num_classes=10, image_size=16, seed=0, width=4)
+    model = models.build("preactresnet18", num_classes=10, image_size=16, seed=0, width=8)
     left = iter(range(steps)) if steps else None
 
     def stop(_):

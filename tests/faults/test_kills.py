@@ -179,7 +179,7 @@ TRAINING = textwrap.dedent("""
     torch.set_num_threads(1)
     draw = np.random.default_rng(0)
     images, labels = draw.integers(0, 256, (256, 16, 16, 3), np.uint8), draw.integers(0, 10, 256)
-    model = models.build("preactresnet18", num_classes=10, image_size=16, seed=0, width=4)
+    model = models.build("preactresnet18", num_classes=10, image_size=16, seed=0, width=8)
     epochs = 24
     def say(model, count=iter(range(10**9))):
         if next(count) % 4 == 3: print("epoch", flush=True)

@@ -60,7 +60,13 @@ def residual_stages(block: type, depths: tuple[int, ...], width: int) -> Ordered
     """Stages ``layer1`` ... of ``depths[i]`` blocks with ``width * 2**i`` channels; all but the first halve the map.
 
     ``block(inputs, channels, stride)`` gives ``block.expansion * channels`` channels.
+
+    Raises:
+        ValueError: fewer than 8 channels. The gradient of a 1x1 convolution of stride 2, channels last, writes past its
+            memory then on CPUs with AVX2 alone (torch 2.13).
     """
+    if width < 8:
+        raise ValueError(f"a residual network of width {width}: at least 8 channels are needed")
     stages, inputs = OrderedDict(), width
     for index, depth in enumerate(depths):
         channels = width * 2**index
