@@ -1,4 +1,5 @@
 # Configuration, checked before any job, and the input and parameter functions of the rules.
+import functools
 import os
 import re
 import sys
@@ -103,6 +104,7 @@ def clean_victim(wildcards):
     return VICTIM.format(**{**wildcards, "attack": "clean", "rate": "0"})
 
 
+@functools.cache
 def trigger_needs(name):
     """What an attack must be given beforehand: read from its file, nothing is imported."""
     import ast
@@ -204,11 +206,6 @@ def block_name(cell):
     return "_".join(["purify", *(re.sub(r"\W", "_", cell[key]) for key in keys)])
 
 
-def block_code(script, block):
-    """As `code`, for all cells of a block."""
-    return "+".join(sorted({code(script, defence=True)(Cell(**cell)) for cell in block}))
-
-
 def cell_folder(cell):
     return FOLDERS[cell["stage"]].format(**cell)
 
@@ -219,6 +216,11 @@ def cell_files(wildcards=None, paper=None, stage=None):
     files += [f"{cell['folder']}/metrics.json" for cell in family_cells(stage, paper)]
     files = list(dict.fromkeys(files))
     return [file for file in files if os.path.exists(file)] if config["report"]["allow_missing"] else files
+
+
+def all_cell_files():
+    """As `cell_files` of all, those of blocks with their rules."""
+    return [BLOCK_METRICS.get(file, file) for file in cell_files()]
 
 
 def family_cells(stage=None, paper=None):
