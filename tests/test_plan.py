@@ -30,7 +30,8 @@ def test_the_paper_grid_plans_in_seconds_and_counts_every_cell():
     lines = {line.rule: line for line in made.lines}
     # 288 cases of IMS and 2 attacks, 5 rates, 3 seeds of FST; LF needs a clean twin for each of 12 data sets and networks
     assert lines["train_victim"].jobs == lines["poison"].jobs == 288 + 30 + 12
-    assert lines["purify"].jobs == len(grid.cells("purified")) and "18,330" in text
+    assert lines["purify"].cells == len(grid.cells("purified")) and "18,330" in text
+    assert lines["purify"].jobs == 288 + 30
     assert lines["prepare_dataset"].jobs == 3 and lines["purify"].unknown_cells == 0
 
 

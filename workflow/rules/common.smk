@@ -1,5 +1,6 @@
 # Configuration, checked before any job, and the input and parameter functions of the rules.
 import functools
+import gc
 import os
 import re
 import sys
@@ -13,6 +14,9 @@ from snakemake.utils import validate
 from cupel.datasets import NAMES as DATASETS
 from cupel.grid import LIBRARY, SCHEMAS, ConfigError, Grid, check_schema, code_digest, read_yaml, typed
 from cupel.registry import unknown
+
+# planning makes millions of objects that stay, and the collector would walk through them again and again
+gc.set_threshold(200_000, 50, 1000)
 
 try:
     config.update(typed(config, read_yaml(SCHEMAS / "config.schema.yaml")))
@@ -219,7 +223,7 @@ def cell_files(wildcards=None, paper=None, stage=None):
 
 
 def all_cell_files():
-    """As `cell_files` of all, those of blocks with their rules."""
+    """`cell_files` of all papers; those of blocks know their rule, which Snakemake need not look for."""
     return [BLOCK_METRICS.get(file, file) for file in cell_files()]
 
 
