@@ -113,7 +113,7 @@ def test_sizes_are_those_of_files(tmp_path):
     assert work.of(cell).megabytes * 1e6 == pytest.approx((tmp_path / "model.safetensors").stat().st_size, rel=0.1)
     with_gpu = next(line for line in plan.make_plan(Grid(["fst"], "paper"), []).lines if line.rule == "purify")
     weights = sum(t.numel() for t in models.build("resnet18", num_classes=10).state_dict().values()) * 4 / 1e6
-    assert with_gpu.megabytes / with_gpu.jobs == pytest.approx(weights, rel=0.01)
+    assert with_gpu.megabytes / with_gpu.cells == pytest.approx(weights, rel=0.01)
 
 
 def test_records_of_a_run(tmp_path):
