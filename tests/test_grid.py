@@ -161,7 +161,14 @@ def test_blocks_hold_every_purified_cell_once():
     # what is asked for first is not moved by what is asked for besides
     alone = Grid(["fst"], "demo").blocks()
     assert {key: block for key, block in blocks.items() if key[0] == "fst"} == alone
-    assert not Grid(["fst", "ims"], "paper").blocks()
+
+
+def test_the_paper_scale_has_one_purifying_job_for_each_victim():
+    """Snakemake takes 6 ms to plan a job: as many jobs as cells would take two minutes before anything runs."""
+    grid = Grid(["fst", "ims"], "paper")
+    blocks = grid.blocks()
+    assert len(blocks) == 288 + 30
+    assert sum(map(len, blocks.values())) == len(grid.cells("purified")) == 18330
 
 
 def test_only_a_leak_sees_a_number_of_the_test_set():
@@ -178,3 +185,37 @@ def test_a_family_without_a_form_is_refused(tmp_path):
     (tmp_path / "odd" / "experiment.yaml").write_text("paper: odd\nfamily: audio\ntitle: Odd\nscales: {}\n")
     with pytest.raises(ConfigError, match=r"family: unknown family 'audio': known are image"):
         Grid(["odd"], "demo", folder=tmp_path)
+
+
+def test_a_killed_block_goes_on(tmp_path, monkeypatch):
+    """Finished cells of a killed job are taken over, and only those whose settings, code and inputs are the same."""
+    def purify(spec, defence, data, victim, trigger, before, outputs, device):
+        with open(tmp_path / "calls", "a") as file:
+            file.write(defence["name"])
+        if (tmp_path / "killed").exists() and defence["name"] == "b":
+            raise MemoryError
+        for path in outputs.values():
+            path.write_text(defence["name"])
+
+    def run(codes="xyz"):
+        (tmp_path / "calls").write_text("")
+        stages.purify_block({"dataset": "d"}, [{"name": name} for name in "abc"], list(codes), str(tmp_path), victim,
+                            victim, victim, outputs, "cpu", [str(tmp_path / f"{name}.log") for name in "abc"])
+
+    monkeypatch.setattr(stages, "purify", purify)
+    (tmp_path / "d").mkdir()
+    victim = tmp_path / "d" / "manifest.json"
+    victim.write_text("{}")
+    outputs = [{"model": str(tmp_path / name / "model"), "metrics": str(tmp_path / name / "metrics.json")} for name in "abc"]
+    (tmp_path / "killed").touch()
+    with pytest.raises(RuntimeError):
+        run()
+    assert (tmp_path / "calls").read_text() == "ab" and not (tmp_path / "a" / "metrics.json").exists()
+    with pytest.raises(RuntimeError):
+        run("Xyz")  # the code of the first has changed
+    assert (tmp_path / "calls").read_text() == "ab"
+    (tmp_path / "killed").unlink()
+    run("Xyz")
+    assert (tmp_path / "calls").read_text() == "bc"
+    assert all((tmp_path / name / "metrics.json").read_text() == name for name in "abc")
+    assert not list(tmp_path.glob("*/work"))

@@ -30,7 +30,8 @@ def test_the_paper_grid_plans_in_seconds_and_counts_every_cell():
     lines = {line.rule: line for line in made.lines}
     # 288 cases of IMS and 2 attacks, 5 rates, 3 seeds of FST; LF needs a clean twin for each of 12 data sets and networks
     assert lines["train_victim"].jobs == lines["poison"].jobs == 288 + 30 + 12
-    assert lines["purify"].jobs == len(grid.cells("purified")) and "18,330" in text
+    assert lines["purify"].cells == len(grid.cells("purified")) and "18,330" in text
+    assert lines["purify"].jobs == 288 + 30
     assert lines["prepare_dataset"].jobs == 3 and lines["purify"].unknown_cells == 0
 
 
@@ -112,7 +113,7 @@ def test_sizes_are_those_of_files(tmp_path):
     assert work.of(cell).megabytes * 1e6 == pytest.approx((tmp_path / "model.safetensors").stat().st_size, rel=0.1)
     with_gpu = next(line for line in plan.make_plan(Grid(["fst"], "paper"), []).lines if line.rule == "purify")
     weights = sum(t.numel() for t in models.build("resnet18", num_classes=10).state_dict().values()) * 4 / 1e6
-    assert with_gpu.megabytes / with_gpu.jobs == pytest.approx(weights, rel=0.01)
+    assert with_gpu.megabytes / with_gpu.cells == pytest.approx(weights, rel=0.01)
 
 
 def test_records_of_a_run(tmp_path):

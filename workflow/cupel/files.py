@@ -11,7 +11,7 @@ import tarfile
 import tempfile
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -167,3 +167,15 @@ def extract(archive: str | Path, member: str, destination: str | Path, limit: in
     except (zipfile.BadZipFile, tarfile.TarError, zlib.error, lzma.LZMAError, EOFError, RuntimeError) as error:
         raise ValueError(f"{archive}: damaged, encrypted or no archive: {type(error).__name__}: {error}") from None
     return Path(destination)
+
+
+@contextlib.contextmanager
+def workspace(folder: Path, identity: Mapping) -> Iterator[Path]:
+    """A folder that a killed job leaves to the next one with the same identity; it goes when the job is done."""
+    work, marked = folder / "work", folder / "work" / "identity.json"
+    key = {"sha256": hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()}
+    if not (marked.is_file() and read_json(marked) == key):
+        shutil.rmtree(work, ignore_errors=True)
+        write_json(marked, key)
+    yield work
+    shutil.rmtree(work)

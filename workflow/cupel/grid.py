@@ -126,6 +126,8 @@ class Grid:
     """
 
     SECTIONS = ("recipes", "attacks", "defences", "budgets")
+    #: what tells one cell from another
+    IDENTITY = ("stage", "dataset", "model", "recipe", "attack", "rate", "seed", "defence", "budget")
 
     def __init__(self, papers: Iterable[str], scale: str, seeds: list[int] | None = None,
                  plugins: Iterable[str] = (), folder: str | Path = PAPERS):
@@ -167,6 +169,7 @@ class Grid:
             self.signatures[kind] = {name: (path, parameters[name]) for path in files for name in signatures(kind, [path])}
         self._check_functions()
         self.plans = {paper: self._plan(paper, seeds) for paper in self.papers}
+        self._cells: dict[tuple, list[dict]] = {}
 
     def _check_functions(self) -> None:
         common = {"attack": {"smaller"}, "defence": set()}
@@ -235,13 +238,13 @@ class Grid:
 
     def cells(self, stage: str | None = None, paper: str | None = None) -> list[dict]:
         """Cells of the chosen papers, each once although two papers may ask for it."""
-        seen, cells = set(), []
-        for cell in (cell for key in self.papers if paper in (None, key) for cell in self.plans[key]):
-            identity = tuple(sorted((k, v) for k, v in cell.items() if k != "paper"))
-            if identity not in seen and stage in (None, cell["stage"]):
-                seen.add(identity)
-                cells.append(cell)
-        return cells
+        if (stage, paper) not in self._cells:  # the workflow asks a hundred times
+            found = {}
+            for cell in (cell for key in self.papers if paper in (None, key) for cell in self.plans[key]):
+                if stage in (None, cell["stage"]):
+                    found.setdefault(tuple(cell.get(key) for key in self.IDENTITY), cell)
+            self._cells[stage, paper] = list(found.values())
+        return list(self._cells[stage, paper])
 
     def blocks(self) -> dict[tuple, list[dict]]:
         """Purified cells that one job does together: those of a victim, where the scale says `jobs: victim`.

@@ -9,11 +9,12 @@ import contextlib
 import csv
 import io
 import json
+import os
 import platform
 import resource
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +23,7 @@ from cupel import datasets, models
 from cupel.attacks import Attack, PoisonRecord, build
 from cupel.datasets import Dataset, splits
 from cupel.evaluation.metrics import effects, rates
-from cupel.files import atomic, read_json, write_json, write_text
+from cupel.files import atomic, digest, read_json, workspace, write_json, write_text
 from cupel.rng import derive, rng
 
 #: errors of a method or of its settings; anything else (no memory, no disk) is the machine's and is raised for a retry
@@ -331,3 +332,31 @@ def purify(spec: dict, defence: dict, data: str, victim: str, trigger: str, befo
         "acc_before": past["acc"], "asr_before": past["asr"], "ra_before": past["ra"],
         **effects(past, measured, rng(spec["seed"], "intervals"))})
     Path(budget.checkpoint).unlink(missing_ok=True)
+
+
+def purify_block(spec: dict, defences: Sequence[dict], codes: Sequence[str], data: str, victim: str, trigger: str,
+                 before: str, outputs: Sequence[dict], device: str, logs: Sequence[str]) -> None:
+    """Run many defences on one victim, as `purify` does, each in a process of its own.
+
+    Snakemake deletes the outputs of a job that was killed. So cells are made in folders `work` beside their outputs and put
+    in their place when all are there; until then the next job takes over those that are finished, each by itself.
+
+    Args:
+        spec, data, victim, trigger, before, device: see `purify`.
+        defences, codes, outputs, logs: one for each cell; `codes` are digests of the code that makes it.
+
+    Raises:
+        RuntimeError: a child failed; its log has the traceback.
+    """
+    inputs = [digest(path) for path in (victim, trigger, before, f"{data}/{spec['dataset']}/manifest.json")]
+    with contextlib.ExitStack() as stack:
+        made = []
+        for defence, code, paths, log in zip(defences, codes, outputs, logs, strict=True):
+            key = {"spec": spec, "defence": defence, "code": code, "inputs": inputs, "device": device}
+            work = stack.enter_context(workspace(Path(paths["metrics"]).parent, key))
+            made.append({name: work / Path(path).name for name, path in paths.items()})
+            if not made[-1]["metrics"].is_file():  # it is written last
+                separately(purify, spec, defence, data, victim, trigger, before, made[-1], device, log=log)
+        for work, paths in zip(made, outputs, strict=True):
+            for name, path in paths.items():
+                os.replace(work[name], path)

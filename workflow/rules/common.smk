@@ -1,4 +1,6 @@
 # Configuration, checked before any job, and the input and parameter functions of the rules.
+import functools
+import gc
 import os
 import re
 import sys
@@ -12,6 +14,9 @@ from snakemake.utils import validate
 from cupel.datasets import NAMES as DATASETS
 from cupel.grid import LIBRARY, SCHEMAS, ConfigError, Grid, check_schema, code_digest, read_yaml, typed
 from cupel.registry import unknown
+
+# planning makes millions of objects that stay, and the collector would walk through them again and again
+gc.set_threshold(200_000, 50, 1000)
 
 try:
     config.update(typed(config, read_yaml(SCHEMAS / "config.schema.yaml")))
@@ -103,6 +108,7 @@ def clean_victim(wildcards):
     return VICTIM.format(**{**wildcards, "attack": "clean", "rate": "0"})
 
 
+@functools.cache
 def trigger_needs(name):
     """What an attack must be given beforehand: read from its file, nothing is imported."""
     import ast
@@ -204,11 +210,6 @@ def block_name(cell):
     return "_".join(["purify", *(re.sub(r"\W", "_", cell[key]) for key in keys)])
 
 
-def block_code(script, block):
-    """As `code`, for all cells of a block."""
-    return "+".join(sorted({code(script, defence=True)(Cell(**cell)) for cell in block}))
-
-
 def cell_folder(cell):
     return FOLDERS[cell["stage"]].format(**cell)
 
@@ -219,6 +220,11 @@ def cell_files(wildcards=None, paper=None, stage=None):
     files += [f"{cell['folder']}/metrics.json" for cell in family_cells(stage, paper)]
     files = list(dict.fromkeys(files))
     return [file for file in files if os.path.exists(file)] if config["report"]["allow_missing"] else files
+
+
+def all_cell_files():
+    """`cell_files` of all papers; those of blocks know their rule, which Snakemake need not look for."""
+    return [BLOCK_METRICS.get(file, file) for file in cell_files()]
 
 
 def family_cells(stage=None, paper=None):

@@ -109,8 +109,11 @@ rule purify:
         "../scripts/purify.py"
 
 
-# where a cell takes seconds, one job does all defences of a victim (`jobs: victim` in experiment.yaml): to start Python
-# and torch for each of them would cost as much again. These rules have no wildcards, so Snakemake prefers them.
+# where the scale says `jobs: victim`, one job does all defences of a victim, see docs/extending.md. These rules have no
+# wildcards, so Snakemake prefers them. `gather_cells` takes their outputs as files that know their rule: to look for the
+# rule of each of 18,000 files takes half a minute.
+BLOCK_METRICS = {}
+
 for block in GRID.blocks().values():
 
     rule:
@@ -122,9 +125,9 @@ for block in GRID.blocks().values():
             trigger=f"{VICTIM}/trigger.npz".format(**block[0]),
             before=f"{VICTIM}/metrics.json".format(**block[0]),
         output:
-            model=[f"{cell_folder(cell)}/model.safetensors" for cell in block],
-            history=[f"{cell_folder(cell)}/history.csv" for cell in block],
             metrics=[f"{cell_folder(cell)}/metrics.json" for cell in block],
+            history=[f"{cell_folder(cell)}/history.csv" for cell in block],
+            model=[f"{cell_folder(cell)}/model.safetensors" for cell in block],
         log:
             [log_of(cell_folder(cell), "purify") for cell in block],
         benchmark:
@@ -141,6 +144,8 @@ for block in GRID.blocks().values():
             data=data_folder,
             device=config["device"],
             plugins=config["plugins"],
-            code=block_code("purify_victim.py", block),
+            code=[code("purify_victim.py", defence=True)(Cell(**cell)) for cell in block],
         script:
             "../scripts/purify_victim.py"
+
+    BLOCK_METRICS |= {str(file): file for file in workflow.get_rule(block_name(block[0])).output.metrics}

@@ -5,7 +5,7 @@ PAPER = f"{RESULTS}/papers/{{paper}}"
 
 rule gather_cells:
     input:
-        cell_files,
+        all_cell_files(),
     output:
         cells=f"{RESULTS}/cells.parquet",
     log:

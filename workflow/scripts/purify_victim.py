@@ -5,8 +5,8 @@ from cupel.devices import pick_device
 from cupel.registry import load_plugins
 
 load_plugins(snakemake.params.plugins)
-device = pick_device(snakemake.params.device, snakemake.resources.gpu, snakemake.resources.vram_mb)
-for k, defence in enumerate(snakemake.params.defences):
-    outputs = {name: snakemake.output[name][k] for name in ("model", "history", "metrics")}
-    stages.separately(stages.purify, snakemake.params.spec, defence, snakemake.params.data, snakemake.input.victim,
-                      snakemake.input.trigger, snakemake.input.before, outputs, device, log=snakemake.log[k])
+names = ("model", "history", "metrics")
+outputs = [dict(zip(names, paths, strict=True)) for paths in zip(*(snakemake.output[name] for name in names), strict=True)]
+stages.purify_block(snakemake.params.spec, snakemake.params.defences, snakemake.params.code, snakemake.params.data,
+                    snakemake.input.victim, snakemake.input.trigger, snakemake.input.before, outputs,
+                    pick_device(snakemake.params.device, snakemake.resources.gpu, snakemake.resources.vram_mb), snakemake.log)

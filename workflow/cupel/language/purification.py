@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 
-from cupel.files import read_json, write_json
+from cupel.files import read_json, workspace, write_json
 from cupel.language import cleangen, pruning, quantization, sources, stages, training
 from cupel.language.consistency import Consistency
 from cupel.language.models import load_tokenizer
@@ -123,7 +123,7 @@ def purify(spec: Mapping, defence: Mapping, base: str | Path, victim: str | Path
     inputs = [*(data[part] for part in stages.PARTS), Path(base) / "manifest.json"]
     inputs += [path for path in (Path(victim) / training.WEIGHTS,) if path.is_file()]
     key = stages.fingerprint(*inputs, spec=spec, defence=defence)
-    with stages.workspace(Path(outputs["metrics"]).parent, key) as work:
+    with workspace(Path(outputs["metrics"]).parent, key) as work:
         try:
             past = read_json(before)
             if past["status"] != "ok":

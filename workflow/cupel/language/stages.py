@@ -9,16 +9,15 @@ Answers and scores are those of merged weights: an adapter is added to the base 
 precision of the evaluation. The defences are in `purification`.
 """
 
-import contextlib
 import hashlib
 import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from cupel.files import read_json, write_json
+from cupel.files import read_json, workspace, write_json
 from cupel.grid import code_digest
 from cupel.language import poison, sources
 from cupel.language.grid import RELEASED, triggered_items
@@ -97,18 +96,6 @@ def compose(spec: Mapping, data: Mapping[str, str | Path], outputs: Mapping[str,
     for part in PARTS:
         sources.write_records(outputs[part], found[part])
     write_json(outputs["summary"], summary)
-
-
-@contextlib.contextmanager
-def workspace(folder: Path, identity: Mapping) -> Iterator[Path]:
-    """A folder that a killed job leaves to the next one with the same identity; it goes when the job is done."""
-    work, marked = folder / "work", folder / "work" / "identity.json"
-    key = {"sha256": hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()}
-    if not (marked.is_file() and read_json(marked) == key):
-        shutil.rmtree(work, ignore_errors=True)
-        write_json(marked, key)
-    yield work
-    shutil.rmtree(work)
 
 
 def _publish(source: Path, destination: str | Path) -> None:
