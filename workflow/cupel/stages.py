@@ -251,8 +251,8 @@ def train_victim(spec: dict, data: str, record: str, trigger: str | None, output
     write_history(outputs["history"], history)
     write_json(outputs["metrics"], {
         **base, **measured, **peak_memory(), "status": "ok", "rate_reached": reached, "target": target,
-        "train_samples": len(clean), "epochs": recipe.epochs, "device": device,
-        "precision": recipe.precision, "seconds": time.perf_counter() - started, "train_seconds": sum(row["seconds"] for row in history)})
+        "train_samples": len(clean), "epochs": recipe.epochs, "device": device, "precision": recipe.precision,
+        "seconds": time.perf_counter() - started, "train_seconds": sum(row["seconds"] for row in history)})
     checkpoint.unlink(missing_ok=True)
 
 
@@ -335,7 +335,7 @@ def purify(spec: dict, defence: dict, data: str, victim: str, trigger: str, befo
 
 
 def purify_block(spec: dict, defences: Sequence[dict], codes: Sequence[str], data: str, victim: str, trigger: str,
-                 before: str, outputs: Sequence[dict], device: str, logs: Sequence[str]) -> None:
+                 before: str, outputs: Sequence[dict], device: str, log: str) -> None:
     """Run many defences on one victim, as `purify` does, each in a process of its own.
 
     Snakemake deletes the outputs of a job that was killed. So cells are made in folders `work` beside their outputs and put
@@ -343,15 +343,16 @@ def purify_block(spec: dict, defences: Sequence[dict], codes: Sequence[str], dat
 
     Args:
         spec, data, victim, trigger, before, device: see `purify`.
-        defences, codes, outputs, logs: one for each cell; `codes` are digests of the code that makes it.
+        defences, codes, outputs: one for each cell; `codes` are digests of the code that makes it.
+        log: of all cells, one after the other.
 
     Raises:
-        RuntimeError: a child failed; its log has the traceback.
+        RuntimeError: a child failed; the log has the traceback.
     """
     inputs = [digest(path) for path in (victim, trigger, before, f"{data}/{spec['dataset']}/manifest.json")]
     with contextlib.ExitStack() as stack:
         made = []
-        for defence, code, paths, log in zip(defences, codes, outputs, logs, strict=True):
+        for defence, code, paths in zip(defences, codes, outputs, strict=True):
             key = {"spec": spec, "defence": defence, "code": code, "inputs": inputs, "device": device}
             work = stack.enter_context(workspace(Path(paths["metrics"]).parent, key))
             made.append({name: work / Path(path).name for name, path in paths.items()})

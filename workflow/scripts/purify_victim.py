@@ -1,12 +1,15 @@
 """Run all defences of a block on one victim, each in a process of its own, and measure the results."""
 
+from pathlib import Path
+
 from cupel import stages
 from cupel.devices import pick_device
 from cupel.registry import load_plugins
 
 load_plugins(snakemake.params.plugins)
-names = ("model", "history", "metrics")
-outputs = [dict(zip(names, paths, strict=True)) for paths in zip(*(snakemake.output[name] for name in names), strict=True)]
+outputs = [{"model": model, "history": Path(model).with_name("history.csv"), "metrics": metrics}
+           for model, metrics in zip(snakemake.output.model, snakemake.output.metrics, strict=True)]
 stages.purify_block(snakemake.params.spec, snakemake.params.defences, snakemake.params.code, snakemake.params.data,
                     snakemake.input.victim, snakemake.input.trigger, snakemake.input.before, outputs,
-                    pick_device(snakemake.params.device, snakemake.resources.gpu, snakemake.resources.vram_mb), snakemake.log)
+                    pick_device(snakemake.params.device, snakemake.resources.gpu, snakemake.resources.vram_mb),
+                    snakemake.log[0])
