@@ -1,4 +1,4 @@
-"""Images per second of victim training and of testing: the engine against a plain PyTorch loop, in one run.
+"""Images per second of victim training and of testing: the engine in fp32 and bf16 against a plain PyTorch loop, in one run.
 
     python benchmarks/training.py [--width 64] [--steps 12] [--threads 2] [--device cpu]
 
@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 from cupel import datasets, models
 from cupel.compat import ensure_torchvision
 from cupel.training.engine import Recipe, fit, predict
+from cupel.training.precision import settled
 
 BATCH = 128
 
@@ -92,22 +93,29 @@ def main() -> None:
     def network():
         return models.build("preactresnet18", num_classes=10, width=options.width, seed=0).to(options.device)
 
-    ours, plain = network(), network()
-    recipe = Recipe(epochs=1, lr=0.01, precision="bf16", compile=options.compile)
+    def training(precision, model):
+        recipe = Recipe(epochs=1, lr=0.01, precision=precision, compile=options.compile)
+        return lambda: fit(model, images, labels, recipe, seed=0, device=options.device)
+
+    def testing(precision, model):
+        return lambda: predict(model, images, device=options.device, precision=precision)
+
     runs = {
-        "training": (lambda: fit(ours, images, labels, recipe, seed=0, device=options.device),
-                     lambda: plain_training(plain, loaders[0], options.device)),
-        "testing": (lambda: predict(ours, images, device=options.device, precision="bf16"),
-                    lambda: plain_testing(plain, loaders[1], options.device)),
+        "training": {"plain loop": lambda model=network(): plain_training(model, loaders[0], options.device),
+                     **{f"engine, {precision}": training(precision, network()) for precision in ("fp32", "bf16")}},
+        "testing": {"plain loop": lambda model=network(): plain_testing(model, loaders[1], options.device),
+                    **{f"engine, {precision}": testing(precision, network()) for precision in ("fp32", "bf16")}},
     }
     print(f"PreActResNet-18, width {options.width}, batch {BATCH}, {options.device}, {options.threads} threads, "
-          f"torch {torch.__version__}, median of {options.rounds} alternating rounds of {count} images")
-    for name, pair in runs.items():
-        for function in pair:
+          f"torch {torch.__version__}, median of {options.rounds} alternating rounds of {count} images; "
+          f"precision auto would be {settled({'precision': 'auto'}, options.device)['precision']}")
+    for name, rivals in runs.items():
+        for function in rivals.values():
             function()
-        seconds = [[timed(function, options.device) for function in pair] for _ in range(options.rounds)]
-        rate = [count / statistics.median(column) for column in zip(*seconds, strict=True)]
-        print(f"{name}: engine {rate[0]:,.0f} images/s, plain loop {rate[1]:,.0f}, ratio {rate[0] / rate[1]:.1f}")
+        seconds = [[timed(function, options.device) for function in rivals.values()] for _ in range(options.rounds)]
+        rates = [count / statistics.median(column) for column in zip(*seconds, strict=True)]
+        for rival, rate in zip(rivals, rates, strict=True):
+            print(f"{name}: {rival} {rate:,.0f} images/s, ratio {rate / rates[0]:.1f}")
 
 
 if __name__ == "__main__":
