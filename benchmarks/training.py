@@ -100,10 +100,11 @@ def main() -> None:
     def testing(precision, model):
         return lambda: predict(model, images, device=options.device, precision=precision)
 
+    trained, tested = network(), network()
     runs = {
-        "training": {"plain loop": lambda model=network(): plain_training(model, loaders[0], options.device),
+        "training": {"plain loop": lambda: plain_training(trained, loaders[0], options.device),
                      **{f"engine, {precision}": training(precision, network()) for precision in ("fp32", "bf16")}},
-        "testing": {"plain loop": lambda model=network(): plain_testing(model, loaders[1], options.device),
+        "testing": {"plain loop": lambda: plain_testing(tested, loaders[1], options.device),
                     **{f"engine, {precision}": testing(precision, network()) for precision in ("fp32", "bf16")}},
     }
     print(f"PreActResNet-18, width {options.width}, batch {BATCH}, {options.device}, {options.threads} threads, "
