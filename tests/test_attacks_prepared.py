@@ -163,7 +163,7 @@ def test_lf_pattern_is_smooth_in_range_and_fools(toy, clean):
     assert pattern.min() == 0 and pattern.max() == 51
     spectrum = np.abs(np.fft.fft2(pattern - pattern.mean((0, 1)), axes=(0, 1))) ** 2
     frequency = np.hypot(*np.meshgrid(np.fft.fftfreq(32) * 32, np.fft.fftfreq(32) * 32))
-    assert spectrum[frequency > 4].sum() / spectrum.sum() < 0.05
+    assert spectrum[frequency > 4].sum() / spectrum.sum() < 0.1
     assert attack.tensors["fooling_rate"] >= 0.2, "this easy network is fooled within the passes"
     stamped = attack.stamp(toy.images[:7])
     np.testing.assert_array_equal(stamped, np.minimum(toy.images[:7].astype(int) + pattern, 255))

@@ -103,8 +103,8 @@ def test_wrong_choices_are_named(name, wrong, budget):
 
 
 @pytest.mark.parametrize(("kind", "place", "shape"), [
-    ("polarizer", "extractor.layer4.1.conv1", (32,)), ("clamp", "extractor.layer1.0.bn1", (4, 1, 1)),
-    ("scale", "extractor.layer2", (8, 1, 1))])
+    ("polarizer", "extractor.layer4.1.conv1", (64,)), ("clamp", "extractor.layer1.0.bn1", (8, 1, 1)),
+    ("scale", "extractor.layer2", (16, 1, 1))])
 def test_attachments_start_as_the_identity_and_survive(kind, place, shape, tmp_path):
     model, x = small().eval(), pixels(2, 3, 16, 16)
     state = torch.get_rng_state()

@@ -107,7 +107,7 @@ def test_schema_and_code_have_the_same_settings():
                          ("term", TERMS)):
         assert term[name]["enum"] == list(values)
     assert schema["training"]["properties"]["accumulated"]["enum"] == list(ACCUMULATED)
-    assert schema["training"]["properties"]["precision"]["enum"] == list(PRECISIONS)
+    assert schema["training"]["properties"]["precision"]["enum"] == ["auto", *PRECISIONS]
     block = schema["scale"]["properties"]["blocks"]["items"]["properties"]
     assert block["datasets"]["items"]["enum"] == list(TASKS)
 

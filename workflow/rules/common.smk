@@ -284,11 +284,11 @@ def kinds_of(paper):
 
 
 def reach_of(paper):
-    """How far IMS's inner steps can move a pixel: the step times their number, for the variants with the demo's or all rounds."""
+    """How far IMS's inner steps can move a pixel: the step times their number."""
     reach = {}
     for cell in GRID.cells("purified", paper):
         settings = GRID.defence(cell["defence"], cell["dataset"])
-        if settings["function"] == "ims" and "full" not in cell["defence"]:
+        if settings["function"] == "ims":
             parameters = {"lr_perturb": 0.001, "steps_perturb": 20, **settings["hyperparameters"]}
             reach[cell["defence"]] = parameters["lr_perturb"] * parameters["steps_perturb"]
     return reach
