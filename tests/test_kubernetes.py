@@ -83,14 +83,15 @@ def test_the_whole_report_plans_from_a_store(remote):
 
 
 def test_what_the_profile_replaces_stands_in_it():
-    """Settings of profiles/default hold on a cluster too, but for cores and patience."""
+    """Settings of profiles/default hold on a cluster too, but for cores, patience, and the disk of a pod."""
     def read(name):
         return yaml.safe_load((REPOSITORY / "profiles" / name / "profile.v9+.yaml").read_text())
 
     kept = {key: value for key, value in read("default").items() if key not in ("cores", "latency-wait", "default-resources")}
     for name in ("slurm", "kubernetes", "generic"):
         assert kept.items() <= read(name).items()
-        assert read("default")["default-resources"].items() <= read(name)["default-resources"].items()
+        own, there = (read(profile)["default-resources"] for profile in ("default", name))
+        assert {**own, "disk_mb": there["disk_mb"]}.items() <= there.items()
 
 
 @ready
