@@ -326,10 +326,10 @@ def test_in_the_workflow(undisturbed, tmp_path, monkeypatch):
         record = json.loads((folder.path / cell / "metrics.json").read_text()) if code == 0 else {"reason": output[-300:]}
         assert not mark.exists() and "pickled" in record["reason"]
         row.message = shorten(record["reason"])
-        remove(folder, f"{VICTIM}/model.safetensors")
+        remove(folder, f"{VICTIM}/model.safetensors", cell)
         code, output = folder.run("--", f"{cell}/metrics.json")
         assert code == 0 and folder.metrics()[f"{cell}/metrics.json"] == expected[f"{cell}/metrics.json"], output[-2000:]
-        row.happened = "the cell says why; identical results once the file is removed"
+        row.happened = "the cell says why; identical results once the file and the cell are removed"
 
 
 def test_of_a_bundle_or_a_user(tmp_path, mark):

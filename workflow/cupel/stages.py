@@ -82,11 +82,19 @@ def test_subset(test: Dataset, size: int | None) -> Dataset:
 
 
 def read_tensors(path: str | Path | None) -> dict[str, np.ndarray]:
-    """Arrays of an `.npz`, nothing unpickled; none for no file."""
+    """Arrays of an `.npz`, nothing unpickled; none for no file.
+
+    Raises:
+        ValueError: a member is no array.
+    """
     if not path:
         return {}
     with np.load(path, allow_pickle=False) as file:
-        return {key: file[key] for key in file.files}
+        tensors = {key: file[key] for key in file.files}
+    for key, value in tensors.items():
+        if not isinstance(value, np.ndarray):  # numpy hands out other members as bytes
+            raise ValueError(f"{path}: {key!r} is no array; expected a file written by cupel.stages.write_tensors")
+    return tensors
 
 
 def write_tensors(path: str | Path, tensors: dict[str, np.ndarray]) -> None:

@@ -95,7 +95,7 @@ def _read(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]], dict[str, t
     try:
         recipe = json.loads(metadata.get("cupel", "{}"))
         found, spec = recipe.get("format"), recipe.get("spec")
-    except (json.JSONDecodeError, AttributeError):
+    except (json.JSONDecodeError, AttributeError, RecursionError):
         found = spec = None
     if found != FORMAT:
         raise NotACheckpoint(f"{path} is safetensors of format {found!r}, not {FORMAT!r}; {right}")

@@ -6,6 +6,7 @@ import itertools
 import json
 import sys
 import time
+import zipfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -75,6 +76,10 @@ class Checkpoint:
         try:
             state = torch.load(self.path, map_location=device, weights_only=True)
             identity = state["identity"]
+            # torch writes check sums of the records and does not look at them: a turned bit would be trained on
+            with zipfile.ZipFile(self.path) as file:
+                if damaged := file.testzip():
+                    raise OSError(f"check sum of {damaged}")
         except Exception as error:
             print(f"checkpoint {self.path} cannot be read ({type(error).__name__}): starting anew", file=sys.stderr)
             return None
