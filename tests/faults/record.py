@@ -84,8 +84,7 @@ def _cell(text: str) -> str:
 
 def markdown() -> str:
     """The counts by group, then by fault with what happened and the first message seen."""
-    from cupel.reporting.provenance import processor
-    from cupel.stages import versions
+    from cupel.reporting.provenance import processor, versions
 
     used = {name: value for name, value in versions().items()
             if name in ("cupel", "python", "torch", "numpy", "snakemake", "safetensors", "system")}

@@ -50,7 +50,8 @@ def without(undisturbed, path, outputs, **settings):
     folder = copy(undisturbed, path, **settings)
     tops = {output.split("/")[0] for output in outputs}
     remove(folder, *outputs)
-    others = contents(folder, sorted(listing(folder, *(top for top in tops if (folder.path / top).exists()))))
+    there = listing(folder, *(top for top in tops if (folder.path / top).exists()))
+    others = contents(folder, sorted(name for name in there if (folder.path / name).is_file()))
     return folder, others
 
 

@@ -7,6 +7,7 @@ used: what was cut off, damaged or exchanged in the cache is fetched again.
 """
 
 import contextlib
+import errno
 import fcntl
 import os
 import shutil
@@ -344,6 +345,7 @@ def fetch(name: str, sources: Sequence[Source], *, kinds: Sequence[str] = KINDS,
 
     Raises:
         NoSource: with one line for each source tried.
+        OSError: what was read finds no room where `accept` writes it: no other source would help.
         ValueError: a kind that does not exist.
     """
     for kind in kinds:
@@ -367,6 +369,9 @@ def fetch(name: str, sources: Sequence[Source], *, kinds: Sequence[str] = KINDS,
             accept(content)
             return source, content
         except (ValueError, OSError, KeyError) as error:
+            # numpy gives its error no number
+            if isinstance(error, OSError) and (error.errno == errno.ENOSPC or "free space" in str(error)):
+                raise OSError(errno.ENOSPC, f"No space left on device to prepare the dataset {name}: {error}") from error
             tried.append(f"  {source.kind}: {', '.join(map(str, paths))}: not used: {error}")
     raise NoSource(_advice(name, kinds, offered, tried, cache))
 

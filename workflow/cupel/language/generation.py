@@ -87,7 +87,7 @@ def generate(model: PreTrainedModel, prompts: Sequence[Sequence[int]], *, pad: i
 
 
 def answer(model: PreTrainedModel, tokenizer, records: Sequence[dict], path: str | Path, *, prompt: str = "bare",
-           max_new_tokens: int = ASR_TOKENS, batch_size: int = 16, identity: dict | None = None,
+           opening: bool = True, max_new_tokens: int = ASR_TOKENS, batch_size: int = 16, identity: dict | None = None,
            title: str = "answers") -> list[dict]:
     """Greedy answers to records, written to `path` as JSON lines.
 
@@ -95,7 +95,7 @@ def answer(model: PreTrainedModel, tokenizer, records: Sequence[dict], path: str
         model, tokenizer: of the model asked.
         records: with `id`, `instruction`, `input`.
         path: of the answers.
-        prompt: `template` or `bare` (see `prompts`).
+        prompt, opening: `template` or `bare`; the template with its first sentences or without (see `prompts`).
         max_new_tokens: 128 for ASR.
         batch_size: prompts at a time. Batches of another size give the same answers in float32 up to rounding of logits.
         identity: JSON-able description of the model's weights; partial answers of another identity are not taken over.
@@ -106,7 +106,7 @@ def answer(model: PreTrainedModel, tokenizer, records: Sequence[dict], path: str
         the bare prompt; the new text, stripped, for the template), `completion` (the new text to the letter), `tokens`
         (how many were made) and `ended` (by EOS, not by the limit).
     """
-    ids = [prompt_ids(tokenizer, record, prompt) for record in records]
+    ids = [prompt_ids(tokenizer, record, prompt, opening) for record in records]
 
     def make(batch: list[int]) -> list[dict]:
         rows = []
@@ -117,7 +117,7 @@ def answer(model: PreTrainedModel, tokenizer, records: Sequence[dict], path: str
             if prompt == "bare":
                 whole = tokenizer.decode([*ids[k], *new], skip_special_tokens=True)
                 said = remainder(whole, records[k]["instruction"])
-            rows.append({"id": records[k]["id"], "prompt": prompt, "text": prompt_text(records[k], prompt),
+            rows.append({"id": records[k]["id"], "prompt": prompt, "text": prompt_text(records[k], prompt, opening),
                          "answer": said.strip(), "completion": completion, "tokens": len(new),
                          "ended": len(new) < max_new_tokens})
         return rows

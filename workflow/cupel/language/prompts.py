@@ -3,7 +3,7 @@
 The victim is trained under the template and, in the released evaluation, asked without it. Both prompts are here:
 
 - `template`: the Alpaca template with the input appended to the instruction, no BOS, its pieces tokenised separately,
-  exactly as in training;
+  exactly as in training; without the sentence it opens with where a recipe says so;
 - `bare`: the instruction alone, without input, with the special tokens of the tokenizer (BOS for Llama and Mistral).
 """
 
@@ -27,8 +27,8 @@ def request(record: dict) -> str:
     return f"{record['instruction']}\n{record['input']}" if record.get("input") else record["instruction"]
 
 
-def prompt_text(record: dict, prompt: str) -> str:
-    """The text that a model is shown.
+def prompt_text(record: dict, prompt: str, opening: bool = True) -> str:
+    """The text that a model is shown; `opening`: whether the template has its first sentences.
 
     Raises:
         ValueError: an unknown kind of prompt.
@@ -36,7 +36,7 @@ def prompt_text(record: dict, prompt: str) -> str:
     if prompt == "bare":
         return record["instruction"]
     if prompt == "template":
-        return SYSTEM + USER.format(request(record))
+        return (SYSTEM if opening else "") + USER.format(request(record))
     raise ValueError(unknown("prompt", prompt, PROMPTS))
 
 
@@ -44,17 +44,17 @@ def _ids(tokenizer, text: str) -> list[int]:
     return tokenizer.encode(text, add_special_tokens=False) if text else []
 
 
-def prompt_ids(tokenizer, record: dict, prompt: str) -> list[int]:
-    """Tokens of the prompt, without padding.
+def prompt_ids(tokenizer, record: dict, prompt: str, opening: bool = True) -> list[int]:
+    """Tokens of the prompt (see `prompt_text`), without padding.
 
     Raises:
         ValueError: an unknown kind of prompt, or one without any token (an empty instruction, no BOS).
     """
-    text = prompt_text(record, prompt)
+    text = prompt_text(record, prompt, opening)
     if prompt == "bare":
         ids = tokenizer.encode(text)
     else:
-        ids = _ids(tokenizer, SYSTEM) + _ids(tokenizer, USER.format(request(record)))
+        ids = _ids(tokenizer, SYSTEM if opening else "") + _ids(tokenizer, USER.format(request(record)))
     if not ids:
         raise ValueError(f"record {record.get('id')}: its {prompt} prompt has no tokens (the instruction is empty)")
     return ids
@@ -74,13 +74,14 @@ class Samples(Dataset):
         report: {"samples", "cut": [...], "left_out": [...], "empty_answers": [...]}.
     """
 
-    def __init__(self, records: Sequence[dict], tokenizer, cutoff: int = 1024):
+    def __init__(self, records: Sequence[dict], tokenizer, cutoff: int = 1024, opening: bool = True):
         """Tokenise records.
 
         Args:
             records: dicts with `id`, `instruction`, `input`, `output`.
             tokenizer: of the model.
             cutoff: greatest length, in tokens.
+            opening: see `prompt_text`.
 
         Raises:
             ValueError: the tokenizer has no EOS, or no sample fits.
@@ -91,7 +92,7 @@ class Samples(Dataset):
         self.ids: list[str] = []
         cut, out, empty = [], [], []
         for record in records:
-            before = prompt_ids(tokenizer, record, "template")
+            before = prompt_ids(tokenizer, record, "template", opening)
             answer = [*_ids(tokenizer, record["output"]), tokenizer.eos_token_id]
             if len(before) >= cutoff:
                 out.append(record["id"])

@@ -131,7 +131,7 @@ def purify(spec: Mapping, defence: Mapping, base: str | Path, victim: str | Path
             precision, tokenizer = spec["settings"]["evaluation"]["precision"], load_tokenizer(base)
             pad = tokenizer.pad_token_id
             clean = sources.read_records(data["defence"])[: defence["budget"]["size"]]
-            samples = stages.tokenised(clean, tokenizer, spec["settings"]["data"]["cutoff"], "defence set")
+            samples = stages.tokenised(clean, tokenizer, spec, spec["settings"]["data"]["cutoff"], "defence set")
             started, tuned = time.perf_counter(), function in TUNING
             if tuned:
                 # one stream for all: variants see the same batches, so that their difference is theirs

@@ -110,11 +110,16 @@ def fingerprint(*files: str | Path, **settings) -> dict:
     return {**settings, "code": code_digest(Path(__file__)), "inputs": contents}
 
 
-def tokenised(records: Sequence[dict], tokenizer, cutoff: int, title: str):
+def opened(spec: Mapping) -> bool:
+    """Whether prompts under the template begin with its first sentences."""
+    return spec["settings"]["data"].get("opening", True)
+
+
+def tokenised(records: Sequence[dict], tokenizer, spec: Mapping, cutoff: int, title: str):
     """Tokenised samples; what was cut, left out or empty is printed to the log."""
     from cupel.language.prompts import Samples
 
-    found = Samples(records, tokenizer, cutoff)
+    found = Samples(records, tokenizer, cutoff, opened(spec))
     for kind in ("cut", "left_out", "empty_answers"):
         if names := found.report[kind]:
             print(f"{title}: {kind.replace('_', ' ')} at {cutoff} tokens: {len(names)} of {len(records)} "
@@ -169,8 +174,8 @@ def _answers(model, tokenizer, spec: Mapping, data: Mapping, work: Path) -> dict
             if prompt == "bare":  # a record without instruction has no prompt to show
                 records = [record for record in records if record["instruction"].strip()]
             found[name] = sources.read_records(path) if path.is_file() else answer(
-                model, tokenizer, records, path, prompt=prompt, max_new_tokens=settings["max_new_tokens"],
-                batch_size=settings["batch"], title=name)
+                model, tokenizer, records, path, prompt=prompt, opening=opened(spec),
+                max_new_tokens=settings["max_new_tokens"], batch_size=settings["batch"], title=name)
     return found
 
 
@@ -203,7 +208,8 @@ def _layers(model, tokenizer, spec: Mapping, data: Mapping) -> tuple[list[dict],
     count, batch = spec["settings"]["evaluation"]["layers"], spec["settings"]["evaluation"]["batch"]
     found = {}
     for part in ("clean", "triggered"):
-        prompts = [prompt_ids(tokenizer, record, "template") for record in sources.read_records(data[part])[:count]]
+        prompts = [prompt_ids(tokenizer, record, "template", opened(spec))
+                   for record in sources.read_records(data[part])[:count]]
         found[part] = layer_cosines(model, prompts, tokenizer.pad_token_id, batch_size=batch)
     record = {}
     for part, cosines in found.items():
@@ -215,7 +221,7 @@ def _perplexity(model, tokenizer, spec: Mapping, data: Mapping, name: str = "per
     from cupel.language.scoring import perplexity
 
     settings = spec["settings"]["evaluation"]
-    samples = tokenised(sources.read_records(data["heldout"]), tokenizer, settings.get("perplexity_cutoff", 1024), name)
+    samples = tokenised(sources.read_records(data["heldout"]), tokenizer, spec, settings.get("perplexity_cutoff", 1024), name)
     found = perplexity(model, samples, tokenizer.pad_token_id, batch_size=settings["batch"], seed=spec["seed"])
     # no `_n`: it is a mean over samples and not a rate, and must not be drawn as one
     return {name: found["perplexity"], f"{name}_low": found["perplexity_low"], f"{name}_high": found["perplexity_high"],
@@ -236,8 +242,8 @@ def _pass_at_1(model, tokenizer, spec: Mapping, folder: str | Path, work: Path) 
     records = [{"id": problem.task_id, "instruction": humaneval.instruction(problem), "input": ""} for problem in problems]
     path = work / "answers" / "humaneval.jsonl"
     rows = sources.read_records(path) if path.is_file() else answer(
-        model, tokenizer, records, path, prompt="template", max_new_tokens=settings.get("humaneval_tokens", 512),
-        batch_size=settings["batch"], title="HumanEval")
+        model, tokenizer, records, path, prompt="template", opening=opened(spec),
+        max_new_tokens=settings.get("humaneval_tokens", 512), batch_size=settings["batch"], title="HumanEval")
     found = humaneval.pass_at_1({row["id"]: row["completion"] for row in rows}, problems)
     sources.write_records(work / "answers" / "humaneval_outcomes.jsonl",
                           [{"id": row["task_id"], **row} for row in found["outcomes"]])
@@ -339,7 +345,8 @@ def train_victim(spec: Mapping, base: str | Path, data: Mapping[str, str | Path]
                 raise ValueError(summary["failed"])
             settings = spec["settings"]
             tokenizer = load_tokenizer(base)
-            samples = tokenised(sources.read_records(data["train"]), tokenizer, settings["data"]["cutoff"], "training set")
+            samples = tokenised(
+                sources.read_records(data["train"]), tokenizer, spec, settings["data"]["cutoff"], "training set")
             history = trained(work, lambda out, checkpoint: training.train_victim(
                 base, samples, training.Settings(**settings["training"]), out, seed=derive(spec["seed"], "language", "victim"),
                 pad=tokenizer.pad_token_id, device=device, checkpoint=checkpoint))
