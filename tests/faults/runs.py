@@ -70,7 +70,8 @@ def content(path: Path) -> str:
         cells = json.loads(raw)["cells"]
         shown = [[output.get("data", output.get("text")) for output in cell.get("outputs", [])] for cell in cells]
         # pandas draws the ids of styled tables at random, and names one by its place in memory
-        raw = re.sub(r"T_[0-9a-f]{5}|0x[0-9a-f]{8,}", "T", json.dumps([[cell["source"] for cell in cells], shown], sort_keys=True)).encode()
+        text = json.dumps([[cell["source"] for cell in cells], shown], sort_keys=True)
+        raw = re.sub(r"T_[0-9a-f]{5}|0x[0-9a-f]{8,}", "T", text).encode()
     elif path.suffix == ".html":
         # ids of notebook cells are drawn at random; the index tells how long the rules took
         text = re.sub(r'T_[0-9a-f]{5}|id="?[\w=-]*"?', "", raw.decode())
