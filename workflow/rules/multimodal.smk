@@ -155,7 +155,6 @@ rule read_attention:
     wildcard_constraints:
         dataset=only(multimodal_names("datasets")),
     retries: 1
-    threads: CHAIN_THREADS
     resources:
         gpu=1,
         vram_mb=40000,
@@ -218,7 +217,6 @@ rule refit:
         dataset=only(multimodal_names("datasets")),
         defence=only(multimodal_defences("filter")),
     retries: 1
-    threads: CHAIN_THREADS
     resources:
         gpu=1,
         vram_mb=40000,
@@ -252,7 +250,6 @@ rule purify_pictures:
         dataset=only(multimodal_names("datasets")),
         defence=only(multimodal_defences("pictures")),
     retries: 1
-    threads: CHAIN_THREADS
     resources:
         gpu=1,
         vram_mb=40000,
