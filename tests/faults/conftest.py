@@ -42,6 +42,16 @@ def undisturbed(tmp_path_factory, cifar10) -> Folder:
 
 
 @pytest.fixture(scope="session")
+def undisturbed_families(tmp_path_factory, mnist) -> Folder:
+    """As `undisturbed`, of the papers on language, multimodal models and robustness."""
+    folder = Folder(tmp_path_factory.mktemp("families"), mnist.parent.resolve())
+    folder.set(papers=["crow", "bye", "proper_interpretability"])
+    code, output = folder.run()
+    assert code == 0, output[-4000:]
+    return folder
+
+
+@pytest.fixture(scope="session")
 def may_mount(tmp_path_factory) -> bool:
     """Whether small file systems in memory can be mounted here."""
     place = tmp_path_factory.mktemp("mount")

@@ -58,14 +58,14 @@ def content(path: Path) -> str:
         return "+".join(f"{file.name}:{content(file)}" for file in sorted(path.iterdir())
                         if file.name != ".snakemake_timestamp")
     raw = path.read_bytes()
-    if path.name == "metrics.json":
-        raw = json.dumps({k: v for k, v in json.loads(raw).items() if k not in TIMES}, sort_keys=True).encode()
+    if path.suffix == ".json" and isinstance(record := json.loads(raw), dict):
+        raw = json.dumps({k: v for k, v in record.items() if k not in (*TIMES, "samples_per_second")}, sort_keys=True).encode()
     elif path.name == "history.csv":
         rows = csv.DictReader(io.StringIO(raw.decode()))
         raw = json.dumps([{k: v for k, v in row.items() if k != "seconds"} for row in rows]).encode()
     elif path.suffix == ".parquet":
         cells = pd.read_parquet(io.BytesIO(raw))
-        raw = cells[~cells.metric.isin(TIMES)].to_csv().encode()
+        raw = (cells[~cells.metric.isin(TIMES)] if "metric" in cells else cells).to_csv().encode()
     elif path.suffix == ".ipynb":
         cells = json.loads(raw)["cells"]
         shown = [[output.get("data", output.get("text")) for output in cell.get("outputs", [])] for cell in cells]

@@ -43,18 +43,48 @@ STAGES = {
     "index": ("results/smoke/claims.csv", "results/smoke/provenance.json", "results/smoke/index.html"),
 }
 
+LANGUAGE = "results/smoke/{}/language/negsentiment/tiny/crow/badnets@0.5/seed0"
+PICTURES = "results/smoke/{}/shapes_tiny/micro_llava/micro_lora/square~quarter@0.2/seed0"
+POISONED = "results/smoke/poisoned/shapes_tiny/square~quarter@0.2/seed0"
+BASE = "results/smoke/bases/shapes_tiny/micro_llava/seed0"
+ROBUST = "results/smoke/{}/mnist/small/main/int/seed0"
+TUNED = ("model", "answers", "history.csv", "layers.csv", "metrics.json")
+ASKED = ("history.csv", "answers_clean.parquet", "answers_triggered.parquet", "metrics.json")
+
+
+def below(folder, names):
+    return tuple(f"{folder}/{name}" for name in names)
+
+
+# as STAGES, of the papers on other than image classifiers
+FAMILIES = {
+    "compose texts": below(LANGUAGE.format("victims") + "/texts", (
+        *(f"{part}.jsonl" for part in ("train", "defence", "triggered", "clean", "heldout")), "summary.json")),
+    "train language victim": below(LANGUAGE.format("victims"), TUNED),
+    "purify language (CROW)": below(LANGUAGE.format("purified") + "/crow@few", TUNED),
+    "build multimodal model": below(BASE, ("model", "history.csv", "base.json")),
+    "poison samples": below(POISONED, ("train.jsonl", "images.npy", "manifest.json", "poison.json")),
+    "train multimodal victim": below(PICTURES.format("victims"), ("model", *ASKED)),
+    "read attention": below(PICTURES.format("filtered"), ("entropies.parquet", "maps.npz", "attention.json")),
+    "filters": below(PICTURES.format("filtered"), ("flags", "filters.json", "metrics.json")),
+    "refit (BYE)": below(PICTURES.format("purified") + "/bye", ASKED),
+    "train robust network": below(ROBUST.format("trained"), ("model.safetensors", "history.csv", "metrics.json")),
+    "attack network": below(ROBUST.format("attacked") + "/sweep", ("evaluation.npz", "metrics.json")),
+}
+
 
 class Lane:
     """One copy in which a stage is killed and run again.
 
     Args:
         folder: the copy, finished.
-        stage: of `STAGES`.
+        stage: of `STAGES` or `FAMILIES`.
         seed: of the moments.
     """
 
     def __init__(self, folder, stage, seed):
-        self.folder, self.stage, self.outputs, self.draw = folder, stage, STAGES[stage], random.Random(seed)
+        self.folder, self.stage, self.draw = folder, stage, random.Random(seed)
+        self.outputs = {**STAGES, **FAMILIES}[stage]
         self.tops = ("results", "data") if "data" in self.outputs[0] else ("results",)
         self.begin()
         planned = jobs(folder.run("-n", "--", self.outputs[-1])[1])
@@ -122,8 +152,9 @@ class Lane:
             assert contents(self.folder, self.others) == self.others, "results of other stages changed"
             files = listing(self.folder, *self.tops)
             assert files == self.files, f"left behind: {sorted(files - self.files)}; missing: {sorted(self.files - files)}"
-            nothing = self.folder.run("-n", "--", self.outputs[-1])[1] if self.stage == "train victim" else "Nothing to be done"
-            assert "Nothing to be done" in nothing, "the finished run would be made again"
+            if self.stage in ("train victim", "train language victim", "train multimodal victim", "train robust network"):
+                nothing = self.folder.run("-n", "--", self.outputs[-1])[1]
+                assert "Nothing to be done" in nothing, "the finished run would be made again"
         except AssertionError as error:
             for row in rows:
                 row.ok, row.happened, row.lost = False, "the next run is not as it must be", "yes"
@@ -148,21 +179,22 @@ def settings_of_data(cifar10):
     return {"folder": "data", "sources": [kind], "mirror": os.environ.get("CUPEL_MIRROR") if kind == "mirror" else None}
 
 
-@pytest.mark.parametrize("stage", STAGES)
-def test_kill(undisturbed, cifar10, tmp_path, monkeypatch, stage):
+@pytest.mark.parametrize("stage", [*STAGES, *FAMILIES])
+def test_kill(request, cifar10, tmp_path, monkeypatch, stage):
+    whole = request.getfixturevalue("undisturbed" if stage in STAGES else "undisturbed_families")
     # what a killed process leaves in the system's folder for temporary files is the system's to clear away
     (tmp_path / "tmp").mkdir()
     monkeypatch.setenv("TMPDIR", str(tmp_path / "tmp"))
     lanes = min(LANES, KILLS)
 
     def lane(number):
-        folder = copy(undisturbed, tmp_path / f"lane{number}")
+        folder = copy(whole, tmp_path / f"lane{number}")
         if stage == "prepare data":
             folder.set(data=settings_of_data(cifar10))
         if stage == "purify (a job per victim)":
             note = "note: one victim of a few hundred images, for tests"
             folder.edit("workflow/papers/fst/experiment.yaml", note, f"{note}\n    jobs: victim")
-        Lane(folder, stage, 1000 * list(STAGES).index(stage) + number).work((KILLS + number) // lanes)
+        Lane(folder, stage, 1000 * [*STAGES, *FAMILIES].index(stage) + number).work((KILLS + number) // lanes)
 
     with ThreadPoolExecutor(lanes) as pool:
         for done in [pool.submit(lane, number) for number in range(lanes)]:

@@ -11,8 +11,9 @@ rule prepare_trigger:
         log_of(TRIGGER, "trigger"),
     benchmark:
         benchmark_of(TRIGGER, "trigger")
+    priority: FIRST
     resources:
-        gpu=1,
+        gpu=GPU,
         vram_mb=4000,
         mem_mb=memory_of(4000),
         runtime=runtime_of({"smoke": 5, "demo": 10, "bench": 60, "paper": 240}),
@@ -36,6 +37,7 @@ rule poison:
         log_of(VICTIM, "poison"),
     benchmark:
         benchmark_of(VICTIM, "poison")
+    priority: FIRST
     resources:
         mem_mb=memory_of(2000),
         runtime=30,
@@ -63,8 +65,9 @@ rule train_victim:
     benchmark:
         benchmark_of(VICTIM, "victim")
     retries: 1
+    priority: FIRST
     resources:
-        gpu=1,
+        gpu=GPU,
         vram_mb=6000,
         mem_mb=memory_of(4000),
         runtime=runtime_of({"smoke": 5, "demo": 15, "bench": 60, "paper": 720}),
@@ -94,7 +97,7 @@ rule purify:
         benchmark_of(PURIFIED, "purify")
     retries: 1
     resources:
-        gpu=1,
+        gpu=GPU,
         vram_mb=6000,
         mem_mb=memory_of(4000),
         runtime=runtime_of({"smoke": 5, "demo": 15, "bench": 60, "paper": 240}),
@@ -133,8 +136,9 @@ for block in GRID.blocks().values():
         benchmark:
             benchmark_of(f"{RESULTS}/purified/{block[0]['paper']}/{block_name(block[0])}", "purify")
         retries: 1
+        priority: len(block)
         resources:
-            gpu=1,
+            gpu=GPU,
             vram_mb=6000,
             mem_mb=memory_of(4000),
             runtime=runtime_of({"smoke": 5, "demo": 30, "bench": 240, "paper": 1440}),

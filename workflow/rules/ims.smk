@@ -18,7 +18,7 @@ rule ims_inside:
     wildcard_constraints:
         defence=r"ims(~[a-z0-9]+)?",
     resources:
-        gpu=1,
+        gpu=GPU,
         vram_mb=6000,
         mem_mb=memory_of(4000),
         runtime=runtime_of({"smoke": 5, "demo": 15, "bench": 60, "paper": 240}),

@@ -17,7 +17,7 @@ rule train_robust:
         method=r"[a-z0-9_~]+",
     retries: 1
     resources:
-        gpu=1,
+        gpu=GPU,
         vram_mb=4000,
         mem_mb=robust_memory,
         runtime=runtime_of({"smoke": 5, "demo": 15, "bench": 1440, "paper": 2880}),
@@ -48,7 +48,7 @@ rule attack_network:
         evaluation=r"[a-z0-9_]+",
     retries: 1
     resources:
-        gpu=1,
+        gpu=GPU,
         vram_mb=6000,
         mem_mb=memory_of(4000),
         runtime=runtime_of({"smoke": 5, "demo": 15, "bench": 240, "paper": 1440}),
@@ -101,7 +101,7 @@ rule attack_released:
     wildcard_constraints:
         method=r"[a-z0-9]+",
     resources:
-        gpu=1,
+        gpu=GPU,
         vram_mb=2000,
         mem_mb=memory_of(3000),
         runtime=60,

@@ -93,7 +93,7 @@ rule train_language_victim:
     retries: 1
     threads: CHAIN_THREADS
     resources:
-        gpu=1,
+        gpu=GPU,
         vram_mb=language_vram,
         mem_mb=language_memory,
         runtime=runtime_of({"smoke": 5, "demo": 20, "bench": 60, "paper": 480}),
@@ -131,7 +131,7 @@ rule purify_language:
     retries: 1
     threads: CHAIN_THREADS
     resources:
-        gpu=1,
+        gpu=GPU,
         vram_mb=language_vram,
         mem_mb=language_memory,
         runtime=runtime_of({"smoke": 5, "demo": 20, "bench": 60, "paper": 480}),

@@ -45,7 +45,7 @@ rule build_model:
         dataset=only(multimodal_names("datasets")),
     threads: CHAIN_THREADS
     resources:
-        gpu=1,
+        gpu=GPU,
         vram_mb=24000,
         mem_mb=memory_of(4000),
         runtime=runtime_of({"smoke": 5, "demo": 15, "bench": 60, "paper": 240}),
@@ -125,7 +125,7 @@ rule train_multimodal:
     retries: 1
     threads: CHAIN_THREADS
     resources:
-        gpu=1,
+        gpu=GPU,
         vram_mb=40000,
         mem_mb=memory_of(4000),
         runtime=runtime_of({"smoke": 5, "demo": 15, "bench": 60, "paper": 720}),
@@ -156,7 +156,7 @@ rule read_attention:
         dataset=only(multimodal_names("datasets")),
     retries: 1
     resources:
-        gpu=1,
+        gpu=GPU,
         vram_mb=40000,
         mem_mb=memory_of(4000),
         runtime=runtime_of({"smoke": 5, "demo": 15, "bench": 60, "paper": 240}),
@@ -218,7 +218,7 @@ rule refit:
         defence=only(multimodal_defences("filter")),
     retries: 1
     resources:
-        gpu=1,
+        gpu=GPU,
         vram_mb=40000,
         mem_mb=memory_of(4000),
         runtime=runtime_of({"smoke": 5, "demo": 15, "bench": 60, "paper": 720}),
@@ -251,7 +251,7 @@ rule purify_pictures:
         defence=only(multimodal_defences("pictures")),
     retries: 1
     resources:
-        gpu=1,
+        gpu=GPU,
         vram_mb=40000,
         mem_mb=memory_of(4000),
         runtime=runtime_of({"smoke": 5, "demo": 15, "bench": 60, "paper": 720}),

@@ -135,8 +135,8 @@ def feature_maps(
     target: int,
     test_size: int | None,
     out: dict,
-    clean_count: int = 500,
-    triggered_count: int = 150,
+    clean_count: int = 300,
+    triggered_count: int = 100,
 ) -> None:
     """t-SNE maps of penultimate features, and how entangled triggered images are with the target class.
 
