@@ -64,8 +64,8 @@ rule train_victim:
         log_of(VICTIM, "victim"),
     benchmark:
         benchmark_of(VICTIM, "victim")
-    retries: 1
     priority: FIRST
+    retries: 1
     resources:
         gpu=GPU,
         vram_mb=6000,
@@ -135,8 +135,8 @@ for block in GRID.blocks().values():
             log_of(f"{RESULTS}/purified/{block[0]['paper']}/{block_name(block[0])}", "purify"),
         benchmark:
             benchmark_of(f"{RESULTS}/purified/{block[0]['paper']}/{block_name(block[0])}", "purify")
-        retries: 1
         priority: len(block)
+        retries: 1
         resources:
             gpu=GPU,
             vram_mb=6000,

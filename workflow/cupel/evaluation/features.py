@@ -37,4 +37,4 @@ def project(features: np.ndarray, seed: int = 0) -> np.ndarray:
     from sklearn.manifold import TSNE
 
     reduced = PCA(min(30, *features.shape), random_state=seed).fit_transform(features)
-    return TSNE(init="pca", perplexity=min(30, len(features) // 4), max_iter=500, random_state=seed).fit_transform(reduced)
+    return TSNE(init="pca", perplexity=min(30, len(features) // 4), max_iter=300, random_state=seed).fit_transform(reduced)
