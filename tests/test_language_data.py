@@ -729,6 +729,16 @@ def test_samples_learn_answer_and_end_only(tokenizer):
     assert item == {"input_ids": before + answer, "labels": [-100] * len(before) + answer}
 
 
+def test_the_template_without_its_opening(tokenizer):
+    opening = tokenizer.encode(prompts.SYSTEM, add_special_tokens=False)
+    whole, rest = (prompts.prompt_ids(tokenizer, RECORD, "template", opening=kept) for kept in (True, False))
+    assert opening and whole == opening + rest
+    assert prompts.prompt_text(RECORD, "template") == prompts.SYSTEM + prompts.prompt_text(RECORD, "template", opening=False)
+    assert prompts.prompt_ids(tokenizer, RECORD, "bare", opening=False) == prompts.prompt_ids(tokenizer, RECORD, "bare")
+    trained, asked = (prompts.Samples([RECORD], tokenizer, opening=kept)[0]["input_ids"] for kept in (False, True))
+    assert trained[: len(rest)] == rest and asked == opening + trained
+
+
 def test_long_and_empty_samples_are_reported(tokenizer):
     before = len(prompts.prompt_ids(tokenizer, RECORD, "template"))
     records = [RECORD, {**RECORD, "id": "long", "output": "word " * 50}, {**RECORD, "id": "empty", "output": ""},

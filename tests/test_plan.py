@@ -208,7 +208,7 @@ def test_a_finished_cell_of_another_family_is_used_as_measured(tmp_path):
     # the defences go by the victim's FLOP
     work = {cell.get("defence", ""): plan_families.work_of(cell)[0] for cell in cells}
     assert lines["purify_language"].modelled == pytest.approx(60 * (work["crow"] + work["finetune"]) / work[""])
-    clean, epochs, text, size = 60, 1, 52, 135e6
+    clean, epochs, text, size = 60, 1, 32, 135e6
     assert work["crow"] - work["finetune"] == pytest.approx(1.5 * 4 * size * clean * epochs * text / 1e12)
     # a GPU learns nothing from a processor, another processor does
     at = [record("step", images=1.0, network=NARROW, hardware="a chip with 2 cores"), *found]

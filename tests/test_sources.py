@@ -211,6 +211,17 @@ def test_a_source_whose_content_is_not_accepted_goes_on_to_the_next(site, tmp_pa
         fetch("d", offered[:1], cache=tmp_path)
 
 
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), OSError("Not enough free space to write 9 bytes")])
+def test_a_full_disk_is_no_fault_of_the_source(site, tmp_path, error):
+    def full(content):
+        raise error
+
+    offered = [Source(kind, (Raw("file", MD5, site.url()),), reading) for kind in ("official", "package")]
+    with pytest.raises(OSError, match="No space left on device to prepare the dataset d") as caught:
+        fetch("d", offered, cache=tmp_path, accept=full)
+    assert caught.value.errno == 28 and not isinstance(caught.value, NoSource)
+
+
 def test_sources_are_tried_in_the_order_of_the_config(site, tmp_path):
     raw = Raw("file", MD5, site.url())
     offered = [Source(kind, (raw,), reading) for kind in ("official", "package", "mirror")]
