@@ -235,8 +235,8 @@ def quality_against_cost(cross: pd.DataFrame):
         _front(row[0], shown, "seconds", "der", "front_cost", styles)
         _front(row[1], shown, "asr", "acc_loss", "front_loss", styles)
         row[0].set(xscale="log", xlabel="seconds (lower is better)", ylabel="DER (higher is better)", title=note)
-        for ticks in (row[0].xaxis.set_major_formatter, row[0].xaxis.set_minor_formatter):
-            ticks(LogFormatter(minor_thresholds=(2, 0.5)))
+        row[0].xaxis.set_major_formatter("{x:g}")
+        row[0].xaxis.set_minor_formatter(LogFormatter(minor_thresholds=(2, 0.5)))
         row[1].set(xlabel="ASR left, % (lower is better)", ylabel="loss of ACC, points (lower is better)", title=note)
     handles = [plt.Line2D([], [], color=colour, marker=marker, ls="", label=label)
                for label, (colour, marker) in styles.items()]

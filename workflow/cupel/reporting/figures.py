@@ -262,6 +262,8 @@ def budget_curves(table: pd.DataFrame, sizes: dict[str, float]):
             axis.errorbar(rows.samples, rows.value, yerr=errors, color=colours[label][0], capsize=2, lw=1.2,
                           marker=MARKERS[lines.index((attack, rate))], ms=5)
         axis.set(xscale="log", xlabel="clean samples", title=metric.upper(), ylim=(-0.02, 1.02))
+        axis.set_xticks(sorted(set(part.samples)), [f"{count:g}" for count in sorted(set(part.samples))])
+        axis.xaxis.set_minor_formatter("")
     handles = [plt.Line2D([], [], color=colours[label][0], label=label) for label in colours]
     handles += [plt.Line2D([], [], color="grey", marker=MARKERS[k], ls="", label=f"{attack} {100 * rate:g} %")
                 for k, (attack, rate) in enumerate(lines)]
