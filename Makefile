@@ -24,7 +24,7 @@ test: $(VENV)/.installed lint
 test-all: $(VENV)/.installed lint
 	$(BIN)/pytest -m "not faults"
 
-# runs broken on purpose, a quarter of an hour: kills, full disks, bad files, hostile programs; writes docs/results/faults.md
+# runs broken on purpose, the better part of an hour: kills, full disks, bad files, hostile programs; writes docs/results/faults.md
 faults: $(VENV)/.installed
 	$(if $(CUPEL_KILLS),CUPEL_KILLS=$(CUPEL_KILLS)) $(BIN)/pytest -m faults tests/faults
 
