@@ -71,6 +71,7 @@ FAMILIES = {
     "train robust network": below(ROBUST.format("trained"), ("model.safetensors", "history.csv", "metrics.json")),
     "attack network": below(ROBUST.format("attacked") + "/sweep", ("evaluation.npz", "metrics.json")),
 }
+STAGES |= FAMILIES
 
 
 class Lane:
@@ -78,13 +79,12 @@ class Lane:
 
     Args:
         folder: the copy, finished.
-        stage: of `STAGES` or `FAMILIES`.
+        stage: of `STAGES`.
         seed: of the moments.
     """
 
     def __init__(self, folder, stage, seed):
-        self.folder, self.stage, self.draw = folder, stage, random.Random(seed)
-        self.outputs = {**STAGES, **FAMILIES}[stage]
+        self.folder, self.stage, self.outputs, self.draw = folder, stage, STAGES[stage], random.Random(seed)
         self.tops = ("results", "data") if "data" in self.outputs[0] else ("results",)
         self.begin()
         planned = jobs(folder.run("-n", "--", self.outputs[-1])[1])
@@ -179,9 +179,9 @@ def settings_of_data(cifar10):
     return {"folder": "data", "sources": [kind], "mirror": os.environ.get("CUPEL_MIRROR") if kind == "mirror" else None}
 
 
-@pytest.mark.parametrize("stage", [*STAGES, *FAMILIES])
+@pytest.mark.parametrize("stage", STAGES)
 def test_kill(request, cifar10, tmp_path, monkeypatch, stage):
-    whole = request.getfixturevalue("undisturbed" if stage in STAGES else "undisturbed_families")
+    whole = request.getfixturevalue("undisturbed_families" if stage in FAMILIES else "undisturbed")
     # what a killed process leaves in the system's folder for temporary files is the system's to clear away
     (tmp_path / "tmp").mkdir()
     monkeypatch.setenv("TMPDIR", str(tmp_path / "tmp"))
@@ -194,7 +194,7 @@ def test_kill(request, cifar10, tmp_path, monkeypatch, stage):
         if stage == "purify (a job per victim)":
             note = "note: one victim of a few hundred images, for tests"
             folder.edit("workflow/papers/fst/experiment.yaml", note, f"{note}\n    jobs: victim")
-        Lane(folder, stage, 1000 * [*STAGES, *FAMILIES].index(stage) + number).work((KILLS + number) // lanes)
+        Lane(folder, stage, 1000 * list(STAGES).index(stage) + number).work((KILLS + number) // lanes)
 
     with ThreadPoolExecutor(lanes) as pool:
         for done in [pool.submit(lane, number) for number in range(lanes)]:

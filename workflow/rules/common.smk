@@ -250,7 +250,7 @@ GPU = 0 if config["device"] == "cpu" else 1
 # of jobs that much waits for: victims, before the defences of those that are there
 FIRST = 100
 
-# chains of a few long jobs cannot fill two cores side by side; at demo scale each of their jobs takes both
+# jobs that a whole chain waits for cannot fill two cores side by side; at demo scale each of them takes both
 CHAIN_THREADS = 2 if config["scale"] == "demo" else 1
 
 
