@@ -417,7 +417,7 @@ def interrupted(monkeypatch, path, updates: int) -> None:
 
 
 def test_a_stopped_run_ends_with_the_same_bits(monkeypatch, tmp_path):
-    path = tmp_path / "checkpoint.safetensors"
+    path = tmp_path / "checkpoint.pt"
     whole, history = run()
     interrupted(monkeypatch, path, 3)
     torch.manual_seed(12345)  # whatever the process has drawn before
@@ -430,7 +430,7 @@ def test_a_stopped_run_ends_with_the_same_bits(monkeypatch, tmp_path):
 
 
 def test_checkpoints_that_do_not_fit_are_not_used(monkeypatch, tmp_path, capsys):
-    path = tmp_path / "checkpoint.safetensors"
+    path = tmp_path / "checkpoint.pt"
     interrupted(monkeypatch, path, 2)
     whole = path.read_bytes()
     for options in ({"seed": 2}, {"consistency": None}, {"model": adapted(1)}):
@@ -454,7 +454,7 @@ here.run(sys.argv[1])
 
 @pytest.mark.slow
 def test_a_killed_process_is_continued(tmp_path):
-    path = tmp_path / "checkpoint.safetensors"
+    path = tmp_path / "checkpoint.pt"
     child = subprocess.Popen([sys.executable, "-c", CHILD.format(tests=os.path.dirname(__file__)), str(path)],
                              stderr=subprocess.DEVNULL)
     begun = time.monotonic()
@@ -504,9 +504,9 @@ def base_folder(tmp_path):
 def test_victim_and_defences_through_folders(tmp_path):
     base, rows = base_folder(tmp_path), samples(range(8, 24))
     first = training.train_victim(base, rows, SETTINGS, tmp_path / "victim", seed=0, pad=PAD,
-                                  checkpoint=tmp_path / "checkpoint.safetensors")
+                                  checkpoint=tmp_path / "checkpoint.pt")
     assert first[-1]["loss_lm"] < first[0]["loss_lm"] and first[0]["loss_cons"] is None
-    assert not (tmp_path / "checkpoint.safetensors").exists()
+    assert not (tmp_path / "checkpoint.pt").exists()
     training.train_victim(base, rows, SETTINGS, tmp_path / "again", seed=0, pad=PAD)
     for name in ("adapter_model.safetensors", "adapter_config.json"):
         assert (tmp_path / "victim" / name).read_bytes() == (tmp_path / "again" / name).read_bytes()

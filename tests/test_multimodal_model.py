@@ -549,7 +549,7 @@ def test_killed_and_resumed_training_is_equal_to_the_bit(tmp_path, trained, prec
     records = make_records(10)
     straight = small_llava()
     history = fit(straight, records, settings, seed=1)
-    path = tmp_path / "checkpoint.safetensors"
+    path = tmp_path / "checkpoint.pt"
 
     child = os.fork()
     if not child:  # dies in its fourth step, in the middle of an epoch, after the checkpoint of the third
@@ -581,7 +581,7 @@ def test_killed_and_resumed_training_is_equal_to_the_bit(tmp_path, trained, prec
 
 
 def test_damaged_checkpoint_is_not_used(tmp_path, capsys):
-    path = tmp_path / "checkpoint.safetensors"
+    path = tmp_path / "checkpoint.pt"
     path.write_bytes(b"\x80\x04 no tensors")
     model, reference = small_llava(), small_llava()
     settings = TrainingSettings(**{**vars(FAST), "epochs": 1})

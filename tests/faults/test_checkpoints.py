@@ -19,10 +19,10 @@ from safetensors.torch import save, save_file
 
 from cupel import models
 from cupel.models import NotACheckpoint
-from cupel.training.engine import Recipe, fit
 from cupel.training.resume import DamagedCheckpoint
 from tests.faults.record import shorten, trial
 from tests.faults.runs import PURIFIED, VICTIM, copy, remove
+from tests.faults.trainings import TRAININGS, saved, train
 
 MARK = "CUPEL_FAULT_MARK"
 
@@ -202,64 +202,47 @@ def test_arrays(tmp_path, mark):
     assert not failures, failures
 
 
-IMAGES = np.random.default_rng(0).integers(0, 256, (64, 16, 16, 3), np.uint8)
-LABELS = np.arange(64) % 10
-RECIPE = Recipe(epochs=3, lr=0.05, batch_size=32, crop=2)
-
-
-def train(path=None, steps=None):
-    """Weights after three epochs, or after the steps given, with what stands at `path` continued."""
-    model = models.build("preactresnet18", num_classes=10, image_size=16, seed=0, width=8)
-    left = iter(range(steps)) if steps else None
-
-    def stop(_):
-        if left is not None and next(left, None) is None:
-            raise KeyboardInterrupt
-
-    fit(model, IMAGES, LABELS, RECIPE, seed=1, checkpoint=path, checkpoint_seconds=0, after_step=stop)
-    return model.state_dict()
-
-
 def same(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
 
 
-def changed(**changes):
-    """The real checkpoint with its own identity and other content."""
-    def make(real):
+def changed(change):
+    """The real checkpoint with its own identity and other content; `key` is that of its weights."""
+    def make(real, key):
         state = torch.load(io.BytesIO(real), weights_only=True)
-        return torch_file({**state, **changes})
-    return make
-
-
-def without(key):
-    def make(real):
-        state = torch.load(io.BytesIO(real), weights_only=True)
-        del state[key]
+        change(state, key)
         return torch_file(state)
     return make
 
 
 CHECKPOINTS = {
-    "pickle by torch.save": lambda real: torch_file(Evil()),
-    "pickle in a dictionary": lambda real: torch_file({"identity": "x", "model": Evil()}),
-    "pickle": lambda real: pickle.dumps(Evil()),
-    "old pickle of torch": lambda real: legacy(Evil()),
-    "cut off": lambda real: real[: len(real) // 2],
-    "last bytes lost": lambda real: real[:-100],
-    "a bit turned": lambda real: real[: len(real) // 2] + bytes([real[len(real) // 2] ^ 1]) + real[len(real) // 2 + 1:],
-    "zeros, as after a power cut": lambda real: bytes(len(real)),
-    "empty": lambda real: b"",
-    "zip bomb": lambda real: bomb(),
-    "a list": lambda real: torch_file([1, 2]),
-    "a tensor": lambda real: torch_file(torch.zeros(3)),
-    "another identity": changed(identity="0" * 64),
-    "identity of no text": changed(identity=torch.zeros(3)),
-    "right identity, another network": changed(model={"evil": torch.zeros(1)}),
-    "right identity, other shapes": changed(model={key: torch.zeros(1) for key in network().state_dict()}),
-    "right identity, no optimiser": without("optimizer"),
-    "right identity, epoch missing": without("epoch"),
+    "pickle by torch.save": lambda real, key: torch_file(Evil()),
+    "pickle in a dictionary": lambda real, key: torch_file({"identity": "x", key: Evil()}),
+    "pickle": lambda real, key: pickle.dumps(Evil()),
+    "old pickle of torch": lambda real, key: legacy(Evil()),
+    "cut off": lambda real, key: real[: len(real) // 2],
+    "last bytes lost": lambda real, key: real[:-100],
+    "a bit turned": lambda real, key: turned(real),
+    "zeros, as after a power cut": lambda real, key: bytes(len(real)),
+    "empty": lambda real, key: b"",
+    "zip bomb": lambda real, key: bomb(),
+    "a list": lambda real, key: torch_file([1, 2]),
+    "a tensor": lambda real, key: torch_file(torch.zeros(3)),
+    "another identity": changed(lambda state, key: state.update(identity="0" * 64)),
+    "identity of no text": changed(lambda state, key: state.update(identity=torch.zeros(3))),
+    "right identity, another network": changed(lambda state, key: state.update({key: {"evil": torch.zeros(1)}})),
+    "right identity, other shapes": changed(lambda state, key: state.update({key: dict.fromkeys(state[key], torch.zeros(1))})),
+    "right identity, no optimiser": changed(lambda state, key: state.pop("optimizer")),
+    "right identity, no history": changed(lambda state, key: state.pop("history")),
 }
+
+
+def turned(real):
+    """A bit of the file's largest record, so of a tensor, is another."""
+    with zipfile.ZipFile(io.BytesIO(real)) as pack:
+        record = max(pack.infolist(), key=lambda info: info.file_size)
+    place = record.header_offset + record.file_size // 2 + 100  # the header and its padding are shorter than the rest
+    return real[:place] + bytes([real[place] ^ 1]) + real[place + 1:]
 
 
 def legacy(content):
@@ -268,32 +251,34 @@ def legacy(content):
     return buffer.getvalue()
 
 
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    """Weights of an undisturbed training, and a real checkpoint after two of its three epochs."""
-    path = tmp_path_factory.mktemp("real") / "checkpoint.pt"
-    expected = train()
+@pytest.fixture(scope="module", params=TRAININGS)
+def trained(request, tmp_path_factory):
+    """Kind and weights of an undisturbed training, and a real checkpoint after two of its three epochs."""
+    kind, path = request.param, tmp_path_factory.mktemp("real") / "checkpoint.pt"
+    expected = train(kind)
     with pytest.raises(KeyboardInterrupt):
-        train(path, steps=4)
-    assert same(train(path), expected)
-    return expected, path.read_bytes()
+        train(kind, path, steps=4)
+    assert saved(kind, path.parent) == 2 * TRAININGS[kind].per_epoch
+    real = path.read_bytes()
+    assert same(train(kind, path), expected)
+    return kind, expected, real
 
 
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
-@pytest.mark.parametrize("kind", CHECKPOINTS)
-def test_a_checkpoint_of_a_training(tmp_path, mark, capsys, trained, kind):
-    expected, real = trained
+@pytest.mark.parametrize("damage", CHECKPOINTS)
+def test_a_checkpoint_of_a_training(tmp_path, mark, capsys, trained, damage):
+    kind, expected, real = trained
     path = tmp_path / "checkpoint.pt"
-    path.write_bytes(CHECKPOINTS[kind](real))
-    with trial("checkpoint", f"as checkpoint.pt of a training, {kind}") as row:
+    path.write_bytes(CHECKPOINTS[damage](real, TRAININGS[kind].weights))
+    with trial("checkpoint", f"as checkpoint.pt of {TRAININGS[kind].what}, {damage}") as row:
         try:
-            weights = train(path)
+            weights = train(kind, path)
             said = capsys.readouterr().err
-            row.message = shorten(said)
-            row.happened = "refused, trained anew to the same bits" if "starting anew" in said else ""
+            row.message = shorten(next((line for line in said.splitlines() if "starting anew" in line), ""))
+            row.happened = "refused, trained anew to the same bits" if row.message else ""
         except DamagedCheckpoint as error:
             assert not path.exists()
-            weights = train(path)
+            weights = train(kind, path)
             row.happened = "stopped and removed, the next run has the same bits"
             row.message = shorten(str(error))
         assert not mark.exists(), "code of the file was run"

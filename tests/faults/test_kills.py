@@ -12,15 +12,16 @@ import shutil
 import signal
 import subprocess
 import sys
-import textwrap
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
+from cupel.files import digest
 from tests.faults.record import shorten, trial
 from tests.faults.runs import PAPER, PURIFIED, VICTIM, content, contents, copy, error_lines, listing, processes_in, remove
+from tests.faults.trainings import TRAININGS, saved
 from tests.test_workflow import jobs
 
 KILLS = int(os.environ.get("CUPEL_KILLS", 20))
@@ -203,45 +204,25 @@ def test_kill(request, cifar10, tmp_path, monkeypatch, stage):
         shutil.rmtree(tmp_path / f"lane{number}")  # pytest would keep some gigabytes
 
 
-TRAINING = textwrap.dedent("""
-    import sys
-    import numpy as np, torch
-    from cupel import models
-    from cupel.training.engine import Recipe, fit
-    torch.set_num_threads(1)
-    draw = np.random.default_rng(0)
-    images, labels = draw.integers(0, 256, (256, 16, 16, 3), np.uint8), draw.integers(0, 10, 256)
-    model = models.build("preactresnet18", num_classes=10, image_size=16, seed=0, width=8)
-    epochs = 24
-    def say(model, count=iter(range(10**9))):
-        if next(count) % 4 == 3: print("epoch", flush=True)
-    print("begin", flush=True)
-    history = fit(model, images, labels, Recipe(epochs=epochs, lr=0.05, batch_size=64, crop=2), seed=3, after_step=say,
-                  checkpoint=sys.argv[1] + "/checkpoint.pt", checkpoint_seconds=0)
-    models.save(model, sys.argv[1] + "/model.safetensors")
-    print("end", len(history), flush=True)
-""")
-
-
-def train(folder):
+def start_training(kind, folder):
     folder.mkdir(exist_ok=True)
-    return subprocess.Popen([sys.executable, "-c", TRAINING, str(folder)], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-                            text=True, start_new_session=True)
-
-
-def test_kill_of_a_long_training(tmp_path):
-    """A checkpoint after every epoch: a kill costs at most the epoch under way, and the end has the same bits."""
-    from cupel.files import digest
-
-    process = train(tmp_path / "whole")
+    process = subprocess.Popen([sys.executable, "-m", "tests.faults.trainings", kind, str(folder)], stdout=subprocess.PIPE,
+                               stderr=subprocess.DEVNULL, text=True, start_new_session=True)
     assert process.stdout.readline() == "begin\n"
+    return process
+
+
+@pytest.mark.parametrize("kind", TRAININGS)
+def test_kill_of_a_long_training(tmp_path, kind):
+    """With a checkpoint whenever there can be one, a kill costs at most the epoch or update under way."""
+    unit = "epoch" if kind == "image" else "update"
+    process = start_training(kind, tmp_path / "whole")
     began = time.monotonic()
-    assert process.communicate()[0].endswith("end 24\n")
+    assert process.communicate()[0].endswith("end\n")
     seconds = time.monotonic() - began
-    draw, folder, rows, epochs = random.Random(7), tmp_path / "killed", [], 0
+    draw, folder, rows, there = random.Random(7), tmp_path / "killed", [], 0
     for _ in range(KILLS):
-        process, lines = train(folder), []
-        assert process.stdout.readline() == "begin\n"
+        process, lines = start_training(kind, folder), []
         reader = threading.Thread(target=lambda process=process, lines=lines: lines.extend(process.stdout))
         reader.start()
         moment = draw.random() * 1.6 * seconds / KILLS  # together most of the training
@@ -249,32 +230,25 @@ def test_kill_of_a_long_training(tmp_path):
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
         reader.join()
-        with trial("kill", "training with a checkpoint after every epoch", f"{moment:.2f} s after its start") as row:
-            if "end 24\n" in lines:  # done before the kill
+        what = f"{TRAININGS[kind].what.removeprefix('a ')} with a checkpoint after every {unit}"
+        with trial("kill", what, f"{moment:.2f} s after its start") as row:
+            if "end\n" in lines:  # done before the kill
                 row.happened = "killed after all was written"
             else:
-                before, epochs = epochs, saved(folder)
-                done = sum(line == "epoch\n" for line in lines)
-                assert epochs >= before + done - 1, f"{before + done - epochs} epochs are lost"
+                before, there = there, saved(kind, folder)
+                done = lines.count("done\n")
+                assert there >= before + done - 1, f"{before + done - there} {unit}s are lost"
                 row.happened = "killed, continued from the last checkpoint, same bits at the end"
-                row.lost = "none" if epochs == before + done else "the epoch whose checkpoint was being written"
+                row.lost = "none" if there == before + done else f"the {unit} whose checkpoint was not yet written"
         rows.append(row)
         if row.happened.startswith("killed after"):
             break
-    process = train(folder)
+    process = start_training(kind, folder)
     try:
-        assert process.communicate()[0].endswith("end 24\n")
+        assert process.communicate()[0].endswith("end\n")
         assert digest(folder / "model.safetensors") == digest(tmp_path / "whole" / "model.safetensors")
         assert sorted(path.name for path in folder.iterdir()) == sorted(path.name for path in (tmp_path / "whole").iterdir())
     except AssertionError:
         for row in rows:
             row.ok = False
         raise
-
-
-def saved(folder):
-    """Epochs in the checkpoint."""
-    import torch
-
-    path = folder / "checkpoint.pt"
-    return torch.load(path, weights_only=True)["epoch"] if path.is_file() else 0

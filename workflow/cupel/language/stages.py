@@ -138,7 +138,7 @@ def trained(work: Path, train: Callable[[Path, Path], list[dict]]) -> list[dict]
 
     done = work / "history.json"
     if not done.is_file():
-        write_json(done, train(work / "model", work / "checkpoint.safetensors"))
+        write_json(done, train(work / "model", work / "checkpoint.pt"))
     history = read_json(done)
     write_history(work / "history.csv", history)
     return history

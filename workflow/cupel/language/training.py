@@ -23,7 +23,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -37,6 +36,7 @@ from cupel.language.prompts import Collator
 from cupel.registry import unknown
 from cupel.rng import derive, torch_rng
 from cupel.training.engine import Diverged
+from cupel.training.resume import Checkpoint
 
 ensure_torchvision()
 
@@ -207,55 +207,17 @@ def signs(lengths: list[int], width: int, seed: int, update: int) -> Tensor:
     return torch.stack([torch.randint(2, (max(lengths), width), generator=stream) for stream in streams]).float() * 2 - 1
 
 
-class Checkpoint:
-    """State between two updates, in one safetensors file that is complete or absent.
-
-    Args:
-        path: of the file.
-        identity: JSON-able description of the run; a checkpoint of any other run is not continued.
-        every: least number of seconds between two saves.
-    """
-
-    def __init__(self, path: str | Path, identity: dict, every: float):
-        self.path, self.every, self.saved = Path(path), every, time.monotonic()
-        self.identity = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
-
-    def save(self, model: PeftModel, optimizer: torch.optim.Optimizer, history: list[dict]) -> None:
-        """Save if enough time has passed."""
-        if time.monotonic() - self.saved < self.every:
-            return
-        tensors = {f"adapter/{name}": value for name, value in _adapter(model).items()}
-        for number, state in optimizer.state_dict()["state"].items():
-            tensors |= {f"optimizer/{number}/{name}": value.cpu().contiguous() for name, value in state.items()}
-        with atomic(self.path) as temporary:
-            save_file(tensors, temporary, metadata={"run": json.dumps({"identity": self.identity, "history": history})})
-        self.saved = time.monotonic()
-
-    def restore(self, model: PeftModel, optimizer: torch.optim.Optimizer) -> list[dict]:
-        """Put the state back and return the history, empty where there is none of this run."""
-        if not self.path.is_file():
-            return []
-        try:
-            with safe_open(self.path, framework="pt") as file:
-                run = json.loads((file.metadata() or {})["run"])
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
-        except (SafetensorError, KeyError, json.JSONDecodeError) as error:
-            print(f"checkpoint {self.path} cannot be read ({type(error).__name__}): starting anew", file=sys.stderr)
-            return []
-        if run["identity"] != self.identity:
-            print(f"checkpoint {self.path} is of another run (settings changed): starting anew", file=sys.stderr)
-            return []
-        adapter, state = {}, {}
-        for name, value in tensors.items():
-            kind, name = name.split("/", 1)
-            if kind == "adapter":
-                adapter[name] = value
-            else:
-                number, name = name.split("/")
-                state.setdefault(int(number), {})[name] = value
-        set_peft_model_state_dict(model, adapter)
-        optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
-        return run["history"]
+def _restore(keeper: Checkpoint, model: PeftModel, optimizer: torch.optim.Optimizer) -> list[dict]:
+    """Put the saved state back and return the history, empty where there is none of this run."""
+    state = keeper.load(torch.device("cpu"))
+    if state is None:
+        return []
+    with keeper.restoring():
+        if (found := set(state["adapter"])) != (expected := set(_adapter(model))):
+            raise ValueError(f"tensors of another adapter: {sorted(found ^ expected)[:3]}")
+        set_peft_model_state_dict(model, state["adapter"])
+        optimizer.load_state_dict({"state": state["optimizer"], "param_groups": optimizer.state_dict()["param_groups"]})
+        return state["history"]
 
 
 def _checked(encoded: Sequence[dict]) -> list[dict[str, Tensor]]:
@@ -308,6 +270,7 @@ def train_lora(model: PeftModel, encoded: Sequence[dict], settings: Settings, *,
     Raises:
         ValueError: no samples, a sample whose lists differ in length, or no label in any of them.
         Diverged: a loss is not finite.
+        DamagedCheckpoint: the checkpoint says that it is of this run, but does not fit; it is removed.
     """
     encoded = _checked(encoded)
     collate, padding = Collator(pad), consistency.padding if consistency else "masked"
@@ -319,7 +282,7 @@ def train_lora(model: PeftModel, encoded: Sequence[dict], settings: Settings, *,
     if checkpoint:
         identity = _identity(model, encoded, settings, consistency, seed, pad)
         keeper = Checkpoint(checkpoint, identity, checkpoint_seconds)
-        history = keeper.restore(model, optimizer)
+        history = _restore(keeper, model, optimizer)
 
     progress = tqdm(total=total, initial=len(history), desc=title, unit="update", leave=False, dynamic_ncols=True,
                     mininterval=0.1 if sys.stderr.isatty() else 15.0)
@@ -352,8 +315,8 @@ def train_lora(model: PeftModel, encoded: Sequence[dict], settings: Settings, *,
                             "seconds": time.perf_counter() - started})
             progress.set_postfix_str(f"loss {losses['loss_lm']:.3f}", refresh=False)
             progress.update()
-            if keeper:
-                keeper.save(model, optimizer, history)
+            if keeper and keeper.due():
+                keeper.write({"adapter": _adapter(model), "optimizer": optimizer.state_dict()["state"], "history": history})
     model.eval()
     return history
 

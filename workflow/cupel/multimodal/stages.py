@@ -105,7 +105,7 @@ def build(spec: dict, source: str | Path, outputs: dict, device: str, *, kinds: 
     model.to(device)
     settings, questions = settings_of({"trained": "all", **entry["pretraining"]}, device)
     records = as_rows(models.as_records(splits["pretrain"]), questions, seed)
-    checkpoint = Path(outputs["record"]).with_name("checkpoint.safetensors")
+    checkpoint = Path(outputs["record"]).with_name("checkpoint.pt")
     history = fit(model, records, settings, seed=seed, checkpoint=checkpoint, title=f"pretraining of {spec['model']}")
     measured = clean(model, source)
     models.save(model, outputs["model"])
@@ -237,7 +237,7 @@ def train_victim(spec: dict, base: str | None, poisoned: str, source: str, trigg
         rows = as_rows(models.as_records(prepared.load(poisoned, "train")), questions, spec["seed"])
         made = read_json(Path(poisoned) / "poison.json")
         bad = set(made["ids"])
-        checkpoint = Path(outputs["metrics"]).with_name("checkpoint.safetensors")
+        checkpoint = Path(outputs["metrics"]).with_name("checkpoint.pt")
         history = fit(model, rows, settings, seed=spec["seed"], checkpoint=checkpoint,
                       groups=np.array([row["id"] in bad for row in rows], np.int64),
                       title=f"{spec['attack']['name']}@{spec['rate']:g}")
@@ -288,7 +288,7 @@ def refit(spec: dict, defence: dict, base: str | None, victim: str, before: str,
         if not kept:
             raise ValueError(f"the filter {defence['filter']} removed all {len(samples)} samples")
         left = len(set(made["indices"]) - removed)
-        checkpoint = Path(outputs["metrics"]).with_name("checkpoint.safetensors")
+        checkpoint = Path(outputs["metrics"]).with_name("checkpoint.pt")
         reused = not removed and defence["refit_from"] == "base"
         if reused:
             history, measured = [], {key: value for name in known["metrics"] for key in scores(name)

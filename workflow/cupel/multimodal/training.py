@@ -4,9 +4,7 @@ The order of samples, the adapters' start and dropout come from streams named by
 holds everything else, so a run that was killed ends with the same bits on the CPU as one that was not.
 """
 
-import json
 import math
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -17,10 +15,10 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from cupel.files import atomic
 from cupel.multimodal.models import Encoder, VisionLanguageModel, fingerprint
 from cupel.rng import derive, rng
 from cupel.training.engine import Diverged, Progress, autocast
+from cupel.training.resume import Checkpoint
 
 #: linear layers of the language model, all but the head (SPEC 5); plain names would match the vision tower too
 LORA_TARGETS = r".*language_model\..*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
@@ -85,64 +83,21 @@ def factor(schedule: str, step: int, steps: int, warmup: float) -> float:
     return 0.5 * (1 + math.cos(math.pi * done)) if schedule == "cosine" else 1 - done
 
 
-class Checkpoint:
-    """State in the middle of a run, as one safetensors file that is complete or absent.
-
-    Args:
-        path: of the file.
-        identity: of the run; a checkpoint of any other run is not continued.
-        every: least number of seconds between two saves.
-    """
-
-    def __init__(self, path: str | Path, identity: str, every: float):
-        self.path, self.identity, self.every, self.saved = Path(path), identity, every, time.monotonic()
-
-    def due(self) -> bool:
-        """Whether enough time has passed."""
-        return time.monotonic() - self.saved >= self.every
-
-    def save(self, parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer, state: dict) -> None:
-        """Write trained weights, the optimiser's moments, and `state` (JSON-able; floats survive exactly)."""
-        from safetensors.torch import save_file
-
-        tensors = {}
+def _restore(keeper: Checkpoint, parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> dict | None:
+    """Put the saved weights and moments in place and return the saved state; None where there is none of this run."""
+    state = keeper.load(torch.device("cpu"))
+    if state is None:
+        return None
+    with keeper.restoring(), torch.no_grad():
+        weights = state["weights"]
+        if set(weights) != set(parameters):
+            raise ValueError(f"weights of another network: {sorted(set(weights) ^ set(parameters))[:3]}")
         for name, value in parameters.items():
-            tensors[f"weight/{name}"] = value.detach().contiguous()
-            for kind, moment in optimizer.state[value].items():
-                tensors[f"{kind}/{name}"] = moment.detach().contiguous()
-        text = json.dumps({"identity": self.identity, **state})
-        with atomic(self.path) as temporary:
-            save_file(tensors, temporary, metadata={"cupel": text})
-        self.saved = time.monotonic()
-
-    def load(self, parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> dict | None:
-        """Put the saved state in place and return its `state`; None where there is none of this run."""
-        from safetensors import SafetensorError, safe_open
-
-        if not self.path.is_file():
-            return None
-        try:
-            with safe_open(self.path, framework="pt") as file:
-                state = json.loads((file.metadata() or {}).get("cupel", "{}"))
-                if state.pop("identity", None) != self.identity:
-                    print(f"checkpoint {self.path} is of another run (settings changed): starting anew", file=sys.stderr)
-                    return None
-                for key in file.keys():  # noqa: SIM118 (not a mapping)
-                    kind, _, name = key.partition("/")
-                    value = parameters[name]
-                    if kind == "weight":
-                        value.data.copy_(file.get_tensor(key))
-                    else:
-                        # a copy: the tensor is a view of the file. The fused AdamW counts its steps on the device too
-                        optimizer.state[value][kind] = file.get_tensor(key).to(value.device, copy=True)
-        except (SafetensorError, json.JSONDecodeError) as error:
-            print(f"checkpoint {self.path} cannot be read ({type(error).__name__}): starting anew", file=sys.stderr)
-            return None
-        return state
-
-    def remove(self) -> None:
-        """Once the result is safe."""
-        self.path.unlink(missing_ok=True)
+            if weights[name].shape != value.shape:
+                raise ValueError(f"{name} has shape {tuple(weights[name].shape)} in place of {tuple(value.shape)}")
+            value.copy_(weights[name])
+        optimizer.load_state_dict({"state": state["optimizer"], "param_groups": optimizer.state_dict()["param_groups"]})
+        return {key: state[key] for key in ("step", "history", "sums")}
 
 
 def _trainable(model: VisionLanguageModel, settings: TrainingSettings, seed: int) -> tuple[nn.Module, list[dict]]:
@@ -207,7 +162,7 @@ def fit(model: VisionLanguageModel, records: Sequence[dict], settings: TrainingS
         settings: see `TrainingSettings`.
         seed: of the streams `order` (per epoch), `adapters` and `dropout` (per step).
         groups: int64 [N], 1 for records whose accuracy is kept apart in the history (poisoned ones), else 0.
-        checkpoint: file to continue from and to save to (safetensors); the caller removes it when the result is safe.
+        checkpoint: file to continue from and to save to; the caller removes it when the result is safe.
         checkpoint_seconds: least time between two saves.
         keep_mb: memory for prepared images.
         title: of the progress line.
@@ -218,13 +173,14 @@ def fit(model: VisionLanguageModel, records: Sequence[dict], settings: TrainingS
 
     Raises:
         Diverged: the loss is not finite.
+        DamagedCheckpoint: the checkpoint says that it is of this run, but does not fit; it is removed.
         ValueError: there are no records.
     """
     if not len(records):
         raise ValueError(f"{title}: there are no records to train on")
     encoder = Encoder(model, records, answers=True, keep_mb=keep_mb)
     group = torch.as_tensor(np.zeros(len(records), np.int64) if groups is None else groups)
-    identity = fingerprint(model, records, asdict(settings), seed) if checkpoint else ""
+    identity = {"run": fingerprint(model, records, asdict(settings), seed)} if checkpoint else {}
     kept = {name: value.dtype for name, value in model.network.named_parameters()}
     grads = {name: value.requires_grad for name, value in model.network.named_parameters()}
     network, parameter_groups = _trainable(model, settings, seed)
@@ -244,7 +200,7 @@ def fit(model: VisionLanguageModel, records: Sequence[dict], settings: TrainingS
     steps = per_epoch * settings.epochs
     micro = settings.micro_batch or size
     keeper = Checkpoint(checkpoint, identity, checkpoint_seconds) if checkpoint else None
-    state = (keeper.load(names, optimizer) if keeper else None) or {"step": 0, "history": [], "sums": [0.0] * 5}
+    state = (_restore(keeper, names, optimizer) if keeper else None) or {"step": 0, "history": [], "sums": [0.0] * 5}
     begin, history = state["step"], state["history"]
     total = torch.tensor(state["sums"], dtype=torch.float64, device=model.device)
     progress = Progress(title, settings.epochs * len(records), (begin // per_epoch) * len(records) + begin % per_epoch * size)
@@ -285,7 +241,8 @@ def fit(model: VisionLanguageModel, records: Sequence[dict], settings: TrainingS
             total.zero_()
             started = time.perf_counter()
         if keeper and step + 1 < steps and keeper.due():
-            keeper.save(names, optimizer, {"step": step + 1, "history": history, "sums": total.tolist()})
+            keeper.write({"weights": {name: value.detach() for name, value in names.items()}, "step": step + 1,
+                          "optimizer": optimizer.state_dict()["state"], "history": history, "sums": total.tolist()})
     progress.close()
     if settings.trained == "lora":
         model.network = network.merge_and_unload()
