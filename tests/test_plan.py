@@ -21,7 +21,7 @@ def record(rule, method="", seconds=1.0, images=0.0, **more):
     return plan.Record(rule, method=method, seconds=seconds, images=images, **{**about, **more})
 
 
-def test_the_paper_grid_plans_in_seconds_and_counts_every_cell():
+def test_the_paper_grid_counts_every_cell():
     grid = Grid(["fst", "ims"], "paper")
     made = plan.make_plan(grid, plan.read_records(plan.COSTS))
     text = plan.show(made)
@@ -48,7 +48,7 @@ COUNTS = {
 
 
 @pytest.mark.parametrize("scale", COUNTS)
-def test_five_papers_are_planned_whole_and_in_seconds(scale):
+def test_five_papers_are_planned_whole(scale):
     grid = Grid(FIVE, scale)
     made = plan.make_plan(grid, plan.read_records(plan.COSTS))
     text = plan.show(made)
