@@ -1,11 +1,14 @@
 """What the experiment files ask for, and the stages' handling of what cannot be done."""
 
 import json
+import os
+import shutil
 
 import numpy as np
 import pytest
 
 from cupel import stages
+from cupel.files import publish
 from cupel.grid import LIBRARY, PAPERS, SCHEMAS, ConfigError, Grid, code_digest, read_yaml, typed
 from cupel.reporting import tables
 
@@ -218,4 +221,31 @@ def test_a_killed_block_goes_on(tmp_path, monkeypatch):
     run("Xyz")
     assert (tmp_path / "calls").read_text() == "bc"
     assert all((tmp_path / name / "metrics.json").read_text() == name for name in "abc")
-    assert not list(tmp_path.glob("*/work"))
+    for paths in outputs:  # as Snakemake does before a job runs again
+        for path in paths.values():
+            os.unlink(path)
+    run("Xyz")
+    assert (tmp_path / "calls").read_text() == ""
+    first = tmp_path / "a" / "metrics.json"
+    assert first.read_text() == "a" and first.samefile(tmp_path / "a" / "work" / "metrics.json"), "no second copy"
+    first.write_text("cut")
+    shutil.rmtree(tmp_path / "c")
+    run("Xyz")  # one is damaged, one was removed
+    assert (tmp_path / "calls").read_text() == "ac" and first.read_text() == "a"
+
+
+def test_results_without_hard_links(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError("not on this file system")
+
+    monkeypatch.setattr(os, "link", refuse)
+    (tmp_path / "made").write_text("new")
+    (tmp_path / "result").write_text("old")
+    publish(tmp_path / "made", tmp_path / "result")
+    assert (tmp_path / "result").read_text() == "new" and not (tmp_path / "made").exists()
+
+
+def test_jobs_of_a_victim_or_of_a_cell():
+    assert Grid(["fst"], "demo").blocks() and not Grid(["fst"], "demo", jobs="cell").blocks()
+    cells = Grid(["fst"], "smoke", jobs="victim")
+    assert sum(map(len, cells.blocks().values())) == len(cells.cells("purified"))

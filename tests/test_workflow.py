@@ -59,8 +59,9 @@ class Folder:
     def metrics(self):
         found = {}
         for path in sorted((self.path / "results").rglob("metrics.json")):
-            record = json.loads(path.read_text())
-            found[str(path.relative_to(self.path))] = {k: v for k, v in record.items() if k not in TIMES}
+            if path.parent.name != "work":
+                record = json.loads(path.read_text())
+                found[str(path.relative_to(self.path))] = {k: v for k, v in record.items() if k not in TIMES}
         return found
 
 
@@ -256,9 +257,7 @@ def test_wrong_experiment_is_refused_before_any_job(tmp_path, old, new, texts):
 def test_all_defences_of_a_victim_in_one_job(finished, tmp_path):
     """`jobs: victim`: the same numbers as cell by cell, and each cell knows its own cost."""
     together = Folder(tmp_path / "together", finished.data)
-    together.set(papers=["fst"])
-    together.edit("workflow/papers/fst/experiment.yaml", "note: one victim of a few hundred images, for tests",
-                  "note: one victim of a few hundred images, for tests\n    jobs: victim")
+    together.set(papers=["fst"], jobs="victim")
     metrics = [f"{path}" for path in finished.metrics() if "purified" in path and "badnets" in path]
     planned = jobs(together.run("-n", "--", *metrics)[1])
     assert "purify" not in planned and planned["purify_fst_cifar10_preactresnet18_fst_badnets_0_05_0"] == 1
@@ -266,5 +265,12 @@ def test_all_defences_of_a_victim_in_one_job(finished, tmp_path):
     assert code == 0, output[-3000:]
     found, before = together.metrics(), finished.metrics()
     assert found == {path: before[path] for path in found} and len(metrics) == 2
+    # one cell is made again: the other is taken over
+    first, second = (together.path / Path(path).parent for path in metrics)
+    shutil.rmtree(first)
+    times = {path.name: path.stat().st_mtime_ns for path in (second / "work").glob("*.json") if path.name != "metrics.json"}
+    code, output = together.run("--", metrics[0])
+    assert code == 0 and together.metrics() == found, output[-3000:]
+    assert all((second / "work" / name).stat().st_mtime_ns == time for name, time in times.items()) and "made.json" in times
     # a cell outside of the grid is still made by its path
     assert jobs(together.run("-n", "--", metrics[0].replace("fst@", "lp@").replace("ft@", "lp@"))[1])["purify"] == 1

@@ -36,13 +36,14 @@ def copy(folder: Folder, path: Path, **settings) -> Folder:
 
 
 def remove(folder: Folder, *names: str) -> None:
-    """Remove files and folders by their paths in the run's folder."""
+    """Remove files and folders by their paths in the run's folder, and what a job keeps of them for the next."""
     for name in names:
         path = folder.path / name
         if path.is_dir():
             shutil.rmtree(path)
         else:
             path.unlink(missing_ok=True)
+            shutil.rmtree(path.with_name("work"), ignore_errors=True)
 
 
 def listing(folder: Folder, *tops: str) -> set[str]:

@@ -169,13 +169,33 @@ def extract(archive: str | Path, member: str, destination: str | Path, limit: in
     return Path(destination)
 
 
-@contextlib.contextmanager
-def workspace(folder: Path, identity: Mapping) -> Iterator[Path]:
-    """A folder that a killed job leaves to the next one with the same identity; it goes when the job is done."""
+def kept(folder: Path, identity: Mapping) -> Path:
+    """The folder `work` in `folder`: as an earlier job with the same identity left it, or new."""
     work, marked = folder / "work", folder / "work" / "identity.json"
     key = {"sha256": hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()}
     if not (marked.is_file() and read_json(marked) == key):
         shutil.rmtree(work, ignore_errors=True)
         write_json(marked, key)
+    return work
+
+
+@contextlib.contextmanager
+def workspace(folder: Path, identity: Mapping) -> Iterator[Path]:
+    """A folder that a killed job leaves to the next one with the same identity; it goes when the job is done."""
+    work = kept(folder, identity)
     yield work
     shutil.rmtree(work)
+
+
+def publish(made: Path, path: Path) -> None:
+    """Give a finished file its name in the results as well; where there are no hard links it moves. Its time is now."""
+    os.utime(made)
+    if path.exists() and path.samefile(made):
+        return
+    link = path.with_name(f".{path.name}.new")
+    link.unlink(missing_ok=True)
+    try:
+        os.link(made, link)
+    except OSError:
+        link = made
+    os.replace(link, path)

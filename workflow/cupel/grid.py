@@ -119,6 +119,7 @@ class Grid:
         scale: name of the scale.
         seeds: instead of those of the scale; None keeps them.
         plugins: files that register more attacks and defences.
+        jobs: `cell` or `victim`, instead of what the scale says; None keeps it. See `blocks`.
         folder: of the papers.
 
     Raises:
@@ -130,8 +131,8 @@ class Grid:
     IDENTITY = ("stage", "dataset", "model", "recipe", "attack", "rate", "seed", "defence", "budget")
 
     def __init__(self, papers: Iterable[str], scale: str, seeds: list[int] | None = None,
-                 plugins: Iterable[str] = (), folder: str | Path = PAPERS):
-        self.scale, self.folder = scale, Path(folder)
+                 plugins: Iterable[str] = (), jobs: str | None = None, folder: str | Path = PAPERS):
+        self.scale, self.jobs, self.folder = scale, jobs, Path(folder)
         self.known = {paper.name: paper / "experiment.yaml" for paper in sorted(self.folder.iterdir())
                       if (paper / "experiment.yaml").is_file()}
         self.papers = list(papers)
@@ -247,7 +248,7 @@ class Grid:
         return list(self._cells[stage, paper])
 
     def blocks(self) -> dict[tuple, list[dict]]:
-        """Purified cells that one job does together: those of a victim, where the scale says `jobs: victim`.
+        """Purified cells that one job does together: those of a victim, where the scale or `jobs` says `victim`.
 
         Returns:
             (paper, dataset, model, recipe, attack, rate, seed) to cells. A cell that two papers share belongs to the one
@@ -255,7 +256,7 @@ class Grid:
         """
         blocks = {}
         for cell in self.cells("purified"):
-            if self.experiments[cell["paper"]]["scales"][self.scale].get("jobs") == "victim":
+            if (self.jobs or self.experiments[cell["paper"]]["scales"][self.scale].get("jobs")) == "victim":
                 key = tuple(cell[k] for k in ("paper", "dataset", "model", "recipe", "attack", "rate", "seed"))
                 blocks.setdefault(key, []).append(cell)
         return blocks

@@ -731,7 +731,7 @@ def main(arguments: list[str] | None = None) -> None:
     check_schema(config, "config", options.config)
     scale, results, data = options.scale or config["scale"], config.get("results", "results"), config.get("data", {})
     seeds = config.get("seeds")
-    grid = Grid(options.papers or config["papers"], scale, seeds, config.get("plugins", []))
+    grid = Grid(options.papers or config["papers"], scale, seeds, config.get("plugins", []), config.get("jobs"))
     calibration = Path(results) / "calibration.csv"
     if options.calibrate:
         import torch

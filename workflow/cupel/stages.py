@@ -9,7 +9,6 @@ import contextlib
 import csv
 import io
 import json
-import os
 import platform
 import resource
 import time
@@ -23,7 +22,7 @@ from cupel import datasets, models
 from cupel.attacks import Attack, PoisonRecord, build
 from cupel.datasets import Dataset, splits
 from cupel.evaluation.metrics import effects, rates
-from cupel.files import atomic, digest, read_json, workspace, write_json, write_text
+from cupel.files import atomic, digest, kept, publish, read_json, write_json, write_text
 from cupel.rng import derive, rng
 
 #: errors of a method or of its settings; anything else (no memory, no disk) is the machine's and is raised for a retry
@@ -346,8 +345,9 @@ def purify_block(spec: dict, defences: Sequence[dict], codes: Sequence[str], dat
                  before: str, outputs: Sequence[dict], device: str, log: str) -> None:
     """Run many defences on one victim, as `purify` does, each in a process of its own.
 
-    Snakemake deletes the outputs of a job that was killed. So cells are made in folders `work` beside their outputs and put
-    in their place when all are there; until then the next job takes over those that are finished, each by itself.
+    Snakemake deletes the outputs of a job before it runs it again. So cells are made in folders `work` beside their outputs
+    and are linked to their names when all are there. The next job takes over those that are finished and whole, each by itself,
+    if settings, code and inputs are the same: after a kill, after a defence was added, or where one cell was removed.
 
     Args:
         spec, data, victim, trigger, before, device: see `purify`.
@@ -358,14 +358,15 @@ def purify_block(spec: dict, defences: Sequence[dict], codes: Sequence[str], dat
         RuntimeError: a child failed; the log has the traceback.
     """
     inputs = [digest(path) for path in (victim, trigger, before, f"{data}/{spec['dataset']}/manifest.json")]
-    with contextlib.ExitStack() as stack:
-        made = []
-        for defence, code, paths in zip(defences, codes, outputs, strict=True):
-            key = {"spec": spec, "defence": defence, "code": code, "inputs": inputs, "device": device}
-            work = stack.enter_context(workspace(Path(paths["metrics"]).parent, key))
-            made.append({name: work / Path(path).name for name, path in paths.items()})
-            if not made[-1]["metrics"].is_file():  # it is written last
-                separately(purify, spec, defence, data, victim, trigger, before, made[-1], device, log=log)
-        for work, paths in zip(made, outputs, strict=True):
-            for name, path in paths.items():
-                os.replace(work[name], path)
+    made = []
+    for defence, code, paths in zip(defences, codes, outputs, strict=True):
+        key = {"spec": spec, "defence": defence, "code": code, "inputs": inputs, "device": device}
+        work = kept(Path(paths["metrics"]).parent, key)
+        files, seal = {name: work / Path(path).name for name, path in paths.items()}, work / "made.json"
+        if not seal.is_file() or read_json(seal) != {name: digest(file) for name, file in files.items() if file.is_file()}:
+            separately(purify, spec, defence, data, victim, trigger, before, files, device, log=log)
+            write_json(seal, {name: digest(file) for name, file in files.items()})
+        made.append(files)
+    for files, paths in zip(made, outputs, strict=True):
+        for name, path in paths.items():
+            publish(files[name], Path(path))

@@ -22,7 +22,7 @@ try:
     config.update(typed(config, read_yaml(SCHEMAS / "config.schema.yaml")))
     check_schema(config, "config", "config.yaml")
     validate(config, "../schemas/config.schema.yaml")  # fills in the defaults
-    GRID = Grid(config["papers"], config["scale"], config["seeds"], config["plugins"])
+    GRID = Grid(config["papers"], config["scale"], config["seeds"], config["plugins"], config["jobs"])
     ZOO = Grid(["zoo"], config["scale"], config["seeds"], config["plugins"])
     for cell in [*GRID.cells(), *ZOO.cells()]:
         if cell["dataset"] not in DATASETS:

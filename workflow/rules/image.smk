@@ -81,6 +81,7 @@ rule train_victim:
         "../scripts/train_victim.py"
 
 
+# history.csv is written beside the model and not declared: nothing reads it, and every declared file costs time to plan
 rule purify:
     input:
         dataset_files,
@@ -88,9 +89,8 @@ rule purify:
         trigger=f"{VICTIM}/trigger.npz",
         before=f"{VICTIM}/metrics.json",
     output:
-        model=f"{PURIFIED}/model.safetensors",
-        history=f"{PURIFIED}/history.csv",
-        metrics=f"{PURIFIED}/metrics.json",
+        model=[f"{PURIFIED}/model.safetensors"],
+        metrics=[f"{PURIFIED}/metrics.json"],
     log:
         log_of(PURIFIED, "purify"),
     benchmark:
@@ -103,19 +103,18 @@ rule purify:
         runtime=runtime_of({"smoke": 5, "demo": 15, "bench": 60, "paper": 240}),
     params:
         spec=victim_spec,
-        defence=defence_spec,
+        defences=lambda wildcards: [defence_spec(wildcards)],
         data=data_folder,
         device=config["device"],
         plugins=config["plugins"],
-        code=code("purify.py", defence=True),
+        code=lambda wildcards: [code("purify.py", defence=True)(wildcards)],
     script:
         "../scripts/purify.py"
 
 
 # where the scale says `jobs: victim`, one job does all defences of a victim, see docs/extending.md. These rules have no
 # wildcards, so Snakemake prefers them. `gather_cells` takes their outputs as files that know their rule: to look for the
-# rule of each of 18,000 files takes half a minute. history.csv is written beside the model and not declared: nothing reads it, and
-# every declared file costs time to plan.
+# rule of each of 18,000 files takes half a minute.
 BLOCK_METRICS = {}
 
 for block in GRID.blocks().values():
@@ -148,8 +147,8 @@ for block in GRID.blocks().values():
             data=data_folder,
             device=config["device"],
             plugins=config["plugins"],
-            code=[code("purify_victim.py", defence=True)(Cell(**cell)) for cell in block],
+            code=[code("purify.py", defence=True)(Cell(**cell)) for cell in block],
         script:
-            "../scripts/purify_victim.py"
+            "../scripts/purify.py"
 
     BLOCK_METRICS |= {str(file): file for file in workflow.get_rule(block_name(block[0])).output.metrics}

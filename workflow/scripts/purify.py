@@ -1,11 +1,15 @@
-"""Run one defence on one victim and measure the result."""
+"""Run defences on one victim, each in a process of its own, and measure the results."""
+
+from pathlib import Path
 
 from cupel import stages
 from cupel.devices import pick_device
 from cupel.registry import load_plugins
 
-with stages.logged(snakemake.log[0]):
-    load_plugins(snakemake.params.plugins)
-    stages.purify(snakemake.params.spec, snakemake.params.defence, snakemake.params.data, snakemake.input.victim,
-                  snakemake.input.trigger, snakemake.input.before, dict(snakemake.output.items()),
-                  pick_device(snakemake.params.device, snakemake.resources.gpu, snakemake.resources.vram_mb))
+load_plugins(snakemake.params.plugins)
+outputs = [{"model": model, "history": Path(model).with_name("history.csv"), "metrics": metrics}
+           for model, metrics in zip(snakemake.output.model, snakemake.output.metrics, strict=True)]
+stages.purify_block(snakemake.params.spec, snakemake.params.defences, snakemake.params.code, snakemake.params.data,
+                    snakemake.input.victim, snakemake.input.trigger, snakemake.input.before, outputs,
+                    pick_device(snakemake.params.device, snakemake.resources.gpu, snakemake.resources.vram_mb),
+                    snakemake.log[0])
