@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import REPOSITORY
-from tests.faults.record import GROUPS, TRIALS, markdown, write_csv
+from tests.faults.record import GROUPS, TRIALS, markdown, with_earlier, write_csv
 from tests.test_workflow import Folder
 
 
@@ -21,10 +21,11 @@ def pytest_collection_modifyitems(items):
 def pytest_sessionfinish():
     if not TRIALS:
         return
-    write_csv(REPOSITORY / "results" / "faults" / "faults.csv")
-    skipped = set(GROUPS) - {row.group for row in TRIALS}
-    if not skipped:  # a part of the suite says nothing about the whole
-        (REPOSITORY / "docs" / "results" / "faults.md").write_text(markdown(), encoding="utf-8")
+    record = REPOSITORY / "results" / "faults" / "faults.csv"
+    trials = with_earlier(record)
+    write_csv(record, trials)
+    if set(GROUPS) <= {row.group for row in trials}:  # a part of the suite says nothing about the whole
+        (REPOSITORY / "docs" / "results" / "faults.md").write_text(markdown(trials), encoding="utf-8")
 
 
 @pytest.fixture(autouse=True)

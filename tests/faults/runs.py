@@ -17,6 +17,7 @@ from tests.test_workflow import TIMES, Folder
 VICTIM = "results/smoke/victims/cifar10/preactresnet18/fst/badnets@0.05/seed0"
 PURIFIED = "results/smoke/purified/cifar10/preactresnet18/fst/badnets@0.05/seed0"
 PAPER = "results/smoke/papers/fst"
+CLOCKS = (*TIMES, "samples_per_second", "seconds_per_epoch")
 
 
 def copy(folder: Folder, path: Path, **settings) -> Folder:
@@ -60,13 +61,16 @@ def content(path: Path) -> str:
                         if file.name != ".snakemake_timestamp")
     raw = path.read_bytes()
     if path.suffix == ".json" and isinstance(record := json.loads(raw), dict):
-        raw = json.dumps({k: v for k, v in record.items() if k not in (*TIMES, "samples_per_second")}, sort_keys=True).encode()
+        record = {k: v for k, v in record.items() if k not in CLOCKS}
+        if "rows" in record:
+            record["rows"] = [row for row in record["rows"] if row.get("metric") not in CLOCKS]
+        raw = json.dumps(record, sort_keys=True).encode()
     elif path.name == "history.csv":
         rows = csv.DictReader(io.StringIO(raw.decode()))
         raw = json.dumps([{k: v for k, v in row.items() if k != "seconds"} for row in rows]).encode()
     elif path.suffix == ".parquet":
         cells = pd.read_parquet(io.BytesIO(raw))
-        raw = (cells[~cells.metric.isin(TIMES)] if "metric" in cells else cells).to_csv().encode()
+        raw = (cells[~cells.metric.isin(CLOCKS)] if "metric" in cells else cells).to_csv().encode()
     elif path.suffix == ".ipynb":
         cells = json.loads(raw)["cells"]
         shown = [[output.get("data", output.get("text")) for output in cell.get("outputs", [])] for cell in cells]
