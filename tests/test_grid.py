@@ -229,9 +229,10 @@ def test_a_killed_block_goes_on(tmp_path, monkeypatch):
     first = tmp_path / "a" / "metrics.json"
     assert first.read_text() == "a" and first.samefile(tmp_path / "a" / "work" / "metrics.json"), "no second copy"
     first.write_text("cut")
+    (tmp_path / "b" / "work" / "made.json").write_text("{cut")
     shutil.rmtree(tmp_path / "c")
-    run("Xyz")  # one is damaged, one was removed
-    assert (tmp_path / "calls").read_text() == "ac" and first.read_text() == "a"
+    run("Xyz")  # one is damaged, of one the note is, one was removed
+    assert (tmp_path / "calls").read_text() == "abc" and first.read_text() == "a"
 
 
 def test_results_without_hard_links(tmp_path, monkeypatch):

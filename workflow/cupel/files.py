@@ -169,11 +169,19 @@ def extract(archive: str | Path, member: str, destination: str | Path, limit: in
     return Path(destination)
 
 
+def noted(path: Path) -> Any:
+    """What a note in JSON says; None where there is none or it cannot be read."""
+    try:
+        return read_json(path)
+    except (OSError, ValueError):
+        return None
+
+
 def kept(folder: Path, identity: Mapping) -> Path:
     """The folder `work` in `folder`: as an earlier job with the same identity left it, or new."""
     work, marked = folder / "work", folder / "work" / "identity.json"
     key = {"sha256": hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()}
-    if not (marked.is_file() and read_json(marked) == key):
+    if noted(marked) != key:
         shutil.rmtree(work, ignore_errors=True)
         write_json(marked, key)
     return work

@@ -22,7 +22,7 @@ from cupel import datasets, models
 from cupel.attacks import Attack, PoisonRecord, build
 from cupel.datasets import Dataset, splits
 from cupel.evaluation.metrics import effects, rates
-from cupel.files import atomic, digest, kept, publish, read_json, write_json, write_text
+from cupel.files import atomic, digest, kept, noted, publish, read_json, write_json, write_text
 from cupel.rng import derive, rng
 
 #: errors of a method or of its settings; anything else (no memory, no disk) is the machine's and is raised for a retry
@@ -363,7 +363,7 @@ def purify_block(spec: dict, defences: Sequence[dict], codes: Sequence[str], dat
         key = {"spec": spec, "defence": defence, "code": code, "inputs": inputs, "device": device}
         work = kept(Path(paths["metrics"]).parent, key)
         files, seal = {name: work / Path(path).name for name, path in paths.items()}, work / "made.json"
-        if not seal.is_file() or read_json(seal) != {name: digest(file) for name, file in files.items() if file.is_file()}:
+        if noted(seal) != {name: digest(file) for name, file in files.items() if file.is_file()}:
             separately(purify, spec, defence, data, victim, trigger, before, files, device, log=log)
             write_json(seal, {name: digest(file) for name, file in files.items()})
         made.append(files)
