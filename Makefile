@@ -24,7 +24,7 @@ test: $(VENV)/.installed lint
 test-all: $(VENV)/.installed lint
 	$(BIN)/pytest -m "not faults"
 
-# runs broken on purpose, an hour and a half on 2 cores, also in parts (pytest tests/faults/test_kills.py): kills, full disks, bad files, hostile programs; writes docs/results/faults.md
+# runs broken on purpose, an hour on 2 cores, also in parts (pytest tests/faults/test_kills.py): kills, full disks, bad files, hostile programs; writes docs/results/faults.md
 faults: $(VENV)/.installed
 	$(if $(CUPEL_KILLS),CUPEL_KILLS=$(CUPEL_KILLS)) $(BIN)/pytest -m faults tests/faults
 
