@@ -203,7 +203,7 @@ def test_a_killed_block_goes_on(tmp_path, monkeypatch):
     def run(codes="xyz"):
         (tmp_path / "calls").write_text("")
         stages.purify_block({"dataset": "d"}, [{"name": name} for name in "abc"], list(codes), str(tmp_path), victim,
-                            victim, victim, outputs, "cpu", str(tmp_path / "log"))
+                            victim, victim, outputs, "cpu")
 
     monkeypatch.setattr(stages, "purify", purify)
     (tmp_path / "d").mkdir()

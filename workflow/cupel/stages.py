@@ -42,28 +42,24 @@ def logged(path: str | Path) -> Iterator[None]:
                 raise
 
 
-def separately(function: Callable, *arguments, log: str | Path) -> None:
+def separately(function: Callable, *arguments) -> None:
     """Call a stage in a forked child, so that its peak memory and its random state are its own, and nothing is imported twice.
 
     With a CUDA device, which does not outlive a fork, the stage runs here.
 
     Raises:
-        RuntimeError: the child failed; the log has its traceback.
+        RuntimeError: the child failed; it has printed its traceback.
     """
     import multiprocessing
 
-    def run() -> None:
-        with logged(log):
-            function(*arguments)
-
     if "cuda" in arguments:
-        run()
+        function(*arguments)
         return
-    child = multiprocessing.get_context("fork").Process(target=run)
+    child = multiprocessing.get_context("fork").Process(target=function, args=arguments)
     child.start()
     child.join()
     if child.exitcode:
-        raise RuntimeError(f"{function.__name__} ended with exit code {child.exitcode}: see {log}")
+        raise RuntimeError(f"{function.__name__} ended with exit code {child.exitcode}")
 
 
 def training_split(train: Dataset, settings: dict, seed: int) -> splits.Split:
@@ -342,7 +338,7 @@ def purify(spec: dict, defence: dict, data: str, victim: str, trigger: str, befo
 
 
 def purify_block(spec: dict, defences: Sequence[dict], codes: Sequence[str], data: str, victim: str, trigger: str,
-                 before: str, outputs: Sequence[dict], device: str, log: str) -> None:
+                 before: str, outputs: Sequence[dict], device: str) -> None:
     """Run many defences on one victim, as `purify` does, each in a process of its own.
 
     Snakemake deletes the outputs of a job before it runs it again. So cells are made in folders `work` beside their outputs
@@ -352,10 +348,9 @@ def purify_block(spec: dict, defences: Sequence[dict], codes: Sequence[str], dat
     Args:
         spec, data, victim, trigger, before, device: see `purify`.
         defences, codes, outputs: one for each cell; `codes` are digests of the code that makes it.
-        log: of all cells, one after the other.
 
     Raises:
-        RuntimeError: a child failed; the log has the traceback.
+        RuntimeError: a child failed; it has printed its traceback.
     """
     inputs = [digest(path) for path in (victim, trigger, before, f"{data}/{spec['dataset']}/manifest.json")]
     made = []
@@ -364,7 +359,7 @@ def purify_block(spec: dict, defences: Sequence[dict], codes: Sequence[str], dat
         work = kept(Path(paths["metrics"]).parent, key)
         files, seal = {name: work / Path(path).name for name, path in paths.items()}, work / "made.json"
         if noted(seal) != {name: digest(file) for name, file in files.items() if file.is_file()}:
-            separately(purify, spec, defence, data, victim, trigger, before, files, device, log=log)
+            separately(purify, spec, defence, data, victim, trigger, before, files, device)
             write_json(seal, {name: digest(file) for name, file in files.items()})
         made.append(files)
     for files, paths in zip(made, outputs, strict=True):

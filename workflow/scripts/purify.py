@@ -6,10 +6,10 @@ from cupel import stages
 from cupel.devices import pick_device
 from cupel.registry import load_plugins
 
-load_plugins(snakemake.params.plugins)
-outputs = [{"model": model, "history": Path(model).with_name("history.csv"), "metrics": metrics}
-           for model, metrics in zip(snakemake.output.model, snakemake.output.metrics, strict=True)]
-stages.purify_block(snakemake.params.spec, snakemake.params.defences, snakemake.params.code, snakemake.params.data,
-                    snakemake.input.victim, snakemake.input.trigger, snakemake.input.before, outputs,
-                    pick_device(snakemake.params.device, snakemake.resources.gpu, snakemake.resources.vram_mb),
-                    snakemake.log[0])
+with stages.logged(snakemake.log[0]):
+    load_plugins(snakemake.params.plugins)
+    outputs = [{"model": model, "history": Path(model).with_name("history.csv"), "metrics": metrics}
+               for model, metrics in zip(snakemake.output.model, snakemake.output.metrics, strict=True)]
+    stages.purify_block(snakemake.params.spec, snakemake.params.defences, snakemake.params.code, snakemake.params.data,
+                        snakemake.input.victim, snakemake.input.trigger, snakemake.input.before, outputs,
+                        pick_device(snakemake.params.device, snakemake.resources.gpu, snakemake.resources.vram_mb))

@@ -216,7 +216,7 @@ def _restore(keeper: Checkpoint, model: PeftModel, optimizer: torch.optim.Optimi
         if (found := set(state["adapter"])) != (expected := set(_adapter(model))):
             raise ValueError(f"tensors of another adapter: {sorted(found ^ expected)[:3]}")
         set_peft_model_state_dict(model, state["adapter"])
-        optimizer.load_state_dict({"state": state["optimizer"], "param_groups": optimizer.state_dict()["param_groups"]})
+        optimizer.load_state_dict(state["optimizer"])
         return state["history"]
 
 
@@ -316,7 +316,7 @@ def train_lora(model: PeftModel, encoded: Sequence[dict], settings: Settings, *,
             progress.set_postfix_str(f"loss {losses['loss_lm']:.3f}", refresh=False)
             progress.update()
             if keeper and keeper.due():
-                keeper.write({"adapter": _adapter(model), "optimizer": optimizer.state_dict()["state"], "history": history})
+                keeper.write({"adapter": _adapter(model), "optimizer": optimizer.state_dict(), "history": history})
     model.eval()
     return history
 

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from cupel.multimodal.models import Encoder, VisionLanguageModel, fingerprint
 from cupel.rng import derive, rng
 from cupel.training.engine import Diverged, Progress, autocast
-from cupel.training.resume import Checkpoint
+from cupel.training.resume import Checkpoint, restore
 
 #: linear layers of the language model, all but the head (SPEC 5); plain names would match the vision tower too
 LORA_TARGETS = r".*language_model\..*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
@@ -88,15 +88,13 @@ def _restore(keeper: Checkpoint, parameters: dict[str, nn.Parameter], optimizer:
     state = keeper.load(torch.device("cpu"))
     if state is None:
         return None
-    with keeper.restoring(), torch.no_grad():
+    with keeper.restoring():
         weights = state["weights"]
         if set(weights) != set(parameters):
             raise ValueError(f"weights of another network: {sorted(set(weights) ^ set(parameters))[:3]}")
         for name, value in parameters.items():
-            if weights[name].shape != value.shape:
-                raise ValueError(f"{name} has shape {tuple(weights[name].shape)} in place of {tuple(value.shape)}")
-            value.copy_(weights[name])
-        optimizer.load_state_dict({"state": state["optimizer"], "param_groups": optimizer.state_dict()["param_groups"]})
+            restore(value, weights[name])
+        optimizer.load_state_dict(state["optimizer"])
         return {key: state[key] for key in ("step", "history", "sums")}
 
 
@@ -242,7 +240,7 @@ def fit(model: VisionLanguageModel, records: Sequence[dict], settings: TrainingS
             started = time.perf_counter()
         if keeper and step + 1 < steps and keeper.due():
             keeper.write({"weights": {name: value.detach() for name, value in names.items()}, "step": step + 1,
-                          "optimizer": optimizer.state_dict()["state"], "history": history, "sums": total.tolist()})
+                          "optimizer": optimizer.state_dict(), "history": history, "sums": total.tolist()})
     progress.close()
     if settings.trained == "lora":
         model.network = network.merge_and_unload()

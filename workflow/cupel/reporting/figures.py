@@ -256,13 +256,14 @@ def budget_curves(table: pd.DataFrame, sizes: dict[str, float]):
     figure, axes = plt.subplots(1, 3, figsize=(10.5, 3.2), layout="constrained")
     colours = _styles(list(dict.fromkeys(part.label)))
     lines = list(part[["attack", "poison_rate"]].drop_duplicates().itertuples(index=False, name=None))
+    counts = sorted(set(part.samples))
     for axis, metric in zip(axes, ("asr", "acc", "ra"), strict=True):
         for (label, attack, rate), rows in part[part.metric == metric].groupby(["label", "attack", "poison_rate"], sort=False):
             errors = np.clip([rows.value - rows.low, rows.high - rows.value], 0, None)
             axis.errorbar(rows.samples, rows.value, yerr=errors, color=colours[label][0], capsize=2, lw=1.2,
                           marker=MARKERS[lines.index((attack, rate))], ms=5)
         axis.set(xscale="log", xlabel="clean samples", title=metric.upper(), ylim=(-0.02, 1.02))
-        axis.set_xticks(sorted(set(part.samples)), [f"{count:g}" for count in sorted(set(part.samples))])
+        axis.set_xticks(counts, [f"{count:g}" for count in counts])
         axis.xaxis.set_minor_formatter("")
     handles = [plt.Line2D([], [], color=colours[label][0], label=label) for label in colours]
     handles += [plt.Line2D([], [], color="grey", marker=MARKERS[k], ls="", label=f"{attack} {100 * rate:g} %")

@@ -116,7 +116,12 @@ def _state(part: Any) -> Any:
     return part.state_dict() if hasattr(part, "state_dict") else part
 
 
-def _restore(part: Any, state: Any) -> None:
+def restore(part: Any, state: Any) -> None:
+    """Put a saved state back in place: of a tensor, a generator, anything with `load_state_dict`, a dict or a list.
+
+    Raises:
+        ValueError: a tensor of another shape.
+    """
     if isinstance(part, torch.Generator):
         part.set_state(state.cpu())
     elif isinstance(part, torch.Tensor):
@@ -168,7 +173,7 @@ class Resume:
         self.held |= parts
         for name in [name for name in parts if name in self.parts]:
             with self.keeper.restoring():
-                _restore(parts[name], self.parts.pop(name))
+                restore(parts[name], self.parts.pop(name))
         return self
 
     def each(self, items: Iterable, name: str) -> Iterator:
