@@ -4,7 +4,7 @@
 
 A LLaVA with random weights reads the same samples in three ways, each in a process of its own, in alternating rounds:
 
-    hook      cupel.multimodal.entropy: SDPA, one row per layer
+    hook      cupel.vision_language.entropy: SDPA, one row per layer
     maps      eager attention, all maps of a batch, same batch size
     official  one sample at a time through `generate` of one token with all maps, as the released code does
 
@@ -71,7 +71,7 @@ class Peak:
 
 def child(way: str, options: argparse.Namespace) -> None:
     """Read lines, run one round for each, answer with JSON."""
-    from cupel.multimodal import entropy, models
+    from cupel.vision_language import entropy, models
 
     torch.set_num_threads(options.threads)
     words = [f"word{k}" for k in range(200)]

@@ -13,10 +13,10 @@ import time
 import torch
 
 from cupel.compat import ensure_torchvision
-from cupel.language import training
-from cupel.language.consistency import Consistency, weigh
-from cupel.language.models import load_model
 from cupel.rng import torch_rng
+from cupel.text import training
+from cupel.text.consistency import Consistency, weigh
+from cupel.text.models import load_model
 
 ensure_torchvision()
 

@@ -15,8 +15,8 @@ import torch
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
-from cupel import datasets, models
 from cupel.compat import ensure_torchvision
+from cupel.images import datasets, models
 from cupel.training.engine import Recipe, fit, predict
 from cupel.training.precision import settled
 

@@ -17,7 +17,7 @@ def one_thread():
 
 def prepared(name: str, kinds: tuple[str, ...]) -> Path:
     """Folder of a data set; prepared on first use, from the cache where it is filled."""
-    from cupel import datasets
+    from cupel.images import datasets
 
     folder = REPOSITORY / "data" / name
     if not (folder / "manifest.json").is_file():

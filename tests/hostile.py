@@ -20,7 +20,7 @@ import threading
 import time
 from pathlib import Path
 
-from cupel.language.sandbox import Limits, Outcome, check_untrusted, run_untrusted
+from cupel.text.sandbox import Limits, Outcome, check_untrusted, run_untrusted
 
 # small enough that each attack ends in seconds, large enough for Python to start on a busy machine
 TIGHT = Limits(cpu=1, seconds=1.5, memory=1 << 27, disk=1 << 22, output=1 << 12)

@@ -10,14 +10,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import cupel.attacks
-from cupel.attacks import _batch, build
-from cupel.attacks.bpp import dither, squeeze
-from cupel.attacks.bypass import BypassHook
-from cupel.attacks.inputaware import sharpen
-from cupel.attacks.wanet import warp, warp_grid
-from cupel.datasets import Dataset
-from cupel.models import build as build_model
+import cupel.images.attacks
+from cupel.images.attacks import _batch, build
+from cupel.images.attacks.bpp import dither, squeeze
+from cupel.images.attacks.bypass import BypassHook
+from cupel.images.attacks.inputaware import sharpen
+from cupel.images.attacks.wanet import warp, warp_grid
+from cupel.images.datasets import Dataset
+from cupel.images.models import build as build_model
 from cupel.registry import signatures
 from cupel.rng import rng, torch_rng
 from cupel.training import engine
@@ -142,7 +142,7 @@ def test_no_trigger_before_training(name):
 
 
 def test_parameters_are_visible_to_the_config_check():
-    folder = Path(cupel.attacks.__file__).parent
+    folder = Path(cupel.images.attacks.__file__).parent
     found = signatures("attack", [folder / f"{name}.py" for name in ("wanet", "bpp", "inputaware", "bypass")])
     assert set(found) == {*BATCHWISE, *BYPASS}
     for name in BATCHWISE:

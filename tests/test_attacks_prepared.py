@@ -10,12 +10,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from cupel.attacks import ImpossibleRate, build
-from cupel.attacks.lc import LEFT_BLOCK, corner_pattern
-from cupel.attacks.lf import low_pass, targeted_deepfool
-from cupel.attacks.trojannn import apple
-from cupel.datasets import Dataset
-from cupel.models import build as build_model
+from cupel.images.attacks import ImpossibleRate, build
+from cupel.images.attacks.lc import LEFT_BLOCK, corner_pattern
+from cupel.images.attacks.lf import low_pass, targeted_deepfool
+from cupel.images.attacks.trojannn import apple
+from cupel.images.datasets import Dataset
+from cupel.images.models import build as build_model
 from cupel.rng import rng
 from cupel.training.engine import Recipe, fit, predict
 

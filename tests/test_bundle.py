@@ -15,8 +15,8 @@ import yaml
 
 from cupel import bundle, bundle_unpack
 from cupel.bundle import Entry
-from cupel.datasets import load
 from cupel.files import digest
+from cupel.images.datasets import load
 from tests.conftest import REPOSITORY
 
 

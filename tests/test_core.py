@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cupel import attacks, datasets, files
-from cupel.attacks.base import ImpossibleRate, PoisonRecord, choose, relabel
-from cupel.datasets import Dataset, splits
+from cupel import files
+from cupel.images import attacks, datasets
+from cupel.images.attacks.base import ImpossibleRate, PoisonRecord, choose, relabel
+from cupel.images.datasets import Dataset, splits
 from cupel.rng import derive, rng
 
 

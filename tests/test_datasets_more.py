@@ -13,12 +13,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cupel.datasets import NAMES, describe, folders, load, prepare
-from cupel.datasets.base import Deferred, check, moments
-from cupel.datasets.fashion_mnist import ar_members, read_package
-from cupel.datasets.imagenette import centre
-from cupel.datasets.mnist import STEMS
-from cupel.datasets.sources import NoSource, Raw, Source
+from cupel.images.datasets import NAMES, describe, folders, load, prepare
+from cupel.images.datasets.base import Deferred, check, moments
+from cupel.images.datasets.fashion_mnist import ar_members, read_package
+from cupel.images.datasets.imagenette import centre
+from cupel.images.datasets.mnist import STEMS
+from cupel.sources import NoSource, Raw, Source
 
 MIRROR = Path(os.environ.get("CUPEL_MIRROR") or Path(__file__).parents[2] / "shared" / "data")
 
@@ -109,7 +109,7 @@ def test_gtsrb_whole(tmp_path):
 
 
 def test_gtsrb_npz_is_put_in_order(tmp_path):
-    from cupel.datasets.gtsrb import read_npz
+    from cupel.images.datasets.gtsrb import read_npz
 
     images = np.arange(3, dtype=np.uint8)[:, None, None, None] * np.ones((1, 32, 32, 3), np.uint8)
     np.savez(tmp_path / "a.npz", train_images=images, train_labels=np.array([1, 0, 0]),
@@ -120,7 +120,7 @@ def test_gtsrb_npz_is_put_in_order(tmp_path):
 
 
 def test_gtsrb_npz_with_objects_is_refused(tmp_path):
-    from cupel.datasets.gtsrb import read_npz
+    from cupel.images.datasets.gtsrb import read_npz
 
     np.savez(tmp_path / "a.npz", train_files=np.array([{}], object), train_labels=np.zeros(1))
     with pytest.raises(ValueError, match="allow_pickle=False"):
@@ -150,7 +150,7 @@ def test_gtsrb_excerpt_and_npz_have_the_same_test_pictures(tmp_path):
 
 
 def test_gtsrb_pictures_are_resized_whole(tmp_path):
-    from cupel.datasets.gtsrb import read_official
+    from cupel.images.datasets.gtsrb import read_official
 
     picture = Image.fromarray(np.arange(60 * 40 * 3, dtype=np.uint32).reshape(60, 40, 3).astype(np.uint8))
     stream = io.BytesIO()
@@ -215,7 +215,7 @@ def tiny(path, wnids, **more):
 
 
 def test_tiny_imagenet_keeps_class_indices_and_numeric_order(tmp_path):
-    from cupel.datasets.tiny_imagenet import NAME, read_zip
+    from cupel.images.datasets.tiny_imagenet import NAME, read_zip
 
     last = list(NAME)[-1]
     arrays = read_zip([tiny(tmp_path / "a.zip", [last])])
@@ -229,7 +229,7 @@ def test_tiny_imagenet_keeps_class_indices_and_numeric_order(tmp_path):
     (["n02124075"], {"val/images/val_1.JPEG": b""}, "val_annotations.txt does not have val_1.JPEG"),
 ], ids=["class", "missing", "annotation"])
 def test_tiny_imagenet_refuses(tmp_path, wnids, more, says):
-    from cupel.datasets.tiny_imagenet import read_zip
+    from cupel.images.datasets.tiny_imagenet import read_zip
 
     with pytest.raises(ValueError, match=says):
         read_zip([tiny(tmp_path / "a.zip", wnids, **more)])
@@ -261,7 +261,7 @@ def test_imagenette_takes_the_centre(size):
 
 def test_imagenette_from_a_tar(tmp_path):
     """The official archive is a compressed tar; its members are not in the order wanted, and links are not followed."""
-    from cupel.datasets.imagenette import read_folders
+    from cupel.images.datasets.imagenette import read_folders
 
     names = [f"imagenette2-320/{part}/{wnid}/{wnid}_{k}.JPEG" for wnid in ("n02102040", "n01440764")
              for k in (2, 1) for part in ("val", "train")]
@@ -289,7 +289,7 @@ def test_pictures_of_another_size_or_kind_are_refused(tmp_path):
 
 
 def test_cifar100_binary_form(tmp_path):
-    from cupel.datasets.cifar100 import read_binary
+    from cupel.images.datasets.cifar100 import read_binary
 
     rng = np.random.default_rng(0)
     records = {split: rng.integers(0, 256, (n, 3074), np.uint8) for split, n in (("train", 200), ("test", 100))}

@@ -10,22 +10,22 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from cupel import datasets
-from cupel.attacks.blended import Blended
 from cupel.compat import ensure_torchvision
-from cupel.defenses import Budget, purify
-from cupel.defenses import anp as anp_file
-from cupel.defenses import awn as awn_file
-from cupel.defenses import bnp as bnp_file
-from cupel.defenses import clp as clp_file
-from cupel.defenses import fmp as fmp_file
-from cupel.defenses import fp as fp_file
-from cupel.defenses import ims as ims_file
-from cupel.defenses import masks as masks_file
-from cupel.defenses import nft as nft_file
 from cupel.evaluation.metrics import rates
-from cupel.models import Classifier, Normalize, Parts, build
-from cupel.models.torchvision_zoo import VisionTransformer
+from cupel.images import datasets
+from cupel.images.attacks.blended import Blended
+from cupel.images.defences import Budget, purify
+from cupel.images.defences import anp as anp_file
+from cupel.images.defences import awn as awn_file
+from cupel.images.defences import bnp as bnp_file
+from cupel.images.defences import clp as clp_file
+from cupel.images.defences import fmp as fmp_file
+from cupel.images.defences import fp as fp_file
+from cupel.images.defences import ims as ims_file
+from cupel.images.defences import masks as masks_file
+from cupel.images.defences import nft as nft_file
+from cupel.images.models import Classifier, Normalize, Parts, build
+from cupel.images.models.torchvision_zoo import VisionTransformer
 from cupel.rng import rng
 from cupel.training.engine import Diverged, Recipe, fit, predict
 

@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 from cupel.compat import ensure_torchvision
-from cupel.defenses import DEFENCES, Budget, purify
-from cupel.models import Classifier, Normalize, Parts, build
-from cupel.models.torchvision_zoo import VisionTransformer
+from cupel.images.defences import DEFENCES, Budget, purify
+from cupel.images.models import Classifier, Normalize, Parts, build
+from cupel.images.models.torchvision_zoo import VisionTransformer
 from cupel.rng import rng
 from cupel.training.resume import Checkpoint, DamagedCheckpoint, Resume
 

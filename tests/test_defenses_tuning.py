@@ -11,11 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-import cupel.datasets as datasets
-from cupel.attacks.blended import Blended
-from cupel.defenses import Budget, adversarial, bti_dbf, ft_sam, i_bau, mm_bd, nad, nc, npd, pbe, purify, sau
-from cupel.models import NotACheckpoint, build, load, save
-from cupel.models.attachments import attach
+import cupel.images.datasets as datasets
+from cupel.images.attacks.blended import Blended
+from cupel.images.defences import Budget, adversarial, bti_dbf, ft_sam, i_bau, mm_bd, nad, nc, npd, pbe, purify, sau
+from cupel.images.models import NotACheckpoint, build, load, save
+from cupel.images.models.attachments import attach
 from cupel.rng import rng
 from cupel.training.engine import Recipe, fit, predict
 
@@ -514,7 +514,7 @@ def test_search_of_all_classes_is_a_search_per_class(budget):
         torch.testing.assert_close(other.mask, found[0].mask, rtol=1e-3, atol=1e-4)
         np.testing.assert_allclose(other.cost, found[0].cost)
 
-    from cupel.defenses.passes import batches
+    from cupel.images.defences.passes import batches
 
     k, cost = 1, 1e-2
     u, v = torch.ones(1, 16, 16, requires_grad=True), torch.ones(3, 16, 16, requires_grad=True)

@@ -11,7 +11,7 @@ import uuid
 import pytest
 import torch
 
-from cupel import devices, stages
+from cupel import cells, devices
 from cupel.files import read_json
 from tests.conftest import REPOSITORY
 from tests.test_workflow import Folder
@@ -214,13 +214,13 @@ def test_a_claim_after_cuda_has_started_is_an_error(monkeypatch):
 
 def test_no_memory_is_no_failed_cell():
     for kind in (torch.OutOfMemoryError, torch.cuda.OutOfMemoryError, MemoryError):
-        assert not issubclass(kind, stages.METHOD_ERRORS)
+        assert not issubclass(kind, cells.METHOD_ERRORS)
 
 
 PLUGIN = """
 from pathlib import Path
 import torch
-from cupel.defenses.base import defence
+from cupel.images.defences.base import defence
 
 @defence("hungry")
 def hungry(victim, clean, rng, *, level: int = 1):

@@ -7,9 +7,9 @@ import shutil
 import numpy as np
 import pytest
 
-from cupel import stages
 from cupel.files import publish
 from cupel.grid import LIBRARY, PAPERS, SCHEMAS, ConfigError, Grid, code_digest, read_yaml, typed
+from cupel.images import stages
 from cupel.reporting import tables
 
 
@@ -77,7 +77,7 @@ def test_command_line_strings_become_what_the_schema_asks_for():
 
 
 def test_code_digest_follows_imports():
-    fst, tuning = LIBRARY / "defenses" / "fst.py", LIBRARY / "defenses" / "tuning.py"
+    fst, tuning = LIBRARY / "images" / "defences" / "fst.py", LIBRARY / "images" / "defences" / "tuning.py"
     assert code_digest(fst) != code_digest(tuning) and len(code_digest(fst)) == 16
     assert code_digest(fst) == code_digest(fst, tuning)  # fst imports tuning
 
@@ -111,14 +111,14 @@ def test_impossible_rate_becomes_a_failed_victim(tmp_path, cifar10):
     stages.train_victim(spec, data, tmp_path / "poison.npz", None, outputs, "cpu")
     record = json.loads((tmp_path / "metrics.json").read_text())
     assert record["status"] == "failed" and "the largest possible rate is 0.1" in record["reason"]
-    from cupel import models
+    from cupel.images import models
 
     with pytest.raises(models.NotACheckpoint):
         models.load(outputs["model"])
 
 
 def test_budgets(cifar10):
-    from cupel import datasets
+    from cupel.images import datasets
 
     train = datasets.load(cifar10, "train")
     spec = {"recipe": "r", "seed": 0, "settings": {"held_out": 0.02, "train_size": 2000}}

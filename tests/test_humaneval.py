@@ -8,20 +8,10 @@ import textwrap
 import numpy as np
 import pytest
 
-from cupel.language import sandbox
-from cupel.language.humaneval import (
-    STOP,
-    Problem,
-    check,
-    extract,
-    instruction,
-    pass_at_1,
-    pass_at_k,
-    problems,
-    read_problems,
-)
-from cupel.language.sandbox import Limits, SandboxError, capabilities
 from cupel.rng import rng
+from cupel.text import sandbox
+from cupel.text.humaneval import STOP, Problem, check, extract, instruction, pass_at_1, pass_at_k, problems, read_problems
+from cupel.text.sandbox import Limits, SandboxError, capabilities
 
 sandboxed = pytest.mark.skipif(not capabilities().sufficient, reason=f"untrusted code cannot be isolated: {capabilities()}")
 

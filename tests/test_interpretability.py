@@ -10,20 +10,11 @@ import torch.nn.functional as F
 from scipy.fft import dctn
 from scipy.stats import kendalltau
 
-from cupel.interpretability import aai, attacks, isa, objectives, released, unforeseen
-from cupel.interpretability.discrepancy import classes_of, discrepancy, lower_bound, tightness
-from cupel.interpretability.maps import cam, grad_cam, grad_cam_plus_plus, integrated_gradients, interpret, pick
-from cupel.interpretability.models import (
-    Chain,
-    GapClassifier,
-    Residual,
-    SameConv2d,
-    build,
-    initialise,
-    pad_same,
-    same_padding,
-)
 from cupel.rng import torch_rng
+from cupel.robust import aai, attacks, isa, objectives, released, unforeseen
+from cupel.robust.discrepancy import classes_of, discrepancy, lower_bound, tightness
+from cupel.robust.maps import cam, grad_cam, grad_cam_plus_plus, integrated_gradients, interpret, pick
+from cupel.robust.models import Chain, GapClassifier, Residual, SameConv2d, build, initialise, pad_same, same_padding
 from cupel.training.engine import Recipe, fit
 
 CLASSES = 4

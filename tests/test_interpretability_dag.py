@@ -15,19 +15,20 @@ import torch.nn.functional as F
 import yaml
 from PIL import Image
 
-from cupel import datasets, models
-from cupel.datasets import restricted_imagenet
-from cupel.datasets.sources import NoSource
+from cupel import checkpoint
 from cupel.evaluation.intervals import wilson
 from cupel.files import read_json
 from cupel.grid import PAPERS, SCHEMAS, ConfigError, Grid, check_schema, read_yaml
-from cupel.interpretability import aai, alignment, attacks, autoattack, measure, stages
-from cupel.interpretability.evaluations import EVALUATIONS, Subject
-from cupel.interpretability.grid import Plan, fraction
-from cupel.interpretability.models import NETWORKS, Chain, GapClassifier, build, initialise
-from cupel.interpretability.objectives import METHODS
+from cupel.images import datasets
+from cupel.images.datasets import restricted_imagenet
 from cupel.reporting.interpretability_papers import ablation, prepared, report_paper, report_released
 from cupel.reporting.tables import gather
+from cupel.robust import aai, alignment, attacks, autoattack, measure, stages
+from cupel.robust.evaluations import EVALUATIONS, Subject
+from cupel.robust.grid import Plan, fraction
+from cupel.robust.models import NETWORKS, Chain, GapClassifier, build, initialise, load
+from cupel.robust.objectives import METHODS
+from cupel.sources import NoSource
 from cupel.training.engine import Recipe
 from tests.test_workflow import Folder, jobs
 
@@ -281,30 +282,30 @@ def test_pictures_are_squeezed_without_smoothing():
 @pytest.mark.parametrize("name, colours, classes", [("small", 1, 10), ("pool", 1, 10), ("wresnet", 3, 9)])
 def test_networks_come_back_bit_for_bit(tmp_path, name, colours, classes):
     model = build(name, num_classes=classes, in_channels=colours, seed=5)
-    models.save(model.to(memory_format=torch.channels_last), tmp_path / "model.safetensors")
+    checkpoint.save(model.to(memory_format=torch.channels_last), tmp_path / "model.safetensors")
     state = torch.random.get_rng_state()
-    found = models.load(tmp_path / "model.safetensors")
+    found = load(tmp_path / "model.safetensors")
     assert torch.equal(state, torch.random.get_rng_state())
     assert type(found) is GapClassifier and found.spec == model.spec
     for (key, value), (other, expected) in zip(found.state_dict().items(), model.state_dict().items(), strict=True):
         assert key == other and torch.equal(value, expected)
-    models.save(found, tmp_path / "again.safetensors")
+    checkpoint.save(found, tmp_path / "again.safetensors")
     assert (tmp_path / "again.safetensors").read_bytes() == (tmp_path / "model.safetensors").read_bytes()
 
 
 def test_checkpoints_that_do_not_fit_are_refused(tmp_path):
     path = tmp_path / "model.safetensors"
     with pytest.raises(ValueError, match="no spec"):
-        models.save(tiny(), path)
+        checkpoint.save(tiny(), path)
     model = build("small", in_channels=1)
     model.spec = {**model.spec, "name": "pool"}
-    models.save(model, path)
-    with pytest.raises(models.NotACheckpoint, match="does not fit the model 'pool'"):
-        models.load(path)
+    checkpoint.save(model, path)
+    with pytest.raises(checkpoint.NotACheckpoint, match="does not fit the model 'pool'"):
+        load(path)
     model.spec = {**model.spec, "name": "smal"}
-    models.save(model, path)
-    with pytest.raises(models.NotACheckpoint, match="did you mean 'small'"):
-        models.load(path)
+    checkpoint.save(model, path)
+    with pytest.raises(checkpoint.NotACheckpoint, match="did you mean 'small'"):
+        load(path)
 
 
 # ---------------------------------------------------------------------------------------------------------- AutoAttack
@@ -706,7 +707,7 @@ def test_smoke_ends_with_the_report(finished):
 def test_changes_rerun_what_depends_on_them_only(finished):
     code, output = finished.run("-n")
     assert code == 0 and "Nothing to be done" in output, output[-3000:]
-    file = "workflow/cupel/interpretability/evaluations.py"
+    file = "workflow/cupel/robust/evaluations.py"
     finished.edit(file, "What a trained network is", "What a network is")
     planned = jobs(finished.run("-n")[1])
     finished.edit(file, "What a network is", "What a trained network is")

@@ -17,9 +17,9 @@ import yaml
 from cupel.evaluation.intervals import wilson
 from cupel.files import read_json, write_json
 from cupel.grid import PAPERS, SCHEMAS, ConfigError, Grid, check_schema, read_yaml
-from cupel.language import sources, stages
-from cupel.language.grid import SECTIONS, TASKS, LanguageGrid
 from cupel.reporting import language_papers, tables
+from cupel.text import sources, stages
+from cupel.text.grid import SECTIONS, TASKS, LanguageGrid
 from tests.conftest import REPOSITORY
 
 FILE = PAPERS / "crow" / "experiment.yaml"
@@ -96,8 +96,8 @@ def test_overlays_and_switches(experiment):
 
 
 def test_schema_and_code_have_the_same_settings():
-    from cupel.language.consistency import DISTANCES, PADDINGS, PAIRS, PERTURBATIONS, TERMS, Consistency
-    from cupel.language.training import ACCUMULATED, PRECISIONS, Settings
+    from cupel.text.consistency import DISTANCES, PADDINGS, PAIRS, PERTURBATIONS, TERMS, Consistency
+    from cupel.text.training import ACCUMULATED, PRECISIONS, Settings
 
     schema = read_yaml(SCHEMAS / "experiment_language.schema.yaml")["$defs"]
     term = schema["defence"]["properties"]["consistency"]["properties"]
@@ -286,7 +286,7 @@ def test_impossible_request_becomes_a_failed_cell(experiment, data, base, tmp_pa
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
-    from cupel.language.models import tiny_llama
+    from cupel.text.models import tiny_llama
 
     folder = tmp_path_factory.mktemp("base")
     tiny_llama(folder, 0, layers=3, hidden=32, heads=2)
@@ -308,7 +308,7 @@ def victim(experiment, data, base, tmp_path_factory):
 
 
 def test_victim_is_measured(victim, base):
-    from cupel.language import sandbox
+    from cupel.text import sandbox
 
     _, where, folder = victim["badnets"]
     record = read_json(folder / "metrics.json")
@@ -336,8 +336,8 @@ def test_victim_is_measured(victim, base):
 
 
 def test_merged_weights_answer_as_the_adapter_does(victim, base):
-    from cupel.language.models import load_model
-    from cupel.language.training import load_adapter
+    from cupel.text.models import load_model
+    from cupel.text.training import load_adapter
 
     _, _, folder = victim["badnets"]
     tokens = torch.randint(3, 300, (2, 9), generator=torch.Generator().manual_seed(0))
@@ -349,7 +349,7 @@ def test_merged_weights_answer_as_the_adapter_does(victim, base):
 
 
 def purified(experiment, victim, base, folder, defence, reference=None, **overlay):
-    from cupel.language import purification
+    from cupel.text import purification
 
     spec, where, before = victim["badnets"]
     grid = LanguageGrid(experiment, "smoke")
@@ -389,8 +389,8 @@ def test_cleangen_with_another_victim_as_reference(experiment, victim, base, tmp
 
 
 def test_checked_by_itself_a_model_answers_greedily(victim, base):
-    from cupel.language.generation import generate
-    from cupel.language.purification import Checked
+    from cupel.text.generation import generate
+    from cupel.text.purification import Checked
 
     model = stages.deployed(base, victim["badnets"][2] / "model", "fp32", "cpu")
     prompts = [[5, 9, 40], [7, 30, 31, 32, 60]]
@@ -418,7 +418,7 @@ def test_a_failed_victim_fails_its_defences(experiment, victim, base, tmp_path):
 
 def test_a_killed_evaluation_keeps_the_adapter(experiment, victim, base, tmp_path, monkeypatch):
     whole = purified(experiment, victim, base, tmp_path / "whole", "crow")
-    from cupel.language import training
+    from cupel.text import training
 
     class Killed(BaseException):
         pass
@@ -459,7 +459,7 @@ def test_samples_that_do_not_fit_are_cut_or_left_out_and_counted(experiment, dat
 
 
 def test_a_model_that_says_nothing_has_no_rate_over_nothing(experiment, victim, base, tmp_path, monkeypatch):
-    from cupel.language import generation
+    from cupel.text import generation
 
     monkeypatch.setattr(generation, "generate", lambda model, prompts, **options: [[] for _ in prompts])
     record = purified(experiment, victim, base, tmp_path, "magnitude")

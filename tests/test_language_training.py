@@ -19,10 +19,10 @@ ensure_torchvision()
 from peft import PeftModel  # noqa: E402
 from transformers import LlamaConfig, LlamaForCausalLM, get_cosine_schedule_with_warmup  # noqa: E402
 
-from cupel.language import cleangen, consistency, generation, layers, models, pruning, quantization, sources, training  # noqa: E402
-from cupel.language.consistency import Consistency  # noqa: E402
-from cupel.language.prompts import Collator, Samples  # noqa: E402
-from cupel.language.training import Settings  # noqa: E402
+from cupel.text import cleangen, consistency, generation, layers, models, pruning, quantization, sources, training  # noqa: E402
+from cupel.text.consistency import Consistency  # noqa: E402
+from cupel.text.prompts import Collator, Samples  # noqa: E402
+from cupel.text.training import Settings  # noqa: E402
 from cupel.training.engine import Diverged  # noqa: E402
 
 VOCABULARY, PAD = 61, 0

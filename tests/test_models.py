@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 import cupel
-from cupel.models import MODELS, NotACheckpoint, Parts, WeightsUnavailable, build, load, pretrained, save
+from cupel.images.models import MODELS, NotACheckpoint, Parts, WeightsUnavailable, build, load, pretrained, save
 
 # M parameters, convolutions, their output channels (IMS mask entries), M multiply-accumulates at 32x32. 10 classes.
 # Sources: IMS SPEC 2.1 and 5; the rest measured here, None where no source gives a number.
@@ -374,7 +374,7 @@ def test_failed_save_leaves_the_earlier_file(tmp_path, monkeypatch):
     def full(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("cupel.models.checkpoint.save_file", full)
+    monkeypatch.setattr("cupel.checkpoint.save_file", full)
     with pytest.raises(OSError, match="No space left"):
         save(small(seed=1), path)
     assert path.read_bytes() == content
@@ -438,7 +438,7 @@ def test_files_that_are_no_checkpoint(tmp_path):
 
 def test_torchvision_imports_here_and_only_when_needed():
     code = """
-import sys, torch, cupel.models
+import sys, torch, cupel.images.models
 from cupel.compat import ensure_torchvision
 assert "torchvision" not in sys.modules
 ensure_torchvision(); ensure_torchvision()

@@ -13,10 +13,10 @@ from sklearn.metrics import precision_recall_fscore_support, roc_auc_score
 
 from cupel.files import read_json, write_json
 from cupel.grid import PAPERS, SCHEMAS, ConfigError, Grid, check_schema, read_yaml
-from cupel.multimodal import data, detection, purification, shapes, stages
-from cupel.multimodal.grid import Plan, flaggers
-from cupel.multimodal.poison import poison, truth
 from cupel.reporting import multimodal_papers, multimodal_tables, tables
+from cupel.vision_language import data, detection, purification, shapes, stages
+from cupel.vision_language.grid import Plan, flaggers
+from cupel.vision_language.poison import poison, truth
 from tests.test_workflow import Folder, jobs
 
 FILE = PAPERS / "bye" / "experiment.yaml"
@@ -58,8 +58,8 @@ def test_paper_scale_has_the_grid_of_the_paper():
 
 
 def test_schema_knows_the_settings_of_training_and_of_models():
-    from cupel.multimodal import models
-    from cupel.multimodal.training import TrainingSettings
+    from cupel.vision_language import models
+    from cupel.vision_language.training import TrainingSettings
 
     schema = read_yaml(SCHEMAS / "experiment_multimodal.schema.yaml")
     fields = {field.name for field in dataclasses.fields(TrainingSettings)}
@@ -74,7 +74,7 @@ def test_schema_knows_the_settings_of_training_and_of_models():
 
 
 def test_filters_of_baselines_are_read_without_importing_them():
-    from cupel.multimodal import baselines
+    from cupel.vision_language import baselines
 
     assert set(flaggers()) == {"bye", *baselines.FLAGGERS}
     assert flaggers()["bye"] == {"rule", "tau"} and flaggers()["oracle"] == {"recall"}

@@ -16,10 +16,10 @@ import pytest
 from PIL import Image
 from sklearn.metrics import precision_recall_fscore_support
 
-from cupel.datasets.sources import NoSource, Raw, Source, fetch
 from cupel.files import read_json
-from cupel.multimodal import data, easy_vqa, flickr, iconqa, rsvqa, scienceqa, scoring, triggers
-from cupel.multimodal.poison import TARGET, poison, poisoned_count, poisoned_indices, trigger_test, truth
+from cupel.sources import NoSource, Raw, Source, fetch
+from cupel.vision_language import data, easy_vqa, flickr, iconqa, rsvqa, scienceqa, scoring, triggers
+from cupel.vision_language.poison import TARGET, poison, poisoned_count, poisoned_indices, trigger_test, truth
 
 LETTER = "\nAnswer with the option's letter from the given choices directly"
 
@@ -385,8 +385,8 @@ def test_several_squares():
 
 
 def test_global_triggers_are_those_of_the_image_attacks():
-    from cupel.attacks.blended import Blended
-    from cupel.attacks.wanet import warp_grid
+    from cupel.images.attacks.blended import Blended
+    from cupel.images.attacks.wanet import warp_grid
     from cupel.rng import rng
 
     image = picture(64, 64)

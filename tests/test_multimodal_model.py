@@ -14,11 +14,11 @@ from cupel.compat import ensure_torchvision
 ensure_torchvision()
 import transformers  # noqa: E402
 
-from cupel.multimodal import baselines, entropy, models, training  # noqa: E402
-from cupel.multimodal import filter as bye  # noqa: E402
-from cupel.multimodal.inference import answer  # noqa: E402
-from cupel.multimodal.models import Encoder, VisionLanguageModel, grouped, tiny_llava  # noqa: E402
-from cupel.multimodal.training import TrainingSettings, fit  # noqa: E402
+from cupel.vision_language import baselines, entropy, models, training  # noqa: E402
+from cupel.vision_language import filter as bye  # noqa: E402
+from cupel.vision_language.inference import answer  # noqa: E402
+from cupel.vision_language.models import Encoder, VisionLanguageModel, grouped, tiny_llava  # noqa: E402
+from cupel.vision_language.training import TrainingSettings, fit  # noqa: E402
 
 QUESTIONS = ("what is it?", "is there a red circle in the image?", "is the shape on the left larger than that on the right?")
 ANSWERS = ("yes", "no", "red circle", "Backdoor Attack!")
@@ -281,7 +281,7 @@ def test_extraction_goes_on_where_it_was_killed(tmp_path, monkeypatch):
 
 
 def test_a_batch_without_memory_is_halved():
-    from cupel.multimodal.streaming import stream
+    from cupel.vision_language.streaming import stream
 
     model, sizes = small_llava(), []
 

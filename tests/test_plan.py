@@ -6,8 +6,9 @@ import json
 import pytest
 import torch
 
-from cupel import datasets, models, plan, plan_families
+from cupel import plan, plan_families
 from cupel.grid import LIBRARY, Grid
+from cupel.images import datasets, models
 from cupel.registry import signatures
 from tests.conftest import REPOSITORY
 from tests.test_workflow import Folder, jobs
@@ -123,7 +124,7 @@ def test_cells_of_a_block_start_once():
 
 
 def test_every_defence_has_its_passes():
-    known = signatures("defence", sorted((LIBRARY / "defenses").glob("*.py")))
+    known = signatures("defence", sorted((LIBRARY / "images" / "defences").glob("*.py")))
     assert set(known) == set(plan.PASSES)
     grid = Grid(["ims"], "paper")
     work = plan.Work(grid)
@@ -226,8 +227,8 @@ def test_sizes_and_settings_that_the_other_families_go_by():
         for entry in grid.experiments[key]["models"].values():
             name = entry.get("name") or entry.get("hub")
             assert not name or name == "tiny-llama" or plan_families.parameters(name.replace("_", "-"))
-    assert set(plan_families.ATTACKS) == set(signatures("evaluation", [LIBRARY / "interpretability" / "evaluations.py"]))
-    code = ast.parse((LIBRARY / "multimodal" / "models.py").read_text())
+    assert set(plan_families.ATTACKS) == set(signatures("evaluation", [LIBRARY / "robust" / "evaluations.py"]))
+    code = ast.parse((LIBRARY / "vision_language" / "models.py").read_text())
     for name, expected in plan_families.BUILT.items():
         made = next(node.args for node in code.body if getattr(node, "name", "") == name)
         given = {argument.arg: default.value for argument, default in zip(made.kwonlyargs, made.kw_defaults, strict=True)

@@ -16,17 +16,9 @@ from pathlib import Path
 
 import pytest
 
-from cupel.language import sandbox
-from cupel.language import sandbox_supervisor as supervisor
-from cupel.language.sandbox import (
-    LAYERS,
-    Capabilities,
-    Limits,
-    SandboxError,
-    capabilities,
-    check_untrusted,
-    run_untrusted,
-)
+from cupel.text import sandbox
+from cupel.text import sandbox_supervisor as supervisor
+from cupel.text.sandbox import LAYERS, Capabilities, Limits, SandboxError, capabilities, check_untrusted, run_untrusted
 from tests.hostile import FORGERIES, HOSTILE, ONLY_SECCOMP, Bait, attack, survivors
 
 pytestmark = pytest.mark.skipif(not capabilities().sufficient, reason=f"untrusted code cannot be isolated: {capabilities()}")
@@ -138,7 +130,7 @@ def test_threads_may_be_allowed():
 def test_dies_with_its_caller(layers, tmp_path):
     layers = layers or capabilities().layers  # named: the caller is not to run probes first
     needs(layers)
-    code = ("from cupel.language.sandbox import *\n"
+    code = ("from cupel.text.sandbox import *\n"
             f"run_untrusted('import time; print(1); time.sleep(600)', Limits(seconds=600), {layers!r})")
     # a caller that is killed cannot remove its temporary folder
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "TMPDIR": str(tmp_path)}
@@ -343,14 +335,14 @@ def test_supervisor_that_fails(monkeypatch, tmp_path):
 def test_a_failing_layer_is_an_error_not_a_result():
     """A program that could not be confined is not run."""
     code = ("import ctypes, sys\nctypes.CDLL(None).prctl(38, 1, 0, 0, 0)\n"
-            "from cupel.language import sandbox_supervisor as s\n"
+            "from cupel.text import sandbox_supervisor as s\n"
             # a filter that refuses landlock_create_ruleset and unshare, inherited by all that follows
             "unshare = s._numbers(s._KILLED, s._MACHINES[s.platform.machine()][0])['unshare']\n"
             "rows = [(0x20, 0, 0, 0), (0x15, 0, 1, 444), (6, 0, 0, 0x50000 | 38), (0x15, 0, 1, unshare),"
             " (6, 0, 0, 0x50001), (6, 0, 0, 0x7fff0000)]\n"
             "code = s._Code(len(rows), (s._Instruction * len(rows))(*rows))\n"
             "s._call('prctl', 22, 2, ctypes.byref(code), 0, 0)\n"
-            "from cupel.language.sandbox import *\nprint(capabilities())\n"
+            "from cupel.text.sandbox import *\nprint(capabilities())\n"
             "for layers in (None, ('landlock',), ('namespaces',)):\n"
             "    try: run_untrusted('print(1)', layers=layers)\n"
             "    except SandboxError as error: print('refused:', error)\n")
@@ -367,7 +359,7 @@ def test_without_permission_to_make_namespaces():
     needs(FALLBACK)
     if not (shutil.which("unshare") and shutil.which("setpriv")):
         pytest.skip("needs unshare and setpriv (util-linux)")
-    code = ("from cupel.language.sandbox import *\nfrom tests.hostile import *\nprint(capabilities().layers)\n"
+    code = ("from cupel.text.sandbox import *\nfrom tests.hostile import *\nprint(capabilities().layers)\n"
             "print([attack(name)[1] for name in ('tcp', 'write outside', 'read a secret', 'kill everything')])")
     inner = "echo 0 > /proc/sys/user/max_user_namespaces; exec setpriv --bounding-set=-all --inh-caps=-all -- \"$@\""
     path = os.pathsep.join([str(Path(__file__).parents[1]), *sys.path])

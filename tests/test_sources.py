@@ -14,9 +14,9 @@ from pathlib import Path
 
 import pytest
 
-from cupel.datasets import sources
-from cupel.datasets.sources import Apt, Hub, NoSource, Npm, Pip, Raw, Source, SourceError, Url, fetch, fetch_raw
+from cupel import sources
 from cupel.files import extract
+from cupel.sources import Apt, Hub, NoSource, Npm, Pip, Raw, Source, SourceError, Url, fetch, fetch_raw
 
 CONTENT = bytes(range(256)) * 4000
 MD5 = "md5:" + hashlib.md5(CONTENT).hexdigest()
@@ -292,7 +292,7 @@ def test_without_network_the_answer_comes_within_seconds(tmp_path, monkeypatch, 
 
 def another_process(site, cache):
     """A process that fetches the file."""
-    program = ("import sys\nfrom pathlib import Path\nfrom cupel.datasets.sources import Raw, Url, fetch_raw\n"
+    program = ("import sys\nfrom pathlib import Path\nfrom cupel.sources import Raw, Url, fetch_raw\n"
                "fetch_raw(Raw('file', sys.argv[1], Url(sys.argv[2])), Path(sys.argv[3]))")
     return subprocess.Popen([sys.executable, "-c", program, MD5, str(site.url()), str(cache)])
 

@@ -7,9 +7,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from cupel import models
-from cupel.defenses import Budget, purify
-from cupel.defenses.tuning import project
+from cupel.images import models
+from cupel.images.defences import Budget, purify
+from cupel.images.defences.tuning import project
 from cupel.rng import rng
 from cupel.training.augment import Draws, augment, to_pixels
 from cupel.training.engine import Checkpoint, Diverged, Recipe, fit, predict
@@ -187,7 +187,7 @@ def test_fst_step_equals_the_formula(victim):
     one = Budget(images, labels, 4, crop=0, flip=False)
     stream = rng(4)
     model, _ = purify("fst", victim, one, rng(4), epochs=1, batch_size=32, alpha=alpha, lr=lr)
-    from cupel.defenses.tuning import reinitialise
+    from cupel.images.defences.tuning import reinitialise
     from cupel.rng import torch_rng
 
     plain = copy.deepcopy(victim).to(memory_format=torch.channels_last)

@@ -114,7 +114,7 @@ def test_a_hyperparameter_reruns_what_depends_on_it(finished):
 
 
 def test_code_of_a_defence_reruns_its_cells_only(finished):
-    file = "workflow/cupel/defenses/fst.py"
+    file = "workflow/cupel/images/defences/fst.py"
     finished.edit(file, "pushed away from", "pushed  away from")
     planned = jobs(finished.run("-n")[1])
     finished.edit(file, "pushed  away from", "pushed away from")

@@ -17,8 +17,8 @@ import pytest
 import torch
 from safetensors.torch import save, save_file
 
-from cupel import models
-from cupel.models import NotACheckpoint
+from cupel.images import models
+from cupel.images.models import NotACheckpoint
 from cupel.training.resume import DamagedCheckpoint
 from tests.faults.record import shorten, trial
 from tests.faults.runs import PURIFIED, VICTIM, copy, remove
@@ -163,8 +163,8 @@ ARRAYS = {
 READ = """
 import json, resource, sys
 from pathlib import Path
-from cupel.attacks import PoisonRecord
-from cupel.stages import read_tensors
+from cupel.images.attacks import PoisonRecord
+from cupel.images.stages import read_tensors
 size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize() if Path("/proc/self/statm").exists() else 0
 if size: resource.setrlimit(resource.RLIMIT_AS, (size + (1 << 29), size + (1 << 29)))
 found = {}

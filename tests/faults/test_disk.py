@@ -11,7 +11,7 @@ import threading
 
 import pytest
 
-from cupel.datasets.sources import NoSource, Raw, Source, SourceError, fetch, fetch_raw
+from cupel.sources import NoSource, Raw, Source, SourceError, fetch, fetch_raw
 from tests.faults.record import shorten, trial
 from tests.faults.runs import PURIFIED, VICTIM, content, contents, copy, error_lines, listing, processes_in, remove
 from tests.faults.test_kills import DATA, settings_of_data

@@ -10,7 +10,7 @@ import time
 
 import pytest
 
-from cupel.datasets.sources import Raw, Source, SourceError, Url, fetch, fetch_raw
+from cupel.sources import Raw, Source, SourceError, Url, fetch, fetch_raw
 from tests.faults.record import shorten, trial
 
 CONTENT = bytes(range(256)) * 4000
@@ -154,7 +154,7 @@ def test_a_server_that_is_killed_in_the_middle(tmp_path):
 
 def test_a_client_that_is_killed(site, tmp_path):
     """kill -9 of the process that downloads, then again from another."""
-    program = ("import sys\nfrom pathlib import Path\nfrom cupel.datasets.sources import Raw, Url, fetch_raw\n"
+    program = ("import sys\nfrom pathlib import Path\nfrom cupel.sources import Raw, Url, fetch_raw\n"
                "fetch_raw(Raw('file', sys.argv[1], Url(sys.argv[2])), Path(sys.argv[3]))")
     site.fault = ""
     with trial("download", "client: killed in the middle") as row:

@@ -4,7 +4,7 @@ import pytest
 
 from tests.faults.record import shorten, trial
 
-sandbox = pytest.importorskip("cupel.language.sandbox", reason="this version has no sandbox")
+sandbox = pytest.importorskip("cupel.text.sandbox", reason="this version has no sandbox")
 hostile = pytest.importorskip("tests.hostile")
 
 pytestmark = pytest.mark.skipif(not sandbox.capabilities().sufficient,

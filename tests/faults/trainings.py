@@ -29,7 +29,7 @@ TEXTS = [torch.from_numpy(DRAW.integers(3, 97, length)) for length in range(8, 2
 
 def image(path: Path | None, epochs: int, step: Callable) -> dict[str, torch.Tensor]:
     """A small ResNet by `training.engine.fit`."""
-    from cupel import models
+    from cupel.images import models
     from cupel.training.engine import Recipe, fit
 
     model = models.build("preactresnet18", num_classes=10, image_size=16, seed=0, width=8)
@@ -48,8 +48,8 @@ def language(path: Path | None, epochs: int, step: Callable) -> dict[str, torch.
     """Adapters of a small Llama by `language.training.train_lora`, with CROW's objective."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from cupel.language.consistency import Consistency
-    from cupel.language.training import Settings, add_lora, train_lora
+    from cupel.text.consistency import Consistency
+    from cupel.text.training import Settings, add_lora, train_lora
 
     torch.manual_seed(0)
     settings = Settings(precision="fp32", epochs=epochs, lr=1e-2)
@@ -65,8 +65,8 @@ def language(path: Path | None, epochs: int, step: Callable) -> dict[str, torch.
 
 def pictures(path: Path | None, epochs: int, step: Callable) -> dict[str, torch.Tensor]:
     """Adapters and projector of a small LLaVA by `multimodal.training.fit`."""
-    from cupel.multimodal.models import tiny_llava
-    from cupel.multimodal.training import TrainingSettings, fit
+    from cupel.vision_language.models import tiny_llava
+    from cupel.vision_language.training import TrainingSettings, fit
 
     model = tiny_llava(["what is it?", "yes", "no"], image_size=32, patch_size=8, vision_width=32, vision_layers=2,
                        vision_heads=2, width=48, layers=3, heads=4, kv_heads=2, initial=0.02, seed=3)

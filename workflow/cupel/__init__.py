@@ -6,7 +6,7 @@ The library knows nothing of Snakemake: every function here can be called from a
     attacks     triggers and poison records, one file each
     models      classifiers that take pixels in [0, 1] and know their penultimate features
     training    the one training engine
-    defenses    purification methods, one file each
+    defences    purification methods, one file each
     evaluation  ACC, ASR, RA, their intervals, and the verdict on a claim
     reporting   tables, figures and pages
 """

@@ -29,8 +29,8 @@ from packaging.version import Version
 
 from cupel import bundle_unpack
 from cupel.bundle_unpack import BLOCK, CONFIG, FORMAT, check_path, manifest_digest, wheel_needs
-from cupel.datasets import FILES
 from cupel.files import atomic, digest, write_json
+from cupel.images.datasets import FILES
 
 #: in the order in which they are packed
 KINDS = ("source", "wheel", "data", "weights")

@@ -164,7 +164,7 @@ class Grid:
                     self.entries[section][name] = entry
                     origin[section, name] = file
         self.signatures = {}
-        for kind, package in (("attack", "attacks"), ("defence", "defenses")):
+        for kind, package in (("attack", "images/attacks"), ("defence", "images/defences")):
             files = [*sorted((LIBRARY / package).glob("*.py")), *map(Path, self.plugins)]
             parameters = signatures(kind, files)
             self.signatures[kind] = {name: (path, parameters[name]) for path in files for name in signatures(kind, [path])}

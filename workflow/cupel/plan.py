@@ -36,10 +36,11 @@ from itertools import groupby
 from pathlib import Path
 from types import SimpleNamespace
 
-from cupel import datasets, plan_families
-from cupel.datasets.sources import default_cache
+from cupel import plan_families
 from cupel.files import read_json, write_text
 from cupel.grid import LIBRARY, SCHEMAS, Grid, check_schema, read_yaml, typed
+from cupel.images import datasets
+from cupel.sources import default_cache
 
 COSTS = LIBRARY.parents[1] / "docs" / "results" / "costs.csv"
 #: rule that makes the cells of a stage of the image family, and the name of its benchmark file
@@ -144,7 +145,7 @@ def _built(model: str, shape: tuple, classes: int, options: tuple) -> tuple[floa
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
-    from cupel import models
+    from cupel.images import models
 
     height, _, channels = shape
     with torch.device("meta"):
@@ -325,7 +326,7 @@ def calibrate(grid: Grid, cells: Iterable[dict], device: str, seconds: float = 2
     """
     import numpy as np
 
-    from cupel import models
+    from cupel.images import models
     from cupel.training.engine import Recipe, fit
     from cupel.training.precision import settled
 

@@ -31,15 +31,15 @@ import re
 from collections.abc import Callable, Iterable
 from types import SimpleNamespace
 
-from cupel import datasets
 from cupel.grid import Grid
-from cupel.interpretability.grid import Plan as Robust
-from cupel.language.grid import LanguageGrid
-from cupel.language.known import find as known_model
-from cupel.language.sources import find as known_text
-from cupel.multimodal import data as pictures
-from cupel.multimodal.grid import GENERATED
-from cupel.multimodal.grid import Plan as Multimodal
+from cupel.images import datasets
+from cupel.robust.grid import Plan as Robust
+from cupel.text.grid import LanguageGrid
+from cupel.text.known import find as known_model
+from cupel.text.sources import find as known_text
+from cupel.vision_language import data as pictures
+from cupel.vision_language.grid import GENERATED
+from cupel.vision_language.grid import Plan as Multimodal
 
 #: rules that take a GPU: family, and the name of the benchmark file
 RULES = {
@@ -210,7 +210,7 @@ def _network(model: str, dataset: str) -> tuple[float, float]:
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
-    from cupel.interpretability.models import blank
+    from cupel.robust.models import blank
 
     about = datasets.describe(dataset)
     network = blank(model, len(about.classes), about.shape[2]).to("meta")
@@ -220,7 +220,7 @@ def _network(model: str, dataset: str) -> tuple[float, float]:
 
 
 def _networks(plan: Robust, cell: dict) -> tuple[float | None, float]:
-    from cupel.interpretability.objectives import METHODS
+    from cupel.robust.objectives import METHODS
 
     flop, megabytes = _network(cell["model"], cell["dataset"])
     spec = plan.training(cell["dataset"], cell["model"], cell["recipe"], cell["method"], cell["seed"])

@@ -11,7 +11,7 @@ from snakemake.exceptions import WorkflowError
 from snakemake.logging import logger
 from snakemake.utils import validate
 
-from cupel.datasets import NAMES as DATASETS
+from cupel.images.datasets import NAMES as DATASETS
 from cupel.grid import LIBRARY, SCHEMAS, ConfigError, Grid, check_schema, code_digest, read_yaml, typed
 from cupel.registry import unknown
 

@@ -1,5 +1,5 @@
 # Settings and input functions of the papers on robust training by interpretation.
-from cupel.interpretability.grid import Plan
+from cupel.robust.grid import Plan
 
 PLANS = {
     paper: checked(Plan, paper, GRID.experiments[paper], GRID.file(paper, "experiment.yaml"), config["scale"], config["seeds"])

@@ -68,7 +68,7 @@ rule compose_texts:
     params:
         spec=compose_spec,
         data=text_folders,
-        code=code_digest(SCRIPTS / "compose_texts.py", LIBRARY / "language" / "poison.py"),
+        code=code_digest(SCRIPTS / "compose_texts.py", LIBRARY / "text" / "poison.py"),
     script:
         "../scripts/compose_texts.py"
 

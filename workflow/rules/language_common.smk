@@ -1,6 +1,6 @@
 # Cells of the papers on language models, and the input and parameter functions of their rules.
 
-from cupel.language.grid import TASKS as LANGUAGE_TASKS, LanguageGrid
+from cupel.text.grid import TASKS as LANGUAGE_TASKS, LanguageGrid
 
 LANGUAGE_CELL = "language/{dataset}/{model}/{recipe}/{attack}@{rate}/seed{seed}"
 LANGUAGE_VICTIM = f"{RESULTS}/victims/{LANGUAGE_CELL}"

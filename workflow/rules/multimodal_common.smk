@@ -1,5 +1,5 @@
 # Settings and input functions of the papers on multimodal models.
-from cupel.multimodal.grid import Plan as MultimodalPlan
+from cupel.vision_language.grid import Plan as MultimodalPlan
 
 MULTIMODAL = {
     paper: checked(

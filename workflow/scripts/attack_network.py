@@ -1,8 +1,8 @@
 """One evaluation of a trained network."""
 
 from cupel.devices import pick_device
-from cupel.interpretability.measure import attack_network
-from cupel.stages import logged
+from cupel.job import logged
+from cupel.robust.measure import attack_network
 
 with logged(snakemake.log[0]):
     attack_network(snakemake.params.spec, snakemake.params.evaluation, snakemake.params.data, snakemake.input.model,

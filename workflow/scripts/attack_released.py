@@ -3,8 +3,8 @@
 from pathlib import Path
 
 from cupel.devices import pick_device
-from cupel.interpretability.measure import attack_released
-from cupel.stages import logged
+from cupel.job import logged
+from cupel.robust.measure import attack_released
 
 with logged(snakemake.log[0]):
     spec = snakemake.params.spec

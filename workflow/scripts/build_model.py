@@ -3,8 +3,8 @@
 from pathlib import Path
 
 from cupel.devices import pick_device
-from cupel.multimodal.stages import build
-from cupel.stages import logged
+from cupel.job import logged
+from cupel.vision_language.stages import build
 
 with logged(snakemake.log[0]):
     build(snakemake.params.spec, Path(snakemake.input.manifest).parent, dict(snakemake.output.items()),

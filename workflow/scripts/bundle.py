@@ -3,8 +3,8 @@
 from pathlib import Path
 
 from cupel import bundle
+from cupel.job import logged
 from cupel.reporting.provenance import git_commit, versions
-from cupel.stages import logged
 
 with logged(snakemake.log[0]):
     settings = snakemake.params.settings

@@ -1,8 +1,8 @@
 """Clean and stamped images of every attack on one dataset."""
 
+from cupel.job import logged
 from cupel.registry import load_plugins
 from cupel.reporting.image_papers import contact_sheet
-from cupel.stages import logged
 
 with logged(snakemake.log[0]):
     load_plugins(snakemake.params.plugins)

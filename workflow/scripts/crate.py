@@ -3,8 +3,8 @@
 from pathlib import Path
 
 from cupel.files import read_json
+from cupel.job import logged
 from cupel.reporting.crate import check_crate, write_crate
-from cupel.stages import logged
 
 with logged(snakemake.log[0]):
     base = Path(snakemake.output.crate).parent

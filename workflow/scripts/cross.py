@@ -2,8 +2,8 @@
 
 import pandas as pd
 
+from cupel.job import logged
 from cupel.reporting.cross import write_cross
-from cupel.stages import logged
 
 with logged(snakemake.log[0]):
     cells = pd.read_parquet(snakemake.input.cells)

@@ -1,8 +1,8 @@
 """Feature maps of victims and purified models of one paper."""
 
+from cupel.job import logged
 from cupel.registry import load_plugins
 from cupel.reporting.image_papers import feature_maps
-from cupel.stages import logged
 
 with logged(snakemake.log[0]):
     load_plugins(snakemake.params.plugins)

@@ -8,9 +8,9 @@ from pathlib import Path
 import pandas as pd
 
 from cupel.files import read_json, write_json, write_text
+from cupel.job import logged
 from cupel.reporting.page import write_page
 from cupel.reporting.provenance import provenance, rule_times
-from cupel.stages import logged
 
 CAPTIONS = {
     "scatter": "Clean accuracy against attack success: good defences stand top left.",

@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from cupel.multimodal.detection import measure_filters
-from cupel.stages import logged
+from cupel.job import logged
+from cupel.vision_language.detection import measure_filters
 
 with logged(snakemake.log[0]):
     flags = dict(zip(snakemake.params.asked["filters"], snakemake.output.flags, strict=True))

@@ -7,8 +7,8 @@ from nbconvert import HTMLExporter
 
 from cupel.files import atomic, write_text
 from cupel.grid import read_yaml
+from cupel.job import logged
 from cupel.reporting.card import card_markdown
-from cupel.stages import logged
 
 # the kernel belongs to this job alone: no settings of the user's own notebooks
 os.environ["PYDEVD_DISABLE_FILE_VALIDATION"] = "1"

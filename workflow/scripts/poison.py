@@ -1,9 +1,10 @@
 """Choose and stamp the poisoned samples of a victim."""
 
-from cupel import stages
+from cupel import job
+from cupel.images import stages
 from cupel.registry import load_plugins
 
-with stages.logged(snakemake.log[0]):
+with job.logged(snakemake.log[0]):
     load_plugins(snakemake.params.plugins)
     stages.poison(snakemake.params.spec, snakemake.params.data, snakemake.input.get("trigger") or None,
                   snakemake.output.record)

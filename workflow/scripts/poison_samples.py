@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from cupel.multimodal.stages import poison
-from cupel.stages import logged
+from cupel.job import logged
+from cupel.vision_language.stages import poison
 
 with logged(snakemake.log[0]):
     poison(snakemake.params.spec, Path(snakemake.input.manifest).parent, Path(snakemake.output.manifest).parent)

@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from cupel import datasets
-from cupel.stages import logged
+from cupel.images import datasets
+from cupel.job import logged
 
 with logged(snakemake.log[0]):
     datasets.prepare(datasets.describe(snakemake.wildcards.dataset), Path(snakemake.output.manifest).parent,

@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from cupel.language import stages
-from cupel.stages import logged
+from cupel.job import logged
+from cupel.text import stages
 
 with logged(snakemake.log[0]):
     model = snakemake.params.model

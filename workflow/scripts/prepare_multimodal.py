@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from cupel.multimodal.stages import prepare
-from cupel.stages import logged
+from cupel.job import logged
+from cupel.vision_language.stages import prepare
 
 with logged(snakemake.log[0]):
     prepare(snakemake.params.spec, Path(snakemake.output.manifest).parent, snakemake.params.sources, snakemake.params.cache,

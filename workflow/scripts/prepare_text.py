@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from cupel.language import sources
-from cupel.stages import logged
+from cupel.job import logged
+from cupel.text import sources
 
 with logged(snakemake.log[0]):
     sources.prepare(snakemake.wildcards.text, Path(snakemake.output.manifest).parent, kinds=snakemake.params.sources,

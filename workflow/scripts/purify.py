@@ -2,11 +2,12 @@
 
 from pathlib import Path
 
-from cupel import stages
+from cupel import job
 from cupel.devices import pick_device
+from cupel.images import stages
 from cupel.registry import load_plugins
 
-with stages.logged(snakemake.log[0]):
+with job.logged(snakemake.log[0]):
     load_plugins(snakemake.params.plugins)
     outputs = [{"model": model, "history": Path(model).with_name("history.csv"), "metrics": metrics}
                for model, metrics in zip(snakemake.output.model, snakemake.output.metrics, strict=True)]

@@ -1,8 +1,8 @@
 """Run one defence on one language victim and measure the result."""
 
 from cupel.devices import pick_device
-from cupel.language import purification
-from cupel.stages import logged
+from cupel.job import logged
+from cupel.text import purification
 
 with logged(snakemake.log[0]):
     purification.purify(snakemake.params.spec, snakemake.params.defence, snakemake.params.base, snakemake.input.victim,

@@ -3,8 +3,8 @@
 from pathlib import Path
 
 from cupel.devices import pick_device
-from cupel.multimodal.purification import purify_pictures
-from cupel.stages import logged
+from cupel.job import logged
+from cupel.vision_language.purification import purify_pictures
 
 with logged(snakemake.log[0]):
     folders = {name: Path(snakemake.input[name]).parent for name in ("data", "triggered")}

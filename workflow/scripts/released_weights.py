@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
+from cupel.job import logged
 from cupel.reporting.interpretability_papers import report_released
-from cupel.stages import logged
 
 with logged(snakemake.log[0]):
     records = {Path(path).stem: path for path in snakemake.input}

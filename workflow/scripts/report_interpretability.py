@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pandas as pd
 
+from cupel.job import logged
 from cupel.reporting.interpretability_papers import report_paper
-from cupel.stages import logged
 
 with logged(snakemake.log[0]):
     report_paper(snakemake.wildcards.paper, snakemake.params.scale, pd.read_parquet(snakemake.input.cells),

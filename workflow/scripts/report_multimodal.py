@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pandas as pd
 
+from cupel.job import logged
 from cupel.reporting.multimodal_papers import report_paper
-from cupel.stages import logged
 
 with logged(snakemake.log[0]):
     reported = pd.concat([pd.read_csv(path) for path in snakemake.input.reported], ignore_index=True)

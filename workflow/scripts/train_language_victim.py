@@ -1,8 +1,8 @@
 """Train a language victim on its poisoned texts and measure it."""
 
 from cupel.devices import pick_device
-from cupel.language import stages
-from cupel.stages import logged
+from cupel.job import logged
+from cupel.text import stages
 
 with logged(snakemake.log[0]):
     stages.train_victim(snakemake.params.spec, snakemake.params.base, {**snakemake.params.data, **snakemake.params.texts},

@@ -1,10 +1,11 @@
 """Train and measure a victim."""
 
-from cupel import stages
+from cupel import job
 from cupel.devices import pick_device
+from cupel.images import stages
 from cupel.registry import load_plugins
 
-with stages.logged(snakemake.log[0]):
+with job.logged(snakemake.log[0]):
     load_plugins(snakemake.params.plugins)
     stages.train_victim(snakemake.params.spec, snakemake.params.data, snakemake.input.record,
                         snakemake.input.get("trigger") or None, dict(snakemake.output.items()),

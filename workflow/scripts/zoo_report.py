@@ -4,11 +4,11 @@ import os
 from pathlib import Path
 
 from cupel.files import read_json, write_text
+from cupel.job import logged
 from cupel.reporting import figures
 from cupel.reporting.page import write_page
 from cupel.reporting.provenance import git_commit, processor, versions
 from cupel.reporting.tables import gather, victims_beside_twins
-from cupel.stages import logged
 
 with logged(snakemake.log[0]):
     page = Path(snakemake.output.page)

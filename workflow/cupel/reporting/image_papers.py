@@ -5,12 +5,13 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from cupel import datasets, models
+from cupel.cells import read_tensors
 from cupel.evaluation.claims import judge_all
 from cupel.files import write_text
+from cupel.images import datasets, models
+from cupel.images.stages import make_attack, test_subset
 from cupel.reporting import figures, tables
 from cupel.rng import rng
-from cupel.stages import make_attack, read_tensors, test_subset
 
 
 def report_paper(

@@ -4,12 +4,13 @@ import numpy as np
 import pandas as pd
 import torch
 
-from cupel import datasets, models
-from cupel.defenses import Budget
-from cupel.defenses.ims import inverse_mask, perturb, purify_with_masks
+from cupel.cells import read_tensors
+from cupel.images import datasets, models
+from cupel.images.defences import Budget
+from cupel.images.defences.ims import inverse_mask, perturb, purify_with_masks
+from cupel.images.stages import clean_budget, make_attack
 from cupel.reporting.figures import COLOURS, plt, save
 from cupel.rng import rng
-from cupel.stages import clean_budget, make_attack, read_tensors
 from cupel.training.augment import to_pixels
 
 
@@ -18,7 +19,7 @@ def masks_figure(masks: dict[str, tuple], history: pd.DataFrame):
 
     Args:
         masks: layer name to (a, s, m), each float [C].
-        history: rows of `cupel.defenses.ims`.
+        history: rows of `cupel.images.defences.ims`.
     """
     figure, axes = plt.subplots(3, 1, figsize=(9.5, 8.4), layout="constrained")
     places = np.arange(len(masks))
@@ -75,7 +76,7 @@ def look_inside(
     """Run IMS on a victim again and draw what the workflow does not keep.
 
     Args:
-        spec, defence: as in `cupel.stages.purify`.
+        spec, defence: as in `cupel.images.stages.purify`.
         data, victim, trigger: folder of data sets, checkpoint, trigger tensors.
         out: paths `masks` and `gallery` of the pictures, `table` of the history.
         device: where to compute.

@@ -9,13 +9,13 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from cupel.cells import read_tensors
 from cupel.evaluation.claims import judge_all
 from cupel.files import read_json, write_json, write_text
-from cupel.interpretability.aai import overlap
-from cupel.interpretability.grid import fraction
 from cupel.reporting import figures, tables
 from cupel.reporting import interpretability_figures as drawn
-from cupel.stages import read_tensors
+from cupel.robust.aai import overlap
+from cupel.robust.grid import fraction
 
 MAIN = "main"
 KEYS = ["dataset", "model", "recipe", "method", "label", "attack", "attack_variant", "metric"]

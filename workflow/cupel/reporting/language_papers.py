@@ -11,8 +11,8 @@ import pandas as pd
 from cupel.evaluation.claims import judge_all
 from cupel.evaluation.intervals import wilson
 from cupel.files import read_json, write_text
-from cupel.language.sources import read_records
 from cupel.reporting import figures, language_figures, tables
+from cupel.text.sources import read_records
 
 #: a victim below the first or above the second is marked (crow SPEC 11.3); both under the template, over all answers
 GATE = {"asr": 0.8, "false": 0.05}

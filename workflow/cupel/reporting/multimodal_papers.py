@@ -7,15 +7,15 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from cupel.cells import read_tensors
 from cupel.evaluation.claims import judge_all
 from cupel.files import read_json, write_text
-from cupel.multimodal import data as prepared
-from cupel.multimodal import triggers
 from cupel.reporting import figures, tables
 from cupel.reporting import multimodal_figures as drawing
 from cupel.reporting import multimodal_tables as made
 from cupel.reporting.multimodal_tables import VICTIM, Numbers, Reported, Setting, trigger_of
-from cupel.stages import read_tensors
+from cupel.vision_language import data as prepared
+from cupel.vision_language import triggers
 
 SAME = ("dataset", "model", "recipe", "rate")
 CURVES = 8  # victims in the figure of training

@@ -1,0 +1,72 @@
+"""Records of cells: what names one, its numbers on disk, and what is written in place of one whose method failed."""
+
+import csv
+import io
+import json
+import traceback
+from pathlib import Path
+
+import numpy as np
+
+from cupel.files import atomic, write_json, write_text
+
+#: errors of a method or of its settings; anything else (no memory, no disk) is the machine's and is raised for a retry
+METHOD_ERRORS = (ValueError, ArithmeticError, NotImplementedError)
+
+
+def identity(spec: dict, stage: str, defence: dict | None = None) -> dict:
+    """What names a cell, flat."""
+    attack, _, attack_variant = spec["attack"]["name"].partition("~")
+    method, _, defence_variant = (defence or {"name": ""})["name"].partition("~")
+    return {"stage": stage, "dataset": spec["dataset"], "model": spec["model"], "recipe": spec["recipe"],
+            "attack": attack, "attack_variant": attack_variant, "poison_rate": spec["rate"], "defence": method,
+            "variant": defence_variant, "budget": defence["budget"]["name"] if defence else "", "seed": spec["seed"]}
+
+
+def failure(error: Exception) -> str:
+    """A failed method in one line; the whole traceback goes to the log."""
+    traceback.print_exc()
+    return " ".join(f"{type(error).__name__}: {error}".split())
+
+
+def fail(error: Exception, record: dict, model: str | Path, history: str | Path, metrics: str | Path) -> None:
+    """Write the outputs of a failed cell: an empty checkpoint that says why, and a record with the reason."""
+    from safetensors.torch import save_file
+
+    reason = failure(error)
+    with atomic(model) as temporary:
+        save_file({}, temporary, metadata={"cupel": json.dumps({"format": "cupel.failed/1", "reason": reason})})
+    write_history(history, [])
+    write_json(metrics, {**record, "status": "failed", "reason": reason})
+
+
+def read_tensors(path: str | Path | None) -> dict[str, np.ndarray]:
+    """Arrays of an `.npz`, nothing unpickled; none for no file.
+
+    Raises:
+        ValueError: a member is no array.
+    """
+    if not path:
+        return {}
+    with np.load(path, allow_pickle=False) as file:
+        tensors = {key: file[key] for key in file.files}
+    for key, value in tensors.items():
+        if not isinstance(value, np.ndarray):  # numpy hands out other members as bytes
+            raise ValueError(f"{path}: {key!r} is no array; expected a file written by cupel.images.stages.write_tensors")
+    return tensors
+
+
+def write_tensors(path: str | Path, tensors: dict[str, np.ndarray]) -> None:
+    """Write arrays as `.npz`, atomically."""
+    with atomic(path) as temporary:
+        np.savez_compressed(temporary, **tensors)
+
+
+def write_history(path: str | Path, rows: list[dict]) -> None:
+    """Rows of a history as CSV; lists are left to JSON."""
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows({k: json.dumps(v) if isinstance(v, (list, dict)) else v for k, v in row.items()} for row in rows)
+    write_text(path, text.getvalue())

@@ -1,0 +1,112 @@
+"""Networks on disk: one safetensors file that holds the weights and the arguments that build the network.
+
+The file format is one for all families. What a `spec` builds is the family's: it hands `load` a function for it.
+"""
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+from cupel.files import atomic
+
+FORMAT = "cupel.classifier/1"
+
+
+class NotACheckpoint(ValueError):
+    """The file is not one that :func:`save` wrote, or it does not fit the network that it names."""
+
+
+def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
+    """Write ``model`` to ``path`` as safetensors, with its ``spec`` and its attachments as metadata.
+
+    The file appears whole or not at all, and missing folders are made. Equal models give equal bytes: weights in
+    channels-last order are stored in the usual order.
+    """
+    model = getattr(model, "_orig_mod", model)  # torch.compile's wrapper would prefix every key
+    if not model.spec:
+        raise ValueError("this network has no spec to build it again by: make it with build() or blank()")
+    tensors = {key: value.detach().contiguous() for key, value in model.state_dict().items()}
+    # One key only: safetensors writes several in random order, and equal models shall be equal files.
+    recipe = {"format": FORMAT, "spec": model.spec}
+    if getattr(model, "attachments", None):
+        recipe["attachments"] = [attachment.describe() for attachment in model.attachments]
+    recipe = json.dumps(recipe, sort_keys=True)
+    with atomic(path) as temporary:
+        save_file(tensors, temporary, metadata={"cupel": recipe})
+
+
+def load(path: str | os.PathLike[str], rebuild: Callable[[dict, list[dict]], nn.Module]) -> nn.Module:
+    """Rebuild the network that :func:`save` wrote: same weights bit for bit, on the CPU, in training mode.
+
+    Args:
+        path: of the file.
+        rebuild: the network of a ``spec`` and its attachments; called under the meta device, its weights are not used.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        NotACheckpoint: It is not safetensors, not by :func:`save`, or its tensors are not those of the network.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"no checkpoint at {path}; train the model first (cupel.checkpoint.save writes this file)")
+    spec, attachments, tensors = _read(path)
+    try:
+        # Weights come from the file, so nothing is initialised, downloaded or drawn from a generator.
+        with torch.device("meta"):
+            model = rebuild(spec, attachments)
+    except (TypeError, ValueError) as error:
+        raise NotACheckpoint(f"{path}: its recipe {spec} builds no model of this version of cupel: {error}") from error
+    expected = {key: tuple(value.shape) for key, value in model.state_dict().items()}
+    found = {key: tuple(value.shape) for key, value in tensors.items()}
+    if expected != found:
+        raise NotACheckpoint(f"{path} does not fit the model {spec['name']!r} it names: {_difference(expected, found)}")
+    model.load_state_dict(tensors, assign=True)
+    model.spec = spec
+    return model
+
+
+def _read(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]], dict[str, torch.Tensor]]:
+    right = "expected a .safetensors file written by cupel.checkpoint.save"
+    if not path.is_file():
+        raise NotACheckpoint(f"{path} is a folder; {right}")
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            # The tensors are views of the mapped file: were it truncated later, reading them would kill the process.
+            tensors = {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118 (not a mapping)
+    except SafetensorError as error:
+        with path.open("rb") as file:
+            pickled = file.read(1) in (b"P", b"\x80")  # a zip archive (torch.save) or a bare pickle
+        what = "a pickled file, which could run code when opened" if pickled else f"damaged or another format ({error})"
+        raise NotACheckpoint(f"{path} is {what}; {right}") from None
+    try:
+        recipe = json.loads(metadata.get("cupel", "{}"))
+        found, spec = recipe.get("format"), recipe.get("spec")
+    except (json.JSONDecodeError, AttributeError, RecursionError):
+        found = spec = None
+    if found != FORMAT:
+        raise NotACheckpoint(f"{path} is safetensors of format {found!r}, not {FORMAT!r}; {right}")
+    if not isinstance(spec, dict) or "name" not in spec:
+        raise NotACheckpoint(f"{path} does not say which model it holds; {right}")
+    return spec, recipe.get("attachments", []), tensors
+
+
+def _difference(expected: dict[str, tuple[int, ...]], found: dict[str, tuple[int, ...]]) -> str:
+    def some(keys: list[str]) -> str:
+        return ", ".join(keys[:3]) + (f" and {len(keys) - 3} more" if len(keys) > 3 else "")
+
+    missing, unexpected = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
+    reshaped = sorted(key for key in expected.keys() & found.keys() if expected[key] != found[key])
+    parts = {
+        "missing": missing,
+        "unexpected": unexpected,
+        "of another shape": [f"{key} {found[key]} instead of {expected[key]}" for key in reshaped],
+    }
+    return "; ".join(f"{what}: {some(keys)}" for what, keys in parts.items() if keys)

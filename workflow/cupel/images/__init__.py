@@ -1,0 +1,1 @@
+"""Image classifiers: data sets, attacks, models, defences, and the stages from one to the next."""

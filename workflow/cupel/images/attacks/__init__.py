@@ -1,0 +1,21 @@
+"""Attacks, one file each. `build(name, **parameters)` gives one; plugins register more."""
+
+from cupel.images.attacks.base import Attack, AttackHook, ImpossibleRate, PoisonRecord, attack
+
+ATTACKS = attack
+
+__all__ = ["ATTACKS", "Attack", "AttackHook", "ImpossibleRate", "PoisonRecord", "attack", "build"]
+
+
+def build(name: str, **parameters) -> Attack:
+    """An attack by its registered name.
+
+    Raises:
+        ValueError: unknown name, or a parameter that it does not have.
+    """
+    kind = ATTACKS.find(name)
+    try:
+        return kind(**parameters)
+    except TypeError as error:
+        fields = ", ".join(set(kind.__dataclass_fields__) - {"tensors"})
+        raise ValueError(f"attack {name}: {str(error).split('() ')[-1]}; its parameters are {fields}") from None

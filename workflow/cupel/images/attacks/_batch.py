@@ -1,0 +1,154 @@
+"""What attacks share that act while the victim trains (WaNet, BPP, Input-aware, Bypass)."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cupel.images.attacks.base import Attack, AttackHook
+from cupel.training.augment import to_pixels
+
+
+class CountingHook(AttackHook):
+    """An attack's hook whose counts survive in a checkpoint; `poisoned` may grow as a tensor on the device."""
+
+    @property
+    def rate(self) -> float:
+        return float(super().rate)
+
+    def count(self, seen: int, poisoned: int | Tensor) -> None:
+        """Add the samples of a batch."""
+        self.seen, self.poisoned = self.seen + seen, self.poisoned + poisoned
+
+    def state_dict(self) -> dict:
+        return {"seen": self.seen, "poisoned": int(self.poisoned)}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.seen, self.poisoned = state["seen"], state["poisoned"]
+
+
+class BatchHook(CountingHook):
+    """Poisons the first samples of each batch; the order of an epoch is random, so these are random samples.
+
+    Args:
+        attack: whose parameters it uses.
+        rate: share p of each batch to poison. int(p·B) of B samples are poisoned; where p·B < 1, one sample with
+            probability p·B (backdoorbench SPEC 4).
+        target: the target label.
+        classes: K, the number of classes.
+        cover: share of each batch that is changed and keeps its label.
+
+    Raises:
+        ValueError: the label policy does not relabel, or a batch cannot hold the shares asked for.
+    """
+
+    def __init__(self, attack: Attack, rate: float, target: int, classes: int, cover: float):
+        super().__init__()
+        if attack.policy not in ("all2one", "all2all"):
+            raise ValueError(f"{type(attack).__name__} relabels what it poisons: policy must be all2one or all2all, "
+                             f"not {attack.policy!r}")
+        if not 0 <= rate <= 1 or rate + cover > 1 + 1e-9:
+            raise ValueError(f"{type(attack).__name__} at rate {rate:g} changes {cover:g} of each batch besides, and "
+                             "both together may be at most 1: choose a lower rate")
+        self.attack, self.share, self.target, self.classes = attack, rate, target, classes
+
+    def draw(self, size: int, generator: torch.Generator) -> int:
+        """How many of the next `size` samples to poison; they are counted."""
+        expected = self.share * size
+        number = int(expected)
+        if expected < 1:
+            number = int(torch.rand((), generator=generator).item() < expected)
+        self.count(size, number)
+        return number
+
+    def relabelled(self, labels: Tensor, number: int) -> tuple[Tensor, Tensor]:
+        """Labels int64 [B] whose first `number` are the attacker's, and the groups int64 [B]: 1 there, else 0."""
+        wanted, groups = labels.clone(), torch.zeros_like(labels)
+        wanted[:number] = self.target if self.attack.policy == "all2one" else (labels[:number] + 1) % self.classes
+        groups[:number] = 1
+        return wanted, groups
+
+
+def rotate(images: Tensor, angle: float) -> Tensor:
+    """Float [B, C, H, W], H = W, turned by `angle` radians about the centre: nearest neighbour, black outside."""
+    cosine, sine = math.cos(angle), math.sin(angle)
+    matrix = images.new_tensor([[cosine, -sine, 0], [sine, cosine, 0]]).expand(len(images), 2, 3)
+    grid = F.affine_grid(matrix, list(images.shape), align_corners=False)
+    return F.grid_sample(images, grid, mode="nearest", align_corners=False)
+
+
+@dataclass(frozen=True)
+class BatchAugmentation:
+    """The augmentation of WaNet and BPP: one draw for the whole batch, after the trigger (backdoorbench SPEC 4).
+
+    With probability 0.8 a random crop, then with 0.5 a rotation, then with 0.5 a horizontal flip. What
+    comes in from outside the image is black.
+
+    Attributes:
+        crop: zero padding of the crop, in pixels.
+        rotation: largest angle, in degrees.
+        flip: flips happen at all (they do on CIFAR-10 alone).
+    """
+
+    crop: int
+    rotation: float
+    flip: bool
+
+    def __call__(self, images: Tensor, generator: torch.Generator) -> Tensor:
+        """Float [B, C, H, W] to the same; H = W."""
+        # all numbers are drawn, used or not: a parameter then never shifts the stream
+        cropped, turned, flipped = (torch.rand(3, generator=generator) < torch.tensor([0.8, 0.5, 0.5])).tolist()
+        row, column = torch.randint(0, 2 * self.crop + 1, (2,), generator=generator).tolist()
+        angle = math.radians(self.rotation) * (2 * torch.rand((), generator=generator).item() - 1)
+        height, width = images.shape[-2:]
+        if self.crop and cropped:
+            images = F.pad(images, (self.crop,) * 4)[..., row : row + height, column : column + width]
+        if self.rotation and turned:
+            images = rotate(images, angle)
+        if self.flip and flipped:
+            images = images.flip(3)
+        return images.contiguous(memory_format=torch.channels_last)
+
+
+def others(first: int, count: int, size: int, generator: torch.Generator) -> Tensor:
+    """For each of the samples first, …, first + count − 1 of a batch of `size`, another one: int64 [count]."""
+    # an empty draw is legal for a batch of one sample
+    return (torch.arange(first, first + count) + torch.randint(1, max(size, 2), (count,), generator=generator)) % size
+
+
+def initialised(build: Callable[[], nn.Module], seed: int) -> nn.Module:
+    """The network that `build` makes, its weights drawn from `seed` on the CPU; global generators stay as they are."""
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+        torch.default_generator.manual_seed(seed)
+        return build()
+
+
+def stamp_pixels(images: np.ndarray, trigger: Callable[[Tensor], Tensor], size: int = 500) -> np.ndarray:
+    """Apply a trigger on float pixels [B, C, H, W] in [0, 1] to uint8 [N, H, W, C], on the CPU in parts of `size`.
+
+    The result is rounded to the nearest level: these attacks train on floats, and the rounded test image is the nearest
+    to what the victim saw. (The released scripts truncate, which darkens by half a level on average.)
+    """
+    stamped = np.empty(images.shape, np.uint8)
+    with torch.inference_mode():
+        for start in range(0, len(images), size):
+            x = to_pixels(torch.from_numpy(np.array(images[start : start + size])))
+            levels = trigger(x).mul(255).round_().clamp_(0, 255).to(torch.uint8)
+            stamped[start : start + size] = levels.permute(0, 2, 3, 1).numpy()
+    return stamped
+
+
+def learned(attack: Attack) -> dict[str, np.ndarray]:
+    """The attack's tensors.
+
+    Raises:
+        ValueError: there are none yet.
+    """
+    if not attack.tensors:
+        raise ValueError(f"{type(attack).__name__} has no trigger before a victim is trained with it: "
+                         "give it the hook's tensors() as `tensors`")
+    return attack.tensors

@@ -1,0 +1,57 @@
+"""CIFAR-100 (Krizhevsky, 2009): 50,000 + 10,000 colour images of 32×32, a hundred classes (the fine labels)."""
+
+import tempfile
+from pathlib import Path
+
+import numpy as np
+
+from cupel.files import extract
+from cupel.images.datasets.base import Description
+from cupel.sources import Raw, Source, Url
+
+_CLASSES = """
+apple aquarium_fish baby bear beaver bed bee beetle bicycle bottle bowl boy bridge bus butterfly camel can castle
+caterpillar cattle chair chimpanzee clock cloud cockroach couch crab crocodile cup dinosaur dolphin elephant flatfish
+forest fox girl hamster house kangaroo keyboard lamp lawn_mower leopard lion lizard lobster man maple_tree motorcycle
+mountain mouse mushroom oak_tree orange orchid otter palm_tree pear pickup_truck pine_tree plain plate poppy porcupine
+possum rabbit raccoon ray road rocket rose sea seal shark shrew skunk skyscraper snail snake spider squirrel streetcar
+sunflower sweet_pepper table tank telephone television tiger tractor train trout tulip turtle wardrobe whale
+willow_tree wolf woman worm
+"""
+CLASSES = tuple(_CLASSES.split())
+
+
+def read_binary(paths: list[Path]) -> dict[str, np.ndarray]:
+    """The official binary version: records of a coarse label, a fine label and 3×32×32 pixels, a byte each.
+
+    No pickle is opened.
+    """
+    arrays = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for split in ("train", "test"):
+            file = extract(paths[0], f"cifar-100-binary/{split}.bin", Path(folder) / f"{split}.bin", limit=1 << 28)
+            records = np.fromfile(file, np.uint8).reshape(-1, 2 + 3 * 32 * 32)
+            arrays[f"{split}_images"] = records[:, 2:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
+            arrays[f"{split}_labels"] = records[:, 1].astype(np.int64)
+    return arrays
+
+
+_BINARY = Raw("cifar-100-binary.tar.gz", "md5:03b5dce01913d631647c71ecec9e9cb8",
+              Url("https://www.cs.toronto.edu/~kriz/cifar-100-binary.tar.gz"))
+
+DESCRIPTION = Description(
+    name="cifar100",
+    classes=CLASSES,
+    sources=(
+        Source("official", (_BINARY,), read_binary),
+        Source("mirror", (Raw(_BINARY.name, _BINARY.checksum),), read_binary),
+    ),
+    shape=(32, 32, 3),
+    sizes=(50_000, 10_000),
+    mean=(0.5071, 0.4865, 0.4409),
+    std=(0.2673, 0.2564, 0.2762),
+    published="BackdoorBench prototype settings",
+    measured=((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762), 1e-3),
+    balanced=True,
+    licence="none stated by the authors; cite Krizhevsky 2009",
+)

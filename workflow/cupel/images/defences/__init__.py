@@ -1,0 +1,44 @@
+"""Defences, one file each, with one interface: `purify(name, victim, budget, rng, **hyperparameters)`."""
+
+from dataclasses import fields, replace
+
+import numpy as np
+
+from cupel.images.defences.base import Budget, defence
+from cupel.training.resume import Resume, fingerprint
+
+DEFENCES = defence
+
+__all__ = ["DEFENCES", "Budget", "defence", "purify"]
+
+
+def purify(name: str, victim, budget: Budget, rng: np.random.Generator, **hyperparameters):
+    """Run a defence on a victim.
+
+    Args:
+        name: registered name, e.g. `fst`.
+        victim: `cupel.images.models.Classifier`; it is not changed.
+        budget: the defender's clean data; with a checkpoint, a killed run of the same arguments is continued.
+        rng: the only source of randomness.
+        hyperparameters: keyword arguments of the defence.
+
+    Returns:
+        The purified model and its history, a list of flat records.
+
+    Raises:
+        ValueError: unknown name or hyperparameter.
+    """
+    function = DEFENCES.find(name)
+    unknown = set(hyperparameters) - set(function.__kwdefaults__ or {})
+    if unknown:
+        raise ValueError(f"defence {name} has no hyperparameter {', '.join(sorted(unknown))}; "
+                         f"it has {', '.join(sorted(function.__kwdefaults__ or {}))}")
+    if budget.checkpoint:
+        weights = victim.state_dict()
+        identity = {"defence": name, "hyperparameters": {**(function.__kwdefaults__ or {}), **hyperparameters},
+                    "victim": [*weights, fingerprint(weights.values())], "stream": rng.bit_generator.state,
+                    "data": fingerprint((budget.images, budget.labels)),
+                    **{field.name: str(getattr(budget, field.name)) for field in fields(budget)
+                       if field.name not in ("images", "labels", "checkpoint")}}
+        budget = replace(budget, checkpoint=Resume(budget.checkpoint, identity, budget.device))
+    return function(victim, budget, rng, **hyperparameters)

@@ -1,0 +1,75 @@
+"""BatchNorm statistics based pruning (Zheng et al., NeurIPS 2022); ims SPEC 7.
+
+The running statistics of a BatchNorm layer come from poisoned training data. Channels for which clean data look most
+different carry the backdoor: with the clean batch's N(m, v) and the running N(M, V) of a channel's input,
+
+    KL( N(m, v) ‖ N(M, V) ) = ½·log(V / v) + (v + (m − M)²) / (2V) − ½
+
+and γ, β ← 0 where it exceeds mean + u·std of the layer. Only clean data are used, as in the IMS authors' port; the
+original takes a batch of the poisoned training set.
+"""
+
+import copy
+
+import torch
+from torch import nn
+
+from cupel.images.defences.base import defence
+from cupel.images.defences.masks import layers, outliers, scale_batchnorms
+from cupel.images.defences.passes import batches
+
+
+def divergence(mean: torch.Tensor, var: torch.Tensor, running_mean: torch.Tensor, running_var: torch.Tensor,
+               log_weight: float = 0.5) -> torch.Tensor:
+    """KL(N(mean, var) ‖ N(running_mean, running_var)) per channel, [C]; see `bnp` for `log_weight`."""
+    tiny = torch.finfo(torch.float32).tiny  # dead channels have variance 0
+    var, running_var = var.clamp_min(tiny), running_var.clamp_min(tiny)
+    return log_weight * (running_var / var).log() + (var + (mean - running_mean) ** 2) / (2 * running_var) - 0.5
+
+
+def input_statistics(model: nn.Module, norms: dict[str, nn.BatchNorm2d],
+                     x: torch.Tensor) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """Mean and unbiased variance [C] of every BatchNorm's input, in eval mode, float64."""
+    found = {}
+
+    def note(name):
+        def hook(_, inputs):
+            values = inputs[0].double()
+            found[name] = values.mean((0, 2, 3)), values.var((0, 2, 3))
+        return hook
+
+    handles = [norm.register_forward_pre_hook(note(name)) for name, norm in norms.items()]
+    try:
+        with torch.no_grad():
+            model.eval()(x)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found
+
+
+@defence("bnp")
+def bnp(victim, budget, rng, *, u=3.0, batch_size=256, log_weight=0.5):
+    """BatchNorm statistics based pruning.
+
+    Args:
+        u: threshold in standard deviations; 4 on Tiny-ImageNet.
+        batch_size: the statistics are those of the last, possibly partial, mini-batch of one augmented pass.
+        log_weight: weight of the logarithm; ½ is the divergence, the released code has 1.
+
+    The history has one row per BatchNorm layer: layer, channels, pruned, threshold.
+
+    Raises:
+        ValueError: the network has no BatchNorm.
+    """
+    model = copy.deepcopy(victim).to(budget.device)
+    norms = layers(model, nn.BatchNorm2d, "bnp")
+    *_, (x, _) = batches(budget, batch_size, int(rng.integers(2**62)), 0)
+    history = []
+    for name, (mean, var) in input_statistics(model, norms, x).items():
+        norm = norms[name]
+        values = divergence(mean, var, norm.running_mean.double(), norm.running_var.double(), log_weight)
+        pruned, threshold = outliers(values, u)
+        scale_batchnorms(model, {name: ~pruned}, {name: ~pruned})
+        history.append({"layer": name, "channels": len(pruned), "pruned": int(pruned.sum()), "threshold": threshold})
+    return model.eval(), history

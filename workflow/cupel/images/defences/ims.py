@@ -1,0 +1,385 @@
+"""Invertible Masking using Selection (Dunnett et al., NeurIPS 2025), Algorithm 1; ims SPEC 2.
+
+Every convolution gets two vectors over its output channels, a mask a and a selection s, both in [0, 1]. With the
+sharpened sigmoid g(u) = 1/(1 + exp(−k(u − ½))) they define two networks at once (Eqs. 1 and 2):
+
+    forward mask   m  = g(a)     + s·(1 − g(a))          keeps the clean task, loses the backdoor
+    inverse mask   mi = g(1 − a) + s·(1 − g(1 − a))      loses the clean task, keeps the backdoor
+
+s = 1 is a channel shared by both. m and mi scale the outputs of the convolutions, before BatchNorm. f is the victim,
+f_m and f_mi are the masked networks, all in eval mode; P(u, v) is the inner product of two softmax outputs:
+
+    Agree(u, v) = mean −log(P + 1e-8)          Disagree(u, v) = mean −log(1 − P + 1e-8)
+
+    stage I        min_{a,s} Agree(f_m(x), f(x)) + Disagree(f_mi(x), f(x)) + λ·mean|1 − s|                  (Eq. 4)
+    inner problem  min_δ     Agree(f_mi(x+δ), f(x+δ)) + Disagree(f(x+δ), f(x)),  |δ| ≤ bound, one δ a sample (Eq. 5)
+    outer problem  min_{a,s} Agree(f_m(x), f(x)) + Agree(f_m(x+δ), f(x)) + Agree(f_mi(x+δ), f(x+δ))
+                             + Disagree(f_mi(x), f(x)) + Disagree(f_mi(x+δ), f(x)) + λ·mean|1 − s|       (Eqs. 6, 7)
+
+Stages II (λ = 0) and III (λ as in stage I) alternate the inner and the outer problem, one outer step a round. Labels
+are never used. The released program also computes perturbations in stage I and a forward-masked pass in every inner
+step, and uses neither (SPEC 10.7); they are left out, and f(x) is computed once.
+
+AdamW moves a pixel by about lr_perturb a step whatever its gradient, so |δ| ends near lr_perturb·steps_perturb = 0.02
+and norm_bound = 1 never binds (SPEC 2.4). `flip_rate` in the history says whether such δ change the victim's
+predictions at all; while they do not, the outer problem has no backdoor to suppress (SPEC 10.8 and 10.11).
+
+All is computed in float32, whatever the budget's precision: bf16 resolves pixels to 1/256 and would round δ away.
+"""
+
+import copy
+import math
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import nn
+from torch.func import functional_call
+from torch.utils.checkpoint import checkpoint
+
+from cupel.compat import ensure_torchvision
+from cupel.images.defences.base import Budget, defence
+from cupel.images.defences.masks import Channels, layers, write
+from cupel.images.models.attachments import attach
+from cupel.rng import torch_rng
+from cupel.training.engine import predict, to_pixels, upload
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Hyperparameters; the defaults stand in the signatures of `ims` and `ims_vit`."""
+
+    temperature: float
+    l1_weight: float
+    norm_bound: float
+    lr_mask: float
+    lr_perturb: float
+    steps_perturb: int
+    rounds_initial: int
+    rounds_minimise: int
+    patience: int
+    improvement: float
+    batch_size: int
+
+
+def sharpened(u: torch.Tensor, temperature: float) -> torch.Tensor:
+    """g(u), a sigmoid around ½."""
+    return torch.sigmoid(temperature * (u - 0.5))
+
+
+def forward_mask(a: torch.Tensor, s: torch.Tensor, temperature: float) -> torch.Tensor:
+    """m, Eq. 1."""
+    kept = sharpened(a, temperature)
+    return kept + s * (1 - kept)
+
+
+def inverse_mask(a: torch.Tensor, s: torch.Tensor, temperature: float) -> torch.Tensor:
+    """mi, Eq. 2."""
+    return forward_mask(1 - a, s, temperature)
+
+
+def overlap(u: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """P(u, v) [B] of logits [B, K]."""
+    return (u.softmax(1) * v.softmax(1)).sum(1)
+
+
+def agree(u: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """Agree(u, v) of logits [B, K]; gradients flow into both."""
+    return -(overlap(u, v) + 1e-8).log().mean()
+
+
+def disagree(u: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """Disagree(u, v) of logits [B, K]; gradients flow into both."""
+    return -(1 - overlap(u, v) + 1e-8).log().mean()
+
+
+class ConvolutionMasks:
+    """Masks on the output channels of all Conv2d layers: stem, shortcuts, depthwise and squeeze-excitation included.
+
+    Two ways to the same masked network. `folded` multiplies weights and biases once, after which a pass costs no more
+    than the victim's: for the inner problem, 40 of a round's 44 passes with gradients. `__call__` multiplies the
+    outputs: for gradients with respect to the mask, where folded weights would need the weight gradient of every
+    convolution, which is slow for depthwise ones.
+    """
+
+    def __init__(self, network: nn.Module):
+        self.network = network
+        self.convolutions = layers(network, nn.Conv2d, "ims")
+        self.channels = Channels(tuple(self.convolutions), tuple(c.out_channels for c in self.convolutions.values()))
+
+    def folded(self, scale: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Weights and biases times `scale` [N], by name in the state_dict."""
+        tensors = {}
+        for name, part in self.channels.split(scale).items():
+            convolution = self.convolutions[name]
+            tensors[f"{name}.weight"] = convolution.weight * part.view(-1, 1, 1, 1)
+            if convolution.bias is not None:
+                tensors[f"{name}.bias"] = convolution.bias * part
+        return tensors
+
+    def __call__(self, scale: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        """Logits [B, K] of pixels x [B, C, H, W] with all channels scaled by `scale` [N]."""
+        handles = []
+        try:
+            for name, part in self.channels.split(scale).items():
+                handles.append(self.convolutions[name].register_forward_hook(
+                    lambda _, __, out, part=part: out * part.view(-1, 1, 1)))
+            return self.network(x)
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def finish(self, scale: torch.Tensor) -> None:
+        """Leave the network with `scale` multiplied into its weights and biases."""
+        write(self.network, self.folded(scale))
+
+
+class EncoderMasks:
+    """Masks on the outputs [B, T, E] of torchvision's encoder blocks, the same for all samples and tokens (SPEC 2.7).
+
+    A mask cannot be multiplied into the block's weights: it also scales the residual stream, which the block only adds
+    to, and the next block's LayerNorm mixes the scaled features. So it stays, as an attachment of kind `scale`.
+    """
+
+    def __init__(self, network: nn.Module):
+        ensure_torchvision()
+        from torchvision.models.vision_transformer import EncoderBlock
+
+        self.blocks = {name: module for name, module in network.named_modules() if isinstance(module, EncoderBlock)}
+        if not self.blocks:
+            raise ValueError("ims_vit masks the encoder blocks of a vision transformer (vit_b_16), and this network "
+                             "has none; ims masks convolutions")
+        self.network = network
+        self.channels = Channels(tuple(self.blocks), tuple(b.ln_1.normalized_shape[0] for b in self.blocks.values()))
+        self.first = len(network.attachments)
+        for (name, block), features in zip(self.blocks.items(), self.channels.sizes, strict=True):
+            attach(network, "scale", name, (features,))
+            # two graphs of 256 images through ViT-B/16 at 224 pixels do not fit into one GPU
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+
+    def folded(self, scale: torch.Tensor) -> dict[str, torch.Tensor]:
+        """The factors of the attachments, by name in the state_dict."""
+        return {f"attachments.{number}.factor": part
+                for number, part in enumerate(self.channels.split(scale).values(), self.first)}
+
+    def __call__(self, scale: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        """Logits [B, K] of pixels x [B, C, H, W] with all features scaled by `scale` [N]."""
+        return functional_call(self.network, self.folded(scale), (x,))
+
+    def finish(self, scale: torch.Tensor) -> None:
+        """Leave the network with `scale`."""
+        write(self.network, self.folded(scale))
+        for block in self.blocks.values():
+            del block.forward
+
+
+def perturb(reference, inverse, x: torch.Tensor, clean: torch.Tensor, *, norm_bound: float, lr_perturb: float,
+            steps_perturb: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The inner problem: one δ per sample, from zero, in pixel space; x + δ is not clipped.
+
+    Args:
+        reference, inverse: f and f_mi, pixels to logits.
+        x: pixels [B, C, H, W].
+        clean: f(x) [B, K].
+        norm_bound: elementwise bound of δ.
+        lr_perturb, steps_perturb: of AdamW (weight decay 0.01).
+
+    Returns:
+        δ [B, C, H, W], and the two terms of the objective before the last step, [2].
+    """
+    delta = torch.zeros_like(x, requires_grad=True)
+    optimizer = torch.optim.AdamW([delta], lr_perturb, weight_decay=0.01)
+    terms = torch.zeros(2, device=x.device)
+    for _ in range(steps_perturb):
+        optimizer.zero_grad(set_to_none=True)
+        answer = reference(x + delta)
+        parts = agree(inverse(x + delta), answer), disagree(answer, clean)
+        sum(parts).backward()
+        optimizer.step()
+        with torch.no_grad():
+            delta.clamp_(-norm_bound, norm_bound)
+        terms = torch.stack(parts).detach()
+    return delta.detach(), terms
+
+
+class Refinement:
+    """a and s, and steps on them."""
+
+    def __init__(self, masked: ConvolutionMasks | EncoderMasks, settings: Settings, device: torch.device | str):
+        self.masked, self.settings = masked, settings
+        self.a, self.s = (torch.ones(masked.channels.total, device=device, requires_grad=True) for _ in range(2))
+
+    def masks(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """m and mi [N]."""
+        return tuple(mask(self.a, self.s, self.settings.temperature) for mask in (forward_mask, inverse_mask))
+
+    def state_dict(self) -> dict:
+        return {"a": self.a.detach(), "s": self.s.detach(), "optimizer": self.optimizer.state_dict(), "best": self.best,
+                "waited": self.waited}
+
+    def load_state_dict(self, state: dict) -> None:
+        with torch.no_grad():
+            self.a.copy_(state["a"])
+            self.s.copy_(state["s"])
+        self.new_stage()
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.best, self.waited = state["best"], state["waited"]
+
+    def new_stage(self) -> None:
+        """A fresh optimiser; a and s carry over."""
+        self.optimizer = torch.optim.AdamW([self.a, self.s], self.settings.lr_mask, weight_decay=0.01)
+        self.best, self.waited = math.inf, 0
+
+    def step(self, forward_terms: list, inverse_terms: list, weight: float) -> dict[str, float]:
+        """One AdamW step, then back into [0, 1].
+
+        Each pass goes backward on its own as far as the mask, so that the graph of one pass at a time is kept.
+
+        Args:
+            forward_terms, inverse_terms: (x, [(name, logits → loss), ...]) for f_m and for f_mi.
+            weight: λ.
+
+        Returns:
+            Every term of the loss by name, before the step.
+        """
+        self.optimizer.zero_grad(set_to_none=True)
+        found, pairs = {}, list(zip(self.masks(), (forward_terms, inverse_terms), strict=True))
+        leaves = []
+        for mask, passes in pairs:
+            leaf = mask.detach().requires_grad_()
+            for x, losses in passes:
+                logits = self.masked(leaf, x)
+                parts = {name: loss(logits) for name, loss in losses}
+                sum(parts.values()).backward()
+                found |= {name: part.detach() for name, part in parts.items()}
+            leaves.append(leaf)
+        sparsity = weight * (1 - self.s).abs().mean()
+        torch.autograd.backward([*(mask for mask, _ in pairs), sparsity], [*(leaf.grad for leaf in leaves), None])
+        self.optimizer.step()
+        with torch.no_grad():
+            self.a.clamp_(0, 1)
+            self.s.clamp_(0, 1)
+        found["sparsity"] = sparsity.detach()
+        return dict(zip(found, torch.stack(list(found.values())).tolist(), strict=True))
+
+    def finished(self, loss: float) -> bool:
+        """Early stop: more than `patience` rounds in a row without `loss < improvement·best`."""
+        if loss < self.settings.improvement * self.best:
+            self.best, self.waited = loss, 0
+        else:
+            self.waited += 1
+        return self.waited > self.settings.patience
+
+    def shares(self) -> dict[str, float]:
+        """Shares of selected (s < ½) and of pruned (m < ½) channels."""
+        return {"selected": float((self.s < 0.5).float().mean()),
+                "pruned": float((self.masks()[0] < 0.5).float().mean())}
+
+
+def _purify(kind, victim, budget: Budget, rng, settings: Settings):
+    network = copy.deepcopy(victim).to(budget.device, memory_format=torch.channels_last).eval()
+    trainable = [(p, p.requires_grad) for p in network.parameters()]
+    clean = torch.from_numpy(predict(network, budget.images, device=budget.device)).to(budget.device)
+    masked = kind(network)
+    network.requires_grad_(False)
+    state = Refinement(masked, settings, budget.device)
+    images = upload(budget.images, budget.device)
+    generator = torch_rng(int(rng.integers(2**62)), "order")
+    stages = (("I", settings.rounds_initial, settings.l1_weight), ("II", settings.rounds_minimise, 0.0),
+              ("III", settings.rounds_minimise, settings.l1_weight))
+    history = []
+    work = budget.resume(masks=state, order=generator, history=history)
+    for stage, rounds, weight in stages:
+        for number in work.each(range(1, rounds + 1), stage):
+            if number == 1:
+                state.new_stage()
+            index = torch.randperm(len(images), generator=generator)[: settings.batch_size].to(images.device)
+            x, y = to_pixels(images[index]), clean[index]
+            row = {"stage": stage, "round": number}
+            on_clean = (x, [("agree_clean", lambda out, y=y: agree(out, y))])
+            inverse_clean = (x, [("disagree_clean", lambda out, y=y: disagree(out, y))])
+            if stage == "I":
+                losses = state.step([on_clean], [inverse_clean], weight)
+            else:
+                tensors = {name: tensor.detach() for name, tensor in masked.folded(state.masks()[1]).items()}
+                delta, inner = perturb(network, lambda z, t=tensors: functional_call(network, t, (z,)), x, y,
+                                       norm_bound=settings.norm_bound, lr_perturb=settings.lr_perturb,
+                                       steps_perturb=settings.steps_perturb)
+                z = x + delta
+                with torch.no_grad():
+                    answer = network(z)
+                losses = state.step(
+                    [on_clean, (z, [("agree_perturbed", lambda out, y=y: agree(out, y))])],
+                    [(z, [("agree_inverse", lambda out, answer=answer: agree(out, answer)),
+                          ("disagree_perturbed", lambda out, y=y: disagree(out, y))]), inverse_clean], weight)
+                row |= {"inner_agree": float(inner[0]), "inner_disagree": float(inner[1]),
+                        "flip_rate": float((answer.argmax(1) != y.argmax(1)).float().mean()),
+                        "max_delta": float(delta.abs().max())}
+            row |= {"loss": sum(losses.values()), **losses, **state.shares()}
+            history.append(row)
+            if state.finished(row["loss"]):
+                work.end(stage)
+                break
+    final = state.masks()[0].detach()
+    masked.finish(final)
+    for parameter, grad in trainable:
+        parameter.requires_grad_(grad)
+    layers_of = [masked.channels.split(t.detach().cpu()) for t in (state.a, state.s, final)]
+    return network, history, {name: tuple(part[name] for part in layers_of) for name in masked.channels.names}
+
+
+@defence("ims")
+def ims(victim, budget, rng, *, temperature=20.0, l1_weight=10.0, norm_bound=1.0, lr_mask=0.02, lr_perturb=0.001,
+        steps_perturb=20, rounds_initial=100, rounds_minimise=200, patience=25, improvement=0.98, batch_size=256):
+    """IMS on the convolutions, as released: the last masks m, soft, multiplied into weights and biases; no tuning.
+
+    Args:
+        temperature: k of g.
+        l1_weight: λ of stages I and III.
+        norm_bound: bound of |δ| in pixels of [0, 1].
+        lr_mask: of AdamW on a and s (weight decay 0.01).
+        lr_perturb, steps_perturb: of AdamW on δ (weight decay 0.01); their product is the size δ really reaches.
+        rounds_initial, rounds_minimise: most rounds of stage I, and of II and III each.
+        patience, improvement: a stage ends after more than `patience` rounds in a row whose loss is not below
+            `improvement` times the best so far; the last masks are kept, not the best.
+        batch_size: of a round, drawn without replacement; all samples where there are fewer.
+
+    The history has one row a round: stage, round, loss and its terms (before the step), shares of selected (s < ½) and
+    pruned (m < ½) channels (after it), and from stage II on the two inner terms, `max_delta` (largest |δ|) and
+    `flip_rate` (share of samples whose predicted class under f is changed by δ).
+
+    Raises:
+        ValueError: the network has no convolutions.
+    """
+    return purify_with_masks(victim, budget, rng, temperature=temperature, l1_weight=l1_weight, norm_bound=norm_bound,
+                             lr_mask=lr_mask, lr_perturb=lr_perturb, steps_perturb=steps_perturb,
+                             rounds_initial=rounds_initial, rounds_minimise=rounds_minimise, patience=patience,
+                             improvement=improvement, batch_size=batch_size)[:2]
+
+
+@defence("ims_vit")
+def ims_vit(victim, budget, rng, *, temperature=20.0, l1_weight=0.0, norm_bound=1.0, lr_mask=0.02, lr_perturb=0.001,
+            steps_perturb=20, rounds_initial=100, rounds_minimise=200, patience=25, improvement=0.98, batch_size=256):
+    """IMS on the encoder blocks of a vision transformer: as `ims`, but λ is 0 throughout (SPEC 2.7).
+
+    The returned network has the victim's weights and, behind each block, an attachment of kind `scale` whose frozen
+    factor is the mask (`cupel.images.models.attachments`); `cupel.images.models.save` and `load` keep them.
+
+    Args:
+        temperature, l1_weight, norm_bound, lr_mask, lr_perturb, steps_perturb, rounds_initial, rounds_minimise,
+        patience, improvement, batch_size: see `ims`.
+
+    Raises:
+        ValueError: the network is no torchvision vision transformer.
+    """
+    settings = Settings(temperature, l1_weight, norm_bound, lr_mask, lr_perturb, steps_perturb, rounds_initial,
+                        rounds_minimise, patience, improvement, batch_size)
+    return _purify(EncoderMasks, victim, budget, rng, settings)[:2]
+
+
+def purify_with_masks(victim, budget: Budget, rng, **hyperparameters):
+    """`ims` with its masks, for analysis: model, history, and by convolution (a, s, m), each float32 [C_l] on the CPU.
+
+    `hyperparameters` are those of `ims`, with its defaults.
+    """
+    return _purify(ConvolutionMasks, victim, budget, rng, Settings(**{**ims.__kwdefaults__, **hyperparameters}))

@@ -1,0 +1,44 @@
+"""Pre-activation ResNet-18 (He et al., 2016b) in BackdoorBench's form: no BatchNorm or ReLU before the pooling."""
+
+from collections import OrderedDict
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cupel.images.models.classifier import Parts
+from cupel.images.models.resnet import residual_stages
+
+
+class PreActBlock(nn.Module):
+    """Twice BatchNorm, ReLU, 3x3 convolution: [B, inputs, H, W] -> [B, channels, H/stride, W/stride]."""
+
+    expansion = 1
+
+    def __init__(self, inputs: int, channels: int, stride: int) -> None:
+        super().__init__()
+        self.bn1 = nn.BatchNorm2d(inputs)
+        self.conv1 = nn.Conv2d(inputs, channels, 3, stride, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(channels)
+        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+        self.shortcut = None
+        if stride != 1 or inputs != channels:
+            self.shortcut = nn.Conv2d(inputs, channels, 1, stride, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        active = F.relu(self.bn1(x))
+        # The projection reads the activated input, the identity the raw one.
+        residual = x if self.shortcut is None else self.shortcut(active)
+        return self.conv2(F.relu(self.bn2(self.conv1(active)))) + residual
+
+
+def preactresnet18(*, num_classes: int, in_channels: int, image_size: int, width: int, stem_stride: int) -> Parts:
+    """PreActResNet-18: blocks 2-2-2-2, channels w, 2w, 4w, 8w; 11.2 M parameters at w = 64. The main net of IMS."""
+    extractor = nn.Sequential(
+        OrderedDict(
+            conv1=nn.Conv2d(in_channels, width, 3, stem_stride, padding=1, bias=False),
+            **residual_stages(PreActBlock, (2, 2, 2, 2), width),
+            pool=nn.AdaptiveAvgPool2d(1),
+            flatten=nn.Flatten(),
+        )
+    )
+    return Parts(extractor, nn.Linear(width * 8, num_classes), stages=("layer2", "layer3", "layer4"))

@@ -1,0 +1,259 @@
+"""The stages of the image chain as plain functions from files to files: trigger, poison, victim, purify.
+
+Each takes the nested settings that the grid resolves (`spec`), so a notebook can run one cell exactly as the workflow
+does. Outputs are written atomically; a cell whose method fails (diverges, asks for the impossible) is written as a
+failed cell with its reason, and the report shows it.
+"""
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from cupel.cells import METHOD_ERRORS, fail, failure, identity, read_tensors, write_history, write_tensors
+from cupel.evaluation.metrics import effects, rates
+from cupel.files import digest, kept, noted, publish, read_json, write_json
+from cupel.images import datasets, models
+from cupel.images.attacks import Attack, PoisonRecord, build
+from cupel.images.datasets import Dataset, splits
+from cupel.job import peak_memory, separately
+from cupel.rng import derive, rng
+
+
+def training_split(train: Dataset, settings: dict, seed: int) -> splits.Split:
+    """Victim's training set and held-out set of a recipe."""
+    return splits.split(train.labels, held_out=settings.get("held_out", 0.0), train_size=settings.get("train_size"),
+                        seed=seed, order=settings.get("hold_out_order", "first"),
+                        remove=settings.get("remove_held_out", True))
+
+
+def test_subset(test: Dataset, size: int | None) -> Dataset:
+    """The test set, or a fixed class-stratified part of it (the same for all cells, seeds and defences)."""
+    if size is None or size >= len(test):
+        return test
+    return test.take(splits.stratified(test.labels, np.arange(len(test)), size, rng(0, "test_subset")))
+
+
+def make_attack(spec: dict, tensors: dict[str, np.ndarray] | None = None) -> Attack | None:
+    """The attack of a cell, None for clean training. `smaller` is a setting of the preparation, not of the attack."""
+    if spec["function"] == "none":
+        return None
+    if tensors and "failed" in tensors:
+        raise ValueError(str(tensors["failed"]))
+    parameters = {k: v for k, v in spec["parameters"].items() if k != "smaller"}
+    return build(spec["function"], tensors=tensors or {}, **parameters)
+
+
+def prepare_trigger(spec: dict, data: str, model: str | None, out: str, device: str) -> None:
+    """Compute what a trigger is made of, from the victim's training set before poisoning.
+
+    Where the method fails, the file says so, and every victim that needs the trigger becomes a failed cell.
+    """
+    train = datasets.load(f"{data}/{spec['dataset']}", "train")
+    clean = train.take(training_split(train, spec["settings"], spec["seed"]).train)
+    try:
+        attack = make_attack(spec["attack"])
+        network = models.load(model).to(device).eval() if model else None
+        tensors = attack.prepare(clean, network, spec["settings"].get("target", 0),
+                                 derive(spec["seed"], "trigger", spec["attack"]["name"]), device,
+                                 spec["attack"]["parameters"].get("smaller", 1.0))
+    except METHOD_ERRORS as error:
+        tensors = {"failed": failure(error)}
+    write_tensors(out, tensors)
+
+
+def poison(spec: dict, data: str, trigger: str | None, out: str) -> None:
+    """Write the poison record of a victim. An impossible request is written in its place, and the victim reports it."""
+    train = datasets.load(f"{data}/{spec['dataset']}", "train")
+    clean = train.take(training_split(train, spec["settings"], spec["seed"]).train)
+    target = spec["settings"].get("target", 0)
+    stream = rng(spec["seed"], "poison", spec["attack"]["function"])
+    try:
+        attack = make_attack(spec["attack"], read_tensors(trigger))
+        record = attack.poison(clean, spec["rate"], target, stream) if attack else PoisonRecord.empty(clean, 0.0, target)
+    except METHOD_ERRORS as error:
+        write_tensors(out, {"failed": failure(error)})
+    else:
+        record.save(out)
+
+
+def evaluate(model, test: Dataset, attack: Attack | None, target: int, device: str) -> dict:
+    """Flat record of ACC, ASR, RA with counts and 95 % intervals."""
+    from cupel.training.engine import predict
+
+    clean = predict(model, test.images, device=device).argmax(1)
+    if attack is None:
+        empty = np.zeros(0, np.int64)
+        found = {"acc": rates(clean, test.labels, empty, empty, empty)["acc"]}
+    else:
+        stamped, wanted, true = attack.test_set(test, target)
+        found = rates(clean, test.labels, predict(model, stamped, device=device).argmax(1), wanted, true)
+    return {key: value for name, rate in found.items() for key, value in rate.record(name).items()}
+
+
+def train_victim(spec: dict, data: str, record: str, trigger: str | None, outputs: dict, device: str) -> None:
+    """Train a victim on a poisoned training set and measure it.
+
+    Args:
+        spec: dataset, model, recipe, attack, rate, seed, settings (see common.smk).
+        data: folder of prepared data sets.
+        record: the poison record.
+        trigger: prepared trigger, where the attack has one.
+        outputs: paths `model`, `trigger`, `history`, `metrics`.
+        device: `cpu` or `cuda`.
+    """
+    from cupel.training.engine import Recipe, fit
+    from cupel.training.precision import settled
+
+    started = time.perf_counter()
+    base = identity(spec, "victim")
+    try:
+        manifest = read_json(f"{data}/{spec['dataset']}/manifest.json")
+        train = datasets.load(f"{data}/{spec['dataset']}", "train")
+        settings, seed = settled(spec["settings"], device), spec["seed"]
+        target = settings.get("target", 0)
+        clean = train.take(training_split(train, settings, seed).train)
+        refused = read_tensors(record).get("failed")
+        if refused is not None:
+            raise ValueError(str(refused))
+        poisoned = PoisonRecord.load(record)
+        images, labels, groups = clean.images, clean.labels.copy(), np.zeros(len(clean), np.int64)
+        images[poisoned.indices], labels[poisoned.indices] = poisoned.images, poisoned.labels
+        groups[poisoned.indices[~poisoned.cover]] = 1
+        attack = make_attack(spec["attack"], read_tensors(trigger))
+        hook = attack.hook(spec["rate"], target, len(clean.classes), derive(seed, "hook")) if attack else None
+        training = {"flip": manifest["flip"], **settings["training"]}
+        training["milestones"] = tuple(training.get("milestones", ()))
+        recipe = Recipe(**training)
+        model = models.build(spec["model"], num_classes=len(clean.classes), image_size=clean.image_size,
+                             mean=manifest["mean"], std=manifest["std"], in_channels=clean.images.shape[-1],
+                             seed=derive(seed, "initialisation"), **settings.get("model", {}))
+        checkpoint = Path(outputs["model"]).with_name("checkpoint.pt")
+        history = fit(model, images, labels, recipe, seed=derive(seed, "victim"), device=device, hook=hook,
+                      groups=groups, checkpoint=checkpoint, title=f"{spec['attack']['name']}@{spec['rate']:g}")
+        if hook is not None:
+            attack = make_attack(spec["attack"], hook.tensors() or read_tensors(trigger))
+        test = test_subset(datasets.load(f"{data}/{spec['dataset']}", "test"), settings.get("test_size"))
+        measured = evaluate(model, test, attack, target, device)
+    except METHOD_ERRORS as error:
+        write_tensors(outputs["trigger"], {"failed": str(error)})
+        fail(error, base, outputs["model"], outputs["history"], outputs["metrics"])
+        return
+    reached = hook.rate if hook is not None and attack.batchwise else poisoned.rate
+    models.save(model, outputs["model"])
+    write_tensors(outputs["trigger"], attack.tensors if attack else {})
+    write_history(outputs["history"], history)
+    write_json(outputs["metrics"], {
+        **base, **measured, **peak_memory(), "status": "ok", "rate_reached": reached, "target": target,
+        "train_samples": len(clean), "epochs": recipe.epochs, "device": device, "precision": recipe.precision,
+        "seconds": time.perf_counter() - started, "train_seconds": sum(row["seconds"] for row in history)})
+    checkpoint.unlink(missing_ok=True)
+
+
+def clean_budget(train: Dataset, spec: dict, budget: dict) -> np.ndarray:
+    """Indices of the defender's clean images, into the original training set.
+
+    `held_out`: the images held out before victim training. `spc`: samples per class out of the clean version of the
+    victim's training set (IMS), or out of the held-out images (`pool: held_out`), which the victim has never seen.
+    """
+    parts = training_split(train, spec["settings"], spec["seed"])
+    if budget["kind"] == "held_out":
+        if not len(parts.held_out):
+            raise ValueError(f"budget {budget['name']} uses held-out images, but recipe {spec['recipe']} holds out none "
+                             "(experiment.yaml, recipes: held_out)")
+        return parts.held_out
+    pool = parts.held_out if budget.get("pool") == "held_out" else parts.train
+    return splits.per_class(train.labels, pool, budget["spc"], spec["seed"])
+
+
+def _leaks(defence: dict, past: dict) -> dict:
+    """Hyperparameters of a defence; `victim:acc` becomes what was measured on the TEST set, where released code does so."""
+    return {key: past[value.removeprefix("victim:")] if isinstance(value, str) and value.startswith("victim:") else value
+            for key, value in defence["hyperparameters"].items()}
+
+
+def purify(spec: dict, defence: dict, data: str, victim: str, trigger: str, before: str, outputs: dict,
+           device: str) -> None:
+    """Run a defence on a victim and measure the result.
+
+    Args:
+        spec: of the victim.
+        defence: name, function, hyperparameters, budget.
+        data: folder of prepared data sets.
+        victim, trigger, before: checkpoint, trigger tensors (for evaluation only) and metrics of the victim.
+        outputs: paths `model`, `history`, `metrics`.
+        device: `cpu` or `cuda`.
+    """
+    import torch
+
+    from cupel.images import defences
+    from cupel.training.precision import settled
+
+    base = identity(spec, "purified", defence)
+    try:
+        past = read_json(before)
+        if past["status"] != "ok":
+            raise ValueError(f"its victim failed: {past['reason']}")
+        manifest = read_json(f"{data}/{spec['dataset']}/manifest.json")
+        train = datasets.load(f"{data}/{spec['dataset']}", "train")
+        settings = settled(spec["settings"], device)
+        target = settings.get("target", 0)
+        chosen = clean_budget(train, spec, defence["budget"])
+        training = settings["training"]
+        budget = defences.Budget(
+            np.asarray(train.images[chosen]), train.labels[chosen], len(train.classes),
+            crop=training.get("crop", 4), flip=training.get("flip", manifest["flip"]), device=device,
+            precision=training.get("precision", "fp32"),
+            checkpoint=str(Path(outputs["model"]).with_name("checkpoint.pt")))
+        network = models.load(victim).to(device).eval()
+        if device == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        started = time.perf_counter()
+        stream = rng(spec["seed"], "defence", defence["function"], defence["budget"]["name"])
+        model, history = defences.purify(defence["function"], network, budget, stream, **_leaks(defence, past))
+        seconds = time.perf_counter() - started
+        attack = make_attack(spec["attack"], read_tensors(trigger))
+        test = test_subset(datasets.load(f"{data}/{spec['dataset']}", "test"), settings.get("test_size"))
+        measured = evaluate(model, test, attack, target, device)
+    except METHOD_ERRORS as error:
+        fail(error, base, outputs["model"], outputs["history"], outputs["metrics"])
+        return
+    models.save(model, outputs["model"])
+    write_history(outputs["history"], history)
+    write_json(outputs["metrics"], {
+        **base, **measured, **peak_memory(), "status": "ok", "clean_samples": len(chosen), "device": device,
+        "precision": budget.precision, "seconds": seconds, "rate_reached": past["rate_reached"],
+        "acc_before": past["acc"], "asr_before": past["asr"], "ra_before": past["ra"],
+        **effects(past, measured, rng(spec["seed"], "intervals"))})
+    Path(budget.checkpoint).unlink(missing_ok=True)
+
+
+def purify_block(spec: dict, defences: Sequence[dict], codes: Sequence[str], data: str, victim: str, trigger: str,
+                 before: str, outputs: Sequence[dict], device: str) -> None:
+    """Run many defences on one victim, as `purify` does, each in a process of its own.
+
+    Snakemake deletes the outputs of a job before it runs it again. So cells are made in folders `work` beside their outputs
+    and are linked to their names when all are there. The next job takes over those that are finished and whole, each by itself,
+    if settings, code and inputs are the same: after a kill, after a defence was added, or where one cell was removed.
+
+    Args:
+        spec, data, victim, trigger, before, device: see `purify`.
+        defences, codes, outputs: one for each cell; `codes` are digests of the code that makes it.
+
+    Raises:
+        RuntimeError: a child failed; it has printed its traceback.
+    """
+    inputs = [digest(path) for path in (victim, trigger, before, f"{data}/{spec['dataset']}/manifest.json")]
+    made = []
+    for defence, code, paths in zip(defences, codes, outputs, strict=True):
+        key = {"spec": spec, "defence": defence, "code": code, "inputs": inputs, "device": device}
+        work = kept(Path(paths["metrics"]).parent, key)
+        files, seal = {name: work / Path(path).name for name, path in paths.items()}, work / "made.json"
+        if noted(seal) != {name: digest(file) for name, file in files.items() if file.is_file()}:
+            separately(purify, spec, defence, data, victim, trigger, before, files, device)
+            write_json(seal, {name: digest(file) for name, file in files.items()})
+        made.append(files)
+    for files, paths in zip(made, outputs, strict=True):
+        for name, path in paths.items():
+            publish(files[name], Path(path))

@@ -1,0 +1,50 @@
+"""What surrounds the work of a job: its log, its own process, its peak memory."""
+
+import contextlib
+import platform
+import resource
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+
+@contextlib.contextmanager
+def logged(path: str | Path) -> Iterator[None]:
+    """Send what is printed to a log file as well as any error, and keep the console for the scheduler."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a", buffering=1, encoding="utf-8") as file:
+        with contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
+            try:
+                yield
+            except BaseException:
+                traceback.print_exc()
+                raise
+
+
+def separately(function: Callable, *arguments) -> None:
+    """Call a stage in a forked child, so that its peak memory and its random state are its own, and nothing is imported twice.
+
+    With a CUDA device, which does not outlive a fork, the stage runs here.
+
+    Raises:
+        RuntimeError: the child failed; it has printed its traceback.
+    """
+    import multiprocessing
+
+    if "cuda" in arguments:
+        function(*arguments)
+        return
+    child = multiprocessing.get_context("fork").Process(target=function, args=arguments)
+    child.start()
+    child.join()
+    if child.exitcode:
+        raise RuntimeError(f"{function.__name__} ended with exit code {child.exitcode}")
+
+
+def peak_memory() -> dict[str, float]:
+    """Peak resident memory of this process, and of the device, in MB."""
+    import torch
+
+    unit = 1024 if platform.system() == "Linux" else 1024**2
+    device = torch.cuda.max_memory_allocated() / 2**20 if torch.cuda.is_available() else 0.0
+    return {"peak_memory_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit, "peak_vram_mb": device}

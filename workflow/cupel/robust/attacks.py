@@ -1,0 +1,151 @@
+"""Attacks on the prediction in an l_inf ball, pixels in [0, 1] (SPEC 2.6, 3.1).
+
+    x' ← Π_[0,1] Π_[x−ε, x+ε] ( x' + α sign ∇ L(x') ),    last iterate
+
+The paper's evaluation starts at x itself and keeps α = 0.01 for every ε and number of steps, so that k steps reach no
+further than 0.01 k. It is deterministic: one run of 200 steps holds those of 1, 10 and 100 steps as well.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cupel.images.defences.adversarial import perturb
+
+STEPS = (1, 10, 100, 200)
+
+
+@dataclass(frozen=True)
+class Points:
+    """The test images that an evaluation looks at.
+
+    Attributes:
+        index: int64 [n], into the test set.
+        target: int64 [n], wrong classes for the targeted attacks.
+        draw: NumPy's legacy generator behind those draws; the start of AAI comes out of it.
+    """
+
+    index: np.ndarray
+    target: np.ndarray
+    draw: np.random.RandomState
+
+
+def points(labels: np.ndarray, num_classes: int, *, count: int = 200, seed: int = 99) -> Points:
+    """The images that the released code takes: the first `count` of a permutation, targets (y + 1 + U{0..K-2}) mod K.
+
+    Args:
+        labels: int64 [N], of the whole test set.
+        num_classes: K.
+        count: n; 200 as in the paper.
+        seed: 99 as released (ISA on CAM: 123).
+
+    Raises:
+        ValueError: fewer than `count` images.
+    """
+    if count > len(labels):
+        raise ValueError(f"cannot take {count} points of {len(labels)} test images")
+    draw = np.random.RandomState(seed)
+    index = draw.permutation(len(labels))[:count]
+    return Points(index, (labels[index] + 1 + draw.randint(num_classes - 1, size=count)) % num_classes, draw)
+
+
+def box(x: Tensor, eps: float | Tensor) -> Callable[[Tensor], Tensor]:
+    """Projection to |x' − x| ≤ ε, then to [0, 1]; `eps` a number or [B, 1, 1, 1]."""
+    low, high = x - eps, x + eps
+    return lambda z: torch.maximum(torch.minimum(z, high), low).clamp(0, 1)
+
+
+def ascend(loss: Callable[[Tensor], Tensor], x: Tensor, start: Tensor, *, eps: float, steps: int,
+           step_size: float) -> Tensor:
+    """Maximise by signed steps.
+
+    Args:
+        loss: x' to a scalar; a sum over samples, whose gradient keeps its sign where a mean's would underflow.
+        x: float [B, C, H, W], centre of the ball.
+        start: the first x'.
+        eps, steps, step_size: ε, how often, α.
+
+    Returns:
+        x', detached, as `x`.
+    """
+    return perturb(start, lambda z: -loss(z), box(x, eps), steps=steps, step_size=step_size)
+
+
+def margin(logits: Tensor, classes: Tensor) -> Tensor:
+    """max_{j ≠ c} f_j − f_c, float [B]: positive where c is not the prediction."""
+    others = logits.scatter(1, classes[:, None], -torch.inf)
+    return others.amax(1) - logits.gather(1, classes[:, None])[:, 0]
+
+
+def snapshots(model: nn.Module, x: Tensor, y: Tensor, *, eps: float, steps: Sequence[int] = STEPS,
+              step_size: float = 0.01) -> dict[int, Tensor]:
+    """Untargeted PGD on the cross-entropy from x itself, seen after several numbers of steps.
+
+    Args:
+        model: pixels to logits.
+        x, y: float [B, C, H, W] in [0, 1], int64 [B].
+        eps: ε.
+        steps: when to look, increasing; (1, 10, 100, 200) as released.
+        step_size: α; 0.01 as released.
+
+    Returns:
+        x' by number of steps, each the same as from a run that ends there.
+
+    Raises:
+        ValueError: numbers of steps that do not increase.
+    """
+    if list(steps) != sorted(set(steps)) or not steps or steps[0] < 0:
+        raise ValueError(f"numbers of steps must increase from 0 or more, not {tuple(steps)}")
+    found, z, done = {}, x, 0
+    for count in steps:
+        z = ascend(lambda z: F.cross_entropy(model(z), y, reduction="sum"), x, z, eps=eps, steps=count - done,
+                   step_size=step_size)
+        found[count], done = z, count
+    return found
+
+
+def pgd(model: nn.Module, x: Tensor, y: Tensor, *, eps: float, steps: int = 200, step_size: float = 0.01,
+        restarts: int = 0, rng: np.random.Generator | None = None) -> Tensor:
+    """Untargeted PGD on the cross-entropy.
+
+    Args:
+        model, x, y, eps, steps, step_size: see :func:`snapshots`.
+        restarts: 0, one run from x itself as in the paper; else so many runs from uniform points of the ball, of which
+            each image keeps the x' with the largest margin.
+        rng: of the random starts.
+
+    Returns:
+        x', float [B, C, H, W].
+
+    Raises:
+        ValueError: restarts without `rng`.
+    """
+    if not restarts:
+        return snapshots(model, x, y, eps=eps, steps=(steps,), step_size=step_size)[steps]
+    if rng is None:
+        raise ValueError(f"{restarts} random restarts need rng=")
+    best, height = x, torch.full((len(x),), -torch.inf, dtype=x.dtype, device=x.device)
+    for _ in range(restarts):
+        noise = torch.from_numpy(rng.uniform(-eps, eps, tuple(x.shape))).to(x)
+        z = ascend(lambda z: F.cross_entropy(model(z), y, reduction="sum"), x, (x + noise).clamp(0, 1), eps=eps,
+                   steps=steps, step_size=step_size)
+        with torch.no_grad():
+            found = margin(model(z), y)
+        better = found > height
+        best, height = torch.where(better[:, None, None, None], z, best), torch.where(better, found, height)
+    return best
+
+
+def accuracies(model: nn.Module, x: Tensor, y: Tensor, *, epsilons: Sequence[float], steps: Sequence[int] = STEPS,
+               step_size: float = 0.01) -> list[dict]:
+    """Adversarial test accuracy: a record (eps, steps, correct, n) for each ε and number of steps; see `snapshots`."""
+    rows = []
+    for eps in epsilons:
+        for count, z in snapshots(model, x, y, eps=eps, steps=steps, step_size=step_size).items():
+            with torch.no_grad():
+                rows.append({"eps": eps, "steps": count, "correct": int((model(z).argmax(1) == y).sum()), "n": len(y)})
+    return rows

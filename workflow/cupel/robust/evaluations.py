@@ -1,0 +1,320 @@
+"""What a trained network is measured with: one function per experiment of SPEC 8, from a network to rows and arrays.
+
+Every function takes a `Subject` and the parameters that experiment.yaml gives it, and returns `Found`: rows for the tidy
+table (`attack`, `attack_variant`, `metric`, `value`, `n`, `low`, `high`) and arrays for the pictures. Counted rates have
+their number of points n and a Wilson interval; other numbers have n = 0.
+"""
+
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cupel.evaluation.intervals import wilson
+from cupel.images.datasets import Dataset
+from cupel.rng import rng
+from cupel.robust import aai, alignment, attacks, autoattack, isa, unforeseen
+from cupel.robust.discrepancy import NORMS, SCOPES, tightness
+from cupel.robust.grid import fraction
+from cupel.robust.maps import cam, pick
+from cupel.robust.models import GapClassifier
+from cupel.training.augment import to_pixels
+
+EVALUATIONS: dict[str, Callable] = {}
+
+
+def evaluation(name: str) -> Callable:
+    """Decorator: what experiment.yaml calls `name` under `evaluations`."""
+    def register(function: Callable) -> Callable:
+        EVALUATIONS[name] = function
+        return function
+
+    return register
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A network and the points that it is measured on.
+
+    Attributes:
+        model: in eval mode, on the device.
+        x, y: float [n, C, H, W] in [0, 1], int64 [n], on the device.
+        target: int64 [n], wrong classes for targeted attacks.
+        draw: gives NumPy's legacy generator as it is after the draws of the points.
+        num_classes: K.
+        train_eps: ε of the training, or that which the recipe names for methods without one.
+        seed: of our own random draws.
+        batch: points at a time.
+    """
+
+    model: GapClassifier
+    x: Tensor
+    y: Tensor
+    target: Tensor
+    draw: Callable[[], np.random.RandomState]
+    num_classes: int
+    train_eps: float
+    seed: int
+    batch: int
+
+    @classmethod
+    def make(cls, model: GapClassifier, test: Dataset, *, train_eps: float, seed: int = 0, count: int = 200,
+             points_seed: int = 99, batch: int = 200, device: str = "cpu") -> "Subject":
+        """The points that the released code takes (`attacks.points`) out of a test set.
+
+        Raises:
+            ValueError: fewer test images than `count`.
+        """
+        def points() -> attacks.Points:
+            return attacks.points(test.labels, len(test.classes), count=count, seed=points_seed)
+
+        found = points()
+        images = torch.from_numpy(np.array(test.images[found.index])).to(device)
+        model = model.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
+        return cls(model, to_pixels(images), torch.from_numpy(test.labels[found.index]).to(device),
+                   torch.from_numpy(found.target).to(device), lambda: points().draw, len(test.classes), train_eps, seed,
+                   batch)
+
+    def slices(self, size: int | None = None) -> list[slice]:
+        """Parts of the points, of `size` or `batch` each."""
+        size = size or self.batch
+        return [slice(start, start + size) for start in range(0, len(self.y), size)]
+
+    def correct(self, x: Tensor) -> np.ndarray:
+        """Where the network is right at points x, bool [n]."""
+        with torch.no_grad():
+            right = [self.model(x[part]).argmax(1) == self.y[part] for part in self.slices()]
+        return torch.cat(right).cpu().numpy()
+
+
+@dataclass
+class Found:
+    """What an evaluation gives: rows for the tidy table, arrays for pictures."""
+
+    rows: list[dict] = field(default_factory=list)
+    arrays: dict[str, np.ndarray] = field(default_factory=dict)
+
+    def rate(self, metric: str, hits: np.ndarray, attack: str, variant: str = "") -> None:
+        """Add the share of true entries, with its Wilson interval."""
+        count, n = int(hits.sum()), int(hits.size)
+        low, high = wilson(count, n)
+        self.rows.append({"attack": attack, "attack_variant": variant, "metric": metric, "value": count / max(n, 1), "n": n,
+                          "low": low, "high": high})
+
+    def number(self, metric: str, value: float, attack: str, variant: str = "") -> None:
+        """Add a number that is no rate; left out where it is not finite (nothing was left to average)."""
+        if np.isfinite(value):
+            self.rows.append({"attack": attack, "attack_variant": variant, "metric": metric, "value": float(value)})
+
+
+@evaluation("pgd")
+def pgd(subject: Subject, *, eps: Sequence, steps: Sequence[int] = attacks.STEPS, step_size: float | str = 0.01) -> Found:
+    """Accuracy under PGD against ε and the number of steps: ATA (SPEC 3.1; E1, E2).
+
+    One run per ε holds all numbers of steps. `ata_train` is the value at the training's ε after all steps, `ata_beyond` the
+    mean of those at larger ε.
+
+    Args:
+        subject: network and points.
+        eps: numbers, or fractions such as "8/255"; 0 is the clean accuracy.
+        steps, step_size: see :func:`attacks.snapshots`.
+    """
+    found, correct = Found(), np.zeros((len(eps), len(steps), len(subject.y)), bool)
+    for k, text in enumerate(eps):
+        value = fraction(text)
+        if value == 0:
+            correct[k] = subject.correct(subject.x)
+            found.rate("ata", correct[k, -1], "pgd", "eps=0")
+            continue
+        parts = [attacks.snapshots(subject.model, subject.x[part], subject.y[part], eps=value, steps=steps,
+                                   step_size=fraction(step_size)) for part in subject.slices()]
+        for j, count in enumerate(steps):
+            correct[k, j] = subject.correct(torch.cat([part[count] for part in parts]))
+            found.rate("ata", correct[k, j], "pgd", f"eps={text} steps={count}")
+    values = np.array([fraction(text) for text in eps])
+    at, beyond = np.isclose(values, subject.train_eps), values > subject.train_eps * (1 + 1e-6)
+    if at.any():
+        found.rate("ata_train", correct[at.argmax(), -1], "pgd")
+    if beyond.any():
+        value, n = float(correct[beyond, -1].mean()), len(subject.y)
+        low, high = wilson(round(value * n), n)
+        found.rows.append({"attack": "pgd", "attack_variant": "", "metric": "ata_beyond", "value": value, "n": n, "low": low,
+                           "high": high})
+    return found
+
+
+@evaluation("restarts")
+def restarts(subject: Subject, *, eps: Sequence, steps: int = 200, step_size: float | str = 0.01, restarts: int = 10) -> Found:
+    """Our addition: PGD from several random points of the ball, the worst of which counts."""
+    found = Found()
+    for text in eps:
+        value, stream = fraction(text), rng(subject.seed, "restarts", str(text))
+        worst = [attacks.pgd(subject.model, subject.x[part], subject.y[part], eps=value, steps=steps,
+                             step_size=fraction(step_size), restarts=restarts, rng=stream) for part in subject.slices()]
+        found.rate("ata", subject.correct(torch.cat(worst)), "pgd_restarts", f"eps={text} steps={steps} restarts={restarts}")
+    return found
+
+
+@evaluation("autoattack")
+def auto(subject: Subject, *, eps: Sequence, attacks: Sequence[str] = autoattack.ATTACKS, iterations: int = 100,
+         restarts: int = 1, queries: int = 1000) -> Found:
+    """Our addition: accuracy after each of ART's attacks in turn (:mod:`cupel.robust.autoattack`)."""
+    found = Found()
+    for text in eps:
+        worst = autoattack.attack(subject.model, subject.x, subject.y, eps=fraction(text), seed=subject.seed,
+                                  attacks=attacks, iterations=iterations, restarts=restarts, queries=queries,
+                                  batch_size=subject.batch)
+        for name, x in worst.items():
+            found.rate("ata", subject.correct(x), "autoattack", f"eps={text} to={name}")
+    return found
+
+
+@evaluation("aai")
+def topk(subject: Subject, *, eps: Sequence, k: int = 8, steps: int = 200, step_size: float | str = 0.01,
+         kind: str = "cam") -> Found:
+    """Attack against interpretability: Kendall's tau of the maps of the true class, over the images that kept their
+    prediction, and the share of those (SPEC 3.2; E4)."""
+    found, taus = Found(), []
+    for text in eps:
+        value = fraction(text)
+        start = subject.x + aai.noise(subject.draw(), subject.x, value)
+        taus.append([])
+        kept = []
+        for part in subject.slices():
+            x, y = subject.x[part], subject.y[part]
+            changed = aai.top_k(subject.model, x, y, start[part], eps=value, k=k, steps=steps, step_size=fraction(step_size),
+                                kind=kind)
+            agreement = aai.agreement(subject.model, x, changed, y, kind)
+            taus[-1] += np.where(agreement.kept, agreement.tau, np.nan).tolist()
+            kept += agreement.kept.tolist()
+        variant = f"eps={text}" + ("" if kind == "cam" else f" map={kind}")
+        if any(kept):
+            found.number("tau", np.nanmean(taus[-1]), "aai", variant)
+        found.rate("kept", np.array(kept), "aai", variant)
+    found.arrays["tau"] = np.array(taus)
+    return found
+
+
+@evaluation("bound")
+def bound(subject: Subject, *, count: int = 100) -> Found:
+    """Two-class l1 CAM discrepancy beside its lower bound, under the targeted attack of least ε (SPEC 2.4, 3.3; E10).
+
+    Rows: the median ratio, its violations (there can be none but by rounding), the median least ε. Images that are taken for
+    another class from the start, or never for the target, are left out.
+    """
+    model, x, true, target = subject.model, subject.x[:count], subject.y[:count], subject.target[:count]
+    parts = [isa.least_epsilon(model, x[part], target[part], population=len(x)) for part in subject.slices()
+             if len(x[part])]
+    changed, eps = (torch.cat(values) for values in zip(*parts, strict=True))
+    with torch.no_grad():
+        usable = (model(x).argmax(1) == true) & (model(changed).argmax(1) == target)
+        apart, least = tightness(model, x, changed, true, target)
+    used = usable.cpu().numpy()
+    apart, least, eps = (value.double().cpu().numpy() for value in (apart, least, eps))
+    found = Found(arrays={"apart": apart, "bound": least, "eps": eps, "used": used})
+    if used.any():
+        found.number("bound_ratio", np.median(apart[used] / least[used]), "least_eps")
+        found.rate("bound_violated", apart[used] < least[used] * (1 - 1e-4), "least_eps")
+        found.number("least_eps", np.median(eps[used]), "least_eps")
+    return found
+
+
+@evaluation("isa")
+def sneaking(subject: Subject, *, multipliers: Sequence[float], kinds: Sequence[str] = ("cam",),
+             norms: Sequence[str] = NORMS, scopes: Sequence[str] = SCOPES) -> Found:
+    """Interpretability sneaking attack: mean normalised discrepancy and its normalised slope (SPEC 3.4; E5, E6).
+
+    Args:
+        subject: network and points.
+        multipliers: p; which ones the paper took is not known.
+        kinds, norms, scopes: every combination is run; `repr` has no classes, hence one scope.
+    """
+    found = Found()
+    for kind, norm, scope in itertools.product(kinds, norms, scopes):
+        if kind == "repr" and scope != scopes[0]:
+            continue
+        parts = [isa.curves(subject.model, subject.x[part], subject.y[part], subject.target[part], multipliers=multipliers,
+                            scope=scope, norm=norm, kind=kind, population=len(subject.y)) for part in subject.slices()]
+        curves = isa.Curves(*(np.concatenate([getattr(part, name) for part in parts], 1)
+                              for name in ("discrepancy", "eps", "kept")))
+        summary = curves.summary()
+        variant = f"{kind} {norm}" + ("" if kind == "repr" else f" {scope}")
+        for metric in ("discrepancy", "slope", "slope_per_image"):
+            found.number(metric, summary[metric], "isa", variant)
+        found.rate("isa_kept", curves.kept.all(0), "isa", variant)
+        for name in ("discrepancy", "eps", "kept"):
+            found.arrays[f"{kind}_{norm}_{scope}_{name}"] = getattr(curves, name)
+    return found
+
+
+@evaluation("unforeseen")
+def unseen(subject: Subject, *, attacks: Sequence[str] = tuple(unforeseen.ATTACKS), eps: dict | None = None,
+           iterations: int = unforeseen.ITERATIONS) -> Found:
+    """Accuracy under attacks that no training has seen (SPEC 3.5; E3), 40 images at a time as released.
+
+    Args:
+        subject: network and points, RGB.
+        attacks: of `unforeseen.ATTACKS`.
+        eps: other than the usual ones, by attack.
+        iterations: 200 as released.
+    """
+    found = Found()
+    for name in attacks:
+        stream = rng(subject.seed, "unforeseen", name)
+        changed = [unforeseen.attack(name, subject.model, subject.x[part], subject.target[part], rng=stream,
+                                     eps=(eps or {}).get(name), iterations=iterations) for part in subject.slices(40)]
+        found.rate("ata", subject.correct(torch.cat(changed)), name)
+    return found
+
+
+@evaluation("gallery")
+def gallery(subject: Subject, *, eps: float | str, count: int = 5, steps: int = 200, step_size: float | str = 0.01,
+            multiplier: float = 1.5) -> Found:
+    """Images and maps before and under attack (E7), and the clean maps of all points (E11).
+
+    Shown are the first `count` points: as they are, under PGD of ε, and under the 2-class l1 sneaking attack with `multiplier`
+    times their least ε; maps of the true class and of the target.
+
+    Returns:
+        Arrays `images` float32 [3, m, C, H, W], `maps` [3, m, 2, h, w], `predicted` [3, m], `classes` [m, 2], and `cams`
+        [n, h, w] of all points.
+    """
+    model, x, true, target = subject.model, subject.x[:count], subject.y[:count], subject.target[:count]
+    classes = torch.stack([true, target], 1)
+    attacked = attacks.pgd(model, x, true, eps=fraction(eps), steps=steps, step_size=fraction(step_size))
+    sneaked, _ = isa.sneak(model, x, true, target, multiplier * isa.least_epsilon(model, x, target)[1])
+    images = (x, attacked, sneaked)
+    with torch.no_grad():
+        maps = [pick(cam(model, model.feature_map(z)), classes) for z in images]
+        predicted = [model(z).argmax(1) for z in images]
+    arrays = {"images": torch.stack(images).float(), "maps": torch.stack(maps).float(), "predicted": torch.stack(predicted),
+              "classes": classes, "cams": _cams(subject)}
+    return Found(arrays={name: value.cpu().numpy() for name, value in arrays.items()})
+
+
+def _cams(subject: Subject) -> Tensor:
+    model, x, y = subject.model, subject.x, subject.y[:, None]
+    with torch.no_grad():
+        maps = [pick(cam(model, model.feature_map(x[part])), y[part])[:, 0] for part in subject.slices()]
+    return torch.cat(maps).float()
+
+
+@evaluation("features")
+def features(subject: Subject, *, count: int = 6, steps: int = 100, step_size: float = 0.5) -> Found:
+    """What the network looks at (E12): its first filters, and inputs that maximise neurons (our own procedure, see
+    :mod:`cupel.robust.alignment`).
+
+    Shown is, for each of the first `count` classes, the neuron that speaks most for it.
+
+    Returns:
+        Arrays `filters` [d, C, k, k], `start` and `reached` [count, C, H, W], `neurons` [count].
+    """
+    count = min(count, subject.num_classes)
+    neurons = subject.model.head.weight[:count].argmax(1)
+    start = subject.x[:count]
+    reached = alignment.maximise(subject.model, start, neurons, steps=steps, step_size=step_size)
+    return Found(arrays={"filters": alignment.first_filters(subject.model).cpu().numpy(), "start": start.cpu().numpy(),
+                         "reached": reached.cpu().numpy(), "neurons": neurons.cpu().numpy()})

@@ -1,0 +1,215 @@
+"""The paper's networks: Small, Pool and WResNet (SPEC 5).
+
+    f_c(x) = 1/(hw) Σ_ij Σ_d W_dc A_dij(x)
+
+A is the output of the last convolution (or pooling, or residual sum), with no ReLU behind it; W has no bias. Both
+matter: else the mean of a class activation map would not be the logit. Convolutions pad like TensorFlow's "SAME".
+"""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cupel import checkpoint
+from cupel.registry import unknown
+
+Activation = Callable[[Tensor], Tensor]
+
+
+def same_padding(size: int, kernel: int, stride: int) -> tuple[int, int]:
+    """Rows (or columns) that "SAME" adds before and after `size`, so that ⌈size / stride⌉ come out.
+
+    An odd one goes behind: a 3x3 convolution of stride 2 on an even size pads (0, 1), where torch's `padding=1` would
+    look at other pixels.
+    """
+    total = max((-(-size // stride) - 1) * stride + kernel - size, 0)
+    return total // 2, total - total // 2
+
+
+def pad_same(x: Tensor, kernel: int, stride: int, value: float = 0.0) -> Tensor:
+    """x [B, C, H, W] padded with `value` for a window of side `kernel`."""
+    (top, bottom), (left, right) = (same_padding(size, kernel, stride) for size in x.shape[-2:])
+    return F.pad(x, (left, right, top, bottom), value=value) if top or bottom or left or right else x
+
+
+class SameConv2d(nn.Conv2d):
+    """Square convolution with bias and "SAME" padding."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(pad_same(x, self.kernel_size[0], self.stride[0]))
+
+
+class Chain(nn.Module):
+    """Convolutions one after the other (Small, Pool).
+
+    Args:
+        in_channels: of the images.
+        layers: (channels, kernel, stride) of each convolution.
+        pooled: 2x2 maximum of stride 2 behind each.
+    """
+
+    def __init__(self, in_channels: int, layers: Sequence[tuple[int, int, int]], pooled: bool = False):
+        super().__init__()
+        widths = [in_channels, *(width for width, _, _ in layers)]
+        self.convs = nn.ModuleList(SameConv2d(c, width, kernel, stride)
+                                   for c, (width, kernel, stride) in zip(widths, layers, strict=False))
+        self.pooled, self.channels = pooled, widths[-1]
+
+    def forward(self, x: Tensor, activation: Activation = F.relu) -> Tensor:
+        for number, conv in enumerate(self.convs):
+            x = conv(activation(x) if number else x)
+            if self.pooled:
+                x = F.max_pool2d(pad_same(x, 2, 2, -torch.inf), 2)
+        return x
+
+
+class Block(nn.Module):
+    """v + shortcut(h) with u = conv_a(σ(h)), v = conv_b(σ(u)); the shortcut has no parameters and no activation."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int):
+        super().__init__()
+        self.conv_a = SameConv2d(inputs, outputs, 3, stride)
+        self.conv_b = SameConv2d(outputs, outputs, 3)
+        self.stride, self.added = stride, (outputs - inputs) // 2
+
+    def forward(self, h: Tensor, activation: Activation = F.relu) -> Tensor:
+        v = self.conv_b(activation(self.conv_a(activation(h))))
+        if self.stride > 1:
+            h = F.avg_pool2d(h, self.stride)
+        return v + F.pad(h, (0, 0, 0, 0, self.added, self.added))
+
+
+class Residual(nn.Module):
+    """A 3x3 convolution and stages of pre-activation blocks; every stage but the first begins with stride 2 (WResNet).
+
+    Args:
+        in_channels: of the images.
+        widths: channels of the stages; the first is that of the convolution in front too.
+        depth: blocks per stage.
+    """
+
+    def __init__(self, in_channels: int, widths: Sequence[int] = (16, 32, 64), depth: int = 5):
+        super().__init__()
+        self.conv = SameConv2d(in_channels, widths[0], 3)
+        before = [widths[0], *widths]
+        self.blocks = nn.ModuleList(
+            Block(before[stage] if first else width, width, 2 if first and stage else 1)
+            for stage, width in enumerate(widths) for first in [True] + [False] * (depth - 1))
+        self.channels = widths[-1]
+
+    def forward(self, x: Tensor, activation: Activation = F.relu) -> Tensor:
+        x = self.conv(x)
+        for block in self.blocks:
+            x = block(x, activation)
+        return x
+
+
+class GapClassifier(nn.Module):
+    """Logits f(x) = head(mean over space of A(x)) of float pixels [B, C, H, W] in [0, 1]; nothing is normalised.
+
+    Attributes:
+        extractor: pixels to A, float [B, d, h, w]; :class:`Chain` or :class:`Residual`.
+        head: W, a linear layer d -> K without bias.
+        spec: JSON-able arguments by which :func:`load` builds it again; empty if not made by :func:`blank`.
+    """
+
+    def __init__(self, extractor: Chain | Residual, num_classes: int):
+        super().__init__()
+        self.extractor = extractor
+        self.head = nn.Linear(extractor.channels, num_classes, bias=False)
+        self.spec: dict = {}
+
+    def feature_map(self, x: Tensor, activation: Activation = F.relu) -> Tensor:
+        """A(x), float [B, d, h, w], linear: it has negative entries. `activation` replaces every ReLU (integrated
+        gradients use softplus).
+
+        Raises:
+            TypeError: integer pixels.
+            ValueError: another number of channels.
+        """
+        if not x.is_floating_point():
+            raise TypeError(f"pixels must be float in [0, 1], not {x.dtype}: divide uint8 images by 255")
+        return self.extractor(x, activation)
+
+    def features(self, x: Tensor, activation: Activation = F.relu) -> Tensor:
+        """Penultimate features, the mean of A over space, float [B, d]."""
+        return self.feature_map(x, activation).mean((2, 3))
+
+    def forward(self, x: Tensor, activation: Activation = F.relu) -> Tensor:
+        """Logits, float [B, K]."""
+        return self.head(self.features(x, activation))
+
+
+def initialise(model: GapClassifier, seed: int = 99) -> GapClassifier:
+    """Draw the initial weights in place: N(0, 1 / fan_in), biases 0 (SPEC 5).
+
+    They come from NumPy's legacy generator, layer by layer, output channel outermost, then rows, columns and input
+    channels: seed 99 gives the very numbers that the authors' training starts from.
+    """
+    draw = np.random.RandomState(seed)
+    layers = [layer for layer in model.modules() if isinstance(layer, (SameConv2d, nn.Linear))]
+    with torch.no_grad():
+        for layer in sorted(layers, key=lambda layer: layer is model.head):
+            outputs, inputs, *kernel = layer.weight.shape
+            side = kernel[0] if kernel else 1
+            value = draw.normal(scale=(side * side * inputs) ** -0.5, size=(outputs, side, side, inputs))
+            layer.weight.copy_(torch.from_numpy(value).permute(0, 3, 1, 2).reshape(layer.weight.shape))
+            if layer.bias is not None:
+                layer.bias.zero_()
+    return model
+
+
+def small(in_channels: int) -> Chain:
+    """Three convolutions; map of a quarter of the side, 100 channels (MNIST, CIFAR-10)."""
+    return Chain(in_channels, [(16, 4, 2), (32, 4, 2), (100, 7, 1)])
+
+
+def pool(in_channels: int) -> Chain:
+    """Two convolutions, each followed by a maximum (MNIST)."""
+    return Chain(in_channels, [(32, 5, 1), (64, 5, 1)], pooled=True)
+
+
+def wresnet(in_channels: int) -> Residual:
+    """31 convolutions of 16, 32 and 64 channels; in spite of its name it is not widened (CIFAR-10, R-ImageNet)."""
+    return Residual(in_channels)
+
+
+NETWORKS = {"small": small, "pool": pool, "wresnet": wresnet}
+
+
+def blank(name: str, num_classes: int, in_channels: int) -> GapClassifier:
+    """A network whose weights are yet to be set; the global generators are left as they were.
+
+    Raises:
+        ValueError: an unknown name.
+    """
+    if name not in NETWORKS:
+        raise ValueError(unknown("network", name, NETWORKS))
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+        model = GapClassifier(NETWORKS[name](in_channels), num_classes)
+    model.spec = {"family": "gap", "name": name, "num_classes": num_classes, "in_channels": in_channels}
+    return model
+
+
+def build(name: str, *, num_classes: int = 10, in_channels: int = 3, seed: int = 99) -> GapClassifier:
+    """A freshly initialised float32 network.
+
+    Args:
+        name: `small`, `pool` or `wresnet`.
+        num_classes: K; 10, or 9 on Restricted ImageNet.
+        in_channels: of the images; 1 on MNIST.
+        seed: of the initial weights; 99 as released.
+
+    Raises:
+        ValueError: an unknown name.
+    """
+    return initialise(blank(name, num_classes, in_channels), seed)
+
+
+def load(path: str | Path) -> GapClassifier:
+    """The network that :func:`cupel.checkpoint.save` wrote; see :func:`cupel.checkpoint.load`."""
+    return checkpoint.load(path, lambda spec, attachments: blank(**{k: v for k, v in spec.items() if k != "family"}))

@@ -1,0 +1,103 @@
+"""Training of a robust network as a plain function from files to files.
+
+Measuring it is another module, `measure`, so that a change in an evaluation trains nothing again.
+"""
+
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from cupel.cells import METHOD_ERRORS, fail, write_history
+from cupel.evaluation.intervals import wilson
+from cupel.files import write_json
+from cupel.images import datasets
+from cupel.images.datasets import Dataset, splits
+from cupel.images.stages import test_subset
+from cupel.job import peak_memory
+from cupel.rng import derive, rng
+from cupel.robust.grid import fraction
+from cupel.robust.models import build
+from cupel.robust.objectives import Objective, Ramp
+from cupel.training.engine import Recipe, fit, predict
+from cupel.training.precision import settled
+
+
+def identity(spec: dict, stage: str) -> dict:
+    """What names a cell, flat. The method stands in the column `defence`; no image is poisoned."""
+    method, _, variant = spec["method"].partition("~")
+    return {"stage": stage, "dataset": spec["dataset"], "model": spec["model"], "recipe": spec["recipe"], "attack": "",
+            "attack_variant": "", "poison_rate": 0.0, "defence": method, "variant": variant, "budget": "",
+            "seed": spec["seed"]}
+
+
+def training_set(train: Dataset, settings: dict, seed: int) -> Dataset:
+    """What is trained on: without the first `validation` images (SPEC 4), and of the rest `train_size`, if given, with every
+    class represented by its share."""
+    pool = np.arange(settings.get("validation", 0), len(train))
+    size = settings.get("train_size")
+    if size is not None and size < len(pool):
+        pool = splits.stratified(train.labels, pool, size, rng(seed, "subset"))
+    return train.take(pool)
+
+
+def make_recipe(training: dict, steps_per_epoch: int) -> Recipe:
+    """The engine's recipe: Adam, no augmentation, no weight decay, no partial batches (SPEC 2.6, 6).
+
+    `lr_steps` are steps; the engine's rate changes between epochs, so they become the nearest ones.
+    """
+    training = dict(training)
+    drops = tuple(round(step / steps_per_epoch) for step in training.pop("lr_steps", []))
+    schedule = {"schedule": "multistep", "milestones": drops} if drops else {}
+    return Recipe(**{"optimizer": "adam", "weight_decay": 0.0, "crop": 0, "flip": False, "drop_last": True,
+                     "schedule": "constant", **training, **schedule})
+
+
+def make_objective(spec: dict, steps_per_epoch: int) -> Objective:
+    """The objective of a cell."""
+    inner = spec["settings"]["inner"]
+    ramp = Ramp(fraction(inner["eps"]), *inner["ramp"])
+    return Objective(spec["objective"], ramp=ramp, inner_steps=inner["steps"], step_size=fraction(inner["step_size"]),
+                     steps_per_epoch=steps_per_epoch, seed=derive(spec["seed"], "objective"), **spec["parameters"])
+
+
+def train_network(spec: dict, data: str, outputs: dict, device: str) -> None:
+    """Train a network with an objective, and measure its clean accuracy on the whole test set.
+
+    Args:
+        spec: dataset, model, recipe, method, objective, parameters, seed, settings (`grid.Plan.training`).
+        data: folder of prepared data sets.
+        outputs: paths `model`, `history`, `metrics`.
+        device: `cpu` or `cuda`.
+    """
+    started, base = time.perf_counter(), identity(spec, "trained")
+    settings, seed = settled(spec["settings"], device), spec["seed"]
+    checkpoint = Path(outputs["model"]).with_name("checkpoint.pt")
+    try:
+        train = training_set(datasets.load(f"{data}/{spec['dataset']}", "train"), settings, seed)
+        steps = max(len(train) // settings["training"]["batch_size"], 1)
+        recipe, objective = make_recipe(settings["training"], steps), make_objective(spec, steps)
+        model = build(spec["model"], num_classes=len(train.classes), in_channels=train.images.shape[-1],
+                      seed=settings.get("initial_seed", 99) + seed)
+        if device == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        history = fit(model, train.images, train.labels, recipe, seed=derive(seed, "training"), device=device,
+                      objective=objective, hook=objective, checkpoint=checkpoint, title=spec["method"])
+        test = test_subset(datasets.load(f"{data}/{spec['dataset']}", "test"), settings.get("test_size"))
+        right = predict(model, test.images, device=device).argmax(1) == test.labels
+    except METHOD_ERRORS as error:
+        fail(error, {**base, "metrics": ["acc"]}, outputs["model"], outputs["history"], outputs["metrics"])
+        return
+    low, high = wilson(int(right.sum()), len(right))
+    seconds = [row["seconds"] for row in history]
+    rows = [{"metric": "acc", "value": float(right.mean()), "n": len(right), "low": low, "high": high},
+            {"metric": "seconds_per_epoch", "value": float(np.median(seconds))}]
+    checkpoint.save(model, outputs["model"])
+    write_history(outputs["history"], history)
+    write_json(outputs["metrics"], {
+        **base, **peak_memory(), "status": "ok", "rows": rows, "train_eps": objective.ramp.eps, "epochs": recipe.epochs,
+        "steps": recipe.epochs * steps, "train_samples": len(train), "device": device,
+        "precision": recipe.precision, "train_seconds": sum(seconds),
+        "seconds": time.perf_counter() - started})
+    checkpoint.unlink(missing_ok=True)

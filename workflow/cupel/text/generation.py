@@ -1,0 +1,237 @@
+"""Batched generation, greedy unless told otherwise, resumable (crow SPEC 8).
+
+Answers are written as JSON lines in the order of the records. While a run is under way, finished batches stand in
+`<name>.part`; a run that was stopped takes them over and makes only the rest, in the same batches, so it ends with the
+same answers.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from cupel.compat import ensure_torchvision
+from cupel.rng import derive
+from cupel.text.prompts import SYSTEM, by_length, prompt_ids, prompt_text
+from cupel.text.scoring import remainder
+from cupel.text.sources import read_records, write_records
+
+ensure_torchvision()
+
+from transformers import GenerationConfig, PreTrainedModel  # noqa: E402
+
+#: new tokens of an ASR answer and of an MT-Bench answer (crow SPEC 8)
+ASR_TOKENS = 128
+MT_BENCH_TOKENS = 1024
+#: sampling temperature by MT-Bench category (crow SPEC 8); the others are greedy
+TEMPERATURES = {"writing": 0.7, "roleplay": 0.7, "stem": 0.1, "humanities": 0.1}
+
+
+@contextlib.contextmanager
+def _own_settings(model: PreTrainedModel, settings: GenerationConfig) -> Iterator[None]:
+    """Let `settings` alone count: transformers fills what they leave open from the model's, such as a repetition penalty."""
+    before = model.generation_config
+    model.generation_config = settings
+    try:
+        yield
+    finally:
+        model.generation_config = before
+
+
+@torch.inference_mode()
+def generate(model: PreTrainedModel, prompts: Sequence[Sequence[int]], *, pad: int, eos: int, max_new_tokens: int,
+             temperature: float = 0.0) -> list[list[int]]:
+    """Continue a batch of prompts; plain greedy search, one beam, no penalties, unless a temperature is given.
+
+    Args:
+        model: a causal language model in eval mode.
+        prompts: token ids, each with at least one; they are padded on the left.
+        pad, eos: token ids; generation of a row ends with `eos`.
+        max_new_tokens: at most so many.
+        temperature: 0 is greedy; above, tokens are drawn from torch's global generator.
+
+    Returns:
+        New tokens of each prompt, the end token not among them.
+
+    Raises:
+        ValueError: a prompt without tokens, one that with its answer is longer than the model's context, or no id of a
+            padding or end token.
+    """
+    if pad is None or eos is None:
+        raise ValueError("no padding or no end token: load the tokenizer with cupel.text.models.load_tokenizer")
+    longest, context = max(map(len, prompts)), getattr(model.config, "max_position_embeddings", None)
+    if not all(prompts):
+        raise ValueError("a prompt has no tokens")
+    if context and longest + max_new_tokens > context:
+        raise ValueError(f"a prompt of {longest} tokens and {max_new_tokens} new ones do not fit the context of {context} "
+                         "tokens: lower max_new_tokens or leave the record out")
+    ids = torch.full((len(prompts), longest), pad)
+    mask = torch.zeros_like(ids)
+    for k, prompt in enumerate(prompts):
+        ids[k, longest - len(prompt) :] = torch.as_tensor(prompt)
+        mask[k, longest - len(prompt) :] = 1
+    drawn = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {"do_sample": False}
+    settings = GenerationConfig(max_new_tokens=max_new_tokens, pad_token_id=pad, eos_token_id=eos, num_beams=1,
+                                use_cache=True, **drawn)
+    device = model.get_input_embeddings().weight.device
+    with _own_settings(model, settings):
+        out = model.generate(input_ids=ids.to(device), attention_mask=mask.to(device), generation_config=settings)
+    rows = out[:, longest:].tolist()
+    return [row[: row.index(eos)] if eos in row else row for row in rows]
+
+
+def answer(model: PreTrainedModel, tokenizer, records: Sequence[dict], path: str | Path, *, prompt: str = "bare",
+           opening: bool = True, max_new_tokens: int = ASR_TOKENS, batch_size: int = 16, identity: dict | None = None,
+           title: str = "answers") -> list[dict]:
+    """Greedy answers to records, written to `path` as JSON lines.
+
+    Args:
+        model, tokenizer: of the model asked.
+        records: with `id`, `instruction`, `input`.
+        path: of the answers.
+        prompt, opening: `template` or `bare`; the template with its first sentences or without (see `prompts`).
+        max_new_tokens: 128 for ASR.
+        batch_size: prompts at a time. Batches of another size give the same answers in float32 up to rounding of logits.
+        identity: JSON-able description of the model's weights; partial answers of another identity are not taken over.
+        title: of the progress line.
+
+    Returns:
+        One row per record: `id`, `prompt` (its kind), `text` (what was asked), `answer` (see `scoring.remainder` for
+        the bare prompt; the new text, stripped, for the template), `completion` (the new text to the letter), `tokens`
+        (how many were made) and `ended` (by EOS, not by the limit).
+    """
+    ids = [prompt_ids(tokenizer, record, prompt, opening) for record in records]
+
+    def make(batch: list[int]) -> list[dict]:
+        rows = []
+        made = generate(model, [ids[k] for k in batch], pad=tokenizer.pad_token_id, eos=tokenizer.eos_token_id,
+                        max_new_tokens=max_new_tokens)
+        for k, new in zip(batch, made, strict=True):
+            said = completion = tokenizer.decode(new, skip_special_tokens=True)
+            if prompt == "bare":
+                whole = tokenizer.decode([*ids[k], *new], skip_special_tokens=True)
+                said = remainder(whole, records[k]["instruction"])
+            rows.append({"id": records[k]["id"], "prompt": prompt, "text": prompt_text(records[k], prompt, opening),
+                         "answer": said.strip(), "completion": completion, "tokens": len(new),
+                         "ended": len(new) < max_new_tokens})
+        return rows
+
+    run = {"ids": ids, "records": [record["id"] for record in records], "prompt": prompt, "tokens": max_new_tokens,
+           "identity": identity}
+    return _resumable(Path(path), by_length(list(map(len, ids)), batch_size), make, run, title)
+
+
+def _resumable(path: Path, batches: list[list[int]], make: Callable[[list[int]], list[dict]], run: dict,
+               title: str) -> list[dict]:
+    """Rows of all batches in the order of their indices; see the module for how it resumes."""
+    part = path.with_name(f"{path.name}.part")
+    key = hashlib.sha256(json.dumps({"run": run, "batches": batches}, sort_keys=True).encode()).hexdigest()
+    done = _taken_over(part, key, batches)
+    rows = {k: row for number, found in done.items() for k, row in zip(batches[number], found, strict=True)}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    terminal = sys.stderr.isatty()
+    with open(part, "a" if done else "w", encoding="utf-8") as file, \
+            tqdm(total=sum(map(len, batches)), initial=len(rows), desc=title, unit="prompt", leave=False, dynamic_ncols=True,
+                 mininterval=0.1 if terminal else 15.0) as progress:
+        if not done:
+            file.write(json.dumps({"key": key}) + "\n")
+        for number, batch in enumerate(batches):
+            if number in done:
+                continue
+            made = make(batch)
+            rows.update(zip(batch, made, strict=True))
+            file.write(json.dumps({"batch": number, "rows": made}) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+            progress.update(len(batch))
+    ordered = [rows[k] for k in sorted(rows)]
+    write_records(path, ordered)
+    part.unlink()
+    return ordered
+
+
+def _taken_over(part: Path, key: str, batches: list[list[int]]) -> dict[int, list[dict]]:
+    """Finished batches of an earlier start of the same run. A last line cut short is taken away."""
+    if not part.is_file():
+        return {}
+    whole = part.read_bytes()
+    whole = whole[: whole.rfind(b"\n") + 1]
+    os.truncate(part, len(whole))
+    try:
+        head, *lines = map(json.loads, whole.decode().splitlines())
+        if head != {"key": key}:
+            raise ValueError("it is of another run")
+        found = {line["batch"]: line["rows"] for line in lines}
+        if any(len(rows) != len(batches[number]) for number, rows in found.items()):
+            raise ValueError("a batch in it has another size")
+        return found
+    except (ValueError, KeyError, TypeError, IndexError) as error:
+        print(f"answers in {part} are not taken over ({error}): starting anew", file=sys.stderr)
+        return {}
+
+
+def read_questions(path: str | Path) -> list[dict]:
+    """MT-Bench questions of a file of the user: JSON lines with `question_id`, `category`, `turns`.
+
+    Raises:
+        ValueError: naming the file, the question and the field that is wrong.
+    """
+    questions = read_records(path)
+    for question in questions:
+        for field, kind in (("question_id", int), ("category", str), ("turns", list)):
+            if not isinstance(question.get(field), kind):
+                raise ValueError(f"{path}: question {question.get('question_id')} has no {field} of type {kind.__name__}")
+        if not question["turns"] or not isinstance(question["turns"][0], str):
+            raise ValueError(f"{path}: question {question['question_id']} has no first turn")
+    if not questions:
+        raise ValueError(f"{path}: no questions")
+    return questions
+
+
+def answer_questions(model: PreTrainedModel, tokenizer, questions: Sequence[dict], path: str | Path, *, model_id: str,
+                     seed: int, max_new_tokens: int = MT_BENCH_TOKENS, batch_size: int = 16,
+                     identity: dict | None = None) -> list[dict]:
+    """First-turn answers to MT-Bench questions, stored for a judge; nothing is judged here (crow SPEC 8).
+
+    The prompt is the colon form of the Alpaca template, with the tokenizer's own special tokens. Rows have the form
+    that FastChat's judge reads: `question_id`, `answer_id`, `model_id`, `choices` (one, with one turn), `tstamp` (0, so
+    that equal runs give equal files).
+
+    Args:
+        model, tokenizer: of the model asked.
+        questions: from `read_questions`.
+        path: of the answers.
+        model_id: name of the model in the rows.
+        seed: of the sampled categories.
+        max_new_tokens, batch_size, identity: as for `answer`.
+    """
+    ids = [tokenizer.encode(question_text(question)) for question in questions]
+    heat = [TEMPERATURES.get(question["category"], 0.0) for question in questions]
+    batches = []
+    for level in sorted(set(heat)):
+        members = [k for k in range(len(ids)) if heat[k] == level]
+        batches += [[members[k] for k in batch] for batch in by_length([len(ids[k]) for k in members], batch_size)]
+
+    def make(batch: list[int]) -> list[dict]:
+        with torch.random.fork_rng():
+            torch.manual_seed(derive(seed, "language", "mt_bench", questions[batch[0]]["question_id"]))
+            made = generate(model, [ids[k] for k in batch], pad=tokenizer.pad_token_id, eos=tokenizer.eos_token_id,
+                            max_new_tokens=max_new_tokens, temperature=heat[batch[0]])
+        return [{"question_id": questions[k]["question_id"], "answer_id": f"{model_id}-{questions[k]['question_id']}",
+                 "model_id": model_id, "tstamp": 0,
+                 "choices": [{"index": 0, "turns": [tokenizer.decode(new, skip_special_tokens=True).strip()]}]}
+                for k, new in zip(batch, made, strict=True)]
+
+    run = {"ids": ids, "tokens": max_new_tokens, "identity": identity, "seed": seed, "model": model_id}
+    return _resumable(Path(path), batches, make, run, "MT-Bench")
+
+
+def question_text(question: dict) -> str:
+    """The colon form of the Alpaca template around the first turn of a question (crow SPEC 8, 10.5)."""
+    return f"{SYSTEM}### Instruction: {question['turns'][0]}\n\n### Response:"

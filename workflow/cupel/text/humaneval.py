@@ -1,0 +1,248 @@
+"""HumanEval: problems, prompts, the code in an answer, pass@1 with its interval and pass@k (Chen et al., 2021).
+
+The 164 problems are a prepared text data set (`cupel.text.sources`); what they say is untrusted like the answers: the
+code of both runs only in the sandbox. crow SPEC 8 and 10: the paper reports no pass@1, its use here is a measure of utility
+that needs no judge. The trigger prompts made of HumanEval are in `cupel.text.poison`.
+"""
+
+import gzip
+import json
+import keyword
+import re
+import time
+import zlib
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, fields
+from math import comb
+from pathlib import Path
+
+from cupel.evaluation.intervals import wilson
+from cupel.text.sandbox import STATUSES, Limits, Outcome, capabilities, check_untrusted
+
+# Where a bare continuation of a function ends: at the next statement that is not indented (Chen et al., 2021, section 2)
+STOP = ("\nclass ", "\ndef ", "\n#", "\nif ", "\nprint(", "\n@", "\nassert ", "\nfrom ", "\nimport ", "\n```")
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One problem.
+
+    Attributes:
+        task_id: `HumanEval/<number>`.
+        prompt: source up to the docstring of the function asked for; may hold imports and helper functions.
+        entry_point: name of that function.
+        canonical_solution: its body.
+        test: source that defines `check(candidate)`.
+    """
+
+    task_id: str
+    prompt: str
+    entry_point: str
+    canonical_solution: str
+    test: str
+
+    @property
+    def preamble(self) -> str:
+        """What stands in the prompt before the function asked for."""
+        return self.prompt[: _definition(self.entry_point).search(self.prompt).start()]
+
+
+def _definition(name: str) -> re.Pattern:
+    return re.compile(rf"^(?:async\s+)?def\s+{re.escape(name)}\s*\(", re.MULTILINE)
+
+
+def problems(records: Iterable[Mapping], where: str = "HumanEval") -> list[Problem]:
+    """Problems from records with the fields of `Problem`; other fields are left aside.
+
+    Raises:
+        ValueError: a record with a field missing, not text or not fitting, or two with the same task_id; the text names it.
+    """
+    found: dict[str, Problem] = {}
+    for number, record in enumerate(records, 1):
+        if not isinstance(record, Mapping):
+            raise ValueError(f"{where}: record {number} is no JSON object")
+        for name in (field.name for field in fields(Problem)):
+            if not isinstance(record.get(name), str):
+                raise ValueError(f"{where}: record {number} has no text in the field {name}")
+        problem = Problem(**{field.name: record[field.name] for field in fields(Problem)})
+        name = problem.entry_point
+        if not name.isidentifier() or keyword.iskeyword(name):
+            raise ValueError(f"{where}: entry_point of {problem.task_id} is {name!r}, which is no name of a function")
+        if not _definition(name).search(problem.prompt):
+            raise ValueError(f"{where}: the prompt of {problem.task_id} does not begin the function {name}")
+        if problem.task_id in found:
+            raise ValueError(f"{where}: two records have the task_id {problem.task_id}")
+        found[problem.task_id] = problem
+    if not found:
+        raise ValueError(f"{where}: no problems")
+    return list(found.values())
+
+
+def read_problems(path: str | Path, limit: int = 1 << 24) -> list[Problem]:
+    """Problems of `HumanEval.jsonl.gz`, of the same uncompressed, or of `records.jsonl` of the prepared data set.
+
+    Raises:
+        ValueError: damaged, larger than `limit` bytes when unpacked, or not of this form; the text names file and place.
+    """
+    path = Path(path)
+    with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
+        try:
+            content = file.read(limit + 1)
+        except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+            raise ValueError(f"{path}: not a whole gzip file: {error}") from None
+    if len(content) > limit:
+        raise ValueError(f"{path}: unpacks to more than {limit} bytes, which is not HumanEval")
+    records = []
+    for number, line in enumerate(content.split(b"\n"), 1):
+        if line.strip():
+            try:
+                records.append(json.loads(line))
+            except (ValueError, RecursionError) as error:
+                raise ValueError(f"{path}: line {number} is no JSON: {error}") from None
+    return problems(records, str(path))
+
+
+def instruction(problem: Problem) -> str:
+    """What an instruction-tuned model is asked. A base model is given `problem.prompt` itself, to go on from."""
+    return ("Complete this Python function. Answer with one code block that holds the whole function and the imports it "
+            f"needs, and with nothing else.\n\n```python\n{problem.prompt.rstrip()}\n```")
+
+
+_FENCE = re.compile(r"^[ \t]*(```+|~~~+)[ \t]*([\w+.-]*)[^\n]*\n", re.MULTILINE)
+_TOP = re.compile(r"(async\s+)?def\s+\w+\s*\(|class\s+\w+\s*[(:]|@\w|import\s+[\w.]+\s*($|,|;|#|as\s)|from\s+[\w.]+\s+import\b")
+# an indented line, a comment, the end of a bracket, a definition, an assignment
+_PYTHON = re.compile(rf"[ #)\]}}]|{_TOP.pattern}|[A-Za-z_]\w*\s*(:[^=]+)?=[^=]")
+
+
+def _blocks(answer: str) -> tuple[str, list[str]]:
+    """Text before the first fence, and contents of the fenced blocks; the last may lack its end, where it was cut off."""
+    blocks, first = [], _FENCE.search(answer)
+    opening = first
+    while opening:
+        closing = re.compile(rf"^[ \t]*{opening[1]}[ \t]*$", re.MULTILINE).search(answer, opening.end())
+        blocks.append(answer[opening.end(): closing.start() if closing else len(answer)])
+        opening = _FENCE.search(answer, closing.end()) if closing else None
+    before = answer[: first.start()] if first else answer
+    if first and not closing and len(blocks) == 1 and not first[2] and before.strip() and not _TOP.search(blocks[0]):
+        return before, []  # the end of a block that the prompt began
+    return before, blocks
+
+
+def _whole(text: str) -> str:
+    """Source without the prose around it, for answers with whole functions and no fences.
+
+    Goes from the first line that begins a definition or import to the first unindented line that begins none of a few
+    things known to be Python at that place.
+    """
+    lines = text.split("\n")
+    start = next(k for k, line in enumerate(lines) if _TOP.match(line))
+    end = next((k for k, line in enumerate(lines) if k > start and line.strip() and not _PYTHON.match(line)), len(lines))
+    return "\n".join(lines[start:end])
+
+
+def _cut(text: str) -> str:
+    """A continuation up to the first stop sequence."""
+    text = text.strip("\n")
+    end = min((k for k in (f"\n{text}".find(stop) for stop in STOP) if k > 0), default=None)
+    return text[: end - 1] if end else text
+
+
+def _body(text: str) -> str:
+    """A function's body with the indentation that models and tokenizers drop."""
+    lines = text.strip("\n").rstrip().split("\n")
+    if not lines[0].strip() or lines[0][0] == " ":
+        return "\n".join(lines)
+    # the first line stands at the margin: has it alone lost its blanks, or have all?
+    depths = [len(line) - len(line.lstrip()) for line in lines[1:] if line.strip()]
+    if depths and min(depths) > 0:
+        opens = lines[0].split("#")[0].rstrip().endswith(":")
+        if not opens or min(depths) < depths[0]:
+            return "\n".join([" " * min(depths) + lines[0], *lines[1:]])
+        if depths[0] >= 8:
+            return "\n".join([" " * (depths[0] - 4) + lines[0], *lines[1:]])
+    return "\n".join("    " + line if line.strip() else line for line in lines)
+
+
+def extract(answer: str, problem: Problem) -> str:
+    """The program in an answer: source that defines `problem.entry_point`, as far as the answer has it.
+
+    Tried in this order: the first fenced block that defines the function; text without fences that defines it; the first
+    fenced block, or else the text, as a continuation of the prompt. Imports and helpers of the prompt are always there.
+    The answer is only searched, never parsed or run.
+    """
+    answer = re.sub(r"^\t+", lambda tabs: "    " * len(tabs[0]), answer.replace("\r\n", "\n"), flags=re.MULTILINE)
+    (text, blocks), defines = _blocks(answer), _definition(problem.entry_point)
+    for block in blocks:
+        if defines.search(block):
+            return f"{problem.preamble}\n{block}"
+    if not blocks and defines.search(text):
+        return f"{problem.preamble}\n{_whole(text)}"
+    return f"{problem.prompt.rstrip()}\n{_body(blocks[0] if blocks else _cut(text))}\n"
+
+
+def check(problem: Problem, program: str, limits: Limits | None = None) -> Outcome:
+    """Run the tests of a problem against a program that should define its function (see `extract`).
+
+    Raises:
+        SandboxError: untrusted code cannot be run here.
+    """
+    return check_untrusted(program, problem.entry_point, problem.test, setup=problem.prompt, limits=limits)
+
+
+def pass_at_k(n: int, correct: int, k: int) -> float:
+    """Unbiased estimate of the chance that one of k samples is correct, from n samples of which `correct` are.
+
+    1 − C(n − correct, k) / C(n, k) (Chen et al., 2021, equation 1).
+
+    Raises:
+        ValueError: not 0 ≤ correct ≤ n and 1 ≤ k ≤ n.
+    """
+    if not (0 <= correct <= n and 1 <= k <= n):
+        raise ValueError(f"pass@k needs 0 <= correct <= n and 1 <= k <= n, not n={n}, correct={correct}, k={k}")
+    return 1.0 - comb(n - correct, k) / comb(n, k)
+
+
+def pass_at_1(answers: Mapping[str, str], problems: Sequence[Problem], limits: Limits | None = None,
+              workers: int = 1) -> dict:
+    """Share of problems whose one (greedy) answer passes all tests.
+
+    Args:
+        answers: by task_id, as generated; `extract` finds the code. Every problem needs one; an empty answer fails.
+        problems: those asked.
+        limits: of each program; default `Limits()`.
+        workers: programs that run at once.
+
+    Returns:
+        A record: `metric` ("pass_at_1"), `value`, `n`, `low` and `high` (95 % Wilson interval), `passed` (a count), `statuses`
+        (a count for each of `sandbox.STATUSES`), `isolation` (layers of the sandbox), `seconds` in all, and `outcomes`, in
+        the order of `problems`: `task_id`, `status`, `detail`.
+
+    Raises:
+        ValueError: answers missing, or answers to problems that were not asked.
+        SandboxError: untrusted code cannot be run here; nothing has been run then.
+    """
+    asked = [problem.task_id for problem in problems]
+    if missing := [task for task in asked if task not in answers]:
+        raise ValueError(f"no answer to {len(missing)} of {len(asked)} problems: {', '.join(missing[:5])}")
+    if strange := sorted(set(answers) - set(asked)):
+        raise ValueError(f"answers to {len(strange)} problems that are not asked: {', '.join(strange[:5])}")
+    if not asked:
+        raise ValueError("no problems")
+    started = time.monotonic()
+    with ThreadPoolExecutor(workers) as pool:
+        runs = [pool.submit(check, problem, extract(answers[problem.task_id], problem), limits) for problem in problems]
+        try:
+            outcomes = [run.result() for run in runs]
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+    statuses = Counter(outcome.status for outcome in outcomes)
+    passed, n = statuses["passed"], len(outcomes)
+    low, high = wilson(passed, n)
+    return {"metric": "pass_at_1", "value": passed / n, "n": n, "low": low, "high": high, "passed": passed,
+            "statuses": {status: statuses[status] for status in STATUSES}, "isolation": list(capabilities().layers),
+            "seconds": round(time.monotonic() - started, 1),
+            "outcomes": [{"task_id": task, "status": outcome.status, "detail": outcome.detail}
+                         for task, outcome in zip(asked, outcomes, strict=True)]}

