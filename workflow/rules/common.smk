@@ -1,49 +1,49 @@
-# Configuration, checked before any job, and the input and parameter functions of the rules.
-import functools
+# Configuration, checked before any job, and what the rules of all families share.
 import gc
 import os
 import re
 import sys
 from pathlib import Path
-from types import SimpleNamespace as Cell
 
 from snakemake.exceptions import WorkflowError
 from snakemake.logging import logger
 from snakemake.utils import validate
 
-from cupel.images.datasets import NAMES as DATASETS
-from cupel.grid import LIBRARY, SCHEMAS, ConfigError, Grid, check_schema, code_digest, read_yaml, typed
-from cupel.registry import unknown
+from cupel.digest import code_digest
+from cupel.experiment import Grid
+from cupel.paths import Paths
+from cupel.settings import LIBRARY, ConfigError, check_schema, schema, typed
 
 # planning makes millions of objects that stay, and the collector would walk through them again and again
 gc.set_threshold(200_000, 50, 1000)
 
-try:
-    config.update(typed(config, read_yaml(SCHEMAS / "config.schema.yaml")))
-    check_schema(config, "config", "config.yaml")
-    validate(config, "../schemas/config.schema.yaml")  # fills in the defaults
-    GRID = Grid(config["papers"], config["scale"], config["seeds"], config["plugins"], config["jobs"])
-    ZOO = Grid(["zoo"], config["scale"], config["seeds"], config["plugins"])
-    for cell in [*GRID.cells(), *ZOO.cells()]:
-        if cell["dataset"] not in DATASETS:
-            raise ConfigError(f"experiment.yaml of {cell['paper']}: datasets: {unknown('dataset', cell['dataset'], DATASETS)}")
-except ConfigError as error:
-    raise WorkflowError(f"The configuration is wrong; nothing was run.\n{error}") from None
 
-DATA = config["data"]["folder"]
-RESULTS = f"{config['results']}/{config['scale']}"
+def checked(function):
+    """The same function, whose complaints about settings end the run in a sentence before its first job."""
+
+    def call(*arguments, **options):
+        try:
+            return function(*arguments, **options)
+        except ConfigError as error:
+            raise WorkflowError(f"The configuration is wrong; nothing was run.\n{error}") from None
+
+    return call
+
+
+config.update(typed(config, schema("config")))
+checked(check_schema)(config, schema("config"), "config.yaml")
+validate(config, "../schemas/config.schema.yaml")  # fills in the defaults
+ASKED = {"seeds": config["seeds"], "plugins": config["plugins"], "mirror": config["data"]["mirror"]}
+GRID = checked(Grid)(config["papers"], config["scale"], jobs=config["jobs"], **ASKED)
+ZOO = checked(Grid)(["zoo"], config["scale"], **ASKED)
+IMAGES, ROBUST, TEXT, VISION_LANGUAGE = (GRID.families[name] for name in ("images", "robust", "text", "vision_language"))
+
+PATHS = Paths(config["results"], config["scale"], config["data"]["folder"])
+DATA, RESULTS = PATHS.data, PATHS.root
 SCRIPTS = Path(workflow.basedir) / "workflow" / "scripts"
 TEMPLATES = sorted((LIBRARY / "reporting").glob("*.j2"))
-
-VICTIM = f"{RESULTS}/victims/{{dataset}}/{{model}}/{{recipe}}/{{attack}}@{{rate}}/seed{{seed}}"
-PURIFIED = f"{RESULTS}/purified/{{dataset}}/{{model}}/{{recipe}}/{{attack}}@{{rate}}/seed{{seed}}/{{defence}}@{{budget}}"
-TRIGGER = f"{RESULTS}/triggers/{{dataset}}/{{model}}/{{recipe}}/{{attack}}/seed{{seed}}"
-FOLDERS = {"victim": VICTIM, "purified": PURIFIED}
-
-# papers of other families put their cells here: dicts with paper, stage, what names the cell, and folder
-FAMILY_CELLS = {}
-# and the names of their data sets, whose manifests belong to the provenance
-FAMILY_DATA = {}
+#: where raw files come from, for rules that prepare data
+SOURCES = {key: config["data"][key] for key in ("sources", "mirror", "cache")}
 
 
 wildcard_constraints:
@@ -54,8 +54,9 @@ wildcard_constraints:
     rate=r"[0-9.e-]+",
     seed=r"[0-9]+",
     defence=r"[a-z0-9_~]+",
-    budget=r"[a-z0-9]+",
-    paper=r"[a-z_]+",
+    evaluation=r"[a-z0-9_]+",
+    budget=r"[a-z0-9_]+",
+    paper=r"[a-z0-9_]+",
 
 
 RUN_LOCK = []
@@ -83,165 +84,52 @@ def hold_lock():
         logger.warning(f"no lock could be taken ({error}): do not start a second run in {os.getcwd()}")
 
 
-def checked(function, *arguments):
-    """A value computed from settings; a setting that is wrong ends the run before its first job."""
-    try:
-        return function(*arguments)
-    except ConfigError as error:
-        raise WorkflowError(f"The configuration is wrong; nothing was run.\n{error}") from None
+def of_path(function):
+    """A parameter function: what the grid says of the names in a path."""
+
+    def parameter(wildcards):
+        return checked(function)(dict(wildcards.items()))
+
+    return parameter
 
 
-def data_folder(wildcards):
-    return DATA
-
-
-def used_datasets():
-    return sorted({cell["dataset"] for cell in GRID.cells()})
-
-
-def dataset_files(wildcards):
-    return [f"{DATA}/{wildcards.dataset}/{split}_{part}.npy" for split in ("train", "test") for part in ("images", "labels")]
-
-
-def clean_victim(wildcards):
-    """The twin of a victim that was trained on clean data, same recipe and seed."""
-    return VICTIM.format(**{**wildcards, "attack": "clean", "rate": "0"})
-
-
-@functools.cache
-def trigger_needs(name):
-    """What an attack must be given beforehand: read from its file, nothing is imported."""
-    import ast
-
-    function = GRID.attack(name, "")["function"] if name != "clean" else "none"
-    file = GRID.code("attack", function)
-    if file is None:
-        return ""
-    for node in ast.walk(ast.parse(Path(file).read_text())):
-        if isinstance(node, ast.AnnAssign) and getattr(node.target, "id", "") == "needs":
-            return node.value.value
-    return ""
-
-
-def prepared_trigger(wildcards):
-    if wildcards.attack == "clean" or not trigger_needs(wildcards.attack):
-        return []
-    return f"{TRIGGER}/trigger.npz".format(**wildcards)
-
-
-def trigger_inputs(wildcards):
-    if trigger_needs(wildcards.attack) == "clean_model":
-        return f"{clean_victim(wildcards)}/model.safetensors"
-    return []
-
-
-def attack_spec(wildcards):
-    """Name, function and parameters of an attack; paths that begin with mirror: point into data.mirror."""
-    if wildcards.attack == "clean":
-        return {"name": "clean", "function": "none", "parameters": {}}
-    spec = GRID.attack(wildcards.attack, wildcards.dataset)
-    parameters = dict(spec["parameters"])
-    for key, value in parameters.items():
-        if isinstance(value, str) and value.startswith("mirror:"):
-            parameters[key] = str(Path(config["data"]["mirror"] or "(data.mirror is not set)") / value.removeprefix("mirror:"))
-    return {"name": wildcards.attack, "function": spec["function"], "parameters": parameters}
-
-
-def victim_spec(wildcards):
-    """All that makes a victim, as one plain dict: a change in it, and in nothing else, trains the victim again."""
-    recipe = GRID.recipe(wildcards.recipe, wildcards.dataset)
-    if wildcards.attack != "clean":
-        recipe["training"] |= GRID.attack_training(wildcards.attack)
-    return {
-        "dataset": wildcards.dataset,
-        "model": wildcards.model,
-        "recipe": wildcards.recipe,
-        "attack": attack_spec(wildcards),
-        "rate": float(wildcards.rate),
-        "seed": int(wildcards.seed),
-        "settings": recipe,
-    }
-
-
-def trigger_spec(wildcards):
-    """What a trigger depends on: not on the poison rate."""
-    recipe = GRID.recipe(wildcards.recipe, wildcards.dataset)
-    return {
-        "dataset": wildcards.dataset,
-        "attack": attack_spec(wildcards),
-        "seed": int(wildcards.seed),
-        "settings": recipe,
-    }
-
-
-def log_of(pattern, name):
-    return f"logs/{pattern.removeprefix(config['results'] + '/')}/{name}.log"
-
-
-def benchmark_of(pattern, name):
-    return f"{config['results']}/benchmark/{pattern.removeprefix(config['results'] + '/')}/{name}.tsv"
-
-
-def defence_spec(wildcards):
-    return {
-        "name": wildcards.defence,
-        **GRID.defence(wildcards.defence, wildcards.dataset),
-        "budget": {"name": wildcards.budget, **GRID.budget(wildcards.budget)},
-    }
-
-
-def code(script, attack=True, defence=False):
-    """Hash of the code a job runs: its script, and the files of its attack and defence with all they import."""
+def code(script, family=None, *kinds):
+    """Hash of what a job's code means: its script, and the attack or defence that its path names."""
 
     def digest(wildcards):
-        files = [SCRIPTS / script]
-        if attack and wildcards.attack != "clean":
-            files.append(GRID.code("attack", GRID.attack(wildcards.attack, wildcards.dataset)["function"]))
-        if defence:
-            files.append(GRID.code("defence", GRID.defence(wildcards.defence, wildcards.dataset)["function"]))
-        return code_digest(*files)
+        named = (family.code(kind, wildcards[kind]) for kind in kinds)
+        return code_digest(SCRIPTS / script, *filter(None, named))
 
     return digest
 
 
-def block_name(cell):
-    """Name of the rule that runs all defences of a paper on one victim."""
-    keys = ("paper", "dataset", "model", "recipe", "attack", "rate", "seed")
-    return "_".join(["purify", *(re.sub(r"\W", "_", cell[key]) for key in keys)])
+def log_of(pattern, name):
+    return PATHS.log(pattern, name)
 
 
-def cell_folder(cell):
-    return FOLDERS[cell["stage"]].format(**cell)
+def benchmark_of(pattern, name):
+    return PATHS.benchmark(pattern, name)
 
 
-def cell_files(wildcards=None, paper=None, stage=None):
-    """metrics.json of every cell; with report.allow_missing only of those that exist."""
-    files = [f"{cell_folder(cell)}/metrics.json" for cell in GRID.cells(stage, paper)]
-    files += [f"{cell['folder']}/metrics.json" for cell in family_cells(stage, paper)]
-    files = list(dict.fromkeys(files))
-    return [file for file in files if os.path.exists(file)] if config["report"]["allow_missing"] else files
+def only(names):
+    """A wildcard constraint: one of these names, or none at all."""
+    return "|".join(map(re.escape, names)) or "none"
 
 
-def all_cell_files():
-    """`cell_files` of all papers; those of blocks know their rule, which Snakemake need not look for."""
-    return [BLOCK_METRICS.get(file, file) for file in cell_files()]
+def present(files):
+    """The files; with report.allow_missing only those that exist."""
+    return [file for file in files if not config["report"]["allow_missing"] or os.path.exists(file)]
 
 
-def family_cells(stage=None, paper=None):
-    """Cells of the chosen papers that are not on image classifiers."""
-    cells = [cell for key, part in FAMILY_CELLS.items() if paper in (None, key) for cell in part]
-    return [cell for cell in cells if stage in (None, cell["stage"])]
+def cell_files(paper=None, stage=None, name="metrics.json", family=None):
+    """A file of every cell, by default its record."""
+    files = [f"{PATHS.cell(cell)}/{name}" for cell in GRID.cells(stage, paper, family)]
+    return present(dict.fromkeys(files))
 
 
-def expected_cells():
-    """Cells of every paper: one that two papers share stands in the table once for each."""
-    cells = [{**cell, "folder": cell_folder(cell)} for paper in GRID.papers for cell in GRID.cells(paper=paper)]
-    return cells + family_cells()
-
-
-def only(papers):
-    """A wildcard constraint: one of these papers, or none at all."""
-    return "|".join(papers) or "none"
+def manifests(names):
+    """Prepared data, by its folder below that of all data, to its manifest."""
+    return {name: f"{DATA}/{name}/manifest.json" for name in names}
 
 
 # what jobs that train ask a cluster for
@@ -254,22 +142,23 @@ FIRST = 100
 CHAIN_THREADS = 2 if config["scale"] == "demo" else 1
 
 
-def runtime_of(scale_minutes):
-    """Minutes of a job at this scale, doubled with every attempt."""
-
-    def minutes(wildcards, attempt):
-        return scale_minutes[config["scale"]] * 2 ** (attempt - 1)
-
-    return minutes
-
-
 def memory_of(megabytes):
     """Memory of a job, raised by half with every attempt."""
 
     def size(wildcards, attempt):
-        return int(megabytes * 1.5 ** (attempt - 1))
+        known = megabytes(wildcards) if callable(megabytes) else megabytes
+        return int(known * 1.5 ** (attempt - 1))
 
     return size
+
+
+def training(vram, memory, **minutes):
+    """Resources of a job that trains: MB on the device and in memory, and minutes at each scale, doubled with every attempt."""
+
+    def runtime(wildcards, attempt):
+        return {"smoke": 5, **minutes}[config["scale"]] * 2 ** (attempt - 1)
+
+    return {"gpu": GPU, "vram_mb": vram, "mem_mb": memory_of(memory), "runtime": runtime}
 
 
 def history_files(wildcards):

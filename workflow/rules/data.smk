@@ -1,21 +1,80 @@
-rule prepare_dataset:
+# Prepared data: raw files from their sources, checked, as arrays, records or a model's folder
+
+
+rule prepare_images:
+    localrule: True
     output:
-        images_train=f"{DATA}/{{dataset}}/train_images.npy",
-        labels_train=f"{DATA}/{{dataset}}/train_labels.npy",
-        images_test=f"{DATA}/{{dataset}}/test_images.npy",
-        labels_test=f"{DATA}/{{dataset}}/test_labels.npy",
-        manifest=f"{DATA}/{{dataset}}/manifest.json",
+        images_train=f"{DATA}/images/{{dataset}}/train_images.npy",
+        labels_train=f"{DATA}/images/{{dataset}}/train_labels.npy",
+        images_test=f"{DATA}/images/{{dataset}}/test_images.npy",
+        labels_test=f"{DATA}/images/{{dataset}}/test_labels.npy",
+        manifest=f"{DATA}/images/{{dataset}}/manifest.json",
     log:
-        "logs/data/{dataset}.log",
+        "logs/data/images/{dataset}.log",
     benchmark:
-        f"{config['results']}/benchmark/data/{{dataset}}.tsv"
+        f"{config['results']}/benchmark/data/images/{{dataset}}.tsv"
     retries: 1
     resources:
         mem_mb=memory_of(2000),
         runtime=60,
     params:
-        sources=config["data"]["sources"],
-        mirror=config["data"]["mirror"],
-        cache=config["data"]["cache"],
+        **SOURCES,
     script:
         "../scripts/prepare_dataset.py"
+
+
+rule prepare_text:
+    localrule: True
+    output:
+        records=f"{DATA}/text/{{dataset}}/records.jsonl",
+        manifest=f"{DATA}/text/{{dataset}}/manifest.json",
+    log:
+        "logs/data/text/{dataset}.log",
+    benchmark:
+        f"{config['results']}/benchmark/data/text/{{dataset}}.tsv"
+    retries: 1
+    resources:
+        mem_mb=memory_of(1000),
+        runtime=30,
+    params:
+        **SOURCES,
+    script:
+        "../scripts/prepare_text.py"
+
+
+rule prepare_language_model:
+    localrule: True
+    output:
+        manifest=f"{DATA}/language_models/{{model}}/manifest.json",
+    log:
+        "logs/data/language_models/{model}.log",
+    benchmark:
+        f"{config['results']}/benchmark/data/language_models/{{model}}.tsv"
+    retries: 1
+    resources:
+        mem_mb=memory_of(4000),
+        runtime=240,
+    params:
+        model=of_path(TEXT.source),
+        **SOURCES,
+    script:
+        "../scripts/prepare_language_model.py"
+
+
+rule prepare_vision_language:
+    localrule: True
+    output:
+        manifest=f"{DATA}/vision_language/{{dataset}}/manifest.json",
+    log:
+        "logs/data/vision_language/{dataset}.log",
+    benchmark:
+        f"{config['results']}/benchmark/data/vision_language/{{dataset}}.tsv"
+    retries: 1
+    resources:
+        mem_mb=memory_of(4000),
+        runtime=120,
+    params:
+        spec=of_path(VISION_LANGUAGE.source),
+        **SOURCES,
+    script:
+        "../scripts/prepare_multimodal.py"

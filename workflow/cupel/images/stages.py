@@ -41,7 +41,7 @@ def make_attack(spec: dict, tensors: dict[str, np.ndarray] | None = None) -> Att
         return None
     if tensors and "failed" in tensors:
         raise ValueError(str(tensors["failed"]))
-    parameters = {k: v for k, v in spec["parameters"].items() if k != "smaller"}
+    parameters = {k: v for k, v in spec["settings"].items() if k != "smaller"}
     return build(spec["function"], tensors=tensors or {}, **parameters)
 
 
@@ -57,7 +57,7 @@ def prepare_trigger(spec: dict, data: str, model: str | None, out: str, device: 
         network = models.load(model).to(device).eval() if model else None
         tensors = attack.prepare(clean, network, spec["settings"].get("target", 0),
                                  derive(spec["seed"], "trigger", spec["attack"]["name"]), device,
-                                 spec["attack"]["parameters"].get("smaller", 1.0))
+                                 spec["attack"]["settings"].get("smaller", 1.0))
     except METHOD_ERRORS as error:
         tensors = {"failed": failure(error)}
     write_tensors(out, tensors)
@@ -168,9 +168,9 @@ def clean_budget(train: Dataset, spec: dict, budget: dict) -> np.ndarray:
 
 
 def _leaks(defence: dict, past: dict) -> dict:
-    """Hyperparameters of a defence; `victim:acc` becomes what was measured on the TEST set, where released code does so."""
+    """Settings of a defence; `victim:acc` becomes what was measured on the TEST set, where released code does so."""
     return {key: past[value.removeprefix("victim:")] if isinstance(value, str) and value.startswith("victim:") else value
-            for key, value in defence["hyperparameters"].items()}
+            for key, value in defence["settings"].items()}
 
 
 def purify(spec: dict, defence: dict, data: str, victim: str, trigger: str, before: str, outputs: dict,

@@ -1,10 +1,28 @@
-# dataset -> trigger (where an attack needs one beforehand) -> poison -> victim -> purified
+# Image classifiers: data -> trigger (where an attack needs one beforehand) -> poison -> victim -> purified
+
+TRIGGER, VICTIM, PURIFIED = (PATHS.stage("images", stage) for stage in ("trigger", "victim", "purified"))
+
+
+def image_files(wildcards):
+    """Arrays of a data set."""
+    folder = f"{DATA}/images/{wildcards['dataset']}"
+    return [f"{folder}/{split}_{part}.npy" for split in ("train", "test") for part in ("images", "labels")]
+
+
+def prepared_trigger(wildcards):
+    return f"{TRIGGER}/trigger.npz".format(**wildcards) if IMAGES.needs(wildcards.attack) else []
+
+
+def clean_twin(wildcards):
+    """The classifier trained on clean data with the same recipe and seed, for triggers that are made with one."""
+    twin = VICTIM.format(**{**wildcards, "attack": "clean", "rate": "0"})
+    return f"{twin}/model.safetensors" if IMAGES.needs(wildcards.attack) == "clean_model" else []
 
 
 rule prepare_trigger:
     input:
-        dataset_files,
-        model=trigger_inputs,
+        image_files,
+        model=clean_twin,
     output:
         trigger=f"{TRIGGER}/trigger.npz",
     log:
@@ -13,23 +31,20 @@ rule prepare_trigger:
         benchmark_of(TRIGGER, "trigger")
     priority: FIRST
     resources:
-        gpu=GPU,
-        vram_mb=4000,
-        mem_mb=memory_of(4000),
-        runtime=runtime_of({"smoke": 5, "demo": 10, "bench": 60, "paper": 240}),
+        **training(4000, 4000, demo=10, bench=60, paper=240),
     params:
-        spec=trigger_spec,
-        data=data_folder,
+        spec=of_path(IMAGES.trigger),
+        data=f"{DATA}/images",
         device=config["device"],
         plugins=config["plugins"],
-        code=code("prepare_trigger.py"),
+        code=code("prepare_trigger.py", IMAGES, "attack"),
     script:
         "../scripts/prepare_trigger.py"
 
 
 rule poison:
     input:
-        dataset_files,
+        image_files,
         trigger=prepared_trigger,
     output:
         record=f"{VICTIM}/poison.npz",
@@ -42,17 +57,17 @@ rule poison:
         mem_mb=memory_of(2000),
         runtime=30,
     params:
-        spec=victim_spec,
-        data=data_folder,
+        spec=of_path(IMAGES.victim),
+        data=f"{DATA}/images",
         plugins=config["plugins"],
-        code=code("poison.py"),
+        code=code("poison.py", IMAGES, "attack"),
     script:
         "../scripts/poison.py"
 
 
 rule train_victim:
     input:
-        dataset_files,
+        image_files,
         record=f"{VICTIM}/poison.npz",
         trigger=prepared_trigger,
     output:
@@ -67,23 +82,20 @@ rule train_victim:
     priority: FIRST
     retries: 1
     resources:
-        gpu=GPU,
-        vram_mb=6000,
-        mem_mb=memory_of(4000),
-        runtime=runtime_of({"smoke": 5, "demo": 15, "bench": 60, "paper": 720}),
+        **training(6000, 4000, demo=15, bench=60, paper=720),
     params:
-        spec=victim_spec,
-        data=data_folder,
+        spec=of_path(IMAGES.victim),
+        data=f"{DATA}/images",
         device=config["device"],
         plugins=config["plugins"],
-        code=code("train_victim.py"),
+        code=code("train_victim.py", IMAGES, "attack"),
     script:
         "../scripts/train_victim.py"
 
 
 rule purify:
     input:
-        dataset_files,
+        image_files,
         victim=f"{VICTIM}/model.safetensors",
         trigger=f"{VICTIM}/trigger.npz",
         before=f"{VICTIM}/metrics.json",
@@ -97,17 +109,14 @@ rule purify:
         benchmark_of(PURIFIED, "purify")
     retries: 1
     resources:
-        gpu=GPU,
-        vram_mb=6000,
-        mem_mb=memory_of(4000),
-        runtime=runtime_of({"smoke": 5, "demo": 15, "bench": 60, "paper": 240}),
+        **training(6000, 4000, demo=15, bench=60, paper=240),
     params:
-        spec=victim_spec,
-        defences=lambda wildcards: [defence_spec(wildcards)],
-        data=data_folder,
+        spec=of_path(IMAGES.victim),
+        defences=lambda wildcards: [of_path(IMAGES.defence)(wildcards)],
+        data=f"{DATA}/images",
         device=config["device"],
         plugins=config["plugins"],
-        code=lambda wildcards: [code("purify.py", defence=True)(wildcards)],
+        code=lambda wildcards: [code("purify.py", IMAGES, "attack", "defence")(wildcards)],
     script:
         "../scripts/purify.py"
 
@@ -118,38 +127,37 @@ rule purify:
 # costs time to plan, and one figure alone reads it.
 BLOCK_METRICS = {}
 
-for block in GRID.blocks().values():
+for block in GRID.blocks():
+    names = (block[0][key] for key in ("paper", "dataset", "model", "recipe", "attack", "rate", "seed"))
+    block_name = re.sub(r"\W", "_", "_".join(["purify", *names]))
 
     rule:
         name:
-            block_name(block[0])
+            block_name
         input:
-            dataset_files(Cell(**block[0])),
+            image_files(block[0]),
             victim=f"{VICTIM}/model.safetensors".format(**block[0]),
             trigger=f"{VICTIM}/trigger.npz".format(**block[0]),
             before=f"{VICTIM}/metrics.json".format(**block[0]),
         output:
-            metrics=[f"{cell_folder(cell)}/metrics.json" for cell in block],
-            model=[f"{cell_folder(cell)}/model.safetensors" for cell in block],
+            metrics=[f"{PATHS.cell(cell)}/metrics.json" for cell in block],
+            model=[f"{PATHS.cell(cell)}/model.safetensors" for cell in block],
         log:
-            log_of(f"{RESULTS}/purified/{block[0]['paper']}/{block_name(block[0])}", "purify"),
+            log_of(f"{RESULTS}/images/blocks/{block_name}", "purify"),
         benchmark:
-            benchmark_of(f"{RESULTS}/purified/{block[0]['paper']}/{block_name(block[0])}", "purify")
+            benchmark_of(f"{RESULTS}/images/blocks/{block_name}", "purify")
         priority: len(block)
         retries: 1
         resources:
-            gpu=GPU,
-            vram_mb=6000,
-            mem_mb=memory_of(4000),
-            runtime=runtime_of({"smoke": 5, "demo": 30, "bench": 240, "paper": 1440}),
+            **training(6000, 4000, demo=30, bench=240, paper=1440),
         params:
-            spec=victim_spec(Cell(**block[0])),
-            defences=[defence_spec(Cell(**cell)) for cell in block],
-            data=data_folder,
+            spec=IMAGES.victim(block[0]),
+            defences=[IMAGES.defence(cell) for cell in block],
+            data=f"{DATA}/images",
             device=config["device"],
             plugins=config["plugins"],
-            code=[code("purify.py", defence=True)(Cell(**cell)) for cell in block],
+            code=[code("purify.py", IMAGES, "attack", "defence")(cell) for cell in block],
         script:
             "../scripts/purify.py"
 
-    BLOCK_METRICS |= {str(file): file for file in workflow.get_rule(block_name(block[0])).output.metrics}
+    BLOCK_METRICS |= {str(file): file for file in workflow.get_rule(block_name).output.metrics}

