@@ -1,0 +1,167 @@
+"""What the experiment files ask for: cells, overlays, refusals; one planner for all families."""
+
+import copy
+import shutil
+
+import pytest
+import yaml
+
+from cupel.experiment import FAMILIES, SCALES, Grid, overlaid, schema_of
+from cupel.paths import STAGES, Paths
+from cupel.settings import PAPERS, ConfigError, read_yaml, schema, typed
+
+ALL = ["fst", "ims", "ims_inner_step", "zoo", "bye", "crow", "proper_interpretability"]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A copy of the papers' settings that a test may spoil."""
+    shutil.copytree(PAPERS, tmp_path / "papers", ignore=shutil.ignore_patterns("*.ipynb", "*.md", "reported", "*.py"))
+    return tmp_path / "papers"
+
+
+def edit(file, change):
+    content = copy.deepcopy(read_yaml(file))
+    change(content)
+    file.write_text(yaml.safe_dump(content))
+
+
+@pytest.mark.parametrize("scale", SCALES)
+def test_every_paper_plans_at_every_scale(scale):
+    grid = Grid(ALL, scale)
+    for paper in ALL:
+        assert grid.cells(paper=paper) == grid.of_paper(paper) or paper == "ims"
+    paths = Paths("results", scale, "data")
+    folders = [paths.cell(cell) for cell in grid.cells()]
+    assert len(set(folders)) == len(folders), "every cell has a folder of its own"
+    assert all(path.startswith(f"results/{scale}/{cell['family']}/") for path, cell in zip(folders, grid.cells(), strict=True))
+
+
+def test_no_path_is_of_two_families():
+    assert set(STAGES) == set(FAMILIES)
+    paths = Paths("results", "demo", "data")
+    assert all(paths.stage(family, stage).split("/")[2] == family for family, stages in STAGES.items() for stage in stages)
+
+
+def test_ims_has_its_288_victims():
+    cells = Grid(["ims"], "paper").cells("victim")
+    assert len(cells) == 288
+    assert len({(c["dataset"], c["model"], c["attack"].partition("~")[0], c["rate"]) for c in cells}) == 288
+    assert all(c["attack"] == "sig~dirty" for c in cells if c["attack"].startswith("sig") and c["dataset"] != "cifar10")
+
+
+def test_papers_share_victims_by_recipe():
+    both = Grid(["fst", "ims"], "demo").cells("victim")
+    alone = [len(Grid([paper], "demo").cells("victim")) for paper in ("fst", "ims")]
+    assert len(both) == max(alone) < sum(alone)
+
+
+def test_settings_are_overlaid_for_data_set_then_model_then_scale():
+    entry = {"settings": {"a": 1, "part": {"x": 1, "y": 1}}, "datasets": {"d": {"part": {"y": 2}}},
+             "models": {"m": {"part": {"y": 3, "z": 3}}}, "scales": {"demo": {"a": 4}}}
+    assert overlaid(entry) == entry["settings"]
+    assert overlaid(entry, dataset="d", model="other", scale="smoke") == {"a": 1, "part": {"x": 1, "y": 2}}
+    assert overlaid(entry, dataset="d", model="m", scale="demo") == {"a": 4, "part": {"x": 1, "y": 3, "z": 3}}
+    assert entry["settings"]["part"] == {"x": 1, "y": 1}, "the entry is left as it was"
+    images = Grid(["fst"], "bench").families["images"]
+    cifar10, gtsrb = ({"dataset": name, "model": "resnet18", "recipe": "fst", "attack": "badnets"} for name in ("cifar10", "gtsrb"))
+    assert images.settings("defences", "fst", gtsrb) == {**images.settings("defences", "fst", cifar10), "epochs": 15, "alpha": 0.1}
+    assert images.recipe(gtsrb)["training"]["epochs"] == 50 and images.recipe(gtsrb)["training"]["t_max"] == 100
+
+
+def test_what_an_attack_changes_in_the_training():
+    cell = {"dataset": "cifar10", "model": "preactresnet18", "recipe": "ims", "attack": "inputaware"}
+    for scale, epochs in (("paper", 75), ("demo", 8)):
+        training = Grid([], scale).families["images"].recipe(cell)["training"]
+        assert training["epochs"] == epochs and not training["drop_last"]
+
+
+def test_every_setting_has_a_source():
+    for file in sorted(PAPERS.glob("*/*.yaml")):
+        content = read_yaml(file)
+        sections = schema_of(content["family"])["properties"] if "family" in content else {}
+        for section in set(content) & set(sections) - {"scales"}:
+            for name, entry in content[section].items() if isinstance(content[section], dict) else ():
+                assert entry["source"].strip(), f"{file}: {section}.{name}"
+
+
+@pytest.mark.parametrize("family, section", [("images", "defences"), ("robust", "recipes"), ("text", "defences"),
+                                             ("vision_language", "models")])
+def test_one_name_one_meaning_in_every_family(folder, family, section):
+    """Two papers that define a name otherwise would share results by accident."""
+    first = next(paper for paper in ALL if read_yaml(folder / paper / "experiment.yaml")["family"] == family)
+    shutil.copytree(folder / first, folder / "another")
+    Grid(["another"], "smoke", folder=folder)
+
+    def change(content):
+        next(iter(content[section].values()))["label" if section == "defences" else "source"] = "other"
+
+    edit(folder / "another" / "experiment.yaml", change)
+    with pytest.raises(ConfigError, match=rf"{section}\.\w+ is defined otherwise in .*experiment.yaml"):
+        Grid([first], "smoke", folder=folder)
+
+
+@pytest.mark.parametrize("paper, change, said", [
+    ("fst", lambda e: e.update(family="audio"), r"family: unknown family 'audio': known are images"),
+    ("fst", lambda e: e["defences"]["fst"]["settings"].update(alpa=1), r"experiment.yaml: defences.fst.settings: .*did you mean 'alpha'"),
+    ("fst", lambda e: e["scales"]["demo"]["blocks"][0].update(attacks=["badnet"]),
+     r"scales.demo.blocks.0.attacks: unknown attack 'badnet'.*did you mean 'badnets'"),
+    ("fst", lambda e: e["scales"]["demo"]["blocks"][0].update(datasets=["cifar"]), r"blocks.0.datasets: unknown dataset 'cifar'"),
+    ("fst", lambda e: e["scales"]["demo"].update(seed=[1]), r"scales.demo: unknown key 'seed'|scales.demo.seed"),
+    ("ims", lambda e: e["defences"]["clp"].update(function="clip"), r"defences.clp.function: unknown defence 'clip'"),
+    ("crow", lambda e: e["attacks"]["vpi"].update(function="vpj"), r"attacks.vpi.function: unknown .*trigger 'vpj'"),
+    ("crow", lambda e: e["scales"]["demo"]["blocks"][0].update(budgets=[]), r"blocks.0.budgets: defences need at least one budget"),
+    ("bye", lambda e: e["defences"]["oracle"]["settings"].update(recall=2), r"defences.oracle.settings.recall: 2 should be a fraction"),
+    ("bye", lambda e: e["models"]["small_llava"].pop("pretraining"), r"models.small_llava: .*give pretraining"),
+    ("proper_interpretability", lambda e: e["defences"]["adv"].update(settings={"weight": 1}), r"defences.adv.settings.weight"),
+    ("proper_interpretability", lambda e: e["recipes"]["main"]["datasets"]["mnist"]["inner"].update(eps="1/0"),
+     r"recipes.main.datasets.mnist.inner.eps: '1/0' is neither"),
+])
+def test_wrong_settings_name_file_key_and_what_is_allowed(folder, paper, change, said):
+    edit(folder / paper / "experiment.yaml", change)
+    with pytest.raises(ConfigError, match=said) as error:
+        Grid([paper], "demo", folder=folder)
+    assert paper in str(error.value)
+
+
+def test_wrong_papers_and_plugins():
+    with pytest.raises(ConfigError, match=r"config.yaml: papers: unknown paper 'fts'.*did you mean 'fst'"):
+        Grid(["fts"], "demo")
+    with pytest.raises(ConfigError, match=r"config.yaml: plugins: no such file: nowhere.py"):
+        Grid(["fst"], "demo", plugins=["nowhere.py"])
+
+
+def test_command_line_strings_become_what_the_schema_asks_for():
+    form = schema("config")
+    found = typed({"seeds": ["0", "2"], "report": {"allow_missing": "true"}, "scale": "demo", "data": {"mirror": "/1"}}, form)
+    assert found == {"seeds": [0, 2], "report": {"allow_missing": True}, "scale": "demo", "data": {"mirror": "/1"}}
+    assert typed({"seeds": ["x"]}, form) == {"seeds": ["x"]}
+
+
+def test_scales_are_the_same_everywhere():
+    assert tuple(schema("config")["properties"]["scale"]["enum"]) == SCALES
+
+
+def test_blocks_hold_every_purified_cell_once():
+    grid = Grid(["fst", "ims", "ims_inner_step"], "demo")
+    blocks = grid.blocks()
+    cells = [tuple(sorted((k, v) for k, v in cell.items() if k != "paper")) for block in blocks for cell in block]
+    assert len(cells) == len(set(cells)) == len(grid.cells("purified"))
+    assert all(len({cell["attack"] + cell["rate"] for cell in block}) == 1 for block in blocks)
+    # what is asked for first is not moved by what is asked for besides
+    assert [block for block in blocks if block[0]["paper"] == "fst"] == Grid(["fst"], "demo").blocks()
+    assert not Grid(["fst"], "demo", jobs="cell").blocks()
+
+
+def test_the_paper_scale_has_one_purifying_job_for_each_victim():
+    """Snakemake takes 6 ms to plan a job: as many jobs as cells would take two minutes before anything runs."""
+    grid = Grid(["fst", "ims"], "paper")
+    assert len(grid.blocks()) == 288 + 30
+    assert sum(map(len, grid.blocks())) == len(grid.cells("purified")) == 18330
+
+
+def test_references_of_a_defence_are_cells():
+    grid = Grid(["crow"], "bench")
+    victims = {(cell["dataset"], cell["attack"], cell["seed"]) for cell in grid.cells("victim")}
+    other = [cell for cell in grid.cells("purified") if cell["defence"] == "cleangen~other"]
+    assert other and all((cell["dataset"], grid.families["text"].reference(cell)["attack"], cell["seed"]) in victims for cell in other)

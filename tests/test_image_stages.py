@@ -1,0 +1,127 @@
+"""The stages of the image family: what cannot be done, clean budgets, blocks of defences."""
+
+import json
+import os
+import shutil
+
+import pytest
+
+from cupel.files import publish
+from cupel.experiment import Grid
+from cupel.images import stages
+
+
+def test_impossible_rate_becomes_a_failed_victim(tmp_path, cifar10):
+    spec = {
+        "dataset": "cifar10",
+        "model": "preactresnet18",
+        "recipe": "r",
+        "rate": 0.5,
+        "seed": 0,
+        "attack": {"name": "sig", "function": "sig", "settings": {}},
+        "settings": {
+            "train_size": 500,
+            "test_size": 100,
+            "model": {"width": 8, "stem_stride": 2},
+            "training": {"epochs": 1, "lr": 0.1, "batch_size": 50},
+        },
+    }
+    data = str(cifar10.parent)
+    stages.poison(spec, data, None, tmp_path / "poison.npz")
+    outputs = {
+        key: str(tmp_path / name)
+        for key, name in (
+            ("model", "model.safetensors"),
+            ("trigger", "trigger.npz"),
+            ("history", "history.csv"),
+            ("metrics", "metrics.json"),
+        )
+    }
+    stages.train_victim(spec, data, tmp_path / "poison.npz", None, outputs, "cpu")
+    record = json.loads((tmp_path / "metrics.json").read_text())
+    assert record["status"] == "failed" and "the largest possible rate is 0.1" in record["reason"]
+    from cupel.images import models
+
+    with pytest.raises(models.NotACheckpoint):
+        models.load(outputs["model"])
+
+
+def test_budgets(cifar10):
+    from cupel.images import datasets
+
+    train = datasets.load(cifar10, "train")
+    spec = {"recipe": "r", "seed": 0, "settings": {"held_out": 0.02, "train_size": 2000}}
+    held = stages.clean_budget(train, spec, {"name": "heldout", "kind": "held_out"})
+    seen = stages.training_split(train, spec["settings"], 0).train
+    assert len(held) == 1000 and not set(held) & set(seen)
+    drawn = stages.clean_budget(train, spec, {"name": "spc10", "kind": "spc", "spc": 10, "pool": "train"})
+    assert len(drawn) == 100 and set(drawn) <= set(seen)
+    apart = stages.clean_budget(train, spec, {"name": "spc10", "kind": "spc", "spc": 10, "pool": "held_out"})
+    assert set(apart) <= set(held)
+    with pytest.raises(ValueError, match="recipe r holds out none"):
+        stages.clean_budget(train, {**spec, "settings": {}}, {"name": "heldout", "kind": "held_out"})
+
+
+def test_only_a_leak_sees_a_number_of_the_test_set():
+    past = {"acc": 0.75, "asr": 1.0}
+    assert stages._leaks({"settings": {"lr": 0.1, "reference_accuracy": "victim:acc"}}, past) == {
+        "lr": 0.1, "reference_accuracy": 0.75}
+    entries = Grid([], "demo").families["images"].entries["defences"]
+    leaking = {name for name, entry in entries.items() if "victim:" in str(entry)}
+    assert leaking == {"anp~leak", "anp~released"}
+
+
+def test_a_killed_block_goes_on(tmp_path, monkeypatch):
+    """Finished cells of a killed job are taken over, and only those whose settings, code and inputs are the same."""
+    def purify(spec, defence, data, victim, trigger, before, outputs, device):
+        with open(tmp_path / "calls", "a") as file:
+            file.write(defence["name"])
+        if (tmp_path / "killed").exists() and defence["name"] == "b":
+            raise MemoryError
+        for path in outputs.values():
+            path.write_text(defence["name"])
+
+    def run(codes="xyz"):
+        (tmp_path / "calls").write_text("")
+        stages.purify_block({"dataset": "d"}, [{"name": name} for name in "abc"], list(codes), str(tmp_path), victim,
+                            victim, victim, outputs, "cpu")
+
+    monkeypatch.setattr(stages, "purify", purify)
+    (tmp_path / "d").mkdir()
+    victim = tmp_path / "d" / "manifest.json"
+    victim.write_text("{}")
+    outputs = [{"model": str(tmp_path / name / "model"), "metrics": str(tmp_path / name / "metrics.json")} for name in "abc"]
+    (tmp_path / "killed").touch()
+    with pytest.raises(RuntimeError):
+        run()
+    assert (tmp_path / "calls").read_text() == "ab" and not (tmp_path / "a" / "metrics.json").exists()
+    with pytest.raises(RuntimeError):
+        run("Xyz")  # the code of the first has changed
+    assert (tmp_path / "calls").read_text() == "ab"
+    (tmp_path / "killed").unlink()
+    run("Xyz")
+    assert (tmp_path / "calls").read_text() == "bc"
+    assert all((tmp_path / name / "metrics.json").read_text() == name for name in "abc")
+    for paths in outputs:  # as Snakemake does before a job runs again
+        for path in paths.values():
+            os.unlink(path)
+    run("Xyz")
+    assert (tmp_path / "calls").read_text() == ""
+    first = tmp_path / "a" / "metrics.json"
+    assert first.read_text() == "a" and first.samefile(tmp_path / "a" / "work" / "metrics.json"), "no second copy"
+    first.write_text("cut")
+    (tmp_path / "b" / "work" / "made.json").write_text("{cut")
+    shutil.rmtree(tmp_path / "c")
+    run("Xyz")  # one is damaged, of one the note is, one was removed
+    assert (tmp_path / "calls").read_text() == "abc" and first.read_text() == "a"
+
+
+def test_results_without_hard_links(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError("not on this file system")
+
+    monkeypatch.setattr(os, "link", refuse)
+    (tmp_path / "made").write_text("new")
+    (tmp_path / "result").write_text("old")
+    publish(tmp_path / "made", tmp_path / "result")
+    assert (tmp_path / "result").read_text() == "new" and not (tmp_path / "made").exists()
