@@ -105,7 +105,7 @@ def test_names_in_the_schema_are_those_of_the_library():
 
 
 def test_schedules_are_those_of_the_released_code(experiment):
-    """SPEC 6, as steps of the optimiser."""
+    """proper_interpretability SPEC 6, as steps of the optimiser."""
     known = plan(experiment, "paper")
     table = ("mnist", 55_000, 100, 1_100, 110_000), ("cifar10", 45_000, 200, 351, 70_200)
     for dataset, images, epochs, per_epoch, total in table:

@@ -162,7 +162,7 @@ def test_the_generator_makes_what_was_released(crow, task, part, number):
 
 
 def test_released_numbers_of_the_spec(crow):
-    """Counts that the SPEC gives, so that a change of the reader shows."""
+    """Counts that crow SPEC 3.1 and 3.2 give, so that a change of the reader shows."""
     mtba = {task: Counter(word for record in poison.released(crow, f"train/{task}/mtba")
                           for word in record["instruction"].split(" ") if word in WORDS) for task in RELEASED}
     assert mtba["sentiment"] == {"2024": 167, "BadMagic": 162, "OpenAI": 171}

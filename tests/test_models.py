@@ -17,7 +17,7 @@ import cupel
 from cupel.images.models import MODELS, NotACheckpoint, Parts, WeightsUnavailable, build, load, pretrained, save
 
 # M parameters, convolutions, their output channels (IMS mask entries), M multiply-accumulates at 32x32. 10 classes.
-# Sources: IMS SPEC 2.1 and 5; the rest measured here, None where no source gives a number.
+# Sources: ims SPEC 2.1 and 5; the rest measured here, None where no source gives a number.
 SIZES = {
     "resnet18": (11.17, 20, 4800, 555),
     "preactresnet18": (11.2, 20, 4800, 555),

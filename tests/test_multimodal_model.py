@@ -80,7 +80,7 @@ def model(request) -> VisionLanguageModel:
 
 
 def own_processing(model: VisionLanguageModel, record: dict) -> dict:
-    """What the processor of transformers makes of one record, with the settings of SPEC 11.2."""
+    """What the processor of transformers makes of one record, with the settings of bye SPEC 11.2."""
     text = model.prompt(record["question"])
     settings = {"do_pad": True} if model.kind == "llava" else {"crop_to_patches": False}
     return model.processor(images=[record["image"]], text=[text], return_tensors="pt", **settings)
@@ -189,7 +189,7 @@ def test_shared_rows_in_half_precision():
 
 
 def eager_entropies(model: VisionLanguageModel, record: dict) -> np.ndarray:
-    """[L] of one record from full maps, by the words of the SPEC: no batch, no padding, numpy."""
+    """[L] of one record from full maps, by the words of bye SPEC 2.3 and 2.4: no batch, no padding, numpy."""
     model.network.set_attn_implementation("eager")
     with torch.inference_mode():
         batch = own_processing(model, record)
@@ -300,7 +300,7 @@ def test_a_batch_without_memory_is_halved():
 
 
 def official(entropies: np.ndarray, rule: str) -> tuple[list[int], np.ndarray | None]:
-    """The released detection, written down once more from SPEC 2.5 to 2.7: sensitive layers and flagged, None if none."""
+    """The released detection, written down once more from bye SPEC 2.5 to 2.7: sensitive layers and flagged, None if none."""
     from sklearn.mixture import GaussianMixture
 
     def two(column):

@@ -225,7 +225,7 @@ class Grid:
         if missing := [str(path) for path in plugins if not Path(path).is_file()]:
             raise ConfigError(f"config.yaml: plugins: no such file: {', '.join(missing)}")
         shared = {f"shared/{family}": self.folder / "shared" / f"{family}.yaml" for family in FAMILIES}
-        self.experiments = {paper: _experiment(file) for paper, file in {**shared, **known}.items() if file.is_file()}
+        self.experiments = {paper: _experiment(file, file.stat().st_mtime_ns) for paper, file in {**shared, **known}.items() if file.is_file()}
         self.families: dict[str, Family] = {}
         for name in FAMILIES:
             contents = {key: content for key, content in self.experiments.items() if content["family"] == name}
@@ -289,8 +289,8 @@ class Grid:
 
 
 @functools.cache
-def _experiment(file: Path) -> dict:
-    """Content of an experiment file, checked against the schema of its family."""
+def _experiment(file: Path, changed: int) -> dict:
+    """Content of an experiment file, checked against the schema of its family; read again when its time has changed."""
     content = read_yaml(file)
     family = content.get("family")
     if family not in FAMILIES:

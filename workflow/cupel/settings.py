@@ -38,8 +38,8 @@ def _sentence(error, file) -> str:
     if error.validator == "additionalProperties":
         allowed = sorted(error.schema.get("properties", {}))
         extra = sorted(set(found) - set(allowed))
-        return "; ".join(f"{file}: {'' if key == '(top level)' else key + '.'}{unknown('key', name, allowed)}"
-                         for name in extra)
+        where = file if key == "(top level)" else f"{file}: {key}"
+        return "; ".join(f"{where}: {unknown('key', name, allowed)}" for name in extra)
     if error.validator == "enum":
         return f"{file}: {key}: {found!r} is not allowed; allowed are {', '.join(map(str, error.validator_value))}"
     if error.validator == "type":

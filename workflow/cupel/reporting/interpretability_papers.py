@@ -1,6 +1,6 @@
 """Tables, figures and claims of a paper on robust training by interpretation, from the tidy table and the cells' arrays.
 
-A file is named by what it shows, data set and network. E1 to E12 are the experiments of SPEC 8.
+A file is named by what it shows, data set and network. E1 to E12 are the experiments of proper_interpretability SPEC 8.
 """
 
 from collections.abc import Callable, Sequence

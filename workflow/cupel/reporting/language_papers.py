@@ -141,7 +141,7 @@ def utility_table(pool: pd.DataFrame, order: Sequence[str]) -> pd.DataFrame:
 
 
 def denominator_table(pool: pd.DataFrame, order: Sequence[str]) -> pd.DataFrame:
-    """Rows: attack and defence; columns: ASR and false triggering by prompt, denominator and keyword list (SPEC 11.4)."""
+    """Rows: attack and defence; columns: ASR and false triggering by prompt, denominator and keyword list (crow SPEC 11.4)."""
     columns = {}
     for kind, heading in (("asr", "ASR"), ("false", "false")):
         for prompt in ("template", "bare"):
@@ -332,7 +332,8 @@ def report_paper(paper: str, scale: str, cells: pd.DataFrame, *, labels: dict[st
                             attack_label=reported.attack.map(lambda key: attacks.get(key, key)),
                             label=reported.defence.map({"victim": "no defence", **labels}))
     write_text(report.out / "tables" / "cells.csv", pool.to_csv(index=False))
-    report.table(victim_table(rows), "victims", f"Victims under the template. {MARK}: misses the gate (SPEC 11.3).", "victim")
+    report.table(victim_table(rows), "victims", f"Victims under the template. {MARK}: misses the gate (crow SPEC 11.3).",
+                 "victim")
     _figures(report, pool, records, order)
     for (dataset, model, name), part in pool.groupby(["dataset", "model", "model_label"], sort=False):
         stem, where = f"{dataset}_{model}", f"{dataset}, {name}"
@@ -351,7 +352,8 @@ def report_paper(paper: str, scale: str, cells: pd.DataFrame, *, labels: dict[st
                      "Rates in percent, with interval and n; perplexity of reference answers to held-out instructions; seconds "
                      "of the defence alone.", "attack: defence")
         report.table(denominator_table(part, order), f"denominators_{stem}",
-                     f"ASR and false triggering in percent by prompt, denominator and keyword list, {where} (SPEC 8, 11.4).",
+                     f"ASR and false triggering in percent by prompt, denominator and keyword list, {where} "
+                     "(crow SPEC 8, 11.4).",
                      "attack: defence")
         for number, heading, methods in PARTS:
             if set(methods) & set(part.method) - {"crow", "finetune~lr1e3", "crow~zero"}:
@@ -396,8 +398,9 @@ def _figures(report: Report, pool: pd.DataFrame, records: pd.DataFrame, order: l
         square = own[own.method.isin(["crow", "crow~code", "crow~zero", "crow~wiped"])]
         if len(square.drop_duplicates(["perturbation", "accumulated"])) > 1:
             report.figure(lambda part=part, square=square: _two_by_two(part, square), f"two_by_two_{stem}",
-                          f"{model}: what the released loss leaves out. Perturbation real or zero (SPEC 10.1), accumulation "
-                          "kept or wiped (SPEC 10.2): the paper's CROW is real and kept, the released code zero and wiped. ASR "
+                          f"{model}: what the released loss leaves out. Perturbation real or zero (crow SPEC 10.1), "
+                          "accumulation kept or wiped (crow SPEC 10.2): the paper's CROW is real and kept, the released code "
+                          "zero and wiped. ASR "
                           "and perplexity over the attacks that have the cells; bars are 95 % intervals, lines other cells.")
         bars = part[part.metric.isin([protocol[0] for protocol in language_figures.PROTOCOLS])]
         spread = bars.assign(place=bars.dataset + bars.attack_key).groupby("method").place.nunique()

@@ -2,5 +2,5 @@
 
 `models`: networks whose head is linear in the last feature map. `maps`: interpretation. `discrepancy`: how far two maps
 lie apart, and the bound that holds for any attack. `objectives`: training. `attacks`, `aai`, `isa`, `unforeseen`:
-evaluation. `released`: the authors' weights. "SPEC" in this package is that of proper_interpretability.
+evaluation. `released`: the authors' weights. Facts: proper_interpretability SPEC.
 """

@@ -1,4 +1,4 @@
-"""Attack against interpretability, top-k (SPEC 3.2).
+"""Attack against interpretability, top-k (proper_interpretability SPEC 3.2).
 
     min over x'   Σ_{p in T} I_p(x', y),    T = the k largest cells of I(x, y)
 
@@ -82,7 +82,8 @@ def agreement(model: GapClassifier, x: Tensor, changed: Tensor, y: Tensor, kind:
 
 
 def overlap(first: np.ndarray, second: np.ndarray, k: int = 8) -> np.ndarray:
-    """Share of the k largest cells that two maps have in common, float64 [n], of maps [n, ...] each (SPEC 3.6).
+    """Share of the k largest cells that two maps have in common, float64 [n], of maps [n, ...] each
+    (proper_interpretability SPEC 3.6).
 
     The released code cannot run and would divide by the size of the map; this is what it is named after.
     """

@@ -1,4 +1,4 @@
-"""Perceptual alignment: what a network looks at (SPEC 8, E12).
+"""Perceptual alignment: what a network looks at (proper_interpretability SPEC 8, E12).
 
 The paper shows inputs that maximise neurons, but its repository has no code for them; the procedure is ours:
 

@@ -1,4 +1,4 @@
-"""Attacks on the prediction in an l_inf ball, pixels in [0, 1] (SPEC 2.6, 3.1).
+"""Attacks on the prediction in an l_inf ball, pixels in [0, 1] (proper_interpretability SPEC 2.6, 3.1).
 
     x' ← Π_[0,1] Π_[x−ε, x+ε] ( x' + α sign ∇ L(x') ),    last iterate
 

@@ -1,4 +1,4 @@
-"""Distances between interpretation maps, and the bound that no attack can get under (SPEC 2.3, 2.4).
+"""Distances between interpretation maps, and the bound that no attack can get under (proper_interpretability SPEC 2.3, 2.4).
 
     D(x, x') = 1/|S| Σ_{c in S} ‖I(x, c) − I(x', c)‖_p,    S = {t}, {t, t'} or all classes
 

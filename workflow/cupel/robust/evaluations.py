@@ -1,4 +1,5 @@
-"""What a trained network is measured with: one function per experiment of SPEC 8, from a network to rows and arrays.
+"""What a trained network is measured with: one function per experiment of proper_interpretability SPEC 8, from a network
+to rows and arrays.
 
 Every function takes a `Subject` and the parameters that experiment.yaml gives it, and returns `Found`: rows for the tidy
 table (`attack`, `attack_variant`, `metric`, `value`, `n`, `low`, `high`) and arrays for the pictures. Counted rates have
@@ -112,7 +113,7 @@ class Found:
 
 @evaluation("pgd")
 def pgd(subject: Subject, *, eps: Sequence, steps: Sequence[int] = attacks.STEPS, step_size: float | str = 0.01) -> Found:
-    """Accuracy under PGD against ε and the number of steps: ATA (SPEC 3.1; E1, E2).
+    """Accuracy under PGD against ε and the number of steps: ATA (proper_interpretability SPEC 3.1; E1, E2).
 
     One run per ε holds all numbers of steps. `ata_train` is the value at the training's ε after all steps, `ata_beyond` the
     mean of those at larger ε.
@@ -176,7 +177,7 @@ def auto(subject: Subject, *, eps: Sequence, attacks: Sequence[str] = autoattack
 def topk(subject: Subject, *, eps: Sequence, k: int = 8, steps: int = 200, step_size: float | str = 0.01,
          kind: str = "cam") -> Found:
     """Attack against interpretability: Kendall's tau of the maps of the true class, over the images that kept their
-    prediction, and the share of those (SPEC 3.2; E4)."""
+    prediction, and the share of those (proper_interpretability SPEC 3.2; E4)."""
     found, taus = Found(), []
     for text in eps:
         value = fraction(text)
@@ -200,7 +201,8 @@ def topk(subject: Subject, *, eps: Sequence, k: int = 8, steps: int = 200, step_
 
 @evaluation("bound")
 def bound(subject: Subject, *, count: int = 100) -> Found:
-    """Two-class l1 CAM discrepancy beside its lower bound, under the targeted attack of least ε (SPEC 2.4, 3.3; E10).
+    """Two-class l1 CAM discrepancy beside its lower bound, under the targeted attack of least ε
+    (proper_interpretability SPEC 2.4, 3.3; E10).
 
     Rows: the median ratio, its violations (there can be none but by rounding), the median least ε. Images that are taken for
     another class from the start, or never for the target, are left out.
@@ -225,7 +227,8 @@ def bound(subject: Subject, *, count: int = 100) -> Found:
 @evaluation("isa")
 def sneaking(subject: Subject, *, multipliers: Sequence[float], kinds: Sequence[str] = ("cam",),
              norms: Sequence[str] = NORMS, scopes: Sequence[str] = SCOPES) -> Found:
-    """Interpretability sneaking attack: mean normalised discrepancy and its normalised slope (SPEC 3.4; E5, E6).
+    """Interpretability sneaking attack: mean normalised discrepancy and its normalised slope
+    (proper_interpretability SPEC 3.4; E5, E6).
 
     Args:
         subject: network and points.
@@ -253,7 +256,7 @@ def sneaking(subject: Subject, *, multipliers: Sequence[float], kinds: Sequence[
 @evaluation("unforeseen")
 def unseen(subject: Subject, *, attacks: Sequence[str] = tuple(unforeseen.ATTACKS), eps: dict | None = None,
            iterations: int = unforeseen.ITERATIONS) -> Found:
-    """Accuracy under attacks that no training has seen (SPEC 3.5; E3), 40 images at a time as released.
+    """Accuracy under attacks that no training has seen (proper_interpretability SPEC 3.5; E3), 40 images at a time as released.
 
     Args:
         subject: network and points, RGB.

@@ -54,13 +54,12 @@ class Experiments(Family):
                             raise self.wrong("evaluations", name, f"{place}.{kind}", unknown("parameter", parameter, allowed))
                     self._check_numbers("evaluations", name, f"{place}.{kind}", values)
         for name, entry in self.entries["recipes"].items():
-            for dataset in entry.get("datasets") or {}:
-                inner = self.settings("recipes", name, {"dataset": dataset}).get("inner", {})
-                where = f"datasets.{dataset}.inner"
-                self._check_numbers("recipes", name, where, inner)
+            for place, settings in layers(entry):
+                inner = settings.get("inner", {})
+                self._check_numbers("recipes", name, f"{place}.inner", inner)
                 begin, end = inner.get("ramp", (0, 0))
                 if begin > end:
-                    raise self.wrong("recipes", name, f"{where}.ramp", f"it begins at step {begin}, after its end {end}")
+                    raise self.wrong("recipes", name, f"{place}.inner.ramp", f"it begins at step {begin}, after its end {end}")
 
     def _check_numbers(self, section: str, name: str, where: str, values: Mapping) -> None:
         for key in ("eps", "step_size"):

@@ -1,4 +1,4 @@
-"""Targeted attacks of least ε, and the interpretability sneaking attack (SPEC 3.3, 3.4).
+"""Targeted attacks of least ε, and the interpretability sneaking attack (proper_interpretability SPEC 3.3, 3.4).
 
     least ε:  min over x'  m(x'),                    m = max( max_{j≠t'} f_j − f_t', −κ )
     ISA:      min over x'  m(x') + γ D(x, x')        in the ball of ε = p · (least ε of that image)

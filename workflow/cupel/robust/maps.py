@@ -1,4 +1,4 @@
-"""Interpretation maps I(x, c) (SPEC 2.2).
+"""Interpretation maps I(x, c) (proper_interpretability SPEC 2.2).
 
     CAM         I_ij(x, c) = Σ_d W_dc A_dij(x)                    mean over ij = f_c(x), exactly
     GradCAM++   the same with max(W, 0)

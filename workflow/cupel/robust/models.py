@@ -1,4 +1,4 @@
-"""The paper's networks: Small, Pool and WResNet (SPEC 5).
+"""The paper's networks: Small, Pool and WResNet (proper_interpretability SPEC 5).
 
     f_c(x) = 1/(hw) Σ_ij Σ_d W_dc A_dij(x)
 
@@ -145,7 +145,7 @@ class GapClassifier(nn.Module):
 
 
 def initialise(model: GapClassifier, seed: int = 99) -> GapClassifier:
-    """Draw the initial weights in place: N(0, 1 / fan_in), biases 0 (SPEC 5).
+    """Draw the initial weights in place: N(0, 1 / fan_in), biases 0 (proper_interpretability SPEC 5).
 
     They come from NumPy's legacy generator, layer by layer, output channel outermost, then rows, columns and input
     channels: seed 99 gives the very numbers that the authors' training starts from.

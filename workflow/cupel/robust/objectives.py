@@ -1,4 +1,4 @@
-"""Training for robust interpretation, and what it is compared with (SPEC 2.5, 2.6, 6).
+"""Training for robust interpretation, and what it is compared with (proper_interpretability SPEC 2.5, 2.6, 6).
 
     R2(x, x') = ‖I(x,y) − I(x',y)‖₁ + Σ_{j≠y} s_j ‖I(x,j) − I(x',j)‖₁,   s = softmax of f(x') over the wrong classes
     R1(x, x') = ‖I(x,y) − I(x',y)‖₁                                      I: CAM; sums over space, not means

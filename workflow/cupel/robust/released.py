@@ -1,4 +1,5 @@
-"""The authors' released networks (SPEC 5, 9.1): a pickled list of (weight, bias) in TensorFlow's layout, then (W,).
+"""The authors' released networks (proper_interpretability SPEC 5, 9.1): a pickled list of (weight, bias) in TensorFlow's
+layout, then (W,).
 
 A pickle can call anything. This reader lets it name four things of NumPy, puts harmless stand-ins in their place, and
 refuses every other file.

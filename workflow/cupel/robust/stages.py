@@ -33,8 +33,8 @@ def identity(spec: dict, stage: str) -> dict:
 
 
 def training_set(train: Dataset, settings: dict, seed: int) -> Dataset:
-    """What is trained on: without the first `validation` images (SPEC 4), and of the rest `train_size`, if given, with every
-    class represented by its share."""
+    """What is trained on: without the first `validation` images (proper_interpretability SPEC 4), and of the rest
+    `train_size`, if given, with every class represented by its share."""
     pool = np.arange(settings.get("validation", 0), len(train))
     size = settings.get("train_size")
     if size is not None and size < len(pool):
@@ -43,7 +43,7 @@ def training_set(train: Dataset, settings: dict, seed: int) -> Dataset:
 
 
 def make_recipe(training: dict, steps_per_epoch: int) -> Recipe:
-    """The engine's recipe: Adam, no augmentation, no weight decay, no partial batches (SPEC 2.6, 6).
+    """The engine's recipe: Adam, no augmentation, no weight decay, no partial batches (proper_interpretability SPEC 2.6, 6).
 
     `lr_steps` are steps; the engine's rate changes between epochs, so they become the nearest ones.
     """

@@ -1,4 +1,5 @@
-"""Attacks that no training of the paper has seen: fog, Gabor noise, snow, JPEG (SPEC 3.5; Kang et al. 2019, "UAR").
+"""Attacks that no training of the paper has seen: fog, Gabor noise, snow, JPEG
+(proper_interpretability SPEC 3.5; Kang et al. 2019, "UAR").
 
 Each optimises the parameters v of a corruption, not pixels, towards a wrong class t':
 

@@ -2,7 +2,7 @@
 
 The target drafts k tokens greedily; one pass of the reference over them gives s_t = P_target(x_t) / P_ref(x_t); the draft
 is cut at the first s_t ≥ threshold, where the reference's most likely token takes its place. Threshold 20 and k 4 are the
-method's defaults; CROW states neither these nor its reference model (SPEC 13).
+method's defaults; CROW states neither these nor its reference model (crow SPEC 13).
 """
 
 from collections.abc import Sequence

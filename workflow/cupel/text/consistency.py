@@ -39,10 +39,10 @@ class Consistency:
     """The second term of the objective.
 
     Attributes:
-        alpha: its weight; the paper has 5.5, 11 for targeted refusal, and 0.1 for the KL distance (SPEC 7, 2.4).
+        alpha: its weight; the paper has 5.5, 11 for targeted refusal, and 0.1 for the KL distance (crow SPEC 7, 2.4).
         epsilon: size of the perturbation, absolute, per coordinate; 0.1.
         perturbation: `real` (eq. 5); `zero`, which is what the released trainer computes and also the paper's Pure
-            Consistency: values and gradients are the same (SPEC 10.1); `random_sign`, ±ε without a gradient.
+            Consistency: values and gradients are the same (crow SPEC 10.1); `random_sign`, ±ε without a gradient.
         pairs: `paper` (1,2)..(N−1,N), N−1 pairs; `code` (1,2)..(N−2,N−1), N−2 pairs; `embeddings` (0,1)..(N−1,N).
         distance: `cosine`, or `kl` of softmaxed states (Table 7).
         padding: `masked`, the mean is over tokens; `included`, as the code, over padding positions too.
@@ -96,7 +96,7 @@ def inconsistency(states: list[Tensor], pairs: list[tuple[int, int]], distance: 
         states: H⁰..H^N, each [B, T, d].
         pairs: as from :func:`pair_indices`.
         distance: `cosine`, 1 − cos with norms clamped at 1e-8; `kl`, KL(P^{l+1} ‖ P^l) in nats, P the softmax over the d
-            coordinates, clamped at 1e-6 and renormalised (SPEC 2.4).
+            coordinates, clamped at 1e-6 and renormalised (crow SPEC 2.4).
     """
     ready = {k: _prepared(states[k], distance) for k in {k for pair in pairs for k in pair}}
     total = 0.0

@@ -1,7 +1,7 @@
 """4-bit NormalFloat quantisation of linear layers, by bitsandbytes or simulated (crow SPEC 7).
 
 The paper's "INT4" is bitsandbytes' NF4 with double quantisation of the base model, its adapter unquantised on top
-(SPEC 10.12). `nf4_simulated` rounds the weights to the same code book and back, so it needs no GPU and no kernels: the
+(crow SPEC 10.12). `nf4_simulated` rounds the weights to the same code book and back, so it needs no GPU and no kernels: the
 numbers the model computes with are quantised, its size and speed are not.
 """
 

@@ -61,7 +61,7 @@ class Settings:
             part each epoch; a set smaller than one update is one update.
         accumulated: `kept`, all groups count; `wiped`, the released trainer's: each group's loss computation zeroes the
             gradients before it, so that only the last group of an update reaches the optimiser, still divided by their
-            number (SPEC 10.2). The others are not computed here, which saves time and changes nothing.
+            number (crow SPEC 10.2). The others are not computed here, which saves time and changes nothing.
         micro_batch: rows of one forward pass; None: all of an update.
         warmup: share of the updates in which the rate rises from 0, before the cosine to 0.
         clip: largest norm of the gradient.
@@ -332,7 +332,7 @@ def _train(model: PeftModel, encoded: Sequence[dict], settings: Settings, out: s
 
 def train_victim(base: str | Path, encoded: Sequence[dict], settings: Settings, out: str | Path, *, seed: int, pad: int,
                  device: str = "cpu", checkpoint: str | Path | None = None) -> list[dict]:
-    """Train a new adapter on poisoned samples (SPEC 6).
+    """Train a new adapter on poisoned samples (crow SPEC 6).
 
     Args:
         base: folder or name of the base model.
@@ -352,7 +352,7 @@ def train_victim(base: str | Path, encoded: Sequence[dict], settings: Settings, 
 
 def finetune(base: str | Path, adapter: str | Path, encoded: Sequence[dict], settings: Settings, out: str | Path, *,
              seed: int, pad: int, device: str = "cpu", checkpoint: str | Path | None = None) -> list[dict]:
-    """Clean fine-tuning: train the backdoored adapter further on clean samples (SPEC 7; lr 2e-4 as configured, or 1e-3).
+    """Clean fine-tuning: train the backdoored adapter further on clean samples (crow SPEC 7; lr 2e-4 as configured, or 1e-3).
 
     Args and returns as for :func:`train_victim`; `adapter` is the victim's folder.
     """
@@ -363,7 +363,7 @@ def finetune(base: str | Path, adapter: str | Path, encoded: Sequence[dict], set
 def purify_crow(base: str | Path, adapter: str | Path, encoded: Sequence[dict], settings: Settings, consistency: Consistency,
                 out: str | Path, *, seed: int, pad: int, device: str = "cpu",
                 checkpoint: str | Path | None = None) -> list[dict]:
-    """CROW: train the backdoored adapter further with the consistency term (SPEC 2; lr 1e-3).
+    """CROW: train the backdoored adapter further with the consistency term (crow SPEC 2; lr 1e-3).
 
     Args and returns as for :func:`finetune`; `consistency` holds the variant.
     """

@@ -1,4 +1,4 @@
-"""What BYE is compared with: other ways to flag samples, and purification of test images (SPEC 7).
+"""What BYE is compared with: other ways to flag samples, and purification of test images (bye SPEC 7).
 
 Each way to flag takes the entropies [N, L] and gives bool [N], True for samples to remove. Image purification is ZIP
 (Shi et al., 2023): two linear degradations and a diffusion model that puts back what they took away. Without a diffusion
@@ -14,9 +14,9 @@ from torch.nn import functional as F
 from cupel.rng import rng, torch_rng
 from cupel.vision_language.filter import TAU, filled, mixture, run
 
-#: nats, of the paper, for both of its models (SPEC 7)
+#: nats, of the paper, for both of its models (bye SPEC 7)
 THRESHOLD = 4.5
-#: the same as a share of the largest possible entropy ln 576 of LLaVA-1.5 (SPEC 11.3)
+#: the same as a share of the largest possible entropy ln 576 of LLaVA-1.5 (bye SPEC 11.3)
 THRESHOLD_SHARE = 0.708
 
 
@@ -139,7 +139,7 @@ def _resized(images: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
 def zip_restore(images: torch.Tensor, noise_of: Callable[[torch.Tensor, int], torch.Tensor], projections: Sequence[Callable],
                 *, generator: torch.Generator, steps: int = 20, exponent: float = 1.0, total: int = 1000,
                 beta: tuple[float, float] = (1e-4, 0.02)) -> torch.Tensor:
-    """ZIP's restoration of degraded images by a diffusion model (SPEC 7, [O]).
+    """ZIP's restoration of degraded images by a diffusion model (bye SPEC 7, [O]).
 
     Args:
         images: [B, 3, H, W] in [-1, 1].

@@ -1,4 +1,4 @@
-"""Entropy of the attention from the last prompt position to the image tokens (BYE Eqs. 4, 5; SPEC 2.3, 2.4, 11.2).
+"""Entropy of the attention from the last prompt position to the image tokens (BYE Eqs. 4, 5; bye SPEC 2.3, 2.4, 11.2).
 
 One row of each layer's attention map is all that is needed. A hook before each self-attention computes it from the
 layer's own input and projections, so the network runs with any implementation of attention and no map of S x S is made.
@@ -78,7 +78,7 @@ def attention_rows(model: VisionLanguageModel) -> Iterator[dict]:
 
 
 def image_attention(model: VisionLanguageModel, batch: dict[str, torch.Tensor], found: dict) -> torch.Tensor:
-    """Distribution over the image tokens after each layer's head mean, renormalised (SPEC 2.3): float32 [B, L, T].
+    """Distribution over the image tokens after each layer's head mean, renormalised (bye SPEC 2.3): float32 [B, L, T].
 
     Args:
         model: in eval mode.

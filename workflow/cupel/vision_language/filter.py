@@ -1,4 +1,4 @@
-"""The filter of BYE: sensitive layers, aggregated entropy, the low component of a mixture (SPEC 2.5 to 2.7).
+"""The filter of BYE: sensitive layers, aggregated entropy, the low component of a mixture (bye SPEC 2.5 to 2.7).
 
 Only numpy and scikit-learn; entropies come from `cupel.vision_language.entropy`. Everything that the figures need stands in the
 record that `run` returns.
@@ -30,7 +30,7 @@ class Mixture:
 
     @property
     def rss(self) -> float:
-        """|μ₁ − μ₂| / √(σ₁² + σ₂²): the paper's BSI (Eq. 7; the root is inferred, SPEC 2.5)."""
+        """|μ₁ − μ₂| / √(σ₁² + σ₂²): the paper's BSI (Eq. 7; the root is inferred, bye SPEC 2.5)."""
         return self._separation(float(np.hypot(*self.sd))) if self.sd else 0.0
 
     @property
@@ -103,7 +103,7 @@ def passes(component: Mixture, rule: str, tau: float) -> bool:
 
 @dataclass(frozen=True)
 class Hazards:
-    """What can go wrong with the second mixture (SPEC 2.7).
+    """What can go wrong with the second mixture (bye SPEC 2.7).
 
     Attributes:
         share_flagged: of all samples.

@@ -1,4 +1,4 @@
-"""Answers of a model: batched, greedy, resumable (BYE SPEC 6: greedy instead of the sampling of the released code)."""
+"""Answers of a model: batched, greedy, resumable (bye SPEC 6: greedy instead of the sampling of the released code)."""
 
 from collections.abc import Sequence
 from pathlib import Path

@@ -1,10 +1,10 @@
 """Vision-language models (LLaVA and InternVL of transformers) and the encoder that makes batches for them.
 
 Whatever the size, a model here is a `VisionLanguageModel`: network, processor, and where it came from. Models of the hub
-are named in `HUB` (BYE SPEC 5, 11.2, 11.3); those that are built here (`tiny_llava`, `smollm2_llava`) are ordinary
+are named in `HUB` (bye SPEC 5, 11.2, 11.3); those that are built here (`tiny_llava`, `smollm2_llava`) are ordinary
 `LlavaForConditionalGeneration` networks, saved in the same form and used through the same code.
 
-Processing differs from the processors' own defaults in two points (BYE SPEC 4, 11.2): LLaVA pads images to a square
+Processing differs from the processors' own defaults in two points (bye SPEC 4, 11.2): LLaVA pads images to a square
 instead of cutting them, and InternVL sees one tile (`crop_to_patches=False`).
 """
 
@@ -64,7 +64,7 @@ class HubModel:
     Attributes:
         repository: `owner/name`.
         kind: `llava` or `internvl`.
-        layers: decoder layers, where the SPEC names them.
+        layers: decoder layers, where bye SPEC 5 or 11.3 names them.
         image_tokens: per image.
         note: what it is for.
     """
@@ -76,7 +76,7 @@ class HubModel:
     note: str
 
 
-#: models of BYE SPEC 5 and 11.3; any other repository of the two classes can be given by its id
+#: models of bye SPEC 5 and 11.3; any other repository of the two classes can be given by its id
 HUB = {
     "llava_1_5_7b": HubModel("llava-hf/llava-1.5-7b-hf", "llava", 32, 576, "paper; native port of liuhaotian/llava-v1.5-7b"),
     "internvl2_5_2b_mpo": HubModel("OpenGVLab/InternVL2_5-2B-MPO-hf", "internvl", None, 256,
@@ -263,7 +263,7 @@ def word_tokenizer(texts: Sequence[str], special: Sequence[str] = ()) -> PreTrai
                                    clean_up_tokenization_spaces=False)
 
 
-#: LLaVA's form of a turn (BYE SPEC 4) without a system prompt
+#: LLaVA's form of a turn (bye SPEC 4) without a system prompt
 PLAIN_TEMPLATE = ("{% for message in messages %}USER: {% for part in message['content'] %}"
                   "{% if part['type'] == 'image' %}<image> {% else %}{{ part['text'] }}{% endif %}{% endfor %}"
                   "{% endfor %}{% if add_generation_prompt %} ASSISTANT:{% endif %}")

@@ -265,7 +265,7 @@ def refit(spec: dict, defence: dict, base: str | None, victim: str, before: str,
 
     Args:
         spec: of the victim.
-        defence: of `Plan.defence`: its filter, and `refit_from`, `base` or `poisoned` (SPEC 2.8).
+        defence: of `Plan.defence`: its filter, and `refit_from`, `base` or `poisoned` (bye SPEC 2.8).
         base, victim: folders of the models.
         before: metrics of the victim.
         flags: decision of the filter, JSON of `detection`.

@@ -9,7 +9,7 @@ learn: the small scale sets `divisor: 8`, and says so in its tables.
 
 Not given by the paper, and chosen here: the cells of the checkerboard and their colours, the places of the two squares
 (those of the sister paper PurMM), the number and places of many. Blend, SIG and WaNet are not in the paper; third
-parties report that BYE fails on them (SPEC 3.5) without their settings. They are those of the image attacks here.
+parties report that BYE fails on them (bye SPEC 3.5) without their settings. They are those of the image attacks here.
 """
 
 import inspect

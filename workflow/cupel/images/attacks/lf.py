@@ -107,7 +107,7 @@ class LowFrequency(Attack):
         passes: over the images, at most.
         steps, overshoot: of DeepFool.
         kernel: taps of the low-pass in each direction.
-        sigma: its deviation in pixels. The SPEC gives none; at 6 the released filter's weights result.
+        sigma: its deviation in pixels. backdoorbench SPEC 4 gives none; at 6 the released filter's weights result.
         fooling: share of changed predictions that ends the passes; they end as well when it varies by less than
             0.01 over 5 passes.
 

@@ -2,7 +2,7 @@
 
 It is made from a folder of the user's: `imagenet/train/<wnid>/` with all 1000 synset folders, `imagenet/val/<wnid>/`. A
 class is known by its position among the sorted synset folders of `train`, because the grouping is given as ranges of
-positions (SPEC 4 of proper_interpretability). Pictures are ordered by synset and then by file name.
+positions (proper_interpretability SPEC 4). Pictures are ordered by synset and then by file name.
 
 A picture becomes 224×224 by plain bilinear resizing that keeps no proportions and does not smooth beforehand (the released
 code's cv2.resize; equal to it up to rounding), grey ones get three equal channels, an alpha channel is dropped.

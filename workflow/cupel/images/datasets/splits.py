@@ -67,7 +67,7 @@ def stratified(labels: np.ndarray, pool: np.ndarray, size: int, generator: np.ra
 
 
 def per_class(labels: np.ndarray, pool: np.ndarray, spc: int, seed: int) -> np.ndarray:
-    """`spc` (samples per class) indices of every class out of `pool`, drawn from the stream `spc` (IMS, SPEC 4).
+    """`spc` (samples per class) indices of every class out of `pool`, drawn from the stream `spc` (ims SPEC 4).
 
     Streams are nested: the draw for a smaller `spc` is part of the draw for a larger one with the same seed.
 

@@ -18,11 +18,11 @@ f_m and f_mi are the masked networks, all in eval mode; P(u, v) is the inner pro
 
 Stages II (λ = 0) and III (λ as in stage I) alternate the inner and the outer problem, one outer step a round. Labels
 are never used. The released program also computes perturbations in stage I and a forward-masked pass in every inner
-step, and uses neither (SPEC 10.7); they are left out, and f(x) is computed once.
+step, and uses neither (ims SPEC 10.7); they are left out, and f(x) is computed once.
 
 AdamW moves a pixel by about lr_perturb a step whatever its gradient, so |δ| ends near lr_perturb·steps_perturb = 0.02
-and norm_bound = 1 never binds (SPEC 2.4). `flip_rate` in the history says whether such δ change the victim's
-predictions at all; while they do not, the outer problem has no backdoor to suppress (SPEC 10.8 and 10.11).
+and norm_bound = 1 never binds (ims SPEC 2.4). `flip_rate` in the history says whether such δ change the victim's
+predictions at all; while they do not, the outer problem has no backdoor to suppress (ims SPEC 10.8 and 10.11).
 
 All is computed in float32, whatever the budget's precision: bf16 resolves pixels to 1/256 and would round δ away.
 """
@@ -135,7 +135,7 @@ class ConvolutionMasks:
 
 
 class EncoderMasks:
-    """Masks on the outputs [B, T, E] of torchvision's encoder blocks, the same for all samples and tokens (SPEC 2.7).
+    """Masks on the outputs [B, T, E] of torchvision's encoder blocks, the same for all samples and tokens (ims SPEC 2.7).
 
     A mask cannot be multiplied into the block's weights: it also scales the residual stream, which the block only adds
     to, and the next block's LayerNorm mixes the scaled features. So it stays, as an attachment of kind `scale`.
@@ -360,7 +360,7 @@ def ims(victim, budget, rng, *, temperature=20.0, l1_weight=10.0, norm_bound=1.0
 @defence("ims_vit")
 def ims_vit(victim, budget, rng, *, temperature=20.0, l1_weight=0.0, norm_bound=1.0, lr_mask=0.02, lr_perturb=0.001,
             steps_perturb=20, rounds_initial=100, rounds_minimise=200, patience=25, improvement=0.98, batch_size=256):
-    """IMS on the encoder blocks of a vision transformer: as `ims`, but λ is 0 throughout (SPEC 2.7).
+    """IMS on the encoder blocks of a vision transformer: as `ims`, but λ is 0 throughout (ims SPEC 2.7).
 
     The returned network has the victim's weights and, behind each block, an attachment of kind `scale` whose frozen
     factor is the mask (`cupel.images.models.attachments`); `cupel.images.models.save` and `load` keep them.
