@@ -31,42 +31,15 @@ report: "workflow/captions/workflow.rst"
 
 include: "workflow/rules/common.smk"
 include: "workflow/rules/data.smk"
-include: "workflow/rules/image.smk"
-include: "workflow/rules/ims.smk"
-include: "workflow/rules/interpretability_common.smk"
-include: "workflow/rules/interpretability.smk"
-include: "workflow/rules/language.smk"
-include: "workflow/rules/multimodal.smk"
+include: "workflow/rules/images.smk"
+include: "workflow/rules/robust.smk"
+include: "workflow/rules/text.smk"
+include: "workflow/rules/vision_language.smk"
+include: "workflow/rules/claims.smk"
 include: "workflow/rules/report.smk"
 include: "workflow/rules/cross.smk"
 include: "workflow/rules/zoo.smk"
-include: "workflow/rules/bundle.smk"
 include: "workflow/rules/crate.smk"
-
-
-# on a cluster these run where Snakemake runs: they take seconds, or need the network that nodes often lack
-localrules:
-    prepare_dataset,
-    prepare_text,
-    prepare_language_model,
-    compose_texts,
-    gather_cells,
-    report_paper,
-    report_interpretability,
-    released_weights,
-    report_language,
-    prepare_multimodal,
-    report_multimodal,
-    contact_sheet,
-    notebook,
-    index,
-    cross,
-    zoo_sheet,
-    zoo_report,
-    gallery,
-    download_wheels,
-    make_bundle,
-    make_crate,
 
 
 onstart:
@@ -74,17 +47,16 @@ onstart:
 
 
 rule all:
+    """The whole report of what config.yaml asks for."""
     default_target: True
-    input:
-        f"{RESULTS}/index.html",
-
-
-rule report:
+    localrule: True
     input:
         f"{RESULTS}/index.html",
 
 
 rule data:
+    """Download and prepare all data, and nothing else."""
+    localrule: True
     input:
         list(used_manifests().values()),
 
