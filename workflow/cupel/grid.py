@@ -3,16 +3,13 @@
 Plain Python over plain dicts: the workflow uses it to plan, a notebook may use it to look around.
 """
 
-import ast
-import functools
-import hashlib
 from collections.abc import Iterable
 from pathlib import Path
 
 import yaml
 from jsonschema import Draft202012Validator
 
-from cupel.registry import signatures, unknown
+from cupel.registry import definitions, signatures, unknown
 
 LIBRARY = Path(__file__).parent
 PAPERS = LIBRARY.parent / "papers"
@@ -163,10 +160,10 @@ class Grid:
                                           f"{origin[section, name]}: give one of them another name")
                     self.entries[section][name] = entry
                     origin[section, name] = file
-        self.signatures = {}
-        for kind, package in (("attack", "images/attacks"), ("defence", "images/defences")):
+        self.signatures, self.definitions = {}, {}
+        for kind, package in (("attack", "images/attacks"), ("defence", "images/defences"), ("model", "images/models")):
             files = [*sorted((LIBRARY / package).glob("*.py")), *map(Path, self.plugins)]
-            parameters = signatures(kind, files)
+            parameters, self.definitions[kind] = signatures(kind, files), definitions(kind, files)
             self.signatures[kind] = {name: (path, parameters[name]) for path in files for name in signatures(kind, [path])}
         self._check_functions()
         self.plans = {paper: self._plan(paper, seeds) for paper in self.papers}
@@ -209,6 +206,9 @@ class Grid:
                         raise ConfigError(f"{where}.{section}: {unknown(section[:-1], name, self.entries[section])}")
             if block["recipe"] not in self.entries["recipes"]:
                 raise ConfigError(f"{where}.recipe: {unknown('recipe', block['recipe'], self.entries['recipes'])}")
+            for name in block["models"]:
+                if name not in self.definitions["model"]:
+                    raise ConfigError(f"{where}.models: {unknown('model', name, self.definitions['model'])}")
             for dataset in block["datasets"]:
                 for model in block["models"]:
                     for seed in seeds or block.get("seeds") or scales[self.scale]["seeds"]:
@@ -303,48 +303,6 @@ class Grid:
         """The file that defines an attack or a defence."""
         return self.signatures[kind][function][0] if function in self.signatures[kind] else None
 
-    def attack_files(self) -> list[Path]:
-        """Files that define the attacks in use."""
-        functions = {self.attack(cell["attack"], cell["dataset"])["function"]
-                     for cell in self.cells("victim") if cell["attack"] != "clean"}
-        return sorted({self.signatures["attack"][function][0] for function in functions})
-
     def file(self, paper: str, name: str) -> Path:
         """A file in a paper's folder."""
         return self.folder / paper / name
-
-
-@functools.cache
-def _imports(path: Path) -> tuple[Path, ...]:
-    """Files of the library that a Python file imports, directly."""
-    if path.suffix != ".py":  # a template
-        return ()
-    found = []
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        names = []
-        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("cupel"):
-            names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
-        elif isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names if alias.name.startswith("cupel")]
-        for name in names:
-            base = LIBRARY.parent.joinpath(*name.split("."))
-            found += [file for file in (base.with_suffix(".py"), base / "__init__.py") if file.is_file()]
-    return tuple(found)
-
-
-@functools.cache
-def code_digest(*files: str | Path) -> str:
-    """Hash of files and, where they are Python, of all library files that they import, near or far.
-
-    As a rule parameter it makes a job run again when, and only when, code that it uses has changed.
-    """
-    todo, seen = [Path(file).resolve() for file in files if file], set()
-    while todo:
-        file = todo.pop()
-        if file not in seen:
-            seen.add(file)
-            todo += _imports(file)
-    sha = hashlib.sha256()
-    for file in sorted(seen):
-        sha.update(file.name.encode() + file.read_bytes())
-    return sha.hexdigest()[:16]

@@ -11,8 +11,9 @@ from snakemake.exceptions import WorkflowError
 from snakemake.logging import logger
 from snakemake.utils import validate
 
+from cupel.digest import code_digest
 from cupel.images.datasets import NAMES as DATASETS
-from cupel.grid import LIBRARY, SCHEMAS, ConfigError, Grid, check_schema, code_digest, read_yaml, typed
+from cupel.grid import LIBRARY, SCHEMAS, ConfigError, Grid, check_schema, read_yaml, typed
 from cupel.registry import unknown
 
 # planning makes millions of objects that stay, and the collector would walk through them again and again
@@ -190,18 +191,22 @@ def defence_spec(wildcards):
     }
 
 
-def code(script, attack=True, defence=False):
-    """Hash of the code a job runs: its script, and the files of its attack and defence with all they import."""
+def code(script, *kinds, also=()):
+    """Hash of what a job's code means: its script, and the attack, defence and model that it looks up by name."""
 
     def digest(wildcards):
-        files = [SCRIPTS / script]
-        if attack and wildcards.attack != "clean":
-            files.append(GRID.code("attack", GRID.attack(wildcards.attack, wildcards.dataset)["function"]))
-        if defence:
-            files.append(GRID.code("defence", GRID.defence(wildcards.defence, wildcards.dataset)["function"]))
-        return code_digest(*files)
+        names = {kind: getattr(wildcards, kind) for kind in kinds}
+        for kind, entry in (("attack", GRID.attack), ("defence", GRID.defence)):
+            if kind in kinds and names[kind] != "clean":
+                names[kind] = entry(names[kind], wildcards.dataset)["function"]
+        return named_code(script, *names.items(), also=also)
 
     return digest
+
+
+def named_code(script, *names, also=()):
+    """Hash of what a script means, with (kind, name) of what it looks up; `clean` is no attack."""
+    return code_digest(SCRIPTS / script, *filter(None, (GRID.definitions[kind].get(name) for kind, name in names)), *also)
 
 
 def block_name(cell):
@@ -345,6 +350,11 @@ def feature_panels(paper):
     ]
 
 
+def feature_code(paper):
+    attacks = {("attack", panel["attack"]["function"]) for panel in feature_panels(paper)}
+    return named_code("feature_maps.py", *attacks, *{("model", cell["model"]) for _, _, cell in feature_cells(paper)})
+
+
 def feature_inputs(paper):
     return [panel[key] for panel in feature_panels(paper) for key in ("model", "trigger")]
 
@@ -372,6 +382,10 @@ def trigger_folders(dataset, grid=GRID):
 
 def sheet_attacks(dataset, grid=GRID):
     return {name: attack_spec(Cell(attack=name, dataset=dataset)) for name in trigger_folders(dataset, grid)}
+
+
+def sheet_code(attacks):
+    return named_code("contact_sheet.py", *{("attack", spec["function"]) for spec in attacks.values()})
 
 
 def used_seeds():

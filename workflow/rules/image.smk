@@ -22,7 +22,7 @@ rule prepare_trigger:
         data=data_folder,
         device=config["device"],
         plugins=config["plugins"],
-        code=code("prepare_trigger.py"),
+        code=code("prepare_trigger.py", "attack", "model"),
     script:
         "../scripts/prepare_trigger.py"
 
@@ -45,7 +45,7 @@ rule poison:
         spec=victim_spec,
         data=data_folder,
         plugins=config["plugins"],
-        code=code("poison.py"),
+        code=code("poison.py", "attack"),
     script:
         "../scripts/poison.py"
 
@@ -76,7 +76,7 @@ rule train_victim:
         data=data_folder,
         device=config["device"],
         plugins=config["plugins"],
-        code=code("train_victim.py"),
+        code=code("train_victim.py", "attack", "model"),
     script:
         "../scripts/train_victim.py"
 
@@ -107,7 +107,7 @@ rule purify:
         data=data_folder,
         device=config["device"],
         plugins=config["plugins"],
-        code=lambda wildcards: [code("purify.py", defence=True)(wildcards)],
+        code=lambda wildcards: [code("purify.py", "attack", "model", "defence")(wildcards)],
     script:
         "../scripts/purify.py"
 
@@ -148,7 +148,7 @@ for block in GRID.blocks().values():
             data=data_folder,
             device=config["device"],
             plugins=config["plugins"],
-            code=[code("purify.py", defence=True)(Cell(**cell)) for cell in block],
+            code=[code("purify.py", "attack", "model", "defence")(Cell(**cell)) for cell in block],
         script:
             "../scripts/purify.py"
 

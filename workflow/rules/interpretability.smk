@@ -25,7 +25,7 @@ rule train_robust:
         spec=robust_spec,
         data=data_folder,
         device=config["device"],
-        code=code_digest(SCRIPTS / "train_robust.py"),
+        code=code("train_robust.py"),
     script:
         "../scripts/train_robust.py"
 
@@ -57,7 +57,7 @@ rule attack_network:
         evaluation=evaluation_spec,
         data=data_folder,
         device=config["device"],
-        code=code_digest(SCRIPTS / "attack_network.py"),
+        code=code("attack_network.py"),
     script:
         "../scripts/attack_network.py"
 
@@ -82,7 +82,7 @@ rule report_interpretability:
         facts=robust_facts,
         claims=lambda wildcards: claims_of(wildcards.paper),
         title=lambda wildcards: GRID.experiments[wildcards.paper]["title"],
-        code=code_digest(SCRIPTS / "report_interpretability.py"),
+        code=code("report_interpretability.py"),
     script:
         "../scripts/report_interpretability.py"
 
@@ -108,7 +108,7 @@ rule attack_released:
     params:
         spec=released_spec,
         device=config["device"],
-        code=code_digest(SCRIPTS / "attack_released.py"),
+        code=code("attack_released.py"),
     script:
         "../scripts/attack_released.py"
 
@@ -125,6 +125,6 @@ rule released_weights:
         benchmark_of(RELEASED, "table")
     params:
         labels=released_labels,
-        code=code_digest(SCRIPTS / "released_weights.py"),
+        code=code("released_weights.py"),
     script:
         "../scripts/released_weights.py"

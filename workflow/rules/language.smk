@@ -68,7 +68,7 @@ rule compose_texts:
     params:
         spec=compose_spec,
         data=text_folders,
-        code=code_digest(SCRIPTS / "compose_texts.py", LIBRARY / "text" / "poison.py"),
+        code=code("compose_texts.py"),
     script:
         "../scripts/compose_texts.py"
 
@@ -103,7 +103,7 @@ rule train_language_victim:
         data=text_folders,
         texts=composed,
         device=config["device"],
-        code=code_digest(SCRIPTS / "train_language_victim.py"),
+        code=code("train_language_victim.py"),
     script:
         "../scripts/train_language_victim.py"
 
@@ -142,7 +142,7 @@ rule purify_language:
         data=text_folders,
         texts=composed,
         device=config["device"],
-        code=code_digest(SCRIPTS / "purify_language.py"),
+        code=code("purify_language.py"),
     script:
         "../scripts/purify_language.py"
 
@@ -165,6 +165,6 @@ rule report_language:
     params:
         scale=config["scale"],
         asked=lambda wildcards: language_report(wildcards.paper),
-        code=code_digest(SCRIPTS / "report_language.py"),
+        code=code("report_language.py"),
     script:
         "../scripts/report_language.py"

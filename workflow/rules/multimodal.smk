@@ -55,7 +55,7 @@ rule build_model:
         mirror=config["data"]["mirror"],
         cache=config["data"]["cache"],
         device=config["device"],
-        code=code_digest(SCRIPTS / "build_model.py"),
+        code=code("build_model.py"),
     script:
         "../scripts/build_model.py"
 
@@ -77,7 +77,7 @@ rule poison_samples:
         runtime=30,
     params:
         spec=poison_spec,
-        code=code_digest(SCRIPTS / "poison_samples.py"),
+        code=code("poison_samples.py"),
     script:
         "../scripts/poison_samples.py"
 
@@ -99,7 +99,7 @@ rule trigger_samples:
         runtime=30,
     params:
         spec=poison_spec,
-        code=code_digest(SCRIPTS / "poison_samples.py"),
+        code=code("poison_samples.py"),
     script:
         "../scripts/poison_samples.py"
 
@@ -132,7 +132,7 @@ rule train_multimodal:
     params:
         spec=multimodal_victim_spec,
         device=config["device"],
-        code=code_digest(SCRIPTS / "train_multimodal.py"),
+        code=code("train_multimodal.py"),
     script:
         "../scripts/train_multimodal.py"
 
@@ -163,7 +163,7 @@ rule read_attention:
     params:
         spec=multimodal_victim_spec,
         device=config["device"],
-        code=code_digest(SCRIPTS / "read_attention.py"),
+        code=code("read_attention.py"),
     script:
         "../scripts/read_attention.py"
 
@@ -189,7 +189,7 @@ rule measure_filters:
     params:
         spec=multimodal_victim_spec,
         asked=filter_specs,
-        code=code_digest(SCRIPTS / "measure_filters.py"),
+        code=code("measure_filters.py"),
     script:
         "../scripts/measure_filters.py"
 
@@ -226,7 +226,7 @@ rule refit:
         spec=multimodal_victim_spec,
         defence=multimodal_defence_spec,
         device=config["device"],
-        code=code_digest(SCRIPTS / "refit.py", SCRIPTS / "measure_filters.py"),
+        code=code("refit.py", also=[SCRIPTS / "measure_filters.py"]),
     script:
         "../scripts/refit.py"
 
@@ -259,7 +259,7 @@ rule purify_pictures:
         spec=multimodal_victim_spec,
         defence=multimodal_defence_spec,
         device=config["device"],
-        code=code_digest(SCRIPTS / "purify_pictures.py"),
+        code=code("purify_pictures.py"),
     script:
         "../scripts/purify_pictures.py"
 
@@ -287,6 +287,6 @@ rule report_multimodal:
         about=multimodal_report,
         claims=lambda wildcards: claims_of(wildcards.paper),
         title=lambda wildcards: GRID.experiments[wildcards.paper]["title"],
-        code=code_digest(SCRIPTS / "report_multimodal.py"),
+        code=code("report_multimodal.py"),
     script:
         "../scripts/report_multimodal.py"
