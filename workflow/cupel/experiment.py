@@ -15,8 +15,8 @@ import itertools
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
-from cupel.registry import unknown
-from cupel.settings import PAPERS, ConfigError, check_schema, read_yaml, schema
+from cupel.registry import definitions, signatures, unknown
+from cupel.settings import LIBRARY, PAPERS, ConfigError, check_schema, read_yaml, schema
 
 #: kinds of papers: what is attacked and defended
 FAMILIES = ("images", "robust", "text", "vision_language")
@@ -84,6 +84,7 @@ class Family:
 
     Attributes:
         entries: section -> name -> entry, of all papers: a name means the same in each.
+        definitions, parameters: kind -> registered name -> where it is defined, and what it can be given.
         cells: of the chosen papers, in the order of their files. Dicts whose values are text, with paper, family, stage and
             what the stage's path names.
 
@@ -95,6 +96,8 @@ class Family:
     NAME: str
     #: sections of the experiment file, and by which key a block names their entries
     SECTIONS: Mapping[str, str]
+    #: what is looked up by name: kind of its decorator, and where in the library it is registered
+    REGISTERED: Mapping[str, str] = {}  # noqa: RUF012
     #: stage of what is trained first, and is the victim of defences
     FIRST = "victim"
 
@@ -112,6 +115,9 @@ class Family:
                         raise ConfigError(f"{self.file(paper)}: {section}.{name} is defined otherwise in "
                                           f"{self.origin[section, name]}: give one of them another name")
                     self.origin.setdefault((section, name), self.file(paper))
+        files = {kind: [*sorted((LIBRARY / place).glob("*.py")), *self.plugins] for kind, place in self.REGISTERED.items()}
+        self.definitions = {kind: definitions(kind, paths) for kind, paths in files.items()}
+        self.parameters = {kind: signatures(kind, paths) for kind, paths in files.items()}
         self.check()
         self.cells = [cell for paper in self.papers for cell in self._cells(paper)]
 
@@ -184,6 +190,10 @@ class Family:
         """Settings of an entry for the data set and model of a cell, at this scale."""
         case = {key: cell.get(key) for key in ("dataset", "model")}
         return overlaid(self.find(section, name), **case, scale=self.scale)
+
+    def code(self, kind: str, name: str) -> str | None:
+        """Where an attack, a defence or a network is defined: a root of `cupel.digest.code_digest`, None for clean training."""
+        return self.definitions[kind].get(self.function(f"{kind}s", name) if f"{kind}s" in self.entries else name)
 
     def labels(self, section: str) -> dict[str, str]:
         """Names for people, in the order of the files."""

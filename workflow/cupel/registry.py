@@ -1,4 +1,4 @@
-"""Attacks, defences and plugins by name, and a check of their parameters that imports nothing heavy.
+"""Attacks, defences, networks and plugins by name, and a check of their parameters that imports nothing heavy.
 
 A function or class enters a registry by decorator, in a file of the library or of the user:
 
@@ -9,15 +9,16 @@ A function or class enters a registry by decorator, in a file of the library or 
 import ast
 import contextlib
 import difflib
+import functools
 import importlib
 import importlib.util
 import pkgutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 
 class Registry(dict):
-    """A dict from name to attack class or defence function, filled by its decorator."""
+    """A dict from name to attack class, defence function or builder of a network, filled by its decorator."""
 
     def __init__(self, kind: str, package: str):
         super().__init__()
@@ -70,7 +71,7 @@ def unknown(kind: str, name: str, known: Iterable[str]) -> str:
 
 
 def load_plugins(paths: Iterable[str | Path]) -> None:
-    """Execute the user's plugin files, which register attacks and defences.
+    """Execute the user's plugin files, which register attacks, defences and networks.
 
     Raises:
         FileNotFoundError: a file is missing.
@@ -83,6 +84,11 @@ def load_plugins(paths: Iterable[str | Path]) -> None:
         spec.loader.exec_module(module)
 
 
+def definitions(kind: str, files: Iterable[str | Path]) -> dict[str, str]:
+    """Names registered by `@<kind>(...)` in `files`, each with `<file>:<definition>`, a root of `cupel.digest.code_digest`."""
+    return {name: f"{file}:{node.name}" for name, file, node in _registered(kind, files)}
+
+
 def signatures(kind: str, files: Iterable[str | Path]) -> dict[str, set[str]]:
     """Names registered by `@attack(...)` or `@defence(...)` in `files`, each with its parameter names.
 
@@ -90,18 +96,28 @@ def signatures(kind: str, files: Iterable[str | Path]) -> dict[str, set[str]]:
 
     Read from the syntax tree: configuration is checked in milliseconds, before any library is imported.
     """
-    trees = [ast.parse(Path(file).read_text(encoding="utf-8")) for file in files]
-    classes = {node.name: node for tree in trees for node in tree.body if isinstance(node, ast.ClassDef)}
+    files = list(files)
+    classes = {node.name: node for file in files for node in _tree(file).body if isinstance(node, ast.ClassDef)}
 
     def fields(node: ast.ClassDef) -> set[str]:
         own = {item.target.id for item in node.body
                if isinstance(item, ast.AnnAssign) and "ClassVar" not in ast.unparse(item.annotation)} - {"tensors"}
         return own.union(*(fields(classes[base.id]) for base in node.bases if getattr(base, "id", None) in classes))
 
-    found = {}
-    for node in (node for tree in trees for node in tree.body):
-        for decorator in getattr(node, "decorator_list", []):
-            if isinstance(decorator, ast.Call) and getattr(decorator.func, "id", None) == kind:
-                found[decorator.args[0].value] = (fields(node) if isinstance(node, ast.ClassDef)
-                                                  else {argument.arg for argument in node.args.kwonlyargs})
-    return found
+    return {name: fields(node) if isinstance(node, ast.ClassDef) else {argument.arg for argument in node.args.kwonlyargs}
+            for name, _, node in _registered(kind, files)}
+
+
+def _registered(kind: str, files: Iterable[str | Path]) -> Iterator[tuple[str, str | Path, ast.ClassDef | ast.FunctionDef]]:
+    for file in files:
+        for node in _tree(file).body:
+            for decorator in getattr(node, "decorator_list", []):
+                if isinstance(decorator, ast.Call) and getattr(decorator.func, "id", None) == kind:
+                    yield decorator.args[0].value, file, node
+
+
+def _tree(file: str | Path) -> ast.Module:
+    return _parsed(Path(file).read_text(encoding="utf-8"))
+
+
+_parsed = functools.cache(ast.parse)  # planning asks for each file several times

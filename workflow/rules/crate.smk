@@ -23,6 +23,6 @@ rule make_crate:
         papers=paper_headers(),
         benchmarks=f"{config['results']}/benchmark/{config['scale']}",
         root=workflow.basedir,
-        code=code_digest(SCRIPTS / "crate.py"),
+        code=code("crate.py"),
     script:
         "../scripts/crate.py"

@@ -16,6 +16,6 @@ rule cross:
         labels={name: label for paper in GRID.papers_of("image") for name, label in labels_of(paper).items()},
         papers=GRID.papers_of("image"),
         scale=config["scale"],
-        code=code_digest(SCRIPTS / "cross.py", *TEMPLATES),
+        code=code("cross.py", also=TEMPLATES),
     script:
         "../scripts/cross.py"

@@ -37,7 +37,7 @@ rule prepare_trigger:
         data=f"{DATA}/images",
         device=config["device"],
         plugins=config["plugins"],
-        code=code("prepare_trigger.py", IMAGES, "attack"),
+        code=code("prepare_trigger.py", IMAGES, "attack", "model"),
     script:
         "../scripts/prepare_trigger.py"
 
@@ -88,7 +88,7 @@ rule train_victim:
         data=f"{DATA}/images",
         device=config["device"],
         plugins=config["plugins"],
-        code=code("train_victim.py", IMAGES, "attack"),
+        code=code("train_victim.py", IMAGES, "attack", "model"),
     script:
         "../scripts/train_victim.py"
 
@@ -116,7 +116,7 @@ rule purify:
         data=f"{DATA}/images",
         device=config["device"],
         plugins=config["plugins"],
-        code=lambda wildcards: [code("purify.py", IMAGES, "attack", "defence")(wildcards)],
+        code=lambda wildcards: [code("purify.py", IMAGES, "attack", "model", "defence")(wildcards)],
     script:
         "../scripts/purify.py"
 
@@ -156,7 +156,7 @@ for block in GRID.blocks():
             data=f"{DATA}/images",
             device=config["device"],
             plugins=config["plugins"],
-            code=[code("purify.py", IMAGES, "attack", "defence")(cell) for cell in block],
+            code=[code("purify.py", IMAGES, "attack", "model", "defence")(cell) for cell in block],
         script:
             "../scripts/purify.py"
 

@@ -28,6 +28,6 @@ rule ims_inside:
         data=data_folder,
         device=config["device"],
         plugins=config["plugins"],
-        code=code("ims_inside.py", defence=True),
+        code=code("ims_inside.py", "attack", "model", "defence"),
     script:
         "../scripts/ims_inside.py"

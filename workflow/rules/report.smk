@@ -14,7 +14,7 @@ rule gather_cells:
         benchmark_of(RESULTS, "gather_cells")
     params:
         cells=expected_cells(),
-        code=code_digest(SCRIPTS / "gather_cells.py"),
+        code=code("gather_cells.py"),
     script:
         "../scripts/gather_cells.py"
 
@@ -55,7 +55,7 @@ rule report_paper:
         reach=lambda wildcards: reach_of(wildcards.paper),
         claims=lambda wildcards: claims_of(wildcards.paper),
         title=lambda wildcards: GRID.experiments[wildcards.paper]["title"],
-        code=code_digest(SCRIPTS / "report_paper.py"),
+        code=code("report_paper.py"),
     script:
         "../scripts/report_paper.py"
 
@@ -81,7 +81,7 @@ rule feature_maps:
         target=lambda wildcards: feature_setting(wildcards.paper)["target"],
         test_size=lambda wildcards: feature_setting(wildcards.paper)["test_size"],
         plugins=config["plugins"],
-        code=code_digest(SCRIPTS / "feature_maps.py"),
+        code=lambda wildcards: feature_code(wildcards.paper),
     script:
         "../scripts/feature_maps.py"
 
@@ -105,7 +105,7 @@ rule contact_sheet:
         attacks=lambda wildcards: sheet_attacks(wildcards.dataset),
         data=data_folder,
         plugins=config["plugins"],
-        code=code_digest(SCRIPTS / "contact_sheet.py", *map(str, GRID.attack_files())),
+        code=lambda wildcards: sheet_code(sheet_attacks(wildcards.dataset)),
     script:
         "../scripts/contact_sheet.py"
 
@@ -132,7 +132,7 @@ rule notebook:
         mem_mb=memory_of(2000),
     params:
         scale=config["scale"],
-        code=code_digest(SCRIPTS / "notebook.py"),
+        code=code("notebook.py"),
     script:
         "../scripts/notebook.py"
 
@@ -165,6 +165,6 @@ rule index:
         benchmarks=f"{config['results']}/benchmark/{config['scale']}",
         data=data_folder,
         root=workflow.basedir,
-        code=code_digest(SCRIPTS / "index.py", *TEMPLATES),
+        code=code("index.py", also=TEMPLATES),
     script:
         "../scripts/index.py"

@@ -22,9 +22,14 @@ rule zoo_sheet:
         attacks=lambda wildcards: sheet_attacks(wildcards.dataset, ZOO),
         data=data_folder,
         plugins=config["plugins"],
-        code=code_digest(SCRIPTS / "contact_sheet.py", *map(str, ZOO.attack_files())),
+        code=lambda wildcards: sheet_code(sheet_attacks(wildcards.dataset, ZOO)),
     script:
         "../scripts/contact_sheet.py"
+
+
+def formulas(wildcards):
+    names = ("badnets", "blended", "sig", "lc", "bpp")
+    return {name: attack_spec(Cell(attack=name, dataset=wildcards.dataset)) for name in names}
 
 
 rule gallery:
@@ -38,13 +43,10 @@ rule gallery:
     benchmark:
         benchmark_of(RESULTS, "gallery_{dataset}")
     params:
-        attacks=lambda wildcards: {
-            name: attack_spec(Cell(attack=name, dataset=wildcards.dataset))
-            for name in ("badnets", "blended", "sig", "lc", "bpp")
-        },
+        attacks=formulas,
         data=data_folder,
         plugins=config["plugins"],
-        code=code_digest(SCRIPTS / "contact_sheet.py", *map(str, ZOO.attack_files())),
+        code=lambda wildcards: sheet_code(formulas(wildcards)),
     script:
         "../scripts/contact_sheet.py"
 
@@ -65,6 +67,6 @@ rule zoo_report:
         cells=[{**cell, "folder": cell_folder(cell)} for cell in ZOO.cells("victim")],
         scale=config["scale"],
         root=workflow.basedir,
-        code=code_digest(SCRIPTS / "zoo_report.py", *TEMPLATES),
+        code=code("zoo_report.py", also=TEMPLATES),
     script:
         "../scripts/zoo_report.py"

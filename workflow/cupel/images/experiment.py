@@ -11,8 +11,8 @@ from pathlib import Path
 
 from cupel.experiment import Family, layers, overlaid
 from cupel.images.datasets import NAMES as DATASETS
-from cupel.registry import signatures, unknown
-from cupel.settings import LIBRARY, ConfigError
+from cupel.registry import unknown
+from cupel.settings import ConfigError
 
 CLEAN = {"name": "clean", "function": "none", "settings": {}}
 
@@ -22,16 +22,13 @@ class Experiments(Family):
 
     NAME = "images"
     SECTIONS = {"recipes": "recipe", "attacks": "attacks", "defences": "defences", "budgets": "budgets"}  # noqa: RUF012
+    REGISTERED = {"attack": "images/attacks", "defence": "images/defences", "model": "images/models"}  # noqa: RUF012
 
     def check(self) -> None:
-        self.signatures = {}
         for kind in ("attack", "defence"):
-            files = [*sorted((LIBRARY / "images" / f"{kind}s").glob("*.py")), *map(Path, self.plugins)]
-            parameters = signatures(kind, files)
-            self.signatures[kind] = {name: (path, parameters[name]) for path in files for name in signatures(kind, [path])}
             # what a plugin registers can be asked for without an entry
-            for name, (path, _) in self.signatures[kind].items():
-                if str(path) in self.plugins:
+            for name, place in self.definitions[kind].items():
+                if place.rpartition(":")[0] in self.plugins:
                     self.entries[f"{kind}s"].setdefault(name, {})
         self.entries["attacks"]["clean"] = CLEAN  # no attack, it is the twin of all
         for kind, common in (("attack", {"smaller"}), ("defence", set())):
@@ -39,9 +36,9 @@ class Experiments(Family):
                 function = self.function(f"{kind}s", name)
                 if function == "none":
                     continue
-                if function not in self.signatures[kind]:
-                    raise self.wrong(f"{kind}s", name, "function", unknown(kind, function, self.signatures[kind]))
-                allowed = self.signatures[kind][function][1] | common
+                if function not in self.parameters[kind]:
+                    raise self.wrong(f"{kind}s", name, "function", unknown(kind, function, self.parameters[kind]))
+                allowed = self.parameters[kind][function] | common
                 for place, settings in layers(entry):
                     for parameter in settings:
                         if parameter not in allowed:
@@ -89,15 +86,11 @@ class Experiments(Family):
                 "settings": self.settings("defences", cell["defence"], cell),
                 "budget": {"name": cell["budget"], **self.settings("budgets", cell["budget"], cell)}}
 
-    def code(self, kind: str, name: str) -> Path | None:
-        """The file that defines an attack or a defence; None for clean training."""
-        return self.signatures[kind].get(self.function(f"{kind}s", name), (None,))[0]
-
     @functools.cache  # noqa: B019 (one object a run)
     def needs(self, name: str) -> str:
         """What an attack must be given beforehand, `data` or `clean_model`: read from its file, nothing is imported."""
-        file = self.code("attack", name)
-        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))) if file else ():
+        file = (self.code("attack", name) or "").rpartition(":")[0]
+        for node in ast.walk(ast.parse(Path(file).read_text(encoding="utf-8"))) if file else ():
             if isinstance(node, ast.AnnAssign) and getattr(node.target, "id", "") == "needs":
                 return node.value.value
         return ""

@@ -123,7 +123,7 @@ def purify(spec: Mapping, defence: Mapping, base: str | Path, victim: str | Path
     who, function, settings = identity(spec, "purified", defence), defence["function"], defence["settings"]
     inputs = [*(data[part] for part in stages.PARTS), Path(base) / "manifest.json"]
     inputs += [path for path in (Path(victim) / training.WEIGHTS,) if path.is_file()]
-    key = stages.fingerprint(*inputs, spec=spec, defence=defence)
+    key = stages.fingerprint("cupel.text.purification:purify", *inputs, spec=spec, defence=defence)
     with workspace(Path(outputs["metrics"]).parent, key) as work:
         try:
             past = read_json(before)

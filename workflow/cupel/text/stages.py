@@ -17,8 +17,8 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+from cupel.digest import code_digest
 from cupel.files import read_json, workspace, write_json
-from cupel.grid import code_digest
 from cupel.rng import derive
 from cupel.text import poison, sources
 from cupel.text.grid import RELEASED, triggered_items
@@ -104,10 +104,10 @@ def _publish(source: Path, destination: str | Path) -> None:
     os.replace(source, destination)
 
 
-def fingerprint(*files: str | Path, **settings) -> dict:
-    """What a cell is made of: settings, the code of this module and all it imports, small inputs by content."""
+def fingerprint(stage: str, *files: str | Path, **settings) -> dict:
+    """What a cell is made of: settings, the code of the stage (`<module>:<function>`), small inputs by content."""
     contents = {Path(path).name: hashlib.sha256(Path(path).read_bytes()).hexdigest() for path in files}
-    return {**settings, "code": code_digest(Path(__file__)), "inputs": contents}
+    return {**settings, "code": code_digest(stage), "inputs": contents}
 
 
 def opened(spec: Mapping) -> bool:
@@ -338,7 +338,8 @@ def train_victim(spec: Mapping, base: str | Path, data: Mapping[str, str | Path]
 
     started, spec = time.perf_counter(), settled(spec, device)
     who = identity(spec, "victim")
-    key = fingerprint(*(data[part] for part in PARTS), Path(base) / "manifest.json", spec=spec)
+    inputs = [*(data[part] for part in PARTS), Path(base) / "manifest.json"]
+    key = fingerprint("cupel.text.stages:train_victim", *inputs, spec=spec)
     with workspace(Path(outputs["metrics"]).parent, key) as work:
         try:
             summary = read_json(data["summary"])

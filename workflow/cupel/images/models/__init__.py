@@ -1,8 +1,9 @@
 """Image classifiers: one builder per architecture, one wrapper that takes pixels.
 
 ``build`` makes a :class:`Classifier` by name; ``save`` and ``load`` keep it in one safetensors file that carries all
-that is needed to build it again. An architecture of your own is one function and one line, ``MODELS["mine"] = mine``:
+that is needed to build it again. An architecture of your own is one function, here or in a plugin:
 
+    @model("mine")
     def mine(*, num_classes, in_channels, image_size) -> Parts: ...
 
 Of ``width``, ``stem_stride`` and ``pretrained`` a builder declares those it can honour; asking for another is an error.
@@ -11,18 +12,15 @@ Of ``width``, ``stem_stride`` and ``pretrained`` a builder declares those it can
 import contextlib
 import inspect
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 
 from cupel import checkpoint
 from cupel.checkpoint import NotACheckpoint, save
-from cupel.images.models import torchvision_zoo
 from cupel.images.models.attachments import attach
-from cupel.images.models.classifier import Classifier, Normalize, Parts
-from cupel.images.models.preact_resnet import preactresnet18
+from cupel.images.models.classifier import Classifier, Normalize, Parts, model
 from cupel.images.models.pretrained import WeightsUnavailable
-from cupel.images.models.resnet import resnet18, resnet50
 from cupel.registry import unknown
 
 __all__ = [
@@ -34,20 +32,12 @@ __all__ = [
     "WeightsUnavailable",
     "build",
     "load",
+    "model",
     "save",
 ]
 
-MODELS: dict[str, Callable[..., Parts]] = {
-    "resnet18": resnet18,
-    "preactresnet18": preactresnet18,
-    "resnet50": resnet50,
-    "densenet161": torchvision_zoo.densenet161,
-    "vgg19_bn": torchvision_zoo.vgg19_bn,
-    "efficientnet_b3": torchvision_zoo.efficientnet_b3,
-    "mobilenet_v3_large": torchvision_zoo.mobilenet_v3_large,
-    "swin_t": torchvision_zoo.swin_t,
-    "vit_b_16": torchvision_zoo.vit_b_16,
-}
+#: builders by name
+MODELS = model.fill()
 
 _DEFAULTS = {"width": 64, "stem_stride": 1, "pretrained": False}
 
@@ -101,7 +91,7 @@ def build(
     arguments = sizes | {key: value for key, value in options.items() if _takes(name, key)}
     for key in options.keys() - arguments.keys():
         if options[key] != _DEFAULTS[key]:
-            able = ", ".join(other for other in MODELS if _takes(other, key))
+            able = ", ".join(other for other in sorted(MODELS) if _takes(other, key))
             raise ValueError(f"model {name!r} cannot take {key}={options[key]!r}; these can: {able}")
 
     spec = {"name": name, **sizes, "mean": mean, "std": std, **options, "seed": seed}

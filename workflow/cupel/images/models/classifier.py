@@ -8,6 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cupel.registry import Registry
+
+#: the decorator of a builder; `cupel.images.models.MODELS` is the same registry, filled
+model = Registry("model", "cupel.images.models")
+
 
 @dataclass(frozen=True)
 class Parts:

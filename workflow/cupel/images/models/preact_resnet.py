@@ -5,7 +5,7 @@ from collections import OrderedDict
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cupel.images.models.classifier import Parts
+from cupel.images.models.classifier import Parts, model
 from cupel.images.models.resnet import residual_stages
 
 
@@ -31,6 +31,7 @@ class PreActBlock(nn.Module):
         return self.conv2(F.relu(self.bn2(self.conv1(active)))) + residual
 
 
+@model("preactresnet18")
 def preactresnet18(*, num_classes: int, in_channels: int, image_size: int, width: int, stem_stride: int) -> Parts:
     """PreActResNet-18: blocks 2-2-2-2, channels w, 2w, 4w, 8w; 11.2 M parameters at w = 64. The main net of IMS."""
     extractor = nn.Sequential(

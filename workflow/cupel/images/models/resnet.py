@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cupel.images.models import torchvision_zoo
-from cupel.images.models.classifier import Parts
+from cupel.images.models.classifier import Parts, model
 
 
 def _projection(inputs: int, outputs: int, stride: int) -> nn.Module:
@@ -101,6 +101,7 @@ def _cifar_resnet(
     return Parts(extractor, head, stages=("layer2", "layer3", "layer4"))
 
 
+@model("resnet18")
 def resnet18(*, num_classes: int, in_channels: int, image_size: int, width: int, stem_stride: int) -> Parts:
     """ResNet-18: blocks 2-2-2-2, channels w, 2w, 4w, 8w; 11.2 M parameters at w = 64. The CIFAR-10 net of FST."""
     return _cifar_resnet(
@@ -113,6 +114,7 @@ def resnet18(*, num_classes: int, in_channels: int, image_size: int, width: int,
     )
 
 
+@model("resnet50")
 def resnet50(*, num_classes: int, in_channels: int, image_size: int, pretrained: bool) -> Parts:
     """ResNet-50: blocks 3-4-6-3; CIFAR form below 128 pixels, torchvision's from there on."""
     if image_size >= torchvision_zoo.IMAGENET_FORM_FROM:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from cupel.compat import ensure_torchvision
-from cupel.images.models.classifier import Parts
+from cupel.images.models.classifier import Parts, model
 from cupel.images.models.pretrained import load_imagenet
 
 IMAGENET_FORM_FROM = 128
@@ -76,6 +76,7 @@ def resnet50(*, num_classes: int, in_channels: int, pretrained: bool) -> Parts:
     return Parts(extractor, head, stages=("layer2", "layer3", "layer4"))
 
 
+@model("densenet161")
 def densenet161(*, num_classes: int, in_channels: int, image_size: int, pretrained: bool) -> Parts:
     """DenseNet-161 (Huang et al., 2017); below 128 pixels with a 3x3 stem of stride 1 and no max-pooling."""
     cifar_form = image_size < IMAGENET_FORM_FROM
@@ -89,6 +90,7 @@ def densenet161(*, num_classes: int, in_channels: int, image_size: int, pretrain
     return Parts(extractor, head, stages=("relu",))
 
 
+@model("vgg19_bn")
 def vgg19_bn(*, num_classes: int, in_channels: int, image_size: int, pretrained: bool) -> Parts:
     """VGG-19 with BatchNorm (Simonyan & Zisserman, 2015); the classifier part has three linear layers."""
     if image_size < 32:
@@ -97,18 +99,21 @@ def vgg19_bn(*, num_classes: int, in_channels: int, image_size: int, pretrained:
     return Parts(_without_head(net), head, stages=("features",), hidden_linears=("classifier.0", "classifier.3"))
 
 
+@model("efficientnet_b3")
 def efficientnet_b3(*, num_classes: int, in_channels: int, image_size: int, pretrained: bool) -> Parts:
     """EfficientNet-B3 (Tan & Le, 2019); the features end with its dropout."""
     net, head = _network("efficientnet_b3", num_classes, in_channels, pretrained)
     return Parts(_without_head(net), head, stages=("features",))
 
 
+@model("mobilenet_v3_large")
 def mobilenet_v3_large(*, num_classes: int, in_channels: int, image_size: int, pretrained: bool) -> Parts:
     """MobileNetV3-Large (Howard et al., 2019); the classifier part has two linear layers."""
     net, head = _network("mobilenet_v3_large", num_classes, in_channels, pretrained)
     return Parts(_without_head(net), head, stages=("features",), hidden_linears=("classifier.0",))
 
 
+@model("swin_t")
 def swin_t(*, num_classes: int, in_channels: int, image_size: int, pretrained: bool) -> Parts:
     """Swin-T (Liu et al., 2021) at 224 pixels; its feature map is taken where it is channels-first."""
     net, head = _network("swin_t", num_classes, in_channels, pretrained)
@@ -143,6 +148,7 @@ class VisionTransformer(nn.Module):
         return tokens[:, 0]
 
 
+@model("vit_b_16")
 def vit_b_16(*, num_classes: int, in_channels: int, image_size: int, pretrained: bool) -> Parts:
     """ViT-B/16 (Dosovitskiy et al., 2021) at 224 pixels; its blocks are ``extractor.encoder.layers``."""
     net, head = _network("vit_b_16", num_classes, in_channels, pretrained)
