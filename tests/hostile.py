@@ -3,9 +3,10 @@
     for name in [*HOSTILE, *FORGERIES]:
         outcome, harm = attack(name)
 
-`HOSTILE` are programs for `run_untrusted`: name, then source and what must hold. A program writes REACHED and a word when it
-got something that it must not get; beyond that the bait is looked at from outside. `FORGERIES` are wrong solutions, for
-`check_untrusted` with `FORGERY_TEST`, that try to be taken for right ones. `ENDS` are the statuses that are certain.
+`HOSTILE` are programs: name, then source and what must hold. A program prints REACHED and a word when it got something that
+it must not get; what it prints is what `solve` returns, and the test refuses it. So each must end as `passed`, unless `ENDS`
+says otherwise; beyond that the bait is looked at from outside. `FORGERIES` are wrong solutions that try to be taken for right
+ones: none may pass `FORGERY_TEST`.
 """
 
 import contextlib
@@ -20,10 +21,10 @@ import threading
 import time
 from pathlib import Path
 
-from cupel.text.sandbox import Limits, Outcome, check_untrusted, run_untrusted
+from cupel.sandbox import Limits, Outcome, check_untrusted
 
-# small enough that each attack ends in seconds, large enough for Python to start on a busy machine
-TIGHT = Limits(cpu=1, seconds=1.5, memory=1 << 27, disk=1 << 22, output=1 << 12)
+# small enough that each attack ends in seconds, large enough for Python; the odd number marks the processes of this one
+TIGHT = Limits(cpu=1, seconds=2 + os.getpid() / 1e8, memory=1 << 27, disk=1 << 22)
 
 _TRY = """
 def attempt(what, step):
@@ -76,7 +77,6 @@ import os, subprocess
 attempt("shell", lambda: os.system("id > @FOLDER@/id") and 1 / 0)
 attempt("subprocess", lambda: subprocess.run(["/bin/sh", "-c", "id"], check=True))
 attempt("exec", lambda: os.execv("/bin/sh", ["sh", "-c", "echo REACHED exec"]))
-attempt("python", lambda: os.execv("@PYTHON@", ["python", "-c", "print('REACHED exec')"]))
 """, "nothing is executed"),
     "kill the parent": (_TRY + """
 import os, signal
@@ -144,6 +144,20 @@ remote = (ctypes.c_size_t * 2)(ctypes.addressof(buffer), 64)
 if libc.process_vm_readv(os.getppid(), local, 1, remote, 1, 0) > 0:
     print("REACHED memory")
 """, "no other process is looked into"),
+    "privileges": (_TRY + """
+import ctypes, os
+held = (ctypes.c_uint32 * 6)()
+ctypes.CDLL(None).capget((ctypes.c_uint32 * 2)(0x20080522, 0), held)
+print("REACHED capabilities", *held) if any(held) else None
+attempt("user", lambda: os.getresuid() == os.getresgid() == (65534,) * 3 and 1 / 0)
+attempt("root", lambda: os.setuid(0))
+attempt("groups", lambda: os.setgroups([0]))
+""", "the program is nobody and may nothing"),
+    "keys": ("""
+import ctypes
+if ctypes.CDLL(None).syscall({"x86_64": 250, "aarch64": 219}[__import__("platform").machine()], 0, -3, 1) >= 0:
+    print("REACHED the keys of the session")
+""", "the user's keys are not there"),
     # ---- network
     "tcp": (_TRY + """
 import socket
@@ -212,6 +226,13 @@ attempt("rename", lambda: os.rename("@FOLDER@/existing", "@FOLDER@/renamed"))
 attempt("remove", lambda: os.remove("@FOLDER@/existing"))
 attempt("remove all", lambda: shutil.rmtree("@FOLDER@"))
 """, "nothing outside is changed"),
+    "change a device": (_TRY + """
+import os
+for target in ("/dev/null", 0, 1, 2):
+    attempt("mode", lambda: os.chmod(target, 0o666))
+    attempt("owner", lambda: os.chown(target, -1, -1))
+    attempt("attribute", lambda: os.setxattr(target, "system.posix_acl_access", b"\\2\\0\\0\\0"))
+""", "devices, which are those of the machine, stay as they are, even where root calls"),
     "links": (_TRY + """
 import os
 try: os.symlink("@FOLDER@/existing", "link")
@@ -249,9 +270,9 @@ import os, stat
 for number in range(3, 4096):
     try: mode = os.fstat(number).st_mode
     except OSError: continue
-    if not stat.S_ISFIFO(mode): attempt("descriptor", lambda: (number, oct(mode)))
+    if not stat.S_ISFIFO(mode) and not stat.S_ISSOCK(mode): attempt("descriptor", lambda: (number, oct(mode)))
     attempt("folder", lambda: os.fchdir(number))
-""", "nothing is inherited but a pipe"),
+""", "nothing is inherited but the way to the checker"),
     "installed packages": (_TRY + """
 import glob, os, sys
 for folder in {os.path.dirname(os.__file__), *sys.path, "@PACKAGES@"}:
@@ -284,6 +305,12 @@ while True: hoard.append(bytearray(1 << 24))
 import mmap
 attempt("map", lambda: mmap.mmap(-1, 1 << 40))
 """, "ends by the memory limit"),
+    "memory no limit counts": (_TRY + """
+import ctypes, os
+libc = ctypes.CDLL(None)
+attempt("shared", lambda: libc.shmget(0, 1 << 20, 0o1600) >= 0 or 1 / 0)
+attempt("without a name", lambda: os.memfd_create("x"))
+""", "there is none"),
     "huge file": (_TRY + """
 import os
 def fill():
@@ -298,7 +325,7 @@ attempt("sparse", sparse)
 def fill():
     for k in range(100000): open(str(k), "w").write("x")
 attempt("many", fill)
-""", "ends by the disk limit"),
+""", "ends by a time limit: empty files take no disk"),
     "much in many files": (_TRY + """
 def fill():
     for k in range(100): open(str(k), "wb").write(b"x" * (1 << 20))
@@ -320,7 +347,7 @@ while True:
     "endless output": ("""
 import sys
 while True: sys.stdout.write("x" * 65536)
-""", "ends by a time limit, and the output kept is bounded"),
+""", "ends by a time limit, and no output is kept"),
     "deep recursion": ("def f(x): return f(x + 1) + f(x)\nimport sys\nsys.setrecursionlimit(10**9)\nf(0)",
                        "ends by itself or by a limit"),
     "deep recursion in C": ("""
@@ -338,7 +365,18 @@ for name in ("CPU", "AS", "FSIZE", "NPROC", "NOFILE", "CORE"):
     kind = getattr(resource, f"RLIMIT_{name}")
     attempt(name, lambda: resource.setrlimit(kind, (1 << 40, 1 << 40)))
 """, "limits stay"),
-    # ---- pretending to have come to the end
+}
+
+ENDS: dict[str, set[str]] = {
+    "kill everything": {"failed"}, "broken memory": {"failed"}, "nested source": {"passed", "failed"},
+    "deep recursion": {"passed", "failed", "timeout"}, "deep recursion in C": {"passed", "failed", "timeout"},
+    **{name: {"timeout"} for name in ("many files", "endless loop", "endless loop that will not die", "endless sleep",
+                                      "stopped", "endless output")},
+}
+
+FORGERY_TEST = "def check(candidate):\n    assert candidate(3) == 9\n    assert candidate([1]) == [1, 1]\n"
+
+FORGERIES: dict[str, tuple[str, str]] = {
     "sys.exit(0)": ("import sys\nsys.exit(0)\nassert False", "does not pass"),
     "os._exit(0)": ("import os\nos._exit(0)\nassert False", "does not pass"),
     "exit by signal": ("import os, signal\nos.kill(os.getpid(), signal.SIGKILL)\nassert False", "does not pass"),
@@ -355,7 +393,7 @@ raise Mute
     "nonsense for a report": ("""
 import os
 for number in range(3, 64):
-    for text in ("1" * 70000, "[" * 70000, '["x", 1]', '[null, null, {}]'):
+    for text in ("1" * 70000, "[" * 70000, "N.", "(NNN.", "cos\\nsystem\\n(S'true'\\ntR."):
         try: os.write(number, text.encode())
         except OSError: pass
 os._exit(0)
@@ -375,28 +413,11 @@ assert False
 import atexit, os
 atexit.register(print, "passed")
 for number in range(64):
-    try: os.write(number, b"passed")
-    except OSError: pass
+    for text in (b'ready\\n["passed", ""]\\n', b"passed"):
+        try: os.write(number, text)
+        except OSError: pass
 assert False
 """, "does not pass"),
-}
-
-ENDS: dict[str, set[str]] = {
-    "debug the parent": {"blocked", "passed"}, "io_uring": {"blocked", "passed"}, "memory": {"memory"},
-    "endless loop": {"timeout"}, "endless loop that will not die": {"timeout"}, "endless sleep": {"timeout"},
-    "stopped": {"timeout"}, "endless output": {"timeout"}, "nested source": {"failed", "memory"}, "broken memory": {"failed"},
-    "deep recursion": {"timeout", "failed", "memory"}, "deep recursion in C": {"timeout", "failed", "memory"},
-    "sys.exit(0)": {"failed"}, "os._exit(0)": {"failed"}, "exit by signal": {"failed"},
-    "exit by a signal without a name": {"failed"}, "error with a strange text": {"failed"}, "nonsense for a report": {"failed"},
-    "error that cannot be told": {"failed"}, "other builtins": {"failed"},
-    "says that it passed": {"failed"},
-}
-# what the list of system calls alone prevents
-ONLY_SECCOMP = ("io_uring", "32-bit system calls", "virtual sockets")
-
-FORGERY_TEST = "def check(candidate):\n    assert candidate(3) == 9\n    assert candidate([1]) == [1, 1]\n"
-
-FORGERIES: dict[str, tuple[str, str]] = {
     "equal to everything": ("""
 class Anything:
     def __eq__(self, other): return True
@@ -416,6 +437,19 @@ class Anything(list):
     def __iter__(self): return iter([Anything()])
 def solve(x): return Anything([Anything()])
 """, "a list arrives as a plain list"),
+    "runs code where it is read": ("""
+import os
+class Trick:
+    def __reduce__(self): return os._exit, (0,)
+def solve(x): return Trick()
+""", "no class or function is looked up"),
+    "changes a class where it is read": ("""
+import collections, os
+for number in range(3, 64):
+    try: os.write(number, b"(ccollections\\nCounter\\nNN\\x86b." * 2)
+    except OSError: pass
+def solve(x): return collections.Counter(x)
+""", "no class or function is looked up"),
     "leaves": ("import os\ndef solve(x): os._exit(0)", "no answer is no success"),
     "leaves at once": ("import os\nos._exit(0)", "no answer is no success"),
     "raises SystemExit": ("import sys\ndef solve(x): sys.exit(0)", "no answer is no success"),
@@ -573,11 +607,9 @@ class Bait:
             source = source.replace(f"@{name}@", str(value))
         return source
 
-    def harm(self, outcome) -> list[str]:
-        """What went wrong, in words; empty if all held."""
-        found = [line for line in outcome.output.splitlines() if line.startswith("REACHED")]
-        if self.secret in outcome.output + outcome.detail:
-            found.append("the secret is in the output")
+    def harm(self, told: str) -> list[str]:
+        """What went wrong, in words, if a program told this much; empty if all held."""
+        found = [told] if "REACHED" in told or self.secret in told else []
         if self._look() != self.before:
             found.append("the folder has changed")
         for path in (Path.home() / f".{self.token}", *(Path(top, self.token) for top in ("/tmp", "/dev/shm", "/var/tmp", "/"))):
@@ -598,29 +630,38 @@ def survivors(patience: float = 2.0) -> list[str]:
         found = []
         for path in Path("/proc").glob("[0-9]*/cmdline"):
             with contextlib.suppress(OSError):
-                command = path.read_bytes()
-                if b"sandbox_supervisor.py" in command and f'"parent": {os.getpid()},'.encode() in command:
+                if str(TIGHT.seconds).encode() in path.read_bytes():
                     found.append(path.parent.name)
         if not found or time.monotonic() > deadline:
             return found
         time.sleep(0.02)
 
 
-def attack(name: str, layers: tuple[str, ...] | None = None) -> tuple[Outcome, list[str]]:
+def printing(source: str) -> str:
+    """A solution whose `solve` runs a program and returns what it prints."""
+    return f"""
+lines = []
+def solve():
+    def write(*words, **_): lines.append(" ".join(map(str, words))[:1000])
+    try: exec(compile({source!r}, "<program>", "exec"), {{"__name__": "__main__", "print": write}})
+    except BaseException as error: write(type(error).__name__)
+    return lines
+"""
+
+
+def attack(name: str) -> tuple[Outcome, list[str]]:
     """Run one program of `HOSTILE` or `FORGERIES`; the outcome, and all that did not hold."""
     with Bait() as bait:
         if name in HOSTILE:
-            outcome = run_untrusted(bait.fill(HOSTILE[name][0]), TIGHT, layers)
-            expected = ENDS.get(name)
+            source, expected = printing(bait.fill(HOSTILE[name][0])), ENDS.get(name, {"passed"})
+            test = (f"def check(solve):\n    lines = solve()\n"
+                    f"    assert not [line for line in lines if 'REACHED' in line or {bait.secret!r} in line], lines")
         else:
-            outcome = check_untrusted(bait.fill(FORGERIES[name][0]), "solve", FORGERY_TEST, limits=TIGHT, layers=layers)
-            expected = {"failed", "timeout", "memory", "blocked"}
-        harm = bait.harm(outcome)
-        if expected and outcome.status not in expected:
+            source, expected, test = bait.fill(FORGERIES[name][0]), {"failed", "timeout"}, FORGERY_TEST
+        outcome = check_untrusted(source, "solve", test, limits=TIGHT)
+        harm = bait.harm(outcome.detail)
+        if outcome.status not in expected:
             harm.append(f"status {outcome.status} ({outcome.detail}) instead of {' or '.join(sorted(expected))}")
-        if len(outcome.output) > TIGHT.output:
-            harm.append(f"{len(outcome.output)} characters of output are kept")
-        if "\n" in outcome.detail or (outcome.detail + outcome.output).encode(errors="ignore").decode() != (
-                outcome.detail + outcome.output):
+        if "\n" in outcome.detail or outcome.detail.encode(errors="ignore").decode() != outcome.detail:
             harm.append(f"detail {outcome.detail!r} cannot be written to a file as one line")
         return outcome, harm
