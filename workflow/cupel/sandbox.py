@@ -20,13 +20,13 @@ import shutil
 import signal
 import socket
 import struct
-import subprocess
 import sys
 import sysconfig
 import tempfile
 import traceback
 import types
 from dataclasses import dataclass
+from subprocess import DEVNULL, PIPE, Popen, TimeoutExpired
 
 STATUSES = ("passed", "failed", "timeout")
 FOLDER = "/cupel-sandbox"  # where programs work, inside
@@ -53,7 +53,6 @@ class Limits:
     seconds: float = 30.0  # by the clock, from the moment both sandboxes stand: for programs that sleep
     memory: int = 1 << 30  # bytes of address space
     disk: int = 16 << 20  # bytes of the working folder, which is in memory
-    files: int = 64  # open at once
 
 
 @dataclass(frozen=True)
@@ -126,10 +125,9 @@ def _check(program: str, task: tuple[str, str, str, str], limits: Limits) -> Out
     with contextlib.ExitStack() as running:
         left, right = socket.socketpair()
         with left, right:
-            solution = _start(running, program, limits, stdin=left, stdout=left, stderr=subprocess.DEVNULL)
-            checker = _start(running, program, limits, right, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                             stderr=subprocess.PIPE)
-        with contextlib.suppress(subprocess.TimeoutExpired):
+            solution = _start(running, program, limits, stdin=left, stdout=left, stderr=DEVNULL)
+            checker = _start(running, program, limits, (right.fileno(),), stdin=PIPE, stdout=PIPE, stderr=PIPE)
+        with contextlib.suppress(TimeoutExpired):
             output, errors = checker.communicate(pickle.dumps(task), limits.seconds + START)
             lines = output.splitlines()
             solution.wait(1)  # its own end may tell why there is no verdict
@@ -144,21 +142,19 @@ def _check(program: str, task: tuple[str, str, str, str], limits: Limits) -> Out
     return Outcome("timeout", late[cause]) if cause in late else Outcome("failed", f"ended without an answer: {cause}")
 
 
-def _start(running: contextlib.ExitStack, program: str, limits: Limits, channel: socket.socket | None = None,
-           **streams) -> subprocess.Popen:
-    """Start this file in a sandbox, as the checker if it is given a channel. It ends, with all within, with `running`."""
+def _start(running: contextlib.ExitStack, program: str, limits: Limits, handles: tuple[int, ...] = (), **streams) -> Popen:
+    """Start this file in a sandbox, as the checker if it is given a handle. It ends, with all within, with `running`."""
     python, library = os.path.realpath(sys.executable), os.path.dirname(sysconfig.get_path("stdlib"))
     folders = sorted({"/lib", "/lib64", "/usr/lib", "/usr/lib64", library})
     # installed packages are covered: one may well hold the answers of a benchmark
     packages = [path for folder in folders for path in glob.glob(f"{folder}/python*/*-packages")]
     environment = {"HOME": FOLDER, "TMPDIR": FOLDER, "PYTHONHASHSEED": "0", "LD_LIBRARY_PATH": library}
-    handles = [channel.fileno()] if channel else []
     with tempfile.TemporaryFile() as rules:
         rules.write(_filter(platform.machine()))
         rules.seek(0)
         command = [
             "prlimit", f"--cpu={limits.cpu}:{limits.cpu + 1}", f"--as={limits.memory}", f"--fsize={limits.disk}",
-            f"--nofile={limits.files}", "--core=0",
+            "--nofile=64", "--core=0",
             program, "--unshare-all", "--unshare-user", "--uid", "65534", "--gid", "65534", "--cap-drop", "ALL",
             "--die-with-parent", "--new-session", "--seccomp", str(rules.fileno()),
             *(word for path in [*folders, python, "/etc/ld.so.cache"] for word in ("--ro-bind-try", path, path)),
@@ -168,7 +164,7 @@ def _start(running: contextlib.ExitStack, program: str, limits: Limits, channel:
             *(word for item in environment.items() for word in ("--setenv", *item)),
             python, "-P", "-s", "-S", "-B", "-X", "utf8", f"{FOLDER}.py", str(limits.seconds), *map(str, handles)]
         try:
-            process = subprocess.Popen(command, env={}, pass_fds=[rules.fileno(), *handles], **streams)
+            process = Popen(command, env={}, pass_fds=[rules.fileno(), *handles], **streams)
         except OSError as error:
             raise SandboxError(str(error)) from None
     running.callback(process.wait)
@@ -266,8 +262,10 @@ def _be_checker(task: tuple[str, str, str, str], verdict, answers, ask, seconds:
 
     try:
         candidate(source, entry_point)
-        names = _run(setup, "checker") | {entry_point: candidate}
-        _run(test, "checker", names)["check"](candidate)
+        names = _run(setup, "checker")
+        names[entry_point] = candidate
+        exec(compile(test, "<test>", "exec"), names)
+        names["check"](candidate)
         found = "passed", ""
     except BaseException as error:
         found = "failed", str(error) if isinstance(error, SolutionError) else _told(error)
@@ -275,10 +273,9 @@ def _be_checker(task: tuple[str, str, str, str], verdict, answers, ask, seconds:
     os._exit(0)
 
 
-def _run(source: str, name: str, names: dict | None = None) -> dict:
-    """Run source as the module `name`, in which `names` are known already; returns all its names."""
+def _run(source: str, name: str) -> dict:
+    """Run source as the module `name`; returns its names."""
     sys.modules[name] = module = types.ModuleType(name)
-    module.__dict__.update(names or {})
     exec(compile(source, f"<{name}>", "exec"), module.__dict__)
     return module.__dict__
 
