@@ -218,7 +218,7 @@ for number in range(3, 4096):
     attempt("folder", lambda: os.fchdir(number))
 """, "nothing is inherited but the way to the checker"),
     "installed packages": ("""
-for folder in {os.path.dirname(os.__file__), "/usr/lib/python3", *sys.path}:
+for folder in {os.path.dirname(os.__file__), "/lib/python3", "/usr/lib/python3", *sys.path}:
     attempt("package", lambda: glob.glob(f"{folder}/*-packages/*"))
 attempt("package", lambda: glob.glob("@PACKAGES@/*"))
 """, "packages, one of which may hold the answers, are not there"),

@@ -132,7 +132,7 @@ def _check(program: str, task: tuple[str, str, str, str], limits: Limits) -> Out
             lines = output.splitlines()
             solution.wait(1)  # its own end may tell why there is no verdict
     if not lines:
-        raise SandboxError(errors.decode(errors="replace").strip() or "the sandbox did not stand in time")
+        raise SandboxError(errors.decode(errors="replace").strip() or "the sandbox did not stand, or not in time")
     if len(lines) > 1:
         status, detail = json.loads(lines[1])
         return Outcome(status, " ".join(detail.encode(errors="replace").decode().split())[:1000])
@@ -148,7 +148,8 @@ def _start(running: contextlib.ExitStack, program: str, limits: Limits, handles:
     folders = sorted({"/lib", "/lib64", "/usr/lib", "/usr/lib64", library})
     # installed packages are covered: one may well hold the answers of a benchmark
     packages = [path for folder in folders for path in glob.glob(f"{folder}/python*/*-packages")]
-    environment = {"HOME": FOLDER, "TMPDIR": FOLDER, "PYTHONHASHSEED": "0", "LD_LIBRARY_PATH": library}
+    environment = {"HOME": FOLDER, "TMPDIR": FOLDER, "PYTHONHASHSEED": "0", "PYTHONHOME": sys.base_prefix,
+                   "LD_LIBRARY_PATH": library}
     with tempfile.TemporaryFile() as rules:
         rules.write(_filter(platform.machine()))
         rules.seek(0)
