@@ -155,9 +155,8 @@ def _start(running: contextlib.ExitStack, program: str, limits: Limits, handles:
         rules.seek(0)
         command = [
             "prlimit", f"--cpu={limits.cpu}:{limits.cpu + 1}", f"--as={limits.memory}", f"--fsize={limits.disk}",
-            "--nofile=64", "--core=0",
-            program, "--unshare-all", "--unshare-user", "--uid", "65534", "--gid", "65534", "--cap-drop", "ALL",
-            "--die-with-parent", "--new-session", "--seccomp", str(rules.fileno()),
+            "--nofile=64", "--core=0", program, "--unshare-all", "--unshare-user", "--uid", "65534", "--gid", "65534",
+            "--cap-drop", "ALL", "--die-with-parent", "--new-session", "--seccomp", str(rules.fileno()),
             *(word for path in [*folders, python, "/etc/ld.so.cache"] for word in ("--ro-bind-try", path, path)),
             *(word for path in packages for word in ("--tmpfs", path, "--remount-ro", path)),
             "--dev-bind", "/dev/null", "/dev/null", "--ro-bind", os.path.abspath(__file__), f"{FOLDER}.py",
@@ -219,11 +218,11 @@ def _be_solution(calls, answers) -> None:
     while calls.peek(1):
         arguments, names = pickle.load(calls)
         try:
-            if function:
-                answer = pickle.dumps((_plain(function(*arguments, **names)), ""))
+            if function is None:
+                function, value = _run(arguments[0], "solution")[arguments[1]], None
             else:
-                function = _run(arguments[0], "solution")[arguments[1]]
-                answer = pickle.dumps((None, ""))
+                value = _plain(function(*arguments, **names))
+            answer = pickle.dumps((value, ""))
         except Exception as error:
             answer = pickle.dumps((None, _told(error)))
         answers.write(answer)
@@ -282,6 +281,7 @@ def _run(source: str, name: str) -> dict:
 
 
 def _told(error: BaseException) -> str:
+    """Kind and text of an error in one line, even where it cannot be turned into text."""
     return " ".join(traceback.format_exception_only(error)[-1][:500].split())
 
 
