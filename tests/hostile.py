@@ -3,9 +3,10 @@
     for name in [*HOSTILE, *FORGERIES]:
         outcome, harm = attack(name)
 
-`HOSTILE` are programs for `run_untrusted`: name, then source and what must hold. A program writes REACHED and a word when it
-got something that it must not get; beyond that the bait is looked at from outside. `FORGERIES` are wrong solutions, for
-`check_untrusted` with `FORGERY_TEST`, that try to be taken for right ones. `ENDS` are the statuses that are certain.
+`HOSTILE` are programs: name, then source and what must hold. A program prints REACHED and a word when it got something that
+it must not get, mostly by way of `attempt`; what it prints is what `solve` returns, and the test refuses it. So each must end
+as `passed`, unless `ENDS` says otherwise; beyond that the bait is looked at from outside. `FORGERIES` are wrong solutions
+that try to be taken for right ones: none may pass `FORGERY_TEST`.
 """
 
 import contextlib
@@ -20,25 +21,28 @@ import threading
 import time
 from pathlib import Path
 
-from cupel.text.sandbox import Limits, Outcome, check_untrusted, run_untrusted
+from cupel.sandbox import Limits, Outcome, check_untrusted
 
-# small enough that each attack ends in seconds, large enough for Python to start on a busy machine
-TIGHT = Limits(cpu=1, seconds=1.5, memory=1 << 27, disk=1 << 22, output=1 << 12)
+# small enough that each attack ends in seconds, large enough for Python; the odd number marks the processes of this one
+TIGHT = Limits(cpu=1, seconds=2 + os.getpid() / 1e8, memory=1 << 27, disk=1 << 22)
 
-_TRY = """
+HARNESS = """
+import ctypes, fcntl, glob, mmap, os, platform, resource, shutil, signal, socket, stat, subprocess, sys, threading, time
+lines, libc = [], ctypes.CDLL(None, use_errno=True)
+def write(*words, **_): lines.append(" ".join(map(str, words))[:1000])
 def attempt(what, step):
-    try:
-        result = step()
-    except BaseException as error:
-        print(what, type(error).__name__)
-    else:
-        print("REACHED", what, repr(result)[:200])
+    try: result = step()
+    except BaseException: return
+    if not (result is False or result == -1 or result == []): write("REACHED", what, repr(result)[:200])
+def solve():
+    try: exec(compile(@SOURCE@, "<program>", "exec"), {**globals(), "__name__": "__main__", "print": write})
+    except BaseException as error: write(type(error).__name__)
+    return lines
 """
 
 HOSTILE: dict[str, tuple[str, str]] = {
     # ---- processes
     "fork bomb": ("""
-import os
 made = 0
 while True:
     try:
@@ -52,16 +56,10 @@ while True:
 print("REACHED", made, "children") if made else None
 """, "no process is made"),
     "thread bomb": ("""
-import threading, time
-made = 0
-while made < 200:
-    try: threading.Thread(target=time.sleep, args=(60,), daemon=True).start()
-    except RuntimeError: break
-    made += 1
-print("REACHED", made, "threads") if made else None
+for _ in range(200):
+    attempt("thread", threading.Thread(target=time.sleep, args=(60,), daemon=True).start)
 """, "no thread is made"),
     "daemon by double fork": ("""
-import os, time
 if os.fork() == 0:
     os.setsid()
     if os.fork() == 0:
@@ -71,24 +69,19 @@ if os.fork() == 0:
     os._exit(0)
 print("REACHED a child")
 """, "no process outlives the program"),
-    "another program": (_TRY + """
-import os, subprocess
-attempt("shell", lambda: os.system("id > @FOLDER@/id") and 1 / 0)
+    "another program": ("""
+attempt("shell", lambda: os.system("id > @FOLDER@/id") == 0)
 attempt("subprocess", lambda: subprocess.run(["/bin/sh", "-c", "id"], check=True))
-attempt("exec", lambda: os.execv("/bin/sh", ["sh", "-c", "echo REACHED exec"]))
-attempt("python", lambda: os.execv("@PYTHON@", ["python", "-c", "print('REACHED exec')"]))
+attempt("spawn", lambda: os.posix_spawn("@PYTHON@", ["python", "-c", ""], {}))
+attempt("exec", lambda: os.execv("/bin/sh", ["sh", "-c", "echo exec"]))
 """, "nothing is executed"),
-    "kill the parent": (_TRY + """
-import os, signal
-for pid in (os.getppid(), @PARENT@):
-    try: os.kill(pid, 0)
-    except OSError: continue
-    attempt("parent", lambda: os.kill(pid, signal.SIGKILL) if pid > 1 else 1 / 0)
+    "kill the parent": ("""
+for pid in (os.getppid(), @PARENT@, @VICTIM@):
+    if pid > 1: attempt("parent", lambda: os.kill(pid, signal.SIGKILL))
 try: os.kill(os.getppid(), signal.SIGKILL)
 except OSError: pass
 """, "the parent lives, and the outcome comes"),
-    "kill everything": (_TRY + """
-import os, signal
+    "kill everything": ("""
 try:
     os.kill(@VICTIM@, 0)
 except OSError:
@@ -99,14 +92,12 @@ else:
     print("REACHED a process of the user")
 """, "no other process is signalled"),
     "stop the parent": ("""
-import os, signal
 try:
     os.kill(os.getppid(), signal.SIGSTOP)
     os.killpg(os.getpgid(os.getppid()), signal.SIGSTOP)
 except OSError: pass
 """, "the outcome comes in time"),
     "signal by way of a pipe": ("""
-import fcntl, os
 r, w = os.pipe()
 try:
     os.kill(@VICTIM@, 0)
@@ -118,174 +109,130 @@ except OSError:
         os.write(w, b"x")
     except OSError: pass
 """, "the parent lives"),
-    "starve the parent": (_TRY + """
-import os, resource
+    "other processes": ("""
+buffer = ctypes.create_string_buffer(64)
+vector = (ctypes.c_size_t * 2)(ctypes.addressof(buffer), 64)
 for pid in (os.getppid(), @PARENT@, @VICTIM@):
     if pid > 1:
         attempt("limits", lambda: resource.prlimit(pid, resource.RLIMIT_CPU, (0, 0)))
         attempt("priority", lambda: os.setpriority(os.PRIO_PROCESS, pid, 19))
         attempt("affinity", lambda: os.sched_setaffinity(pid, {0}))
-""", "no limit of another process changes"),
-    "debug the parent": (_TRY + """
-import ctypes, os
-libc = ctypes.CDLL(None, use_errno=True)
-for pid in (os.getppid(), @PARENT@, @VICTIM@):
     attempt("memory file", lambda: open(f"/proc/{pid}/mem", "r+b"))
     attempt("environment", lambda: open(f"/proc/{pid}/environ", "rb").read())
     attempt("descriptors", lambda: os.listdir(f"/proc/{pid}/fd"))
-    attempt("ptrace", lambda: libc.ptrace(16, pid, None, None) == 0 or 1 / 0)
-""", "no other process is looked into"),
-    "read the parent's memory": ("""
-import ctypes, os
-libc = ctypes.CDLL(None)
-buffer = ctypes.create_string_buffer(64)
-local = (ctypes.c_size_t * 2)(ctypes.addressof(buffer), 64)
-remote = (ctypes.c_size_t * 2)(ctypes.addressof(buffer), 64)
-if libc.process_vm_readv(os.getppid(), local, 1, remote, 1, 0) > 0:
-    print("REACHED memory")
-""", "no other process is looked into"),
+    attempt("debugging", lambda: libc.ptrace(16, pid, None, None))
+    attempt("memory", lambda: libc.process_vm_readv(pid, vector, 1, vector, 1, 0))
+""", "no other process is looked into or changed"),
+    # ---- the kernel
+    "privileges": ("""
+held = (ctypes.c_uint32 * 6)()
+attempt("capabilities", lambda: libc.capget((ctypes.c_uint32 * 2)(0x20080522, 0), held) or any(held))
+attempt("user", lambda: os.getresuid() + os.getresgid() != (65534,) * 6)
+attempt("root", lambda: os.setuid(0))
+attempt("groups", lambda: os.setgroups([0]))
+""", "the program is nobody and may nothing"),
+    "namespaces": ("""
+attempt("namespaces", lambda: libc.unshare(0x10000000 | 0x20000))
+attempt("mount", lambda: libc.mount(b"none", b"/", b"tmpfs", 32, None))
+attempt("root", lambda: os.chroot("."))
+for _ in range(50): os.chdir("..")
+attempt("secret", lambda: open("." + "@FOLDER@/secret").read())
+""", "there is no way back to the machine's files"),
+    "interfaces of the kernel": ("""
+keyctl, bpf = {"x86_64": (250, 321), "aarch64": (219, 280)}[platform.machine()]
+attempt("keys of the session", lambda: libc.syscall(keyctl, 0, -3, 1))
+attempt("io_uring", lambda: libc.syscall(425, 4, ctypes.create_string_buffer(120)))
+attempt("bpf", lambda: libc.syscall(bpf, 0, ctypes.create_string_buffer(120), 120))
+""", "not at hand"),
+    "32-bit system calls": ("""
+if platform.machine() == "x86_64":
+    page = mmap.mmap(-1, 4096, prot=7)
+    page.write(bytes.fromhex("53b814000000cd805bc3"))  # getpid by int 0x80, the entry for i386
+    attempt("the other table", ctypes.CFUNCTYPE(ctypes.c_int)(ctypes.addressof(ctypes.c_char.from_buffer(page))))
+""", "no way around the list of system calls"),
     # ---- network
-    "tcp": (_TRY + """
-import socket
+    "network": ("""
+stream, datagram = socket.SOCK_STREAM, socket.SOCK_DGRAM
 attempt("loopback", lambda: socket.create_connection(("127.0.0.1", @TCP@), 2).send(b"hello"))
 attempt("ipv6", lambda: socket.create_connection(("::1", @TCP@), 2))
-""", "no connection"),
-    "udp": (_TRY + """
-import socket
-attempt("datagram", lambda: socket.socket(socket.AF_INET, socket.SOCK_DGRAM).sendto(b"hello", ("127.0.0.1", @UDP@)))
-""", "no datagram"),
-    "http": ("""
-import urllib.request
-print("REACHED", urllib.request.urlopen("http://127.0.0.1:@TCP@/", timeout=2).status)
-""", "no connection"),
-    "names": (_TRY + """
-import socket
+attempt("datagram", lambda: socket.socket(socket.AF_INET, datagram).sendto(b"hello", ("127.0.0.1", @UDP@)))
 attempt("names", lambda: socket.getaddrinfo("example.org", 80))
-attempt("resolver", lambda: socket.socket(socket.AF_INET, socket.SOCK_DGRAM).sendto(b"?", ("127.0.0.53", 53)))
-""", "no name is resolved"),
-    "unix sockets": (_TRY + """
-import socket
+attempt("http", lambda: __import__("urllib.request").request.urlopen("http://127.0.0.1:@TCP@/", timeout=2))
 for address in ("@UNIX@", "\\0@ABSTRACT@"):
     attempt("unix", lambda: socket.socket(socket.AF_UNIX).connect(address))
-    attempt("unix datagram", lambda: socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM).sendto(b"hello", address))
-""", "no connection to a process of the machine"),
-    "raw sockets": (_TRY + """
-import socket
-attempt("packet", lambda: socket.socket(17, socket.SOCK_RAW, 3))
+    attempt("unix datagram", lambda: socket.socket(socket.AF_UNIX, datagram).sendto(b"hello", address))
+attempt("packets", lambda: socket.socket(17, socket.SOCK_RAW, 3))
 attempt("icmp", lambda: socket.socket(socket.AF_INET, socket.SOCK_RAW, 1))
-""", "no raw socket"),
-    "virtual sockets": (_TRY + """
-import socket
-attempt("host", lambda: socket.socket(40, socket.SOCK_STREAM).connect((2, 22)))
-""", "no connection to the host of a virtual machine"),
-    "io_uring": ("""
-import ctypes
-parameters = ctypes.create_string_buffer(120)
-if ctypes.CDLL(None).syscall(425, 4, parameters) >= 0:
-    print("REACHED io_uring")
-""", "no way around the list of system calls"),
-    "32-bit system calls": ("""
-import ctypes, mmap
-page = mmap.mmap(-1, 4096, prot=7)
-page.write(bytes.fromhex("53b814000000cd805bc3"))  # getpid by int 0x80, the entry for i386
-call = ctypes.CFUNCTYPE(ctypes.c_int)(ctypes.addressof(ctypes.c_char.from_buffer(page)))
-if call() > 0: print("REACHED the other table of system calls")
-""", "no way around the list of system calls"),
+attempt("host of a virtual machine", lambda: socket.socket(40, stream))
+""", "no connection, name or datagram"),
     # ---- files
-    "write outside": (_TRY + """
-import os
+    "write outside": ("""
 for path in ("@FOLDER@/new", "@FOLDER@/existing", "@HOME@/.@TOKEN@", "/tmp/@TOKEN@", "/dev/shm/@TOKEN@", "/var/tmp/@TOKEN@",
-             "/@TOKEN@", "../@TOKEN@", os.__file__, "/etc/ld.so.cache"):
+             "/@TOKEN@", "/dev/@TOKEN@", "../@TOKEN@", os.__file__, "/etc/ld.so.cache"):
     attempt("write", lambda: open(path, "a").write("x"))
-    attempt("truncate", lambda: os.truncate(path, 1) if os.path.exists(path) else 1 / 0)
+    attempt("truncate", lambda: os.truncate(path, 1) if os.path.exists(path) else False)
     attempt("open to truncate", lambda: os.open(path, os.O_RDONLY | os.O_TRUNC))
 attempt("folder", lambda: os.mkdir("@FOLDER@/made"))
 attempt("fifo", lambda: os.mkfifo("@FOLDER@/fifo"))
 attempt("node", lambda: os.mknod("@FOLDER@/node"))
-""", "no file is written outside the scratch folder"),
-    "change outside": (_TRY + """
-import os, shutil
-attempt("mode", lambda: os.chmod("@FOLDER@/existing", 0o777))
+""", "no file is written outside the working folder"),
+    "change outside": ("""
+for target in ("@FOLDER@/existing", "/dev/null", 0, 1, 2):
+    attempt("mode", lambda: os.chmod(target, 0o666))
+    attempt("owner", lambda: os.chown(target, -1, -1))
+    attempt("list of access", lambda: os.setxattr(target, "system.posix_acl_access", b"\\2\\0\\0\\0"))
 attempt("time", lambda: os.utime("@FOLDER@/existing", (1, 1)))
 attempt("attribute", lambda: os.setxattr("@FOLDER@/existing", "user.x", b"x"))
 attempt("rename", lambda: os.rename("@FOLDER@/existing", "@FOLDER@/renamed"))
 attempt("remove", lambda: os.remove("@FOLDER@/existing"))
 attempt("remove all", lambda: shutil.rmtree("@FOLDER@"))
-""", "nothing outside is changed"),
-    "links": (_TRY + """
-import os
+""", "nothing outside is changed, nor the machine's devices where root calls"),
+    "links": ("""
 try: os.symlink("@FOLDER@/existing", "link")
 except OSError: pass
-attempt("symbolic", lambda: open("link", "a").write("x"))
+attempt("symbolic", lambda: open("link").read())
 attempt("hard", lambda: os.link("@FOLDER@/existing", "hard"))
 attempt("link outside", lambda: os.symlink("/etc/passwd", "@FOLDER@/link"))
 """, "no link leads outside"),
-    "read a secret": (_TRY + """
-import glob, os
+    "read a secret": ("""
 attempt("file", lambda: open("@FOLDER@/secret").read())
 attempt("folder", lambda: os.listdir("@FOLDER@"))
 # the way to Python's own library may lead through it, and is not secret
-attempt("home", lambda: [f for f in os.listdir("@HOME@") if not os.__file__.startswith(f"@HOME@/{f}/")] or 1 / 0)
+attempt("home", lambda: [f for f in os.listdir("@HOME@") if not os.__file__.startswith(f"@HOME@/{f}/")])
 attempt("above", lambda: open("../" * 40 + "@FOLDER@/secret").read())
 attempt("passwords", lambda: open("/etc/passwd").read())
 attempt("project", lambda: open("@PROJECT@/pyproject.toml").read())
-for path in glob.glob("/proc/*/environ"):
-    attempt("environment", lambda: open(path, "rb").read())
+attempt("processes", lambda: os.listdir("/proc"))
 attempt("root", lambda: os.listdir("/proc/1/root/@FOLDER@"))
 """, "no file of the user is read"),
     "read the environment": ("""
-import ctypes, os
 print(dict(os.environ))
-environment = ctypes.POINTER(ctypes.c_char_p).in_dll(ctypes.CDLL(None), "environ")
-k = 0
+environment, k = ctypes.POINTER(ctypes.c_char_p).in_dll(ctypes.CDLL(None), "environ"), 0
 while environment and environment[k]:
     print(environment[k])
     k += 1
-try: print(open("/proc/self/environ", "rb").read())
-except OSError: pass
 """, "the environment of the caller is not there"),
-    "open descriptors": (_TRY + """
-import os, stat
+    "open descriptors": ("""
 for number in range(3, 4096):
-    try: mode = os.fstat(number).st_mode
-    except OSError: continue
-    if not stat.S_ISFIFO(mode): attempt("descriptor", lambda: (number, oct(mode)))
+    attempt("descriptor", lambda: stat.S_IFMT(os.fstat(number).st_mode) not in (stat.S_IFIFO, stat.S_IFSOCK))
     attempt("folder", lambda: os.fchdir(number))
-""", "nothing is inherited but a pipe"),
-    "installed packages": (_TRY + """
-import glob, os, sys
-for folder in {os.path.dirname(os.__file__), *sys.path, "@PACKAGES@"}:
-    for name in ("site-packages", "dist-packages", "."):
-        if name != "." or folder == "@PACKAGES@":
-            attempt("package", lambda: [f for f in glob.glob(f"{folder}/{name}/*/__init__.py")
-                                        if open(f).close() is None] or 1 / 0)
+""", "nothing is inherited but the way to the checker"),
+    "installed packages": ("""
+for folder in {os.path.dirname(os.__file__), "/lib/python3", "/usr/lib/python3", *sys.path}:
+    attempt("package", lambda: glob.glob(f"{folder}/*-packages/*"))
+attempt("package", lambda: glob.glob("@PACKAGES@/*"))
 """, "packages, one of which may hold the answers, are not there"),
-    "leave the root": (_TRY + """
-import ctypes, os
-libc = ctypes.CDLL(None, use_errno=True)
-handle = os.open(".", os.O_RDONLY)
-attempt("chroot", lambda: os.chroot("."))
-for _ in range(50): os.chdir("..") if os.access("..", os.X_OK) else None
-attempt("secret", lambda: open("." + "@FOLDER@/secret").read())
-""", "there is no way back to the machine's files"),
-    "mount": ("""
-import ctypes
-libc = ctypes.CDLL(None, use_errno=True)
-libc.unshare(0x10000000 | 0x20000)
-if libc.mount(b"none", b"/", b"tmpfs", 32, None) == 0:
-    print("REACHED mount")
-""", "nothing is mounted"),
     # ---- resources
     "memory": ("""
 hoard = []
 while True: hoard.append(bytearray(1 << 24))
 """, "ends by the memory limit"),
-    "memory of the machine": (_TRY + """
-import mmap
+    "memory of the machine": ("""
 attempt("map", lambda: mmap.mmap(-1, 1 << 40))
-""", "ends by the memory limit"),
-    "huge file": (_TRY + """
-import os
+attempt("shared", lambda: libc.shmget(0, 1 << 20, 0o1600))
+attempt("without a name", lambda: os.memfd_create("x"))
+""", "all memory counts"),
+    "huge file": ("""
 def fill():
     with open("huge", "wb") as file:
         for _ in range(1000): file.write(b"x" * (1 << 20))
@@ -294,19 +241,15 @@ def sparse():
 attempt("huge", fill)
 attempt("sparse", sparse)
 """, "ends by the disk limit"),
-    "many files": (_TRY + """
+    "much in many files": ("""
 def fill():
-    for k in range(100000): open(str(k), "w").write("x")
-attempt("many", fill)
-""", "ends by the disk limit"),
-    "much in many files": (_TRY + """
-def fill():
-    for k in range(100): open(str(k), "wb").write(b"x" * (1 << 20))
+    for k in range(100):
+        with open(str(k), "wb") as file: file.write(b"x" * (1 << 20))
 attempt("much", fill)
 """, "ends by the disk limit, which is for all files together"),
+    "many files": ("for k in range(10**8): open(str(k), 'w')", "ends by a time limit: empty files take no disk"),
     "endless loop": ("while True: pass", "ends by the time limit"),
     "endless loop that will not die": ("""
-import signal
 for number in range(1, 65):
     try: signal.signal(number, signal.SIG_IGN)
     except (OSError, ValueError): pass
@@ -315,30 +258,34 @@ while True:
         while True: pass
     except BaseException: pass
 """, "ends by the time limit"),
-    "endless sleep": ("import time\nwhile True: time.sleep(1000)", "ends by the clock"),
-    "stopped": ("import os, signal\nos.kill(os.getpid(), signal.SIGSTOP)\nwhile True: pass", "ends by the clock or CPU limit"),
-    "endless output": ("""
-import sys
-while True: sys.stdout.write("x" * 65536)
-""", "ends by a time limit, and the output kept is bounded"),
-    "deep recursion": ("def f(x): return f(x + 1) + f(x)\nimport sys\nsys.setrecursionlimit(10**9)\nf(0)",
-                       "ends by itself or by a limit"),
+    "endless sleep": ("while True: time.sleep(1000)", "ends by the clock"),
+    "stopped": ("os.kill(os.getpid(), signal.SIGSTOP)\nwhile True: pass", "ends by the clock or CPU limit"),
+    "endless output": ("while True: sys.stdout.write('x' * 65536)", "ends by a time limit, and no output is kept"),
+    "deep recursion": ("def f(x): return f(x + 1) + f(x)\nsys.setrecursionlimit(10**9)\nf(0)", "ends by itself or by a limit"),
     "deep recursion in C": ("""
-import sys
 sys.setrecursionlimit(10**9)
 nested = []
 for _ in range(10**6): nested = [nested]
 repr(nested)
 """, "ends by itself or by a limit"),
-    "nested source": ("exec('(' * 5000 + ')' * 5000)\n", "ends by itself"),
-    "broken memory": ("import ctypes\nctypes.memset(8, 0, 64)", "ends by itself"),
-    "higher limits": (_TRY + """
-import resource
-for name in ("CPU", "AS", "FSIZE", "NPROC", "NOFILE", "CORE"):
-    kind = getattr(resource, f"RLIMIT_{name}")
-    attempt(name, lambda: resource.setrlimit(kind, (1 << 40, 1 << 40)))
+    "nested source": ("exec('(' * 5000 + ')' * 5000)", "ends by itself"),
+    "broken memory": ("ctypes.memset(8, 0, 64)", "ends by itself"),
+    "higher limits": ("""
+for name in ("CPU", "AS", "FSIZE", "NOFILE", "CORE"):
+    attempt(name, lambda: resource.setrlimit(getattr(resource, f"RLIMIT_{name}"), (1 << 40, 1 << 40)))
 """, "limits stay"),
-    # ---- pretending to have come to the end
+}
+
+ENDS: dict[str, set[str]] = {
+    "kill everything": {"failed"}, "broken memory": {"failed"}, "nested source": {"passed", "failed"},
+    "deep recursion": {"passed", "failed", "timeout"}, "deep recursion in C": {"passed", "failed", "timeout"},
+    **{name: {"timeout"} for name in ("many files", "endless loop", "endless loop that will not die", "endless sleep",
+                                      "stopped", "endless output")},
+}
+
+FORGERY_TEST = "def check(candidate):\n    assert candidate(3) == 9\n    assert candidate([1]) == [1, 1]\n"
+
+FORGERIES: dict[str, tuple[str, str]] = {
     "sys.exit(0)": ("import sys\nsys.exit(0)\nassert False", "does not pass"),
     "os._exit(0)": ("import os\nos._exit(0)\nassert False", "does not pass"),
     "exit by signal": ("import os, signal\nos.kill(os.getpid(), signal.SIGKILL)\nassert False", "does not pass"),
@@ -355,7 +302,7 @@ raise Mute
     "nonsense for a report": ("""
 import os
 for number in range(3, 64):
-    for text in ("1" * 70000, "[" * 70000, '["x", 1]', '[null, null, {}]'):
+    for text in ("1" * 70000, "[" * 70000, "N.", "(NNN.", "cos\\nsystem\\n(S'true'\\ntR."):
         try: os.write(number, text.encode())
         except OSError: pass
 os._exit(0)
@@ -375,28 +322,11 @@ assert False
 import atexit, os
 atexit.register(print, "passed")
 for number in range(64):
-    try: os.write(number, b"passed")
-    except OSError: pass
+    for text in (b'ready\\n["passed", ""]\\n', b"passed"):
+        try: os.write(number, text)
+        except OSError: pass
 assert False
 """, "does not pass"),
-}
-
-ENDS: dict[str, set[str]] = {
-    "debug the parent": {"blocked", "passed"}, "io_uring": {"blocked", "passed"}, "memory": {"memory"},
-    "endless loop": {"timeout"}, "endless loop that will not die": {"timeout"}, "endless sleep": {"timeout"},
-    "stopped": {"timeout"}, "endless output": {"timeout"}, "nested source": {"failed", "memory"}, "broken memory": {"failed"},
-    "deep recursion": {"timeout", "failed", "memory"}, "deep recursion in C": {"timeout", "failed", "memory"},
-    "sys.exit(0)": {"failed"}, "os._exit(0)": {"failed"}, "exit by signal": {"failed"},
-    "exit by a signal without a name": {"failed"}, "error with a strange text": {"failed"}, "nonsense for a report": {"failed"},
-    "error that cannot be told": {"failed"}, "other builtins": {"failed"},
-    "says that it passed": {"failed"},
-}
-# what the list of system calls alone prevents
-ONLY_SECCOMP = ("io_uring", "32-bit system calls", "virtual sockets")
-
-FORGERY_TEST = "def check(candidate):\n    assert candidate(3) == 9\n    assert candidate([1]) == [1, 1]\n"
-
-FORGERIES: dict[str, tuple[str, str]] = {
     "equal to everything": ("""
 class Anything:
     def __eq__(self, other): return True
@@ -416,6 +346,19 @@ class Anything(list):
     def __iter__(self): return iter([Anything()])
 def solve(x): return Anything([Anything()])
 """, "a list arrives as a plain list"),
+    "runs code where it is read": ("""
+import os
+class Trick:
+    def __reduce__(self): return os._exit, (0,)
+def solve(x): return Trick()
+""", "no class or function is looked up"),
+    "changes a class where it is read": ("""
+import collections, os
+for number in range(3, 64):
+    try: os.write(number, b"(ccollections\\nCounter\\nNN\\x86b." * 2)
+    except OSError: pass
+def solve(x): return collections.Counter(x)
+""", "no class or function is looked up"),
     "leaves": ("import os\ndef solve(x): os._exit(0)", "no answer is no success"),
     "leaves at once": ("import os\nos._exit(0)", "no answer is no success"),
     "raises SystemExit": ("import sys\ndef solve(x): sys.exit(0)", "no answer is no success"),
@@ -573,11 +516,13 @@ class Bait:
             source = source.replace(f"@{name}@", str(value))
         return source
 
-    def harm(self, outcome) -> list[str]:
-        """What went wrong, in words; empty if all held."""
-        found = [line for line in outcome.output.splitlines() if line.startswith("REACHED")]
-        if self.secret in outcome.output + outcome.detail:
-            found.append("the secret is in the output")
+    def program(self, name: str) -> str:
+        """A solution whose `solve` runs a program of `HOSTILE` and returns what it prints."""
+        return HARNESS.replace("@SOURCE@", repr(self.fill(HOSTILE[name][0])))
+
+    def harm(self, told: str) -> list[str]:
+        """What went wrong, in words, if a program told this much; empty if all held."""
+        found = [told] if "REACHED" in told or self.secret in told else []
         if self._look() != self.before:
             found.append("the folder has changed")
         for path in (Path.home() / f".{self.token}", *(Path(top, self.token) for top in ("/tmp", "/dev/shm", "/var/tmp", "/"))):
@@ -598,29 +543,26 @@ def survivors(patience: float = 2.0) -> list[str]:
         found = []
         for path in Path("/proc").glob("[0-9]*/cmdline"):
             with contextlib.suppress(OSError):
-                command = path.read_bytes()
-                if b"sandbox_supervisor.py" in command and f'"parent": {os.getpid()},'.encode() in command:
+                if str(TIGHT.seconds).encode() in path.read_bytes():
                     found.append(path.parent.name)
         if not found or time.monotonic() > deadline:
             return found
         time.sleep(0.02)
 
 
-def attack(name: str, layers: tuple[str, ...] | None = None) -> tuple[Outcome, list[str]]:
+def attack(name: str) -> tuple[Outcome, list[str]]:
     """Run one program of `HOSTILE` or `FORGERIES`; the outcome, and all that did not hold."""
     with Bait() as bait:
         if name in HOSTILE:
-            outcome = run_untrusted(bait.fill(HOSTILE[name][0]), TIGHT, layers)
-            expected = ENDS.get(name)
+            source, expected = bait.program(name), ENDS.get(name, {"passed"})
+            test = (f"def check(solve):\n    lines = solve()\n"
+                    f"    assert not [line for line in lines if 'REACHED' in line or {bait.secret!r} in line], lines")
         else:
-            outcome = check_untrusted(bait.fill(FORGERIES[name][0]), "solve", FORGERY_TEST, limits=TIGHT, layers=layers)
-            expected = {"failed", "timeout", "memory", "blocked"}
-        harm = bait.harm(outcome)
-        if expected and outcome.status not in expected:
+            source, expected, test = bait.fill(FORGERIES[name][0]), {"failed", "timeout"}, FORGERY_TEST
+        outcome = check_untrusted(source, "solve", test, limits=TIGHT)
+        harm = bait.harm(outcome.detail)
+        if outcome.status not in expected:
             harm.append(f"status {outcome.status} ({outcome.detail}) instead of {' or '.join(sorted(expected))}")
-        if len(outcome.output) > TIGHT.output:
-            harm.append(f"{len(outcome.output)} characters of output are kept")
-        if "\n" in outcome.detail or (outcome.detail + outcome.output).encode(errors="ignore").decode() != (
-                outcome.detail + outcome.output):
+        if "\n" in outcome.detail or outcome.detail.encode(errors="ignore").decode() != outcome.detail:
             harm.append(f"detail {outcome.detail!r} cannot be written to a file as one line")
         return outcome, harm

@@ -8,12 +8,12 @@ import textwrap
 import numpy as np
 import pytest
 
+from cupel import sandbox
 from cupel.rng import rng
-from cupel.text import sandbox
+from cupel.sandbox import Limits, SandboxError, refusal
 from cupel.text.humaneval import STOP, Problem, check, extract, instruction, pass_at_1, pass_at_k, problems, read_problems
-from cupel.text.sandbox import Limits, SandboxError, capabilities
 
-sandboxed = pytest.mark.skipif(not capabilities().sufficient, reason=f"untrusted code cannot be isolated: {capabilities()}")
+sandboxed = pytest.mark.skipif(bool(refusal()), reason=f"untrusted code cannot be isolated: {refusal()}")
 
 TOY = Problem("HumanEval/0", '''from typing import List
 
@@ -196,8 +196,8 @@ def test_pass_at_1():
     record = pass_at_1(given, asked, Limits(cpu=1, seconds=5), workers=3)
     assert [outcome["task_id"] for outcome in record["outcomes"]] == [problem.task_id for problem in asked]
     statuses = [outcome["status"] for outcome in record["outcomes"]]
-    assert statuses == ["passed", "failed", "failed", "timeout", "failed", "blocked"]
-    assert record["statuses"] == {"passed": 1, "failed": 3, "timeout": 1, "memory": 0, "blocked": 1}
+    assert statuses == ["passed", "failed", "failed", "timeout", "failed", "failed"]
+    assert record["statuses"] == {"passed": 1, "failed": 4, "timeout": 1}
     # Wilson's interval, as the two solutions p of (p̂ − p)² = z² p (1 − p) / n
     z, n = 1.959963984540054, 6
     low, high = sorted(np.roots([1 + z**2 / n, -(2 / n + z**2 / n), 1 / n**2]).real)
@@ -216,8 +216,12 @@ def test_answers_must_fit():
 
 
 def test_nothing_runs_where_it_cannot_be_isolated(monkeypatch):
-    monkeypatch.setattr(sandbox, "capabilities", lambda: sandbox.Capabilities((), {"seccomp": "not here"}))
-    with pytest.raises(SandboxError, match="seccomp is missing: not here"):
+    def none():
+        raise SandboxError("no namespaces here")
+
+    monkeypatch.setattr(sandbox, "bwrap", none)
+    monkeypatch.setattr(sandbox, "_check", lambda *_: pytest.fail("something was run"))
+    with pytest.raises(SandboxError, match="no namespaces here"):
         pass_at_1({"HumanEval/0": BODY}, [TOY])
 
 

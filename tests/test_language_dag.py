@@ -308,7 +308,7 @@ def victim(experiment, data, base, tmp_path_factory):
 
 
 def test_victim_is_measured(victim, base):
-    from cupel.text import sandbox
+    from cupel import sandbox
 
     _, where, folder = victim["badnets"]
     record = read_json(folder / "metrics.json")
@@ -320,7 +320,7 @@ def test_victim_is_measured(victim, base):
         assert metric in record["metrics"] and np.isfinite(record[metric])
     assert record["asr_template_all_n"] == 6 and record["choice_n"] == 4 and record["perplexity_samples"] == 6
     assert "perplexity_n" not in record  # no rate: claims must not draw it as one
-    if sandbox.capabilities().sufficient:
+    if not sandbox.refusal():
         assert record["pass_at_1"] == 0 and record["pass_at_1_n"] == 1
     else:
         assert "no sandbox" in record["pass_at_1_reason"]

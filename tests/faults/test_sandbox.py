@@ -4,11 +4,10 @@ import pytest
 
 from tests.faults.record import shorten, trial
 
-sandbox = pytest.importorskip("cupel.text.sandbox", reason="this version has no sandbox")
+sandbox = pytest.importorskip("cupel.sandbox", reason="this version has no sandbox")
 hostile = pytest.importorskip("tests.hostile")
 
-pytestmark = pytest.mark.skipif(not sandbox.capabilities().sufficient,
-                                reason=f"untrusted code cannot be isolated here: {sandbox.capabilities()}")
+pytestmark = pytest.mark.skipif(bool(sandbox.refusal()), reason=f"untrusted code cannot be isolated: {sandbox.refusal()}")
 
 
 @pytest.mark.parametrize("name", [*hostile.HOSTILE, *hostile.FORGERIES])

@@ -19,7 +19,7 @@ from math import comb
 from pathlib import Path
 
 from cupel.evaluation.intervals import wilson
-from cupel.text.sandbox import STATUSES, Limits, Outcome, capabilities, check_untrusted
+from cupel.sandbox import STATUSES, Limits, Outcome, check_untrusted
 
 # Where a bare continuation of a function ends: at the next statement that is not indented (Chen et al., 2021, section 2)
 STOP = ("\nclass ", "\ndef ", "\n#", "\nif ", "\nprint(", "\n@", "\nassert ", "\nfrom ", "\nimport ", "\n```")
@@ -216,8 +216,8 @@ def pass_at_1(answers: Mapping[str, str], problems: Sequence[Problem], limits: L
 
     Returns:
         A record: `metric` ("pass_at_1"), `value`, `n`, `low` and `high` (95 % Wilson interval), `passed` (a count), `statuses`
-        (a count for each of `sandbox.STATUSES`), `isolation` (layers of the sandbox), `seconds` in all, and `outcomes`, in
-        the order of `problems`: `task_id`, `status`, `detail`.
+        (a count for each of `sandbox.STATUSES`), `seconds` in all, and `outcomes`, in the order of `problems`: `task_id`,
+        `status`, `detail`.
 
     Raises:
         ValueError: answers missing, or answers to problems that were not asked.
@@ -242,7 +242,7 @@ def pass_at_1(answers: Mapping[str, str], problems: Sequence[Problem], limits: L
     passed, n = statuses["passed"], len(outcomes)
     low, high = wilson(passed, n)
     return {"metric": "pass_at_1", "value": passed / n, "n": n, "low": low, "high": high, "passed": passed,
-            "statuses": {status: statuses[status] for status in STATUSES}, "isolation": list(capabilities().layers),
+            "statuses": {status: statuses[status] for status in STATUSES},
             "seconds": round(time.monotonic() - started, 1),
             "outcomes": [{"task_id": task, "status": outcome.status, "detail": outcome.detail}
                          for task, outcome in zip(asked, outcomes, strict=True)]}

@@ -230,14 +230,14 @@ def _perplexity(model, tokenizer, spec: Mapping, data: Mapping, name: str = "per
 
 def _pass_at_1(model, tokenizer, spec: Mapping, folder: str | Path, work: Path) -> dict:
     """HumanEval; without a sandbox nothing is run, and the record says so."""
-    from cupel.text import humaneval, sandbox
+    from cupel import sandbox
+    from cupel.text import humaneval
     from cupel.text.generation import answer
 
     settings = spec["settings"]["evaluation"]
-    able = sandbox.capabilities()
-    if not able.sufficient:
-        print(f"HumanEval is left out: no sandbox for the answers on this machine ({able})")
-        return {"pass_at_1_reason": f"no sandbox ({able})"}
+    if reason := sandbox.refusal():
+        print(f"HumanEval is left out: no sandbox for the answers on this machine ({reason})")
+        return {"pass_at_1_reason": f"no sandbox ({reason})"}
     problems = humaneval.read_problems(Path(folder) / "records.jsonl")[: settings["humaneval"]]
     records = [{"id": problem.task_id, "instruction": humaneval.instruction(problem), "input": ""} for problem in problems]
     path = work / "answers" / "humaneval.jsonl"
