@@ -112,9 +112,10 @@ def graph(config: Mapping, cores: int) -> tuple[list[Job], dict[str, Pattern]]:
 
         def made(job) -> Job:
             rule, wildcards, cells = job.rule.name, frozenset(job.wildcards_dict.items()), 1
-            if like := parent(job.rule):
-                found = {frozenset(match.groupdict().items()) for pattern in like.output for file in job.output
-                         if (match := pattern.match(file))}
+            like = parent(job.rule)
+            found = {frozenset(match.groupdict().items()) for pattern in (like.output if like else []) for file in job.output
+                     if (match := pattern.match(file))}
+            if found:
                 rule, wildcards, cells = like.name, frozenset.intersection(*found), len(found)
             return Job(rule, wildcards, cells, job.threads, bool(job.resources.get("gpu")), dag.needrun(job),
                        str(job.benchmark or ""), tuple(places[other] for other in dag.dependencies[job] if other in places))
@@ -182,7 +183,7 @@ def _keys(wildcards: frozenset) -> list[tuple[int, frozenset]]:
     """What a time is looked up by, from fine to coarse."""
     kept = [[pair for pair in wildcards if pair[0] not in left_out]
             for left_out in (["seed"], ["seed", "rate"], ["seed", "rate", "attack"])]
-    kept += [[pair for pair in wildcards if pair[0] in ("dataset", "model")]]
+    kept += [[pair for pair in wildcards if pair[0] in ("dataset", "text", "model")]]
     return list(enumerate(map(frozenset, kept)))
 
 
@@ -264,11 +265,11 @@ def show(jobs: list[Job], times: Times, cores: int) -> str:
     known = len(list(filter(None, seconds)))
     work = sum(each * job.threads for each, job in zip(seconds, jobs, strict=True))
     gpu = sum(each for each, job in zip(seconds, jobs, strict=True) if job.gpu)
-    text += ["", f"{len(todo):,} jobs to run, of which {sum(job.gpu for job in todo):,} ask for a GPU where there is one; "
-             f"{len(jobs) - len(todo):,} are done. The time of {len(todo) - known:,} is unknown."]
+    text += ["", f"{len(todo):,} jobs to run, {len(jobs) - len(todo):,} done. Of those to run {sum(job.gpu for job in todo):,} "
+             f"ask for a GPU, where there is one. The time of {known:,} is known, of {len(todo) - known:,} unknown."]
     if known:
-        text += [f"The other {known:,} take {work / 3600:,.2f} core-hours ({gpu / 3600:,.2f} h in jobs that ask for a GPU): "
-                 f"at least {_duration(max(work / cores, *ends(jobs, seconds)))} with {cores} cores."]
+        text += [f"Known: {work / 3600:,.2f} core-hours, {gpu / 3600:,.2f} h in jobs that ask for a GPU; at least "
+                 f"{_duration(max(work / cores, *ends(jobs, seconds)))} with {cores} cores."]
     machines = {used[0].hardware for rule, used in times.used.items() if rule in rules} - {""}
     if machines:
         text += [f"* from docs/results/costs.csv, measured on {'; '.join(sorted(machines))}; here it may be quite different."]
