@@ -12,9 +12,9 @@ reproduce: $(VENV)/.installed
 	$(BIN)/snakemake --cores all $(if $(SCALE),--config scale=$(SCALE))
 	@echo "The report: $(CURDIR)/$$(ls -t results/*/index.html | head -n 1)"
 
-# what a scale takes, before anything is run: jobs, hours, disk, downloads (PAPERS="fst ims"; CALIBRATE=1 measures this machine)
+# what a scale takes, before anything is run: jobs, and hours where such jobs were measured (PAPERS="fst ims", CORES=8)
 plan: $(VENV)/.installed
-	$(BIN)/python -m cupel.plan $(if $(SCALE),--scale $(SCALE)) $(if $(PAPERS),--papers $(PAPERS)) $(if $(CALIBRATE),--calibrate)
+	$(BIN)/python -m cupel.plan $(if $(SCALE),--scale $(SCALE)) $(if $(PAPERS),--papers $(PAPERS)) $(if $(CORES),--cores $(CORES))
 
 # what every change must pass
 test: $(VENV)/.installed lint
