@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from cupel.files import publish
-from cupel.grid import LIBRARY, PAPERS, SCHEMAS, ConfigError, Grid, code_digest, read_yaml, typed
+from cupel.grid import PAPERS, SCHEMAS, ConfigError, Grid, read_yaml, typed
 from cupel.images import stages
 from cupel.reporting import tables
 
@@ -74,12 +74,6 @@ def test_command_line_strings_become_what_the_schema_asks_for():
     found = typed({"seeds": ["0", "2"], "report": {"allow_missing": "true"}, "scale": "demo", "data": {"mirror": "/1"}}, schema)
     assert found == {"seeds": [0, 2], "report": {"allow_missing": True}, "scale": "demo", "data": {"mirror": "/1"}}
     assert typed({"seeds": ["x"]}, schema) == {"seeds": ["x"]}
-
-
-def test_code_digest_follows_imports():
-    fst, tuning = LIBRARY / "images" / "defences" / "fst.py", LIBRARY / "images" / "defences" / "tuning.py"
-    assert code_digest(fst) != code_digest(tuning) and len(code_digest(fst)) == 16
-    assert code_digest(fst) == code_digest(fst, tuning)  # fst imports tuning
 
 
 def test_impossible_rate_becomes_a_failed_victim(tmp_path, cifar10):
