@@ -33,7 +33,7 @@ class Piece:
 
     @functools.cached_property
     def read(self) -> tuple[str, set[Chain], dict[str, Chain]]:
-        """Code without what means nothing, names that it takes from outside, and what it imports itself."""
+        """Code without what means nothing, the names that it takes from outside, and its own imports."""
         chains, imports = set(), {}
         for node in self.nodes:
             _scan(node, chains, imports)
@@ -53,9 +53,9 @@ def _parsed(source: str) -> tuple[dict[str, Piece], dict[str, Chain]]:
     """Pieces of a file by the name that they define, `IMPORT` for all the rest; and what the file imports."""
     found, imports = defaultdict(list, {IMPORT: []}), {}
     for node in ast.parse(source).body:
-        names = _bound(node)
         if isinstance(node, ast.If) and ast.unparse(node.test).endswith("TYPE_CHECKING"):
             continue
+        names = _bound(node)
         if not names:
             _scan(node, set(), imports)
         if not (_is_text(node) or isinstance(node, (ast.Import, ast.ImportFrom))):
@@ -89,7 +89,8 @@ def _scan(node: ast.AST, chains: set[Chain], imports: dict[str, Chain]) -> None:
         chains.add((base.id, *attributes))
     elif isinstance(node, ast.ImportFrom):
         source = "." * node.level + (node.module or "")
-        imports |= {alias.asname or alias.name: (source, alias.name) for alias in node.names}
+        for alias in node.names:
+            imports[alias.asname or alias.name] = (source,) if alias.name == "*" else (source, alias.name)
     elif isinstance(node, ast.Import):
         for alias in node.names:  # without `as`, `import a.b` binds a
             source = alias.name if alias.asname else alias.name.partition(".")[0]
@@ -123,7 +124,7 @@ class Code:
     def __init__(self, library: str | Path):
         self.library = Path(library).resolve()
         self._pieces = functools.cache(lambda path: _parsed(path.read_text(encoding="utf-8")))
-        self._file, self._step = functools.cache(self._file), functools.cache(self._step)
+        self._file, self._step, self._label = map(functools.cache, (self._file, self._step, self._label))
 
     def digest(self, *roots: str | Path) -> str:
         """16 hex digits over all that the roots use.
@@ -160,21 +161,26 @@ class Code:
         path, name = place
         if path.suffix != ".py":
             return hashlib.sha256(f"{path.name}\n".encode() + path.read_bytes()).digest(), set()
-        pieces, _ = self._pieces(path)
+        if path == self.library / "digest.py":  # how code is hashed changes no result
+            return b"", set()
+        pieces, imported = self._pieces(path)
+        exported = imported if path.name == "__init__.py" else ()
         if name == WHOLE:
-            return b"", {(path, other) for other in pieces}
-        text, chains, imports = pieces[name].read
+            places = {(path, other) for other in pieces} | {self._meaning(path, (other,)) for other in exported}
+            return b"", {place for place in places if isinstance(place, tuple)}
+        text, chains, local = pieces[name].read
         lines, places = [self._label(place), text], {(path, IMPORT)}
+        if name == IMPORT:
+            chains = chains | {("*",)} if "*" in imported else chains
+            places |= {(path, other) for other in pieces if self._is_noted(path, pieces[other])}
+            package = path.parents[path.name == "__init__.py"] / "__init__.py"
+            places |= {(package, IMPORT)} if package.is_file() else set()
         for chain in sorted(chains):
-            meaning = self._meaning(path, chain, imports)
+            meaning = self._meaning(path, chain, local)
             if isinstance(meaning, tuple):
                 places.add(meaning)
                 meaning = self._label(meaning)
             lines.append(f"{'.'.join(chain)} is {meaning}")
-        if name == IMPORT:
-            places |= {(path, other) for other in pieces if self._is_noted(path, pieces[other])}
-            package = path.parents[path.name == "__init__.py"] / "__init__.py"
-            places |= {(package, IMPORT)} if package.is_file() else set()
         return hashlib.sha256("\n".join(lines).encode()).digest(), places
 
     def _label(self, place: Place) -> str:
@@ -183,11 +189,11 @@ class Code:
 
     def _is_noted(self, path: Path, piece: Piece) -> bool:
         """Whether a decorator of ours sees a definition on import; entries of a `Registry` count when they are asked for."""
-        places = [self._meaning(path, chain, {}) for chain in piece.decorators()]
+        places = [self._meaning(path, chain) for chain in piece.decorators()]
         ours = [self._pieces(place[0])[0][place[1]] for place in places if isinstance(place, tuple)]
         return any(" = Registry(" not in mark.read[0] for mark in ours)
 
-    def _meaning(self, path: Path, chain: Chain, local: dict[str, Chain]) -> Place | str | None:
+    def _meaning(self, path: Path, chain: Chain, local: dict[str, Chain] | None = None) -> Place | str | None:
         """What a name in a file stands for: a place, the full name of what is not ours, or None where it is built in.
 
         Args:
@@ -196,7 +202,7 @@ class Code:
             local: imports inside the definition that uses it.
         """
         pieces, imports = self._pieces(path)
-        source = local.get(chain[0]) or (None if chain[0] in pieces else imports.get(chain[0]))
+        source = (local or {}).get(chain[0]) or (None if chain[0] in pieces else imports.get(chain[0]))
         if source is None:
             return (path, chain[0]) if chain[0] in pieces else None
         module = self._file(source[0], path)
@@ -206,7 +212,7 @@ class Code:
         """What a chain of attributes of a module stands for; a package that imports from itself means its own modules."""
         if not chain:
             return path, WHOLE
-        if path != user and (found := self._meaning(path, chain, {})):
+        if path != user and (found := self._meaning(path, chain)):
             return found
         module = self._file(f".{chain[0]}", path) if path.name == "__init__.py" else None
         return self._attribute(module, chain[1:]) if module else (path, IMPORT)
@@ -214,7 +220,8 @@ class Code:
     def _file(self, module: str, near: Path) -> Path | None:
         """File of a module as the file `near` names it; None if it is not ours."""
         dots = len(module) - len(module.lstrip("."))
-        for folder in [near.parents[dots - 1]] if dots else [self.library.parent, near.parent]:
+        beside = [] if near.is_relative_to(self.library) else [near.parent]
+        for folder in [near.parents[dots - 1]] if dots else [self.library.parent, *beside]:
             base = folder.joinpath(*module.lstrip(".").split("."))
             for file in (base.with_suffix(".py"), base / "__init__.py"):
                 if file.is_file():
