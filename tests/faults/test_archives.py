@@ -1,6 +1,5 @@
 """Archives made to write elsewhere or to fill the disk: nothing but the bytes of the member asked for is taken."""
 
-import hashlib
 import io
 import struct
 import tarfile
@@ -11,7 +10,6 @@ import pytest
 
 from cupel.files import extract
 from tests.faults.record import shorten, trial
-from tests.test_bundle import forge, forge_part, small, tree, unpack  # noqa: F401 (a fixture)
 
 EVIL = b"evil"
 
@@ -172,69 +170,3 @@ def test_sizes(tmp_path, kind):
         (tmp_path / str(limit)).mkdir()
         with trial("archive", kind, f"limit {limit:,} bytes") as row:
             assert attempt(row, archive, "member", tmp_path / str(limit), limit) is None
-
-
-BUNDLES = {
-    "..": lambda: tarfile.TarInfo("../more.txt"), "absolute path": lambda: tarfile.TarInfo("/tmp/more.txt"),
-    "symbolic link": lambda: member(tarfile.SYMTYPE), "hard link": lambda: member(tarfile.LNKTYPE),
-    "character device": lambda: member(tarfile.CHRTYPE), "block device": lambda: member(tarfile.BLKTYPE),
-    "pipe": lambda: member(tarfile.FIFOTYPE), "folder": lambda: member(tarfile.DIRTYPE),
-}
-
-
-def member(kind):
-    info = tarfile.TarInfo("workflow/link")
-    info.type, info.linkname = kind, "/etc/passwd"
-    return info
-
-
-def unpacked(row, folder, there):
-    code, output = unpack(folder, "--into", there)
-    row.message, row.happened = shorten(output.strip().splitlines()[-1]), "refused"
-    assert code == 1 and "Traceback" not in output and tree(there) == {}
-
-
-@pytest.mark.parametrize("kind", BUNDLES)
-def test_bundle(small, tmp_path, kind):  # noqa: F811
-    folder, _, _ = small
-    forge_part(folder, 0, lambda pack: pack.addfile(BUNDLES[kind]()))
-    with trial("archive", f"tar: {kind}", "part of a bundle, its checksums made right") as row:
-        unpacked(row, folder, tmp_path / "there")
-
-
-def test_bundle_with_a_name_twice(small, tmp_path):  # noqa: F811
-    folder, manifest, _ = small
-
-    def twice(pack):
-        name = pack.getnames()[0]
-        info = tarfile.TarInfo(name)
-        info.size = pack.getmember(name).size
-        pack.addfile(info, io.BytesIO(b"\1" * info.size))
-
-    forge_part(folder, 0, twice)
-    with trial("archive", "tar: duplicate names", "part of a bundle, its checksums made right") as row:
-        code, output = unpack(folder, "--into", tmp_path / "there")
-        row.message = shorten(output.strip().splitlines()[-1])
-        known = {file["path"]: file["sha256"] for file in manifest["files"]}
-        assert "Traceback" not in output and all(known[path] == found for path, found in tree(tmp_path / "there").items())
-        row.happened = "refused" if code else "the file is the one of the manifest"
-
-
-def test_bundle_with_a_huge_size(small, tmp_path):  # noqa: F811
-    folder, _, _ = small
-    path = folder / "part-000.tar"
-    raw = bytearray(path.read_bytes())
-    raw[124:136], raw[148:156] = b"%011o\0" % (1 << 32), b" " * 8
-    raw[148:156] = b"%06o\0 " % sum(raw[:512])
-    path.write_bytes(raw)
-    forge(folder, lambda m: m["parts"][0].update(sha256=hashlib.sha256(raw).hexdigest()))
-    with trial("archive", "tar: huge declared size", "part of a bundle, its checksums made right") as row:
-        unpacked(row, folder, tmp_path / "there")
-
-
-@pytest.mark.parametrize("path", ["../out.txt", "/tmp/out.txt", "a/../../out.txt", ".bundle/time"])
-def test_bundle_whose_manifest_leads_out(small, tmp_path, path):  # noqa: F811
-    folder, _, _ = small
-    forge(folder, lambda m: m["files"][0].update(path=path))
-    with trial("archive", "path in the manifest of a bundle", path) as row:
-        unpacked(row, folder, tmp_path / "there")

@@ -317,7 +317,7 @@ def test_in_the_workflow(undisturbed, tmp_path, monkeypatch):
         row.happened = "the cell says why; identical results once the file and the cell are removed"
 
 
-def test_of_a_bundle_or_a_user(tmp_path, mark):
+def test_of_another_machine_or_a_user(tmp_path, mark):
     """A whole, right file passes: the refusals above are not for everything."""
     path = tmp_path / "model.safetensors"
     models.save(network(), path)

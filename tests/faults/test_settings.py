@@ -27,7 +27,6 @@ CONFIG = [
     ({"data": {"folders": "x"}}, ["config.yaml: data.unknown key 'folders'", "known are", "did you mean 'folder'?"]),
     ({"plugins": ["missing.py"]}, ["config.yaml: plugins: no such file: missing.py"]),
     ({"report": {"allow_missing": "perhaps"}}, ["config.yaml: report.allow_missing: 'perhaps'", "boolean"]),
-    ({"bundle": {"part_mb": 0}}, ["config.yaml: bundle.part_mb: 0", "above 0"]),
 ]
 # text replaced in experiment.yaml
 EXPERIMENTS = [
