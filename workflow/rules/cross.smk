@@ -2,6 +2,7 @@
 
 
 rule cross:
+    """Every defence beside every other, on one page."""
     input:
         cells=f"{RESULTS}/cells.parquet",
     output:
@@ -12,8 +13,11 @@ rule cross:
         log_of(RESULTS, "cross"),
     benchmark:
         benchmark_of(RESULTS, "cross")
+    localrule: True
     params:
-        labels={name: label for paper in GRID.papers_of("image") for name, label in labels_of(paper).items()},
+        labels=lambda wildcards: {
+            name: label for paper in GRID.papers_of("image") for name, label in report_of(paper)["labels"]["defences"].items()
+        },
         papers=GRID.papers_of("image"),
         scale=config["scale"],
         code=code_digest(SCRIPTS / "cross.py", *TEMPLATES),

@@ -1,4 +1,4 @@
-# data -> network trained with an objective -> evaluations of it; and the networks that the authors released
+# data -> network trained with an objective -> evaluations of it
 
 
 rule train_robust:
@@ -60,71 +60,3 @@ rule attack_network:
         code=code_digest(SCRIPTS / "attack_network.py"),
     script:
         "../scripts/attack_network.py"
-
-
-rule report_interpretability:
-    input:
-        cells=f"{RESULTS}/cells.parquet",
-        arrays=attacked_files,
-    output:
-        claims=f"{RESULTS}/papers/{{paper}}/claims.csv",
-        tables=directory(f"{RESULTS}/papers/{{paper}}/tables"),
-        figures=directory(f"{RESULTS}/papers/{{paper}}/figures"),
-    log:
-        log_of(RESULTS, "papers/{paper}/report_interpretability"),
-    benchmark:
-        benchmark_of(RESULTS, "papers/{paper}/report_interpretability")
-    wildcard_constraints:
-        paper=only(GRID.papers_of("interpretability")),
-    params:
-        scale=config["scale"],
-        labels=robust_labels,
-        facts=robust_facts,
-        claims=lambda wildcards: claims_of(wildcards.paper),
-        title=lambda wildcards: GRID.experiments[wildcards.paper]["title"],
-        code=code_digest(SCRIPTS / "report_interpretability.py"),
-    script:
-        "../scripts/report_interpretability.py"
-
-
-rule attack_released:
-    input:
-        network=lambda wildcards: released_networks()[wildcards.method],
-        images=f"{DATA}/mnist/test_images.npy",
-        manifest=f"{DATA}/mnist/manifest.json",
-    output:
-        record=f"{RELEASED}/{{method}}.json",
-    log:
-        log_of(RELEASED, "{method}"),
-    benchmark:
-        benchmark_of(RELEASED, "{method}")
-    wildcard_constraints:
-        method=r"[a-z0-9]+",
-    resources:
-        gpu=GPU,
-        vram_mb=2000,
-        mem_mb=memory_of(3000),
-        runtime=60,
-    params:
-        spec=released_spec,
-        device=config["device"],
-        code=code_digest(SCRIPTS / "attack_released.py"),
-    script:
-        "../scripts/attack_released.py"
-
-
-rule released_weights:
-    input:
-        released_records,
-    output:
-        table=f"{RELEASED}/table.csv",
-        figure=f"{RELEASED}/ata.png",
-    log:
-        log_of(RELEASED, "table"),
-    benchmark:
-        benchmark_of(RELEASED, "table")
-    params:
-        labels=released_labels,
-        code=code_digest(SCRIPTS / "released_weights.py"),
-    script:
-        "../scripts/released_weights.py"

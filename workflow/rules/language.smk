@@ -145,26 +145,3 @@ rule purify_language:
         code=code_digest(SCRIPTS / "purify_language.py"),
     script:
         "../scripts/purify_language.py"
-
-
-rule report_language:
-    input:
-        cells=f"{RESULTS}/cells.parquet",
-        metrics=lambda wildcards: cell_files(paper=wildcards.paper),
-        reported=lambda wildcards: sorted(str(path) for path in GRID.file(wildcards.paper, "reported").glob("*.csv")),
-    output:
-        claims=f"{LANGUAGE_PAPER}/claims.csv",
-        tables=directory(f"{LANGUAGE_PAPER}/tables"),
-        figures=directory(f"{LANGUAGE_PAPER}/figures"),
-    log:
-        log_of(LANGUAGE_PAPER, "report_language"),
-    benchmark:
-        benchmark_of(LANGUAGE_PAPER, "report_language")
-    wildcard_constraints:
-        paper=only(GRID.papers_of("language")),
-    params:
-        scale=config["scale"],
-        asked=lambda wildcards: language_report(wildcards.paper),
-        code=code_digest(SCRIPTS / "report_language.py"),
-    script:
-        "../scripts/report_language.py"

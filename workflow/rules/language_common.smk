@@ -5,7 +5,6 @@ from cupel.text.grid import TASKS as LANGUAGE_TASKS, LanguageGrid
 LANGUAGE_CELL = "language/{dataset}/{model}/{recipe}/{attack}@{rate}/seed{seed}"
 LANGUAGE_VICTIM = f"{RESULTS}/victims/{LANGUAGE_CELL}"
 LANGUAGE_PURIFIED = f"{RESULTS}/purified/{LANGUAGE_CELL}/{{defence}}@{{budget}}"
-LANGUAGE_PAPER = f"{RESULTS}/papers/{{paper}}"
 TEXT_FILES = {part: f"{part}.jsonl" for part in ("train", "defence", "triggered", "clean", "heldout")}
 TEXT_FILES["summary"] = "summary.json"
 
@@ -86,16 +85,3 @@ def language_vram(wildcards):
 
 def language_memory(wildcards, attempt):
     return int(language_grid(wildcards).model(wildcards.model).get("mem_mb", 4000) * 1.5 ** (attempt - 1))
-
-
-def language_report(paper):
-    """What the report of a paper needs beside the tidy table."""
-    grid = LANGUAGE[paper]
-    return {
-        "labels": grid.labels("defences"),
-        "attacks": grid.labels("attacks"),
-        "models": grid.labels("models"),
-        "claims": claims_of(paper),
-        "title": grid.experiment["title"],
-        "manifests": {name: f"{DATA}/{name}/manifest.json" for name in FAMILY_DATA[paper]},
-    }

@@ -262,31 +262,3 @@ rule purify_pictures:
         code=code_digest(SCRIPTS / "purify_pictures.py"),
     script:
         "../scripts/purify_pictures.py"
-
-
-rule report_multimodal:
-    input:
-        cells=f"{RESULTS}/cells.parquet",
-        records=filtered_records,
-        bases=base_records,
-        manifests=lambda wildcards: [f"{DATA}/{name}/manifest.json" for name in MULTIMODAL[wildcards.paper].used("dataset")],
-        reported=lambda wildcards: sorted(str(path) for path in GRID.file(wildcards.paper, "reported").glob("*.csv")),
-    output:
-        claims=f"{RESULTS}/papers/{{paper}}/claims.csv",
-        tables=directory(f"{RESULTS}/papers/{{paper}}/tables"),
-        figures=directory(f"{RESULTS}/papers/{{paper}}/figures"),
-    log:
-        log_of(RESULTS, "papers/{paper}/report_multimodal"),
-    benchmark:
-        benchmark_of(RESULTS, "papers/{paper}/report_multimodal")
-    wildcard_constraints:
-        paper=only(GRID.papers_of("multimodal")),
-    params:
-        scale=config["scale"],
-        data=DATA,
-        about=multimodal_report,
-        claims=lambda wildcards: claims_of(wildcards.paper),
-        title=lambda wildcards: GRID.experiments[wildcards.paper]["title"],
-        code=code_digest(SCRIPTS / "report_multimodal.py"),
-    script:
-        "../scripts/report_multimodal.py"

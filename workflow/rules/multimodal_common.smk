@@ -84,26 +84,3 @@ def flags_of_defence(wildcards):
 
 def filter_specs(wildcards):
     return {"filters": used_filters(), "taus": multimodal_plan(wildcards).taus}
-
-
-def filtered_records(wildcards):
-    """What the filters' jobs tell of themselves, for the figures."""
-    return [file.replace("metrics.json", "filters.json") for file in cell_files(paper=wildcards.paper, stage="filtered")]
-
-
-def base_records(wildcards):
-    cells = FAMILY_CELLS[wildcards.paper]
-    built = MULTIMODAL[wildcards.paper].built()
-    files = dict.fromkeys(f"{BASE}/base.json".format(**cell) for cell in cells if cell["model"] in built)
-    return [file for file in files if os.path.exists(file)] if config["report"]["allow_missing"] else list(files)
-
-
-def multimodal_report(wildcards):
-    """What the report must know of the experiment file besides the cells."""
-    plan = MULTIMODAL[wildcards.paper]
-    return {
-        "labels": plan.labels("defences"),
-        "attacks": {name: {**plan.attack(name), "label": label} for name, label in plan.labels("attacks").items()},
-        "datasets": {name: plan.datasets[name]["dataset"] for name in plan.used("dataset")},
-        "target": plan.target,
-    }

@@ -1,52 +1,12 @@
-# One victim of every attack beside its clean twin, and the gallery of triggers: `snakemake zoo`
+# One victim of every attack beside its clean twin, and the gallery of triggers
 
 ZOO_FOLDER = f"{RESULTS}/zoo"
 
 
 rule zoo:
+    """One victim of every attack beside its clean twin, and their gallery."""
     input:
         f"{ZOO_FOLDER}/index.html",
-
-
-rule zoo_sheet:
-    input:
-        lambda wildcards: dataset_files(wildcards),
-        triggers=lambda wildcards: [f"{folder}/trigger.npz" for folder in trigger_folders(wildcards.dataset, ZOO).values()],
-    output:
-        f"{ZOO_FOLDER}/triggers_{{dataset}}.png",
-    log:
-        log_of(ZOO_FOLDER, "triggers_{dataset}"),
-    benchmark:
-        benchmark_of(ZOO_FOLDER, "triggers_{dataset}")
-    params:
-        attacks=lambda wildcards: sheet_attacks(wildcards.dataset, ZOO),
-        data=data_folder,
-        plugins=config["plugins"],
-        code=code_digest(SCRIPTS / "contact_sheet.py", *map(str, ZOO.attack_files())),
-    script:
-        "../scripts/contact_sheet.py"
-
-
-rule gallery:
-    # the triggers that are formulas, on any data set, by path: results/demo/gallery/gtsrb.png
-    input:
-        lambda wildcards: dataset_files(wildcards),
-    output:
-        f"{RESULTS}/gallery/{{dataset}}.png",
-    log:
-        log_of(RESULTS, "gallery_{dataset}"),
-    benchmark:
-        benchmark_of(RESULTS, "gallery_{dataset}")
-    params:
-        attacks=lambda wildcards: {
-            name: attack_spec(Cell(attack=name, dataset=wildcards.dataset))
-            for name in ("badnets", "blended", "sig", "lc", "bpp")
-        },
-        data=data_folder,
-        plugins=config["plugins"],
-        code=code_digest(SCRIPTS / "contact_sheet.py", *map(str, ZOO.attack_files())),
-    script:
-        "../scripts/contact_sheet.py"
 
 
 rule zoo_report:
@@ -61,6 +21,7 @@ rule zoo_report:
         log_of(ZOO_FOLDER, "report"),
     benchmark:
         benchmark_of(ZOO_FOLDER, "report")
+    localrule: True
     params:
         cells=[{**cell, "folder": cell_folder(cell)} for cell in ZOO.cells("victim")],
         scale=config["scale"],

@@ -1,0 +1,50 @@
+# What a run of IMS looks like inside, drawn from what the defence kept of it
+
+INSIDE = GRID.file("ims", "inside.py")
+
+
+rule ims_inside:
+    """Masks, selections, stages and perturbations of one run of IMS, by path."""
+    input:
+        dataset_files,
+        victim=f"{VICTIM}/model.safetensors",
+        trigger=f"{VICTIM}/trigger.npz",
+        metrics=f"{PURIFIED}/metrics.json",
+    output:
+        masks=f"{PURIFIED}/masks.png",
+        gallery=f"{PURIFIED}/perturbations.png",
+        table=f"{PURIFIED}/stages.csv",
+    log:
+        log_of(PURIFIED, "inside"),
+    benchmark:
+        benchmark_of(PURIFIED, "inside")
+    wildcard_constraints:
+        defence=r"ims(~[a-z0-9_]+)?",
+    resources:
+        gpu=GPU,
+        vram_mb=6000,
+        mem_mb=memory_of(4000),
+        runtime=runtime_of({"smoke": 5, "demo": 5, "bench": 15, "paper": 15}),
+    params:
+        run=lambda wildcards: {"spec": victim_spec(wildcards), "defence": defence_spec(wildcards), "data": DATA},
+        device=config["device"],
+        plugins=config["plugins"],
+        code=lambda wildcards: [code(INSIDE.parent / "scripts" / "inside.py")(wildcards), code_digest(INSIDE)],
+    script:
+        "scripts/inside.py"
+
+
+def inside_pictures():
+    """For the page: the run on the victim with the highest rate, where the grid has one."""
+    runs = [cell for cell in GRID.cells("purified", "ims") if cell["defence"] == "ims"]
+    if not runs:
+        return []
+    folder = cell_folder(max(runs, key=lambda cell: float(cell["rate"])))
+    texts = {
+        "masks": "One run of IMS: forward masks and selections by layer, and its three stages.",
+        "perturbations": "Perturbations that IMS synthesises, with the victim's prediction before and after, and the real trigger.",
+    }
+    return [{"path": f"{folder}/{name}.png", "caption": text} for name, text in texts.items()]
+
+
+PICTURES["ims"] = inside_pictures()
