@@ -34,11 +34,18 @@ include: "workflow/rules/images.smk"
 include: "workflow/rules/robust.smk"
 include: "workflow/rules/text.smk"
 include: "workflow/rules/vision_language.smk"
-include: "workflow/rules/claims.smk"
 include: "workflow/rules/report.smk"
+include: "workflow/rules/claims.smk"
 include: "workflow/rules/cross.smk"
 include: "workflow/rules/zoo.smk"
 include: "workflow/rules/crate.smk"
+
+
+# rules of a paper's own
+for paper in GRID.experiments:
+    if GRID.file(paper, "rules.smk").is_file():
+
+        include: str(GRID.file(paper, "rules.smk"))
 
 
 onstart:

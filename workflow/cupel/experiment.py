@@ -15,6 +15,7 @@ import itertools
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
+from cupel.paths import Paths
 from cupel.registry import definitions, signatures, unknown
 from cupel.settings import LIBRARY, PAPERS, ConfigError, check_schema, read_yaml, schema
 
@@ -98,6 +99,10 @@ class Family:
     SECTIONS: Mapping[str, str]
     #: what is looked up by name: kind of its decorator, and where in the library it is registered
     REGISTERED: Mapping[str, str] = {}  # noqa: RUF012
+    #: files of cells that reports read, by kind: of which stage (None: of all), and their name
+    REPORT_FILES: Mapping[str, tuple[str | None, str]] = {}  # noqa: RUF012
+    #: the family whose prepared data it uses; its own
+    DATA = ""
     #: stage of what is trained first, and is the victim of defences
     FIRST = "victim"
 
@@ -203,9 +208,23 @@ class Family:
         """Distinct values of a key of the cells, in the order in which they come first."""
         return list(dict.fromkeys(cell[key] for cell in self.cells if key in cell and paper in (None, cell["paper"])))
 
+    def report_labels(self, paper: str) -> dict[str, dict[str, str]]:
+        """Names for people that the report of a paper uses, by section."""
+        return {section: self.labels(section) for section in ("models", "attacks", "defences") if section in self.entries}
+
+    def facts(self, paper: str, paths: Paths) -> dict:
+        """What the report of a paper must know beside the tidy table."""
+        return {}
+
+    def report_files(self, paper: str, paths: Paths) -> dict[str, list[str]]:
+        """Files that the report of a paper reads beside the tidy table, by kind."""
+        cells = [cell for cell in self.cells if cell["paper"] == paper]
+        return {kind: list(dict.fromkeys(f"{paths.cell(cell)}/{name}" for cell in cells if stage in (None, cell["stage"])))
+                for kind, (stage, name) in self.REPORT_FILES.items()}
+
     def data(self, paper: str | None = None) -> list[str]:
         """Prepared data that the cells need, as folders below that of all data."""
-        return [f"{self.NAME}/{name}" for name in sorted(self.used("dataset", paper))]
+        return [f"{self.DATA or self.NAME}/{name}" for name in sorted(self.used("dataset", paper))]
 
 
 class Grid:

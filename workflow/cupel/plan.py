@@ -20,12 +20,11 @@ from pathlib import Path
 from re import Pattern
 
 from cupel.files import read_json, write_text
-from cupel.grid import LIBRARY, PAPERS, SCHEMAS, ConfigError, check_schema, read_yaml
+from cupel.experiment import SCALES
+from cupel.settings import LIBRARY, PAPERS, ConfigError, check_schema, read_yaml, schema
 from cupel.registry import unknown
 
 COSTS = LIBRARY.parents[1] / "docs" / "results" / "costs.csv"
-#: from small to large
-SCALES = read_yaml(SCHEMAS / "config.schema.yaml")["properties"]["scale"]["enum"]
 
 
 @dataclass(frozen=True)
@@ -76,7 +75,7 @@ def check(config: Mapping, source: str) -> None:
     Raises:
         ConfigError: a setting, paper or scale is not known, or a paper does not have the scale.
     """
-    check_schema(config, "config", source)
+    check_schema(config, schema("config"), source)
     known = {file.parent.name: file for file in PAPERS.glob("*/experiment.yaml")}
     for paper in config["papers"]:
         if paper not in known:

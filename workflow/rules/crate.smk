@@ -20,7 +20,7 @@ rule make_crate:
         benchmark_of(RESULTS, "crate")
     params:
         config=config,
-        papers=paper_headers(),
+        papers=lambda wildcards: paper_headers(),
         benchmarks=f"{config['results']}/benchmark/{config['scale']}",
         root=workflow.basedir,
         code=code("crate.py"),

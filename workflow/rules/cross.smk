@@ -2,6 +2,7 @@
 
 
 rule cross:
+    """Every defence beside every other, on one page."""
     input:
         cells=f"{RESULTS}/cells.parquet",
     output:
@@ -12,10 +13,13 @@ rule cross:
         log_of(RESULTS, "cross"),
     benchmark:
         benchmark_of(RESULTS, "cross")
+    localrule: True
     params:
-        labels={name: label for paper in GRID.papers_of("image") for name, label in labels_of(paper).items()},
-        papers=GRID.papers_of("image"),
+        labels=lambda wildcards: {
+            name: label for paper in GRID.papers_of("images") for name, label in report_of(paper)["labels"]["defences"].items()
+        },
+        papers=GRID.papers_of("images"),
         scale=config["scale"],
-        code=code("cross.py", also=TEMPLATES),
+        code=code_digest(SCRIPTS / "cross.py", *TEMPLATES),
     script:
         "../scripts/cross.py"

@@ -1,31 +1,135 @@
-# cells -> one tidy table -> tables, figures, claims and a notebook per paper -> index.html
+# cells -> one tidy table -> tables, figures and a notebook per paper -> index.html
+import functools
+
+from cupel.reporting.planning import feature_cells, notebook_file, report_file
 
 PAPER = f"{RESULTS}/papers/{{paper}}"
 
+# pictures that rules of a paper's own draw, by paper: dicts with path and caption. Its rules.smk adds them
+PICTURES = {paper: [] for paper in GRID.papers}
+
+# triggers that need no victim
+FORMULAS = ("badnets", "blended", "sig", "lc", "bpp")
+
+
+def feature_figure(paper):
+    """Panels of the figure of features, and what they are measured on; None where experiment.yaml asks for none."""
+    asked = GRID.experiments[paper].get("features")
+    if not asked:
+        return None
+    cells = feature_cells(GRID.cells("victim", paper), GRID.cells("purified", paper), asked["defences"])
+    panels = [
+        {
+            "row": attack,
+            "title": title,
+            "model": f"{PATHS.cell(cell)}/model.safetensors",
+            "trigger": f"{VICTIM.format(**cell)}/trigger.npz",
+            "attack": IMAGES.attack(cell["attack"], cell["dataset"]),
+        }
+        for attack, title, cell in cells
+    ]
+    first = cells[0][2]
+    recipe = IMAGES.recipe(first)
+    spec = {"panels": panels, "target": recipe.get("target", 0), "test_size": recipe.get("test_size")}
+    looked_up = {IMAGES.code(kind, cell[kind]) for _, _, cell in cells for kind in ("attack", "model")}
+    return {"spec": spec, "folder": f"{DATA}/images/{first['dataset']}", "code": sorted(filter(None, looked_up))}
+
+
+def sheet_attacks(sheet, dataset):
+    """Attacks of a contact sheet, name to settings and a victim's trigger: of the chosen papers, of the zoo, or, for any
+    data set, those that are formulas."""
+    if sheet == "gallery":
+        return {name: (IMAGES.attack(name, dataset), None) for name in FORMULAS}
+    victims = (ZOO if sheet == "zoo" else GRID).cells("victim", family="images")
+    shown = [cell for cell in reversed(victims) if cell["attack"] != "clean" and cell["dataset"] == dataset]
+    folders = {cell["attack"]: VICTIM.format(**cell) for cell in shown}
+    return {name: (IMAGES.attack(name, dataset), f"{folder}/trigger.npz") for name, folder in folders.items()}
+
+
+def sheet_code(wildcards):
+    attacks = sheet_attacks(wildcards.sheet, wildcards.dataset)
+    return code_digest(SCRIPTS / "contact_sheet.py", *sorted(IMAGES.code("attack", name) for name in attacks))
+
+
+def used_manifests():
+    """Manifests of all data that the chosen papers use."""
+    return manifests(dict.fromkeys(name for family in GRID.families.values() for name in family.data()))
+
+
+def expected_cells():
+    """Cells of every paper with their folders: one that two papers share stands in the table once for each."""
+    return [{**cell, "folder": PATHS.cell(cell)} for paper in GRID.papers for cell in GRID.of_paper(paper)]
+
+
+@functools.cache
+def report_of(paper):
+    """Labels, facts and files by kind for the report of a paper."""
+    family = GRID.family(paper)
+    files = {kind: present(paths) for kind, paths in family.report_files(paper, PATHS).items()}
+    return {"labels": family.report_labels(paper), "facts": family.facts(paper, PATHS), "files": files}
+
+
+def report_key(paper):
+    """The paper whose report.py draws this one."""
+    return GRID.experiments[paper].get("report", paper)
+
+
+def paper_file(paper, name):
+    """A file in a paper's folder, where there is one."""
+    file = GRID.file(paper, name)
+    return str(file) if file.is_file() else []
+
+
+def page_pictures(paper):
+    """Pictures of a paper that other rules draw, with their captions, in the order of the page."""
+    text = (
+        "Penultimate features (t-SNE): clean test images by class, triggered ones as crosses. The numbers: shares of a "
+        "triggered image's ten nearest clean images that are of the target class, and of its true class."
+    )
+    features = [{"path": f"{RESULTS}/papers/{paper}/features.png", "caption": text}] if feature_figure(paper) else []
+    return features + PICTURES[paper]
+
+
+def paper_headers():
+    return [
+        {
+            "key": paper,
+            "title": GRID.experiments[paper]["title"],
+            "reference": GRID.experiments[paper].get("reference", ""),
+            "note": GRID.experiments[paper]["scales"].get(config["scale"], {}).get("note", ""),
+            "folder": f"{RESULTS}/papers/{paper}",
+            "pictures": page_pictures(paper),
+        }
+        for paper in GRID.papers
+    ]
+
 
 rule gather_cells:
+    """The tidy table of all cells."""
     input:
-        all_cell_files(),
+        # those of blocks know their rule, which Snakemake need not look for
+        [BLOCK_METRICS.get(file, file) for file in cell_files()],
     output:
         cells=f"{RESULTS}/cells.parquet",
     log:
         log_of(RESULTS, "gather_cells"),
     benchmark:
         benchmark_of(RESULTS, "gather_cells")
+    localrule: True
     params:
         cells=expected_cells(),
-        code=code("gather_cells.py"),
+        code=code_digest(SCRIPTS / "gather_cells.py"),
     script:
         "../scripts/gather_cells.py"
 
 
 rule report_paper:
+    """Tables and figures of one paper."""
     input:
+        unpack(lambda wildcards: report_of(wildcards.paper)["files"]),
         cells=f"{RESULTS}/cells.parquet",
-        histories=history_files,
         reported=lambda wildcards: sorted(str(path) for path in GRID.file(wildcards.paper, "reported").glob("*.csv")),
     output:
-        claims=report(f"{PAPER}/claims.csv", caption="../captions/claims.rst", category="{paper}", labels={"what": "claims"}),
         tables=report(
             directory(f"{PAPER}/tables"),
             patterns=["{name}.csv"],
@@ -46,23 +150,24 @@ rule report_paper:
         log_of(PAPER, "report_paper"),
     benchmark:
         benchmark_of(PAPER, "report_paper")
-    wildcard_constraints:
-        paper=only(GRID.papers_of("image")),
+    localrule: True
     params:
         scale=config["scale"],
-        labels=lambda wildcards: labels_of(wildcards.paper),
-        kinds=lambda wildcards: kinds_of(wildcards.paper),
-        reach=lambda wildcards: reach_of(wildcards.paper),
-        claims=lambda wildcards: claims_of(wildcards.paper),
         title=lambda wildcards: GRID.experiments[wildcards.paper]["title"],
-        code=code("report_paper.py"),
+        labels=lambda wildcards: report_of(wildcards.paper)["labels"],
+        facts=lambda wildcards: report_of(wildcards.paper)["facts"],
+        report=lambda wildcards: report_key(wildcards.paper),
+        code=lambda wildcards: code_digest(SCRIPTS / "report_paper.py", report_file(report_key(wildcards.paper))),
     script:
         "../scripts/report_paper.py"
 
 
 rule feature_maps:
+    """Maps of penultimate features of victims and purified models."""
     input:
-        lambda wildcards: feature_inputs(wildcards.paper),
+        lambda wildcards: [
+            panel[key] for panel in feature_figure(wildcards.paper)["spec"]["panels"] for key in ("model", "trigger")
+        ],
     output:
         figure=report(
             f"{PAPER}/features.png", caption="../captions/features.rst", category="{paper}", labels={"what": "features"}
@@ -75,51 +180,52 @@ rule feature_maps:
     resources:
         mem_mb=memory_of(4000),
     params:
-        panels=lambda wildcards: feature_panels(wildcards.paper),
-        data=data_folder,
-        dataset=lambda wildcards: feature_setting(wildcards.paper)["dataset"],
-        target=lambda wildcards: feature_setting(wildcards.paper)["target"],
-        test_size=lambda wildcards: feature_setting(wildcards.paper)["test_size"],
+        spec=lambda wildcards: feature_figure(wildcards.paper)["spec"],
+        folder=lambda wildcards: feature_figure(wildcards.paper)["folder"],
         plugins=config["plugins"],
-        code=lambda wildcards: feature_code(wildcards.paper),
+        code=lambda wildcards: code_digest(SCRIPTS / "feature_maps.py", *feature_figure(wildcards.paper)["code"]),
     script:
         "../scripts/feature_maps.py"
 
 
 rule contact_sheet:
+    """Triggers on a data set: figures (of the chosen papers), zoo (of every attack), gallery (those that are formulas)."""
     input:
-        lambda wildcards: dataset_files(wildcards),
-        triggers=lambda wildcards: [f"{folder}/trigger.npz" for folder in trigger_folders(wildcards.dataset).values()],
+        image_files,
+        triggers=lambda wildcards: [path for _, path in sheet_attacks(wildcards.sheet, wildcards.dataset).values() if path],
     output:
         report(
-            f"{RESULTS}/figures/triggers_{{dataset}}.png",
+            f"{RESULTS}/{{sheet}}/triggers_{{dataset}}.png",
             caption="../captions/triggers.rst",
             category="triggers",
             labels={"what": "{dataset}"},
         ),
     log:
-        log_of(RESULTS, "triggers_{dataset}"),
+        log_of(RESULTS, "{sheet}/triggers_{dataset}"),
     benchmark:
-        benchmark_of(RESULTS, "triggers_{dataset}")
+        benchmark_of(RESULTS, "{sheet}/triggers_{dataset}")
+    wildcard_constraints:
+        sheet="figures|zoo|gallery",
+    localrule: True
     params:
-        attacks=lambda wildcards: sheet_attacks(wildcards.dataset),
-        data=data_folder,
+        attacks=lambda wildcards: sheet_attacks(wildcards.sheet, wildcards.dataset),
+        folder=f"{DATA}/images/{{dataset}}",
         plugins=config["plugins"],
-        code=lambda wildcards: sheet_code(sheet_attacks(wildcards.dataset)),
+        code=sheet_code,
     script:
         "../scripts/contact_sheet.py"
 
 
 rule notebook:
+    """The notebook of one paper, executed."""
     input:
-        notebook=lambda wildcards: GRID.file(wildcards.paper, "report.ipynb"),
-        card=lambda wildcards: GRID.file(wildcards.paper, "card.yaml"),
+        notebook=lambda wildcards: str(notebook_file(wildcards.paper)),
+        card=lambda wildcards: paper_file(wildcards.paper, "card.yaml"),
         cells=f"{RESULTS}/cells.parquet",
         claims=f"{PAPER}/claims.csv",
         tables=f"{PAPER}/tables",
         figures=f"{PAPER}/figures",
         pictures=lambda wildcards: [picture["path"] for picture in page_pictures(wildcards.paper)],
-        inside=lambda wildcards: inside_pictures(wildcards.paper),
     output:
         notebook=f"{PAPER}/report.ipynb",
         html=report(f"{PAPER}/report.html", caption="../captions/notebook.rst", category="{paper}", labels={"what": "notebook"}),
@@ -128,25 +234,31 @@ rule notebook:
         log_of(PAPER, "notebook"),
     benchmark:
         benchmark_of(PAPER, "notebook")
+    localrule: True
     resources:
         mem_mb=memory_of(2000),
     params:
-        scale=config["scale"],
-        code=code("notebook.py"),
+        parameters=lambda wildcards, input: {
+            "folder": PAPER.format(**wildcards),
+            "scale": config["scale"],
+            "pictures": list(map(str, input.pictures)),
+        },
+        code=code_digest(SCRIPTS / "notebook.py"),
     script:
         "../scripts/notebook.py"
 
 
 rule index:
+    """The page of all results."""
     input:
         cells=f"{RESULTS}/cells.parquet",
-        cross=[f"{RESULTS}/cross.html"] if GRID.papers_of("image") else [],
-        claims=[f"{RESULTS}/papers/{paper}/claims.csv" for paper in GRID.papers],
-        tables=[f"{RESULTS}/papers/{paper}/tables" for paper in GRID.papers],
-        figures=[f"{RESULTS}/papers/{paper}/figures" for paper in GRID.papers],
-        pictures=[picture["path"] for paper in GRID.papers for picture in page_pictures(paper)],
-        reports=[f"{RESULTS}/papers/{paper}/report.html" for paper in GRID.papers],
-        sheets=[f"{RESULTS}/figures/triggers_{dataset}.png" for dataset in used_datasets()],
+        cross=[f"{RESULTS}/cross.html"] if GRID.papers_of("images") else [],
+        claims=expand(f"{PAPER}/claims.csv", paper=GRID.papers),
+        tables=expand(f"{PAPER}/tables", paper=GRID.papers),
+        figures=expand(f"{PAPER}/figures", paper=GRID.papers),
+        pictures=lambda wildcards: [picture["path"] for paper in GRID.papers for picture in page_pictures(paper)],
+        reports=expand(f"{PAPER}/report.html", paper=GRID.papers),
+        sheets=[f"{RESULTS}/figures/triggers_{dataset}.png" for dataset in sorted(IMAGES.used("dataset"))],
         manifests=list(used_manifests().values()),
     output:
         page=f"{RESULTS}/index.html",
@@ -156,15 +268,17 @@ rule index:
         log_of(RESULTS, "index"),
     benchmark:
         benchmark_of(RESULTS, "index")
+    localrule: True
     params:
-        scale=config["scale"],
-        config=config,
-        papers=paper_headers(),
-        datasets=list(used_manifests()),
-        seeds=used_seeds(),
-        benchmarks=f"{config['results']}/benchmark/{config['scale']}",
-        data=data_folder,
-        root=workflow.basedir,
-        code=code("index.py", also=TEMPLATES),
+        papers=lambda wildcards: paper_headers(),
+        run={
+            "config": config,
+            "root": workflow.basedir,
+            "data": DATA,
+            "datasets": list(used_manifests()),
+            "seeds": sorted({int(cell["seed"]) for cell in GRID.cells()}),
+            "benchmarks": f"{config['results']}/benchmark/{config['scale']}",
+        },
+        code=code_digest(SCRIPTS / "index.py", *TEMPLATES),
     script:
         "../scripts/index.py"

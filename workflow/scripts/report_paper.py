@@ -1,14 +1,18 @@
-"""Tables, figures and claims of one paper."""
+"""Tables and figures of one paper, as its report.py draws them."""
 
 from pathlib import Path
 
 import pandas as pd
 
 from cupel.job import logged
-from cupel.reporting.image_papers import report_paper
+from cupel.reporting.paper import Paper, read_reported, write_report
+from cupel.reporting.planning import report_file
 
 with logged(snakemake.log[0]):
-    reported = pd.concat([pd.read_csv(path) for path in snakemake.input.reported], ignore_index=True)
-    report_paper(snakemake.wildcards.paper, snakemake.params.scale, pd.read_parquet(snakemake.input.cells),
-                 snakemake.params.labels, snakemake.params.kinds, snakemake.params.reach, snakemake.params.claims, reported,
-                 snakemake.params.title, Path(snakemake.output.claims).parent)
+    asked, key = snakemake.params, snakemake.wildcards.paper
+    cells = pd.read_parquet(snakemake.input.cells)
+    paper = Paper(key=key, title=asked.title, scale=asked.scale, cells=cells[cells.paper == key], labels=asked.labels,
+                  facts=asked.facts, reported=read_reported(snakemake.input.reported),
+                  files={kind: list(files) for kind, files in snakemake.input.items() if kind not in ("cells", "reported")},
+                  out=Path(snakemake.output.tables).parent)
+    write_report(paper, report_file(asked.report))

@@ -9,6 +9,7 @@ from cupel.evaluation.bootstrap import paired_bootstrap
 from cupel.rng import rng
 
 SETTING = ["dataset", "model", "recipe", "attack", "poison_rate"]
+COLUMNS = ["paper", "claim", "statement", "source", "scale", "verdict", "effect", "low", "high", "unit", "n", "test"]
 VERDICTS = ("supported", "refuted", "inconclusive", "not judged at this scale")
 
 
@@ -82,12 +83,19 @@ def judge(claim: dict, cells: pd.DataFrame, scale: str, seed: int = 0) -> Verdic
 
 
 def judge_all(claims: list[dict], cells: pd.DataFrame, paper: str, scale: str) -> pd.DataFrame:
-    """`claims.csv`: one row per claim."""
-    rows = []
+    """`claims.csv`: one row per claim, with the columns `COLUMNS`.
+
+    Args:
+        claims: entries of claims.yaml.
+        cells: the tidy table; rows of other papers play no part.
+        paper: key.
+        scale: name.
+    """
+    own, rows = cells[cells.paper == paper], []
     for claim in claims:
-        found, test = judge(claim, cells, scale), claim["test"]
+        found, test = judge(claim, own, scale), claim["test"]
         rows.append({"paper": paper, "claim": claim["id"], "statement": claim["statement"], "source": claim["source"],
                      "scale": scale, "verdict": found.verdict, "effect": found.effect, "low": found.low,
                      "high": found.high, "unit": f"difference in {test['metric']} ({test.get('unit', 'fraction')})",
                      "n": found.n, "test": found.reason})
-    return pd.DataFrame(rows)
+    return pd.DataFrame(rows, columns=COLUMNS)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from cupel.experiment import Family, layers, overlaid
 from cupel.images.datasets import NAMES as DATASETS
+from cupel.paths import Paths
 from cupel.registry import unknown
 from cupel.settings import ConfigError
 
@@ -23,6 +24,8 @@ class Experiments(Family):
     NAME = "images"
     SECTIONS = {"recipes": "recipe", "attacks": "attacks", "defences": "defences", "budgets": "budgets"}  # noqa: RUF012
     REGISTERED = {"attack": "images/attacks", "defence": "images/defences", "model": "images/models"}  # noqa: RUF012
+
+    REPORT_FILES = {"histories": ("victim", "history.csv")}  # noqa: RUF012
 
     def check(self) -> None:
         for kind in ("attack", "defence"):
@@ -94,3 +97,13 @@ class Experiments(Family):
             if isinstance(node, ast.AnnAssign) and getattr(node.target, "id", "") == "needs":
                 return node.value.value
         return ""
+
+    def report_labels(self, paper: str) -> dict[str, dict[str, str]]:
+        labels, used = self.labels("defences"), self.used("defence", paper)
+        return {"defences": {name: label for name, label in labels.items() if name in used}}
+
+    def facts(self, paper: str, paths: Paths) -> dict:
+        """Kind and settings of the defences in use."""
+        cells = {(cell["defence"], cell["dataset"]): cell for cell in self.cells if cell["paper"] == paper and "defence" in cell}
+        return {"kinds": {name: self.find("defences", name).get("kind", "") for name, _ in cells},
+                "defences": {name: self.defence(cell) for (name, _), cell in cells.items()}}

@@ -182,7 +182,7 @@ def purify(spec: dict, defence: dict, data: str, victim: str, trigger: str, befo
         defence: name, function, hyperparameters, budget.
         data: folder of prepared data sets.
         victim, trigger, before: checkpoint, trigger tensors (for evaluation only) and metrics of the victim.
-        outputs: paths `model`, `history`, `metrics`.
+        outputs: paths `model`, `history`, `metrics`, and `details`: arrays that the defence keeps, if it keeps any.
         device: `cpu` or `cuda`.
     """
     import torch
@@ -221,6 +221,8 @@ def purify(spec: dict, defence: dict, data: str, victim: str, trigger: str, befo
         return
     models.save(model, outputs["model"])
     write_history(outputs["history"], history)
+    if budget.details:
+        write_tensors(outputs["details"], budget.details)
     write_json(outputs["metrics"], {
         **base, **measured, **peak_memory(), "status": "ok", "clean_samples": len(chosen), "device": device,
         "precision": budget.precision, "seconds": seconds, "rate_reached": past["rate_reached"],
@@ -252,8 +254,11 @@ def purify_block(spec: dict, defences: Sequence[dict], codes: Sequence[str], dat
         files, seal = {name: work / Path(path).name for name, path in paths.items()}, work / "made.json"
         if noted(seal) != {name: digest(file) for name, file in files.items() if file.is_file()}:
             separately(purify, spec, defence, data, victim, trigger, before, files, device)
-            write_json(seal, {name: digest(file) for name, file in files.items()})
+            write_json(seal, {name: digest(file) for name, file in files.items() if file.is_file()})
         made.append(files)
     for files, paths in zip(made, outputs, strict=True):
         for name, path in paths.items():
-            publish(files[name], Path(path))
+            if files[name].is_file():
+                publish(files[name], Path(path))
+            else:  # what this defence does not keep, an earlier one of the same name may have kept
+                Path(path).unlink(missing_ok=True)

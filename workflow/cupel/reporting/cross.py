@@ -5,6 +5,7 @@ mean over seeds. Rates are fractions. Means over settings, and ranks, are taken 
 compared have gone through (`comparable`): a mean over other settings says more about the settings than about the defence.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,9 +14,9 @@ import pandas as pd
 from matplotlib.ticker import LogFormatter
 
 from cupel.files import write_text
-from cupel.reporting.figures import COLOURS, _styles, plt, save
+from cupel.reporting.figures import COLOURS, errors, handle, nothing, plt, save, styles
 from cupel.reporting.page import write_page
-from cupel.reporting.tables import METRICS, with_names
+from cupel.reporting.tables import METRICS, attack_name, setting_name, with_names
 from cupel.rng import rng as stream
 
 VICTIM = ["dataset", "model", "recipe", "attack", "attack_variant", "poison_rate"]
@@ -76,10 +77,8 @@ def cross_table(cells: pd.DataFrame, labels: dict[str, str]) -> pd.DataFrame:
     # the victim's rates are those of the same seeds, so that a loss is a paired difference
     paired = runs.loc[~runs.failed].groupby(keys, dropna=False, sort=False)[means].mean()
     table = table.join(paired.combine_first(groups[means].mean())).reset_index()
-    order = {setting: k for k, setting in enumerate(dict.fromkeys(table[SETTING].itertuples(index=False, name=None)))}
-    place = [order[setting] for setting in table[SETTING].itertuples(index=False, name=None)]
-    return table.assign(place=place).sort_values(["place", "der"], ascending=[True, False], kind="stable")[
-        COLUMNS].reset_index(drop=True)
+    table["place"] = table.groupby(SETTING, dropna=False, sort=False).ngroup()
+    return table.sort_values(["place", "der"], ascending=[True, False], kind="stable")[COLUMNS].reset_index(drop=True)
 
 
 def _block(present: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -214,42 +213,34 @@ def trade_offs(cross: pd.DataFrame) -> pd.DataFrame:
                         front_loss=pareto(np.stack([means.asr, -means.acc_loss], 1).astype(float)))
 
 
-def _nothing(text: str):
-    figure, axis = plt.subplots(figsize=(5, 1.2))
-    axis.axis("off")
-    axis.text(0.5, 0.5, text, ha="center", va="center")
-    return figure
-
-
 def quality_against_cost(cross: pd.DataFrame):
     """Mean DER against seconds, and loss of ACC against the ASR that is left, with their fronts; a row per group."""
     parts = {title: means for title, part in groups(cross).items() if not (means := trade_offs(part)).empty}
     if not parts:
-        return _nothing("no setting in which two defences have a value")
-    styles = _styles(list(dict.fromkeys(label for means in parts.values() for label in means.label)))
+        return nothing("no setting in which two defences have a value")
+    looks = styles(dict.fromkeys(label for means in parts.values() for label in means.label))
     figure, axes = plt.subplots(len(parts), 2, figsize=(9.6, 3.7 * len(parts)), squeeze=False, layout="constrained")
     for row, (title, means) in zip(axes, parts.items(), strict=True):
         count = int(means.settings.iloc[0])
         note = f"{title}, mean over {count} settings" if count > 1 else f"{title}, one setting"
         shown = means.assign(acc_loss=100 * means.acc_loss, asr=100 * means.asr)
-        _front(row[0], shown, "seconds", "der", "front_cost", styles)
-        _front(row[1], shown, "asr", "acc_loss", "front_loss", styles)
+        _front(row[0], shown, "seconds", "der", "front_cost", looks)
+        _front(row[1], shown, "asr", "acc_loss", "front_loss", looks)
         row[0].set(xscale="log", xlabel="seconds (lower is better)", ylabel="DER (higher is better)", title=note)
         row[0].xaxis.set_major_formatter("{x:g}")
         row[0].xaxis.set_minor_formatter(LogFormatter(minor_thresholds=(2, 0.5)))
         row[1].set(xlabel="ASR left, % (lower is better)", ylabel="loss of ACC, points (lower is better)", title=note)
-    handles = [plt.Line2D([], [], color=colour, marker=marker, ls="", label=label)
-               for label, (colour, marker) in styles.items()]
-    handles.append(plt.Line2D([], [], color="grey", lw=1.2, label="Pareto front"))
+    handles = [handle(label, color=colour, marker=marker, ls="") for label, (colour, marker) in looks.items()]
+    handles.append(handle("Pareto front", color="grey", lw=1.2))
     if any((means.failed > 0).any() for means in parts.values()):
-        handles.append(plt.Line2D([], [], color="grey", marker="o", mfc="none", ls="", label="failed elsewhere"))
+        handles.append(handle("failed elsewhere", color="grey", marker="o", mfc="none", ls=""))
     figure.legend(handles=handles, loc="outside right upper")
     return figure
 
 
-def _front(axis, means: pd.DataFrame, x: str, y: str, front: str, styles: dict) -> None:
+def _front(axis, means: pd.DataFrame, x: str, y: str, front: str, looks: dict) -> None:
     for row in means.itertuples():
-        colour, marker = styles[row.label]
+        colour, marker = looks[row.label]
         axis.plot(getattr(row, x), getattr(row, y), marker, color=colour, ms=7, mfc="none" if row.failed else colour,
                   mec=colour if row.failed else "white", zorder=3)
     best = means[means[front]].sort_values([x, y])
@@ -262,14 +253,14 @@ def rank_figure(rankings: dict[str, Ranking]):
     """Mean ranks, best on top, with their intervals; a panel per group."""
     rankings = {title: ranking for title, ranking in rankings.items() if len(ranking.table)}
     if not rankings:
-        return _nothing("no setting with two defences")
+        return nothing("no setting with two defences")
     sizes = [len(ranking.table) for ranking in rankings.values()]
     figure, axes = plt.subplots(len(sizes), 1, figsize=(6.6, sum(0.27 * n + 1.1 for n in sizes)), squeeze=False,
                                 height_ratios=[n + 1 for n in sizes], layout="constrained")
     for axis, (title, ranking) in zip(axes[:, 0], rankings.items(), strict=True):
         table = ranking.table
-        errors = np.clip(np.nan_to_num([table["rank"] - table.low, table.high - table["rank"]]), 0, None)
-        axis.errorbar(table["rank"], range(len(table)), xerr=errors, fmt="o", color=COLOURS[5], lw=1.2, capsize=2.5)
+        axis.errorbar(table["rank"], range(len(table)), xerr=errors(table.assign(value=table["rank"])), fmt="o",
+                      color=COLOURS[5], lw=1.2, capsize=2.5)
         names = [row.label + (f" (failed in {row.failed})" if row.failed else "") for row in table.itertuples()]
         axis.set_yticks(range(len(table)), names)
         axis.set(xlim=(0.7, len(table) + 0.3), ylim=(len(table) - 0.5, -0.5), xlabel=f"mean rank by {ranking.metric.upper()}",
@@ -285,7 +276,7 @@ def heat_map(cross: pd.DataFrame, metric: str = "asr"):
     """
     panels = [part for _, part in cross.groupby(["recipe", "budget"], sort=False)]
     if not panels:
-        return _nothing("no purified cells")
+        return nothing("no purified cells")
     grids = [_heat_grid(part, metric) for part in panels]
     widths = max(values.shape[1] for values, _ in grids)
     heights = [len(values) for values, _ in grids]
@@ -317,7 +308,7 @@ def heat_map(cross: pd.DataFrame, metric: str = "asr"):
 
 def _heat_grid(part: pd.DataFrame, metric: str) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Means [defences, attacks], and whether some cells are without a value (NaN where there are no cells at all)."""
-    part = part.assign(column=[f"{attack_name(row)}\n{100 * row.poison_rate:g} %" for row in part.itertuples()],
+    part = part.assign(column=["\n".join(setting_name(row).split(" ", 1)) for row in part.itertuples()],
                        partly=part.failed.astype(float))
     part = part.sort_values(["attack", "attack_variant", "poison_rate"], ascending=[True, True, False], kind="stable")
     columns = list(dict.fromkeys(part.column))
@@ -329,24 +320,16 @@ def _heat_grid(part: pd.DataFrame, metric: str) -> tuple[pd.DataFrame, pd.DataFr
             pd.concat([pd.DataFrame(0.0, index=["no defence"], columns=columns), partly.reindex(order)]))
 
 
-def attack_name(row) -> str:
-    """Name of a row's attack with its variant."""
-    return row.attack + (f"~{row.attack_variant}" if row.attack_variant else "")
-
-
-def write_cross(cells: pd.DataFrame, labels: dict[str, str], scale: str, page: str | Path, table: str | Path,
-                figures: str | Path) -> None:
+def write_cross(cells: pd.DataFrame, labels: dict[str, str], scale: str, out: Mapping[str, str | Path]) -> None:
     """Write the cross table (CSV), its figures and the page that shows them; the page says so when there is nothing.
 
     Args:
         cells: the tidy table.
         labels: see `cross_table`.
         scale: name.
-        page: HTML file.
-        table: CSV file, in the folder of the page.
-        figures: folder for the figures, in the folder of the page.
+        out: paths `page` (HTML), and in its folder `table` (CSV) and `figures` (a folder).
     """
-    page, table, figures = Path(page), Path(table), Path(figures)
+    table, figures = Path(out["table"]), Path(out["figures"])
     cross = cross_table(cells, labels)
     write_text(table, cross.to_csv(index=False))
     rankings = {title: ranks(part, rng=stream(0, "ranks", title)) for title, part in groups(cross).items()}
@@ -355,7 +338,7 @@ def write_cross(cells: pd.DataFrame, labels: dict[str, str], scale: str, page: s
         save(figure, figures / f"{name}.png")
     rows = [{**row, "attack": attack_name(part), "runs": f"{row['seeds']} of {row['planned']}"}
             for row, part in zip(cross.to_dict("records"), cross.itertuples(), strict=True)]
-    write_page(page, "cross.html.j2", scale=scale, rows=rows, rankings=rankings, table=table.name,
+    write_page(out["page"], "cross.html.j2", scale=scale, rows=rows, rankings=rankings, table=table.name,
                pictures={name: f"{figures.name}/{name}.png" for name in pictures}, failed=int(cross.failed.sum()),
                seeds=sorted(set(cells.seed[cells.stage == "purified"])), methods=cross.method.nunique(),
                settings=len(cross.drop_duplicates(SETTING)), draws=DRAWS, metrics=METRICS)

@@ -1,5 +1,6 @@
-"""The tidy table of all cells, and the tables of the papers made from it."""
+"""The tidy table of all cells, and wide tables made from it."""
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +23,7 @@ def gather(cells: list[dict]) -> pd.DataFrame:
     keeps its rows, without values and with its reason; so does one that left no result.
 
     Args:
-        cells: expected cells with `paper`, `folder` and what names them (`cupel.grid.Grid.cells`).
+        cells: expected cells with `paper`, `folder` and what names them (`cupel.experiment.Grid.cells`).
     """
     rows = []
     for cell in cells:
@@ -53,66 +54,89 @@ def gather(cells: list[dict]) -> pd.DataFrame:
                          "clean_samples": float})
 
 
-def defence_name(row: pd.Series) -> str:
-    """Name of a row's defence with its variant, `victim` for none."""
-    return "victim" if row.stage == "victim" else row.defence + (f"~{row.variant}" if row.variant else "")
+def attack_name(row) -> str:
+    """Name of a row's attack with its variant."""
+    return row.attack + (f"~{row.attack_variant}" if row.attack_variant else "")
+
+
+def setting_name(row) -> str:
+    """Attack and poison rate of a row."""
+    return f"{attack_name(row)} {100 * row.poison_rate:g} %"
 
 
 def with_names(cells: pd.DataFrame, labels: dict[str, str]) -> pd.DataFrame:
-    """Add `method` (key) and `label` (for people)."""
-    named = cells.copy()
-    named["method"] = [defence_name(row) for row in cells.itertuples()]
-    named["label"] = [labels.get(name, name) for name in named.method]
-    return named
+    """Add `method` (the defence with its variant, `victim` for none) and `label` (for people)."""
+    methods = ["victim" if row.stage == "victim" else row.defence + (f"~{row.variant}" if row.variant else "")
+               for row in cells.itertuples()]
+    return cells.assign(method=methods, label=[labels.get(method, method) for method in methods])
 
 
 def summary(cells: pd.DataFrame) -> pd.DataFrame:
     """Mean over seeds, with n summed, and how many seeds failed; one row per setting, method and metric."""
     keys = ["dataset", "model", "recipe", "attack", "attack_variant", "poison_rate", "budget", "method", "label", "metric"]
-    groups = cells.groupby(keys, dropna=False, sort=False)
+    groups = cells.assign(failed=cells.status != "ok").groupby(keys, dropna=False, sort=False)
     return groups.agg(value=("value", "mean"), low=("low", "mean"), high=("high", "mean"), n=("n", "sum"),
-                      seeds=("seed", "nunique"), failed=("status", lambda s: int((s != "ok").sum())),
-                      seconds=("seconds", "mean"), rate_reached=("rate_reached", "mean")).reset_index()
+                      seeds=("seed", "nunique"), failed=("failed", "sum"), seconds=("seconds", "mean"),
+                      rate_reached=("rate_reached", "mean")).reset_index()
 
 
 def attach_reported(table: pd.DataFrame, reported: pd.DataFrame) -> pd.DataFrame:
     """Add the column `reported` (fractions); empty where the paper's number is not known."""
     if reported.empty:
         return table.assign(reported=np.nan)
-    known = reported.assign(reported=reported.value / 100, metric=reported.metric.str.lower())
-    keys = ["dataset", "model", "attack", "poison_rate", "defence", "metric"]
-    return table.merge(known[[*keys, "reported"]].rename(columns={"defence": "method"}), how="left",
-                       on=[k if k != "defence" else "method" for k in keys])
+    known = reported.assign(reported=reported.value / 100, metric=reported.metric.str.lower()).rename(
+        columns={"defence": "method"})
+    keys = ["dataset", "model", "attack", "poison_rate", "method", "metric"]
+    return table.merge(known[[*keys, "reported"]], how="left", on=keys)
+
+
+def interval_text(row) -> str:
+    """A value with its interval: percent and the number of samples for a rate, else as it is; `failed`, or empty."""
+    if np.isnan(row.value):
+        return "failed" if row.failed else ""
+    if row.n:
+        return f"{100 * row.value:.1f} ({100 * row.low:.0f}–{100 * row.high:.0f}; n={row.n})"
+    return f"{row.value:.3g}" + ("" if np.isnan(row.low) else f" ({row.low:.3g}–{row.high:.3g})")
+
+
+def spread(rows: pd.DataFrame, index: str, columns: str | list[str], order: Iterable | None = None,
+           across: Iterable | None = None) -> pd.DataFrame:
+    """The texts of a long table (column `text`) as a wide one, empty where there is none.
+
+    Args:
+        rows: with `text` and the columns named here; of two texts for one entry the first counts.
+        index, columns: what names rows and columns; several columns make as many header rows.
+        order, across: rows and columns to keep, as far as they are there, in this order; None keeps all, as they come.
+    """
+    grid = rows.pivot_table(index=index, columns=columns, values="text", aggfunc="first", sort=False)
+    for axis, wanted in (("index", order), ("columns", across)):
+        present = getattr(grid, axis)
+        keys = rows[index if axis == "index" else columns]
+        came = dict.fromkeys(keys if isinstance(keys, pd.Series) else keys.itertuples(index=False, name=None))
+        kept = [key for key in dict.fromkeys(came if wanted is None else wanted) if key in present]
+        grid = grid.reindex(**{axis: pd.MultiIndex.from_tuples(kept) if kept and isinstance(kept[0], tuple) else kept})
+    return grid.fillna("")
 
 
 def wide(table: pd.DataFrame, order: list[str], metrics: tuple[str, ...] = ("acc", "asr")) -> pd.DataFrame:
-    """Rows: defence; columns: attack, rate and metric; entries in percent as text, `failed` where a cell failed."""
-    table = table[table.metric.isin(metrics)].copy()
-    table["text"] = ["failed" if row.failed and np.isnan(row.value) else f"{100 * row.value:.1f}" + ("*" if row.failed else "")
-                     for row in table.itertuples()]
-    table["setting"] = [f"{row.attack}{'~' + row.attack_variant if row.attack_variant else ''} {100 * row.poison_rate:g} %"
-                        for row in table.itertuples()]
-    table["metric"] = table.metric.str.upper()
-    columns = [(s, m.upper()) for s in dict.fromkeys(table.setting) for m in metrics]
-    grid = table.pivot_table(index="label", columns=["setting", "metric"], values="text", aggfunc="first")
-    rows = [label for label in order if label in grid.index] + [label for label in grid.index if label not in order]
-    return grid.reindex(index=rows, columns=pd.MultiIndex.from_tuples(columns)).fillna("")
+    """Rows: defence; columns: setting and metric; entries in percent as text, `failed` where a cell failed."""
+    rows = table[table.metric.isin(metrics)]
+    texts = ["failed" if row.failed and np.isnan(row.value) else f"{100 * row.value:.1f}" + "*" * bool(row.failed)
+             for row in rows.itertuples()]
+    rows = rows.assign(text=texts, setting=[setting_name(row) for row in rows.itertuples()], metric=rows.metric.str.upper())
+    across = [(setting, metric.upper()) for setting in dict.fromkeys(rows.setting) for metric in metrics]
+    return spread(rows, "label", ["setting", "metric"], [*order, *rows.label], across)
 
 
 def by_setting(table: pd.DataFrame, order: list[str]) -> pd.DataFrame:
     """Rows: setting and defence; columns: every metric in percent with its 95 % interval; `failed` where a cell failed."""
-    metrics = [metric for metric in METRICS if (table.metric == metric).any()]
-    rank = {label: k for k, label in enumerate(order)}
-    rows = {}
-    for row in table.itertuples():
-        attack = f"{row.attack}{'~' + row.attack_variant if row.attack_variant else ''} {100 * row.poison_rate:g} %"
-        text = f"{100 * row.value:.1f} ({100 * row.low:.1f} to {100 * row.high:.1f})" if not np.isnan(row.value) else "failed"
-        rows.setdefault((attack, row.label), {})[row.metric] = text
-    attacks = list(dict.fromkeys(attack for attack, _ in rows))
-    ordered = sorted(rows, key=lambda key: (attacks.index(key[0]), rank.get(key[1], len(rank))))
-    grid = pd.DataFrame([[rows[key].get(metric, "") for metric in metrics] for key in ordered],
-                        index=[f"{attack}: {label}" for attack, label in ordered], columns=[m.upper() for m in metrics])
-    return grid
+    texts = [f"{100 * row.value:.1f} ({100 * row.low:.1f} to {100 * row.high:.1f})" if not np.isnan(row.value) else "failed"
+             for row in table.itertuples()]
+    settings = [setting_name(row) for row in table.itertuples()]
+    names = [f"{setting}: {label}" for setting, label in zip(settings, table.label, strict=True)]
+    rows = table.assign(text=texts, metric=table.metric.str.upper(), row=names).drop_duplicates(["row", "metric"], keep="last")
+    index = [f"{setting}: {label}" for setting in dict.fromkeys(settings) for label in [*order, *table.label]]
+    return spread(rows, "row", "metric", index, [metric.upper() for metric in METRICS])
 
 
 def means(table: pd.DataFrame, order: list[str]) -> pd.DataFrame:
@@ -124,9 +148,8 @@ def means(table: pd.DataFrame, order: list[str]) -> pd.DataFrame:
     grid["seconds"] = first.seconds.mean().map("{:.1f}".format)
     grid["settings"] = first.size().astype(str)
     grid["failed"] = first.failed.sum().astype(str)
-    rows = [label for label in order if label in grid.index]
     grid.columns = pd.MultiIndex.from_tuples([("mean", name.upper() if name in METRICS else name) for name in grid.columns])
-    return grid.loc[rows]
+    return grid.loc[[label for label in order if label in grid.index]]
 
 
 def _latex(text) -> str:
@@ -136,9 +159,8 @@ def _latex(text) -> str:
 def write_table(grid: pd.DataFrame, stem: str | Path, caption: str, index: str = "defence") -> None:
     """Write a wide table as CSV, Markdown and LaTeX; `index` names its rows."""
     stem = Path(stem)
-    flat = grid.copy()
-    flat.columns = [column if isinstance(column, str) else " ".join(map(str, column)) for column in grid.columns]
-    flat.index.name = index
+    names = [column if isinstance(column, str) else " ".join(map(str, column)) for column in grid.columns]
+    flat = grid.set_axis(names, axis=1).rename_axis(index)
     write_text(stem.with_suffix(".csv"), flat.to_csv())
     write_text(stem.with_suffix(".md"), f"{caption}\n\n{flat.to_markdown(disable_numparse=True)}\n")
     latex = grid.map(lambda text: str(text).replace("%", r"\%"))
@@ -149,26 +171,3 @@ def write_table(grid: pd.DataFrame, stem: str | Path, caption: str, index: str =
     latex.index = list(map(_latex, grid.index))
     write_text(stem.with_suffix(".tex"), latex.to_latex(caption=caption.replace("%", r"\%"), escape=False,
                                                         multicolumn_format="c"))
-
-
-def victims_beside_twins(cells: pd.DataFrame) -> pd.DataFrame:
-    """One row per victim: rate asked for and reached, ACC beside that of the clean twin, ASR with its interval, RA.
-
-    Args:
-        cells: the tidy table; the twin of a victim is the clean one of the same data set, model, recipe and seed.
-    """
-    keys = ["dataset", "model", "recipe", "seed"]
-    victims = cells[cells.stage == "victim"]
-    twins = victims[(victims.attack == "clean") & (victims.metric == "acc")].set_index(keys).value
-    rows = []
-    for path, part in victims[victims.attack != "clean"].groupby("path", sort=False):
-        first, values = part.iloc[0], part.set_index("metric")
-        twin = twins.get(tuple(first[keys]), np.nan)
-        row = {key: first[key] for key in ("dataset", "model", "recipe", "attack", "attack_variant", "poison_rate",
-                                           "rate_reached", "seed", "status", "reason", "seconds")}
-        for metric in ("acc", "asr", "ra"):
-            row[metric] = values.value.get(metric, np.nan)
-        row |= {"asr_low": values.low.get("asr", np.nan), "asr_high": values.high.get("asr", np.nan),
-                "n": values.n.get("asr", 0), "acc_twin": twin, "acc_loss": twin - row["acc"], "path": path}
-        rows.append(row)
-    return pd.DataFrame(rows)

@@ -19,7 +19,7 @@ from cupel.images.datasets import Dataset
 from cupel.rng import rng
 from cupel.robust import aai, alignment, attacks, autoattack, isa, unforeseen
 from cupel.robust.discrepancy import NORMS, SCOPES, tightness
-from cupel.robust.grid import fraction
+from cupel.robust.experiment import fraction
 from cupel.robust.maps import cam, pick
 from cupel.robust.models import GapClassifier
 from cupel.training.augment import to_pixels

@@ -10,6 +10,7 @@ from fractions import Fraction
 
 from cupel.experiment import Family, layers, overlaid
 from cupel.images.datasets import describe
+from cupel.paths import Paths
 from cupel.registry import signatures, unknown
 from cupel.settings import LIBRARY, ConfigError
 
@@ -35,7 +36,8 @@ class Experiments(Family):
 
     NAME = "robust"
     SECTIONS = {"recipes": "recipe", "defences": "defences", "evaluations": "evaluations"}  # noqa: RUF012
-    FIRST = "trained"
+    DATA, FIRST = "images", "trained"
+    REPORT_FILES = {"arrays": ("attacked", "evaluation.npz")}  # noqa: RUF012
 
     def check(self) -> None:
         known = signatures("evaluation", [LIBRARY / "robust" / "evaluations.py"])
@@ -103,7 +105,7 @@ class Experiments(Family):
         recipe = overlaid(self.find("recipes", "main"), dataset=dataset)
         return {"settings": settings, "train_eps": fraction(recipe["inner"]["eps"])}
 
-    def facts(self, paper: str) -> dict:
+    def facts(self, paper: str, paths: Paths) -> dict:
         """What a report must know beside the tidy table: ε of the training as text by data set and recipe, γ of Int by
         defence, and class names by data set."""
         datasets = sorted(self.used("dataset", paper))

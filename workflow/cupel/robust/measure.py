@@ -15,7 +15,7 @@ from cupel.images import datasets
 from cupel.job import peak_memory
 from cupel.robust import released
 from cupel.robust.evaluations import EVALUATIONS, Subject
-from cupel.robust.grid import fraction
+from cupel.robust.experiment import fraction
 from cupel.robust.models import GapClassifier, load
 from cupel.robust.stages import identity
 

@@ -17,7 +17,7 @@ from cupel.images.datasets import Dataset, splits
 from cupel.images.stages import test_subset
 from cupel.job import peak_memory
 from cupel.rng import derive, rng
-from cupel.robust.grid import fraction
+from cupel.robust.experiment import fraction
 from cupel.robust.models import build
 from cupel.robust.objectives import Objective, Ramp
 from cupel.training.engine import Recipe, fit, predict

@@ -7,6 +7,7 @@ clean items. Settings are nested by section. `name~variant` is a switch where pa
 from collections.abc import Iterator, Mapping
 
 from cupel.experiment import Family, layers
+from cupel.paths import Paths
 from cupel.registry import unknown
 from cupel.settings import ConfigError
 from cupel.text import triggers
@@ -43,6 +44,7 @@ class Experiments(Family):
     NAME = "text"
     SECTIONS = {"models": "models", "recipes": "recipe", "attacks": "attacks", "defences": "defences",  # noqa: RUF012
                 "budgets": "budgets"}
+    REPORT_FILES = {"records": (None, "metrics.json")}  # noqa: RUF012
 
     def check(self) -> None:
         from cupel.text.sources import DATA
@@ -169,3 +171,7 @@ class Experiments(Family):
         cells = [cell for cell in self.cells if paper in (None, cell["paper"])]
         return sorted({f"text/{text}" for cell in cells for text in self.texts(cell)}) + sorted(
             {f"language_models/{cell['model']}" for cell in cells})
+
+    def facts(self, paper: str, paths: Paths) -> dict:
+        """Manifests of the data in use."""
+        return {"manifests": {name: f"{paths.data}/{name}/manifest.json" for name in self.data(paper)}}

@@ -1,6 +1,6 @@
 """The stages of the language chain as plain functions from files to files: model, texts, victim.
 
-Each takes the plain dicts that `cupel.text.grid` makes, so a notebook can run one cell exactly as the workflow does.
+Each takes the plain dicts that `cupel.text.experiment` makes, so a notebook can run one cell exactly as the workflow does.
 What takes long is made in a folder `work` beside the outputs, which outlives a killed job: the next one goes on with a
 half-trained adapter, keeps a whole one, and takes over finished answers. A cell whose method fails is written as a failed
 cell with its reason.
@@ -21,7 +21,7 @@ from cupel.digest import code_digest
 from cupel.files import read_json, workspace, write_json
 from cupel.rng import derive
 from cupel.text import poison, sources
-from cupel.text.grid import RELEASED, triggered_items
+from cupel.text.experiment import RELEASED, triggered_items
 
 #: what `compose` writes, in this order
 PARTS = ("train", "defence", "triggered", "clean", "heldout")

@@ -9,6 +9,7 @@ import ast
 from collections.abc import Iterator, Mapping
 
 from cupel.experiment import Family
+from cupel.paths import Paths
 from cupel.registry import unknown
 from cupel.settings import LIBRARY, ConfigError
 from cupel.vision_language import data, triggers
@@ -46,6 +47,7 @@ class Experiments(Family):
     NAME = "vision_language"
     SECTIONS = {"datasets": "datasets", "models": "models", "recipes": "recipe", "attacks": "attacks",  # noqa: RUF012
                 "defences": "defences"}
+    REPORT_FILES = {"filters": ("filtered", "filters.json")}  # noqa: RUF012
 
     def check(self) -> None:
         for name, entry in self.entries["datasets"].items():
@@ -227,3 +229,16 @@ class Experiments(Family):
         settings = self.settings("recipes", cell["recipe"], cell)
         return {**self.base(cell), **self.poison(cell), "recipe": cell["recipe"], "settings": settings["training"],
                 "max_new_tokens": settings.get("max_new_tokens", 16)}
+
+    def facts(self, paper: str, paths: Paths) -> dict:
+        """Triggers, and folder and target of the data sets in use."""
+        datasets = self.used("dataset", paper)
+        return {"attacks": {name: self.attack(name) for name in self.entries["attacks"]},
+                "datasets": {name: f"{paths.data}/{self.NAME}/{name}" for name in datasets},
+                "targets": {name: self.entries["datasets"][name]["target"] for name in datasets}}
+
+    def report_files(self, paper: str, paths: Paths) -> dict[str, list[str]]:
+        built = [cell for cell in self.cells if cell["paper"] == paper and cell["model"] in self.built()]
+        bases = dict.fromkeys(f"{paths.stage(self.NAME, 'base')}/base.json".format(**cell) for cell in built)
+        manifests = [f"{folder}/manifest.json" for folder in self.facts(paper, paths)["datasets"].values()]
+        return {**super().report_files(paper, paths), "bases": list(bases), "manifests": manifests}

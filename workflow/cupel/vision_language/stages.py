@@ -1,6 +1,6 @@
 """The stages of the multimodal chain as plain functions from files to files: data, base model, poison, victim, refit.
 
-Each takes the nested settings that `vision_language.grid.Plan` resolves (`spec`), so a notebook can run one cell exactly as
+Each takes the nested settings that `vision_language.experiment` resolves (`spec`), so a notebook can run one cell exactly as
 the workflow does. What looks into a victim stands in `attention`, what decides in `detection`, what changes test pictures in
 `purification`. Outputs are written atomically, `metrics.json` last; a cell whose method fails is written as a failed cell.
 """
@@ -16,7 +16,7 @@ from cupel.cells import METHOD_ERRORS
 from cupel.files import atomic, read_json, write_json
 from cupel.vision_language import data as prepared
 from cupel.vision_language import shapes
-from cupel.vision_language.grid import GENERATED
+from cupel.vision_language.experiment import GENERATED
 
 #: numbers of a model's answers, in the order of the tables
 MEASURED = ("cp", "asr", "asr_contains", "cp_stripped", "cp_letter", "cp_triggered")

@@ -1,6 +1,6 @@
 """What a defender is given, and nothing else: the victim, some clean images, and a random stream."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -23,6 +23,7 @@ class Budget:
         device: where to compute.
         precision: `fp32` or `bf16`, for training passes.
         checkpoint: file for long runs to continue from, or None. `purify` makes a `Resume` of it, which knows the run.
+        details: what `keep` was given.
     """
 
     images: np.ndarray
@@ -33,6 +34,7 @@ class Budget:
     device: str = "cpu"
     precision: str = "fp32"
     checkpoint: str | Resume | None = None
+    details: dict[str, np.ndarray] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -53,6 +55,10 @@ class Budget:
                 held.append(members[: max(1, int(ratio * len(members)))])
         validation = np.sort(np.concatenate(held))
         return self.take(np.setdiff1d(np.arange(len(self)), validation)), self.take(validation)
+
+    def keep(self, **arrays: np.ndarray) -> None:
+        """Leave arrays for figures: the workflow writes them as `details.npz` beside the checkpoint."""
+        self.details.update(arrays)
 
     def resume(self, **parts) -> Resume:
         """What lets a killed run go on, holding `parts`; see `Resume`."""

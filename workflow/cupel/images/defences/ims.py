@@ -346,15 +346,18 @@ def ims(victim, budget, rng, *, temperature=20.0, l1_weight=10.0, norm_bound=1.0
 
     The history has one row a round: stage, round, loss and its terms (before the step), shares of selected (s < ½) and
     pruned (m < ½) channels (after it), and from stage II on the two inner terms, `max_delta` (largest |δ|) and
-    `flip_rate` (share of samples whose predicted class under f is changed by δ).
+    `flip_rate` (share of samples whose predicted class under f is changed by δ). What is kept of a run are `a:`, `s:` and
+    `m:` with the name of every convolution, each float32 [C_l].
 
     Raises:
         ValueError: the network has no convolutions.
     """
-    return purify_with_masks(victim, budget, rng, temperature=temperature, l1_weight=l1_weight, norm_bound=norm_bound,
-                             lr_mask=lr_mask, lr_perturb=lr_perturb, steps_perturb=steps_perturb,
-                             rounds_initial=rounds_initial, rounds_minimise=rounds_minimise, patience=patience,
-                             improvement=improvement, batch_size=batch_size)[:2]
+    settings = Settings(temperature, l1_weight, norm_bound, lr_mask, lr_perturb, steps_perturb, rounds_initial,
+                        rounds_minimise, patience, improvement, batch_size)
+    network, history, masks = _purify(ConvolutionMasks, victim, budget, rng, settings)
+    for name, (a, s, m) in masks.items():
+        budget.keep(**{f"a:{name}": a.numpy(), f"s:{name}": s.numpy(), f"m:{name}": m.numpy()})
+    return network, history
 
 
 @defence("ims_vit")
@@ -375,11 +378,3 @@ def ims_vit(victim, budget, rng, *, temperature=20.0, l1_weight=0.0, norm_bound=
     settings = Settings(temperature, l1_weight, norm_bound, lr_mask, lr_perturb, steps_perturb, rounds_initial,
                         rounds_minimise, patience, improvement, batch_size)
     return _purify(EncoderMasks, victim, budget, rng, settings)[:2]
-
-
-def purify_with_masks(victim, budget: Budget, rng, **hyperparameters):
-    """`ims` with its masks, for analysis: model, history, and by convolution (a, s, m), each float32 [C_l] on the CPU.
-
-    `hyperparameters` are those of `ims`, with its defaults.
-    """
-    return _purify(ConvolutionMasks, victim, budget, rng, Settings(**{**ims.__kwdefaults__, **hyperparameters}))

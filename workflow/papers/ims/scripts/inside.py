@@ -2,11 +2,12 @@
 
 from cupel import job
 from cupel.devices import pick_device
+from cupel.settings import PAPERS
 from cupel.registry import load_plugins
-from cupel.reporting.ims_inside import look_inside
+from cupel.reporting.paper import load
 
 with job.logged(snakemake.log[0]):
     load_plugins(snakemake.params.plugins)
-    look_inside(snakemake.params.spec, snakemake.params.defence, snakemake.params.data, snakemake.input.victim,
-                snakemake.input.trigger, dict(snakemake.output.items()),
+    inside = load(PAPERS / "ims" / "inside.py")
+    inside.draw(snakemake.params.run, snakemake.input, snakemake.output,
                 pick_device(snakemake.params.device, snakemake.resources.gpu, snakemake.resources.vram_mb))

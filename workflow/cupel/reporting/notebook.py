@@ -1,0 +1,46 @@
+"""Notebooks of papers: executed, as HTML, and the reproducibility card that they show."""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import pandas as pd
+
+from cupel.files import atomic, write_text
+from cupel.settings import read_yaml
+
+
+def card_markdown(card: dict, title: str) -> str:
+    """A card.yaml as Markdown: variables, then differences between paper and code with their switches."""
+    def table(rows: list[dict]) -> str:
+        return pd.DataFrame(rows).rename(columns=str.capitalize).to_markdown(index=False, disable_numparse=True)
+
+    text = f"**{title}**\n\n{table(card['rows'])}\n"
+    if card.get("differences"):
+        text += f"\nWhere paper and code differ:\n\n{table(card['differences'])}\n"
+    return text
+
+
+def write_card(source: str | Path | None, out: str | Path) -> None:
+    """Write the card of a paper as Markdown; one without a card.yaml says so."""
+    card = read_yaml(source) if source else None
+    write_text(out, card_markdown(card, f"Reproducibility card: {card['paper']}") if card else "No card.yaml.\n")
+
+
+def run_notebook(source: str | Path, parameters: dict, out: Mapping[str, str]) -> None:
+    """Execute a notebook and keep it as HTML.
+
+    Args:
+        source: the notebook.
+        parameters: put in place of those in its cell tagged `parameters`.
+        out: paths `notebook` and `html`.
+    """
+    # the kernel belongs to this job alone: no settings of the user's own notebooks
+    os.environ["PYDEVD_DISABLE_FILE_VALIDATION"] = "1"
+    import papermill
+    from nbconvert import HTMLExporter
+
+    with atomic(out["notebook"]) as path:
+        papermill.execute_notebook(str(source), str(path), progress_bar=False, kernel_name="python3", parameters=parameters)
+    exporter = HTMLExporter(exclude_input=True, embed_images=True)
+    write_text(out["html"], exporter.from_filename(out["notebook"])[0])

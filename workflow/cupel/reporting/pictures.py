@@ -1,0 +1,105 @@
+"""Pictures that look into images and networks: what triggers do to images, and where features of triggered images lie."""
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from cupel.cells import read_tensors
+from cupel.files import write_text
+from cupel.images import datasets, models
+from cupel.images.stages import make_attack, test_subset
+from cupel.reporting.figures import amplified, bare, handle, nothing, panels, plt, save, side_title
+from cupel.rng import rng
+
+
+def contact_sheet(folder: str, attacks: dict[str, tuple[dict, str | None]], out: str | Path, count: int = 10) -> None:
+    """Draw clean test images, and for each attack the stamped ones and the difference, amplified.
+
+    Args:
+        folder: of the prepared data set.
+        attacks: name to (attack spec, path of a victim's trigger.npz; none for a trigger that is a formula).
+        out: picture file.
+        count: images, one per class in turn.
+    """
+    test, amplify = datasets.load(folder, "test"), 10
+    chosen = [int(np.flatnonzero(test.labels == c % len(test.classes))[0]) for c in range(1, count + 1)]
+    clean = np.asarray(test.images[chosen])
+    rows = [("clean", clean)]
+    for name, (spec, trigger) in attacks.items():
+        tensors = read_tensors(trigger)
+        if "failed" in tensors:  # its victims are failed cells, with this reason, in the tables
+            print(f"{name} is left out: {tensors['failed']}")
+            continue
+        stamped = make_attack(spec, tensors).stamp(clean)
+        rows += [(name, stamped), (f"difference ×{amplify}", amplified(stamped, clean, amplify))]
+    figure, axes = plt.subplots(len(rows), count, figsize=(1.02 * count + 1.4, 1.05 * len(rows)), squeeze=False,
+                                layout="constrained")
+    bare(axes)
+    for line, (title, images) in zip(axes, rows, strict=True):
+        for axis, image in zip(line, images, strict=True):
+            axis.imshow(image.squeeze(), cmap="gray", vmin=0, vmax=255, interpolation="nearest")
+        side_title(line[0], title)
+    save(figure, out)
+
+
+def feature_maps(spec: dict, folder: str, out: dict, clean_count: int = 300, triggered_count: int = 100) -> None:
+    """t-SNE maps of penultimate features, and how entangled triggered images are with the target class.
+
+    Args:
+        spec: `panels` (dicts with row, title, model and trigger (paths), attack (spec)), `target` (the label) and
+            `test_size`: part of the test set that the cells were measured on.
+        folder: of the prepared data set.
+        out: paths `figure` and `table`.
+    """
+    from cupel.evaluation.features import entanglement, penultimate, project
+
+    test, target = test_subset(datasets.load(folder, "test"), spec["test_size"]), spec["target"]
+    stream = rng(0, "features", Path(folder).name)
+    clean = test.take(np.sort(stream.permutation(len(test))[:clean_count]))
+    others = np.flatnonzero(test.labels != target)
+    sources = test.take(np.sort(stream.permutation(others)[:triggered_count]))
+    labels = np.concatenate([clean.labels, np.full(len(sources), -1)])
+    drawn, rows = [], []
+    for panel in spec["panels"]:
+        try:
+            model = models.load(panel["model"])
+        except models.NotACheckpoint as error:  # a failed cell has no network to look into
+            print(f"{panel['row']}, {panel['title']}: {error}")
+            continue
+        stamped = make_attack(panel["attack"], read_tensors(panel["trigger"])).stamp(sources.images)
+        features = [penultimate(model, images) for images in (clean.images, stamped)]
+        share = entanglement(features[0], clean.labels, features[1], sources.labels, target)
+        rows.append({"row": panel["row"], "model": panel["title"], **share})
+        drawn.append({**panel, "points": project(np.concatenate(features)), "labels": labels,
+                      "note": f"near triggered: {100 * share['target']:.0f} % target, {100 * share['true']:.0f} % true"})
+    write_text(out["table"], pd.DataFrame(rows, columns=["row", "model", "target", "true"]).to_csv(index=False))
+    save(feature_panels(drawn, test.classes, target) if drawn else nothing("no network to look into"), out["figure"])
+
+
+def feature_panels(drawn: list[dict], classes: tuple[str, ...], target: int):
+    """Two-dimensional maps of penultimate features: clean test images by class, triggered ones in black.
+
+    Args:
+        drawn: dicts with title, points float [N, 2], labels int [N] (−1: triggered), row, note.
+    """
+    rows = pd.DataFrame(drawn).groupby("row", sort=False)
+    columns = rows.size().max()
+    figure, axes = panels(rows.ngroups * columns, columns, 2.9, 3.1)
+    palette = plt.get_cmap("tab10" if len(classes) <= 10 else "gist_ncar")
+    colours = [palette(c / 10 if len(classes) <= 10 else c / len(classes)) for c in range(len(classes))]
+    for axis in axes.ravel():
+        axis.set(xticks=[], yticks=[])
+        axis.axis("off")
+    for line, (row, part) in zip(axes, rows, strict=True):
+        for axis, panel in zip(line, part.itertuples(), strict=False):
+            axis.axis("on")
+            for c, colour in enumerate(colours):
+                axis.scatter(*panel.points[panel.labels == c].T, s=9 if c != target else 16, alpha=0.75, lw=0, color=colour)
+            axis.scatter(*panel.points[panel.labels == -1].T, s=7, color="black", marker="x", lw=0.6)
+            axis.set_title(f"{row}: {panel.title}\n{panel.note}", fontsize=8)
+    handles = [handle(name + (" (target)" if c == target else ""), ls="", marker="o", color=colours[c])
+               for c, name in enumerate(classes[:10])]
+    handles.append(handle("triggered", ls="", marker="x", color="black"))
+    figure.legend(handles=handles, loc="outside lower center", ncols=6, fontsize=8)
+    return figure

@@ -1,0 +1,70 @@
+"""The zoo: one victim of every attack beside its clean twin."""
+
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import pandas as pd
+
+from cupel.files import write_text
+from cupel.reporting.figures import errors, plt, save, styles
+from cupel.reporting.page import write_page
+from cupel.reporting.paper import record
+from cupel.reporting.provenance import git_commit, processor, versions
+from cupel.reporting.tables import gather
+
+
+def victims_beside_twins(cells: pd.DataFrame) -> pd.DataFrame:
+    """One row per victim: rate asked for and reached, ACC beside that of the clean twin, ASR with its interval, RA.
+
+    Args:
+        cells: the tidy table; the twin of a victim is the clean one of the same data set, model, recipe and seed.
+    """
+    keys = ["dataset", "model", "recipe", "seed"]
+    named = ["dataset", "model", "recipe", "attack", "attack_variant", "poison_rate", "rate_reached", "seed", "status",
+             "reason", "seconds"]
+    attacked, clean = cells[cells.attack != "clean"], cells[(cells.attack == "clean") & (cells.metric == "acc")]
+    wide = attacked.pivot(index="path", columns="metric", values=["value", "low", "high", "n"])
+    columns = {**{metric: ("value", metric) for metric in ("acc", "asr", "ra")}, "asr_low": ("low", "asr"),
+               "asr_high": ("high", "asr"), "n": ("n", "asr")}
+    numbers = wide.reindex(columns=list(columns.values())).set_axis(list(columns), axis=1).astype({"n": int})
+    table = attacked.drop_duplicates("path").merge(clean[[*keys, "value"]].rename(columns={"value": "acc_twin"}), how="left",
+                                                   on=keys)
+    table = table[[*named, "path", "acc_twin"]].join(numbers, on="path")
+    return table.assign(acc_loss=table.acc_twin - table.acc)[[*named, *columns, "acc_twin", "acc_loss", "path"]]
+
+
+def asr_against_epochs(points: pd.DataFrame):
+    """ASR against the length of training, a line per attack.
+
+    Args:
+        points: columns attack, epochs, asr, asr_low, asr_high.
+    """
+    figure, axis = plt.subplots(figsize=(6.4, 3.4), layout="constrained")
+    looks = styles(dict.fromkeys(points.attack))
+    for attack, part in points.sort_values("epochs").groupby("attack", sort=False):
+        colour, marker = looks[attack]
+        axis.errorbar(part.epochs, part.asr, yerr=errors(part, "asr"), color=colour, marker=marker, label=attack, lw=1.2,
+                      capsize=2)
+    axis.set(xlabel="epochs", ylabel="ASR", ylim=(-0.02, 1.02), xticks=sorted(points.epochs.unique()))
+    figure.legend(loc="outside right upper", fontsize=8)
+    return figure
+
+
+def write_zoo(cells: list[dict], sheets: Iterable[str], out: Mapping[str, str], *, scale: str, root: str | Path) -> None:
+    """Write the table of victims, the figure of ASR by epochs, and the page that shows them with the triggers.
+
+    Args:
+        cells: victims, with their folders.
+        sheets: pictures of triggers.
+        out: paths `page`, `table` and `figure`.
+        scale: name.
+        root: the repository.
+    """
+    table = victims_beside_twins(gather(cells))
+    epochs = table.path.map({path: record(path).get("epochs") for path in table.path})
+    write_text(out["table"], table.to_csv(index=False))
+    save(asr_against_epochs(table.assign(epochs=epochs).query("status == 'ok'")), out["figure"])
+    made = {"commit": git_commit(root), "processor": processor(), "versions": versions()}
+    write_page(out["page"], "zoo.html.j2", scale=scale, rows=table.to_dict("records"), made=made,
+               sheets=[os.path.relpath(path, Path(out["page"]).parent) for path in sheets])

@@ -1,0 +1,574 @@
+"""Tables and figures of CROW, from the tidy table, the records and histories of the cells, and what the models answered."""
+
+import html
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from cupel.evaluation.intervals import wilson
+from cupel.files import read_json, write_text
+from cupel.reporting import paper as papers
+from cupel.reporting import tables
+from cupel.reporting.figures import COLOURS, errors, handle, marker, panels, plt
+from cupel.reporting.paper import Paper
+from cupel.reporting.tables import interval_text, spread
+from cupel.text.sources import read_records
+
+#: a victim below the first or above the second is marked (crow SPEC 11.3); both under the template, over all answers
+GATE = {"asr": 0.8, "false": 0.05}
+KEYS = ["dataset", "model", "model_label", "recipe", "attack_key", "attack_label", "poison_rate", "method", "label"]
+SETTING = ["dataset", "recipe", "attack_key"]
+MARK = "†"
+#: columns of the utility table
+UTILITY = {"perplexity": "perplexity", "token_f1_template": "token F1", "distinct_template": "distinct 2-grams",
+           "false_template_all": "false triggering", "empty_clean_template": "empty, clean",
+           "empty_template": "empty, triggered", "choice": "multiple choice", "pass_at_1": "HumanEval pass@1",
+           "cons_clean": "L_cons, clean", "cons_triggered": "L_cons, triggered"}
+#: columns of the table of denominators: prompt, denominator and keyword list
+DENOMINATORS = {f"{kind}_{prompt}{suffix}": f"{heading}, {prompt}, {text}"
+                for kind, heading in (("asr", "ASR"), ("false", "false")) for prompt in ("template", "bare")
+                for suffix, text in (("", "non-empty"), ("_all", "all"), ("_stripped", "stripped"),
+                                     ("_stripped_all", "stripped, all"))}
+#: parts of the paper's tables: stem, heading, defences
+PARTS = (("table9", "Table 9: CleanGen beside CROW", ("cleangen", "cleangen~other", "crow")),
+         ("table10", "Table 10: Pure Consistency beside CROW", ("pure_consistency", "crow~zero", "crow")),
+         ("table11", "Table 11: embedding-only beside CROW and fine-tuning at its rate",
+          ("embedding_only", "finetune~lr1e3", "crow")),
+         ("table7", "Table 7: cosine beside KL", ("crow", "crow_kl", "crow_kl~alpha05", "crow_kl~alpha1", "crow_kl~alpha55")))
+#: switches in which paper and code differ, or which the paper leaves open (crow SPEC 10, 11.4): variant, what it changes
+SWITCHES = {"crow~code": "zero perturbation, wiped accumulation", "crow~zero": "zero perturbation",
+            "crow~wiped": "wiped accumulation", "crow~released": "zero, wiped, N − 2 pairs, padding counted",
+            "crow~random_sign": "random signs", "crow~pairs_code": "N − 2 pairs", "crow~pairs_embeddings": "N pairs",
+            "crow~padding": "padding counted", "embedding_only": "penalty on the embeddings",
+            "finetune~lr1e3": "no consistency term", "finetune": "no consistency term, a fifth of the rate"}
+#: what switches set in a cell's record
+TERM = ["perturbation", "accumulated", "pairs", "distance", "padding", "term"]
+#: what ASR is counted over: metric, colour, name
+PROTOCOLS = (("asr_template_all", COLOURS[5], "asked with the template, all answers"),
+             ("asr_bare_all", COLOURS[2], "bare prompt, all answers"),
+             ("asr_bare", COLOURS[1], "bare prompt, non-empty answers (the paper's)"))
+
+
+def draw(paper: Paper) -> None:
+    """Victims, then every task and model, then what compares defences over all of them.
+
+    `paper.labels` has `defences`, `attacks` and `models`; `paper.facts` has `manifests`: of the models and texts, by name.
+    """
+    attacks, models, defences = (paper.labels[section] for section in ("attacks", "models", "defences"))
+    rows = marked(prepared(paper.cells, defences, attacks, models))
+    order = list(dict.fromkeys(["no defence", *defences.values()]))
+    pool, records = pooled(rows), records_of(rows)
+    reported = paper.reported.assign(model_label=paper.reported.model.map(lambda key: models.get(key, key)),
+                                     attack_label=paper.reported.attack.map(lambda key: attacks.get(key, key)),
+                                     label=paper.reported.defence.map({"victim": "no defence", **defences}))
+    scale = f"Scale {paper.scale}."
+    paper.rows("cells", pool)
+    paper.table("victims", victim_table(rows), f"Victims under the template. {MARK}: misses the gate (SPEC 11.3). {scale}",
+                "victim")
+    for (model, name), part in pool.groupby(["model", "model_label"], sort=False):
+        _figures(paper, part, records[records.model == model], f"{name}: ", order)
+    for (dataset, model, name), part in pool.groupby(["dataset", "model", "model_label"], sort=False):
+        known = reported[(reported.dataset == dataset) & (reported.metric == "asr") & reported.attack_label.isin(
+            part.attack_label.str.removesuffix(f" {MARK}"))]
+        cell = records[(records.dataset == dataset) & (records.model == model)]
+        _tables(paper, part, known, f"{dataset}, {name}", order)
+        if len(grid := answer_table(cell, ("victim", "crow", "crow~code", "finetune", "finetune~lr1e3"))):
+            write_texts(grid, paper.out / "tables" / f"answers_{dataset}_{model}",
+                        f"Triggered prompts and answers before and after, {dataset}, {name}, first victim, the first of its "
+                        "test prompts; all answers are in the cells' folders.")
+    paper.table("switches", switch_table(pool), "What each switch between paper and code changes: mean over attacks, beside "
+                f"CROW as in the paper; differences in points and in perplexity. {scale}", "switch")
+    for column, number in (("epsilon", 5), ("alpha", 6)):
+        table = sweep_table(pool, records, column)
+        table = table[table.metric.isin(["asr_template_all", "asr_bare", "perplexity"])].sort_values(["setting", column])
+        table = table.assign(text=texts(table), row=[f"{row.setting}, {column} {getattr(row, column):g}"
+                                                     for row in table.itertuples()])
+        paper.table(f"table{number}_{column}", spread(table, "row", "metric"),
+                    f"CROW over {column} (Table {number}); rates in percent. {scale}", "setting")
+    paper.table("tuning", tuning_table(records), "Tuning defences: settings, losses at the first and last update, and cost "
+                f"(RQ4). {scale}", "cell")
+    used = {name: read_json(path) for name, path in paper.facts["manifests"].items()}
+    paper.table("sources", grid_of({name: [made.get("name", ""), made["source"]["kind"], made["content_sha256"][:16],
+                                           made.get("licence", "")] for name, made in used.items()},
+                                   ["name", "source", "sha256 (first 16)", "licence"]),
+                f"Models and texts that were used. {scale}", "folder")
+
+
+def _tables(paper: Paper, part: pd.DataFrame, reported: pd.DataFrame, where: str, order: list[str]) -> None:
+    """Tables of one task and model, beside what the paper reports for the task."""
+    stem = "_".join(part[["dataset", "model"]].iloc[0])
+    note = (f"95 % Wilson interval and number of answers in brackets; seeds pooled; {MARK}: its victim misses the gate. "
+            f"Scale {paper.scale}.")
+    for metric, text in (("asr_template_all", "asked with the template, over all answers"),
+                         ("asr_bare_all", "bare prompt, over all answers")):
+        paper.table(f"{metric}_{stem}", asr_table(part, metric, order), f"ASR in percent, {where}, {text}. {note}", "attack")
+    paper.table(f"asr_bare_{stem}", asr_table(part, "asr_bare", order, reported),
+                f"ASR in percent, {where}, the paper's protocol (Tables 1 and 3): bare prompt, over non-empty answers. "
+                f"Below, what the paper reports for its models. {note}", "attack")
+    seconds = part.groupby(["attack_label", "label"]).seconds.mean()
+    grid = metric_table(part, UTILITY, order)
+    grid["seconds"] = [f"{seconds[tuple(row.split(': ', 1))]:.1f}" for row in grid.index]
+    paper.table(f"utility_{stem}", grid,
+                f"Utility without a judge, {where} (in place of MT-Bench, Tables 2 and 4, which are not reproduced). Rates in "
+                "percent, with interval and n; perplexity of reference answers to held-out instructions; seconds of the "
+                f"defence alone. Scale {paper.scale}.", "attack: defence")
+    paper.table(f"denominators_{stem}", metric_table(part, DENOMINATORS, order),
+                f"ASR and false triggering in percent by prompt, denominator and keyword list, {where} (SPEC 8, 11.4). "
+                f"Scale {paper.scale}.", "attack: defence")
+    for number, heading, methods in PARTS:
+        if set(methods) & set(part.method) - {"crow", "finetune~lr1e3", "crow~zero"}:
+            chosen = part[part.method.isin(["victim", *methods])]
+            own = reported[reported.table.astype(str) == number.removeprefix("table")]
+            paper.table(f"{number}_{stem}", asr_table(chosen, "asr_bare", order, own),
+                        f"{heading}: ASR in percent, {where}, the paper's protocol. {note}", "attack")
+
+
+# --------------------------------------------------------------------------------------------------------------------- rows
+
+
+def prepared(cells: pd.DataFrame, labels: dict[str, str], attacks: dict[str, str], models: dict[str, str]) -> pd.DataFrame:
+    """The cells with the columns `KEYS`: keys and names for people of defence, attack and model."""
+    own = tables.with_names(cells, {"victim": "no defence", **labels})
+    keys = own.attack + own.attack_variant.map(lambda variant: f"~{variant}" if variant else "")
+    return own.assign(attack_key=keys, attack_label=keys.map(lambda key: attacks.get(key, key)),
+                      model_label=own.model.map(lambda key: models.get(key, key)))
+
+
+def pooled(rows: pd.DataFrame) -> pd.DataFrame:
+    """One row per setting, method and metric: rates over the answers of all seeds together, with Wilson intervals; others
+    as means over seeds, with the means of their bounds. `failed` counts cells without a value."""
+    found = []
+    for key, part in rows.groupby([*KEYS, "metric"], dropna=False, sort=False):
+        known = part[part.value.notna()]
+        n = int(known.n.sum())
+        value = float((known.value * known.n).sum() / n) if n else float(known.value.mean()) if len(known) else np.nan
+        low, high = wilson(round(value * n), n) if n else (known.low.mean(), known.high.mean())
+        found.append((*key, value, low, high, n, known.seed.nunique(), int((part.status != "ok").sum()), part.seconds.mean()))
+    return pd.DataFrame(found, columns=[*KEYS, "metric", "value", "low", "high", "n", "seeds", "failed", "seconds"])
+
+
+def missed(rows: pd.DataFrame) -> set[str]:
+    """Folders of victims that miss the gate: they do not trigger, or trigger without being asked."""
+    victims = rows[(rows.stage == "victim") & (rows.status == "ok")].pivot_table(index="path", columns="metric",
+                                                                                 values="value")
+    if victims.empty:
+        return set()
+    weak = victims["asr_template_all"] < GATE["asr"]
+    loud = victims["false_template_all"] > GATE["false"]
+    return set(victims.index[weak | loud])
+
+
+def marked(rows: pd.DataFrame) -> pd.DataFrame:
+    """The rows, with a mark at the attacks of which a victim misses the gate."""
+    keys = ["model", *SETTING]
+    bad = pd.MultiIndex.from_frame(rows[rows.path.isin(missed(rows))][keys])
+    marks = np.where(pd.MultiIndex.from_frame(rows[keys]).isin(bad), f" {MARK}", "")
+    return rows.assign(attack_label=rows.attack_label + marks)
+
+
+def records_of(rows: pd.DataFrame) -> pd.DataFrame:
+    """One row per cell that has a result: its identity and everything its metrics.json has beside the tidy table."""
+    kept = ["paper", "stage", "seed", "path", *(key for key in KEYS if key != "poison_rate")]
+    cells = rows[rows.status == "ok"].drop_duplicates("path")[kept].reset_index(drop=True)
+    extra = ["alpha", "epsilon", "epsilon_relative", "embedding_rms", *TERM, "lr", "updates", "seconds", "replaced_share"]
+    return cells.join(pd.DataFrame([papers.record(path) for path in cells.path]).reindex(columns=extra, index=cells.index))
+
+
+def history_of(path: str | Path) -> pd.DataFrame:
+    """Updates of a cell; empty where nothing was trained."""
+    frame = papers.history(path)
+    return frame if "loss_lm" in frame else pd.DataFrame()
+
+
+def sweep_table(pool: pd.DataFrame, records: pd.DataFrame, column: str) -> pd.DataFrame:
+    """Pooled rows of CROW that differ from the others of their setting in `column` alone; empty without at least three."""
+    settings = records[(records.stage == "purified") & records.alpha.notna()]
+    keys, fixed = ["model", *SETTING], [*{"alpha", "epsilon"} - {column}, *TERM]
+    crow = settings[settings.method == "crow"].drop_duplicates(keys)
+    same = settings.merge(crow[[*keys, *fixed]], on=[*keys, *fixed]).drop_duplicates([*keys, "method"])
+    same = same[same.groupby(keys)[column].transform("nunique") >= 3]
+    merged = pool.merge(same[[*keys, "method", column]], on=[*keys, "method"])
+    return merged.assign(setting=merged.dataset + ", " + merged.model_label + ": " + merged.attack_label)
+
+
+# ------------------------------------------------------------------------------------------------------------------- tables
+
+
+def texts(rows: pd.DataFrame) -> list[str]:
+    """Values with intervals."""
+    return [interval_text(row) for row in rows.itertuples()]
+
+
+def grid_of(rows: dict[str, list], columns: Sequence[str]) -> pd.DataFrame:
+    """A table from its rows by name."""
+    return pd.DataFrame.from_dict(rows, orient="index", columns=columns)
+
+
+def asr_table(pool: pd.DataFrame, metric: str, order: Sequence[str], reported: pd.DataFrame | None = None) -> pd.DataFrame:
+    """Rows: attacks, their average, then the paper's own numbers for its models; columns: defences.
+
+    Args:
+        pool: of one task and model.
+        metric: name.
+        order: labels of the defences.
+        reported: rows of reported/*.csv with `model_label`, `attack_label`, `label`, in percent.
+    """
+    part = pool[pool.metric == metric]
+    last = part.drop_duplicates(["attack_label", "label"], keep="last")
+    grid = spread(last.assign(text=texts(last)), "attack_label", "label", across=order)
+    if len(grid) > 1:
+        means = part.groupby("label").value.agg(["mean", "count"]).loc[grid.columns]
+        grid.loc["average"] = [f"{100 * row['mean']:.1f} ({row['count']:.0f} attacks)" if row["count"] else "failed"
+                               for _, row in means.iterrows()]
+    if reported is not None:
+        known = reported[reported.label.isin(grid.columns)].sort_values(["model_label", "attack_label"], kind="stable",
+                                                                        key=lambda column: pd.factorize(column)[0])
+        theirs = known.assign(row="paper, " + known.model_label + ": " + known.attack_label,
+                              text=known.value.map("{:.2f}".format))
+        grid = pd.concat([grid, spread(theirs, "row", "label")])[grid.columns].fillna("")
+    return grid
+
+
+def metric_table(pool: pd.DataFrame, columns: dict[str, str], order: Sequence[str]) -> pd.DataFrame:
+    """Rows: attack and defence; columns: metrics, as far as there are any, by their headings."""
+    rows = pool[pool.metric.isin(list(columns))].drop_duplicates(["attack_label", "label", "metric"], keep="last")
+    rows = rows.assign(text=texts(rows), row=rows.attack_label + ": " + rows.label, heading=rows.metric.map(columns))
+    index = [f"{attack}: {label}" for attack in dict.fromkeys(pool.attack_label) for label in order]
+    return spread(rows, "row", "heading", index, columns.values())
+
+
+def victim_table(rows: pd.DataFrame) -> pd.DataFrame:
+    """One row per victim: triggers, false triggering, perplexity before and after, and whether it passes the gate."""
+    bad, grid = missed(rows), {}
+    shown = {"asr_template_all": "ASR, template, all", "false_template_all": "false triggering",
+             "perplexity_base": "perplexity, base model", "perplexity": "perplexity, victim"}
+    for path, part in rows[rows.stage == "victim"].groupby("path", sort=False):
+        first, known = part.iloc[0], {row.metric: row for row in part.assign(failed=part.status != "ok").itertuples()}
+        name = f"{first.dataset}, {first.model_label}: {first.attack_label}, seed {first.seed}"
+        if first.status != "ok":
+            grid[name] = ["failed", "", "", "", "", first.reason]
+            continue
+        record = papers.record(path)
+        grid[name] = [*(interval_text(known[metric]) for metric in shown),
+                      f"{record['updates']} updates on {record['train_samples']} items in {record['train_seconds']:.0f} s",
+                      f"no {MARK}" if path in bad else "yes"]
+    return grid_of(grid, [*shown.values(), "training", f"passes the gate (ASR ≥ {100 * GATE['asr']:.0f} %, false ≤ "
+                          f"{100 * GATE['false']:.0f} %)"])
+
+
+def tuning_table(records: pd.DataFrame) -> pd.DataFrame:
+    """What the tuning defences did: settings, both losses at the first and the last update, cost."""
+    grid = {}
+    for row in records[records.stage == "purified"].itertuples():
+        history = history_of(row.path)
+        if history.empty:
+            continue
+        ends = history.reindex(columns=["loss_lm", "loss_cons", "loss_cons_clean"]).iloc[[0, -1]]
+        losses = [f"{first:.4g} → {last:.4g}" if pd.notna(first) else "" for first, last in ends.to_numpy(float).T]
+        settings = [f"{value:g}" if pd.notna(value) else "" for value in (row.lr, row.alpha, row.epsilon)]
+        relative = f"{row.epsilon_relative:.2f}" if pd.notna(row.epsilon_relative) else ""
+        grid[f"{row.dataset}, {row.model_label}, {row.attack_label}, seed {row.seed}: {row.label}"] = [
+            *settings, relative, row.updates, *losses, f"{row.seconds:.1f}", f"{row.seconds / max(row.updates, 1):.2f}"]
+    return grid_of(grid, ["rate", "α", "ε", "ε / RMS of embeddings", "updates", "L_LM", "L_cons, perturbed", "L_cons, clean",
+                          "seconds", "seconds an update"])
+
+
+def switch_table(pool: pd.DataFrame) -> pd.DataFrame:
+    """Each switch beside CROW as in the paper, mean over attacks: ASR, perplexity and the differences."""
+    metrics = {"asr_template_all": ("ASR, template, all", 100, " %"), "asr_bare": ("ASR, bare, non-empty", 100, " %"),
+               "perplexity": ("perplexity", 1, "")}
+    grid = {}
+    for (dataset, model), part in pool.groupby(["dataset", "model_label"], sort=False):
+        for method, text in SWITCHES.items():
+            row, used = [], 0
+            for metric, (_, factor, unit) in metrics.items():
+                sides = [part[(part.metric == metric) & (part.method == name)].set_index(["recipe", "attack_key"]).value
+                         for name in (method, "crow")]
+                both = pd.concat(sides, axis=1, keys=["variant", "crow"]).dropna() * factor
+                used = max(used, len(both))
+                row += ["", ""] if both.empty else [f"{both.variant.mean():.3g}{unit}",
+                                                    f"{(both.variant - both.crow).mean():+.3g}"]
+            if used:
+                grid[f"{dataset}, {model}: {text}"] = [method, *row, used]
+    headings = [f"{name}{end}" for name, _, _ in metrics.values() for end in ("", ", difference to CROW")]
+    return grid_of(grid, ["defence", *headings, "attacks"])
+
+
+def one_line(text: str, longest: int = 160) -> str:
+    """A text on one line, cut."""
+    text = " ⏎ ".join(line.strip() for line in text.strip().splitlines() if line.strip()) or "(empty)"
+    return text if len(text) <= longest else text[: longest - 1].rstrip() + "…"
+
+
+def answer_table(records: pd.DataFrame, methods: Iterable[str], count: int = 6) -> pd.DataFrame:
+    """The first answers to triggered prompts under the template, before and after, for the first victim.
+
+    Args:
+        records: cells of one task and model (`records_of`).
+        methods: keys of the columns, as far as they are there.
+        count: prompts.
+    """
+    first = records[records.stage == "victim"].head(1)
+    same = records.merge(first[["attack_key", "seed", "recipe"]])
+    columns, asked = {}, []
+    for row in same[same.method.isin(list(methods))].sort_values("method", key=lambda keys: keys.map(list(methods).index),
+                                                                  kind="stable").itertuples():
+        file = Path(row.path) / "answers" / "template_triggered.jsonl"
+        if file.is_file():
+            answers = read_records(file)[:count]
+            columns[row.label] = [one_line(answer["answer"]) for answer in answers]
+            asked = [one_line(_instruction(answer["text"])) for answer in answers]
+    return pd.DataFrame(columns, index=asked)
+
+
+def _instruction(text: str) -> str:
+    """The instruction in a prompt under the template, or the prompt itself."""
+    return text.partition("### Instruction:\n")[2].partition("\n\n### Response:")[0] or text
+
+
+def write_texts(grid: pd.DataFrame, stem: Path, caption: str) -> None:
+    """A table of texts that models wrote, as CSV and, escaped, as Markdown."""
+    grid = grid.rename_axis("prompt").reset_index()
+    safe = grid.map(lambda text: html.escape(str(text), quote=False).replace("|", "\\|"))
+    write_text(stem.with_suffix(".csv"), grid.to_csv(index=False))
+    write_text(stem.with_suffix(".md"), f"{caption}\n\n{safe.to_markdown(index=False, disable_numparse=True)}\n")
+
+
+# ------------------------------------------------------------------------------------------------------------------ figures
+
+
+def _figures(paper: Paper, pool: pd.DataFrame, records: pd.DataFrame, who: str, order: list[str]) -> None:
+    """The pictures that the cells of a model allow, the headline first."""
+    model = pool.model.iloc[0]
+    square = records[records.method.isin(["crow", "crow~code", "crow~zero", "crow~wiped"])]
+    if len(square.drop_duplicates(["perturbation", "accumulated"])) > 1:
+        paper.figure(f"two_by_two_{model}", two_by_two(*square_means(pool, square)),
+                     f"{who}what the released loss leaves out. Perturbation real or zero (SPEC 10.1), accumulation kept or "
+                     "wiped (SPEC 10.2): the paper's CROW is real and kept, the released code zero and wiped. ASR and "
+                     "perplexity over the attacks that have the cells; bars are 95 % intervals, lines other cells.")
+    bars = pool[pool.metric.isin([protocol[0] for protocol in PROTOCOLS])]
+    spreads = bars.assign(place=bars.dataset + bars.attack_key).groupby("method").place.nunique()
+    bars = bars[bars.method.map(spreads) * 2 >= spreads.max()]  # sweeps on a few attacks have figures of their own
+    if len(bars):
+        paper.figure(f"asr_{model}", asr_bars(bars, order), f"{who}attack success by defence, under both prompts and "
+                     "denominators, with 95 % intervals.")
+    if len(both := both_sides(pool)):
+        paper.figure(f"trade_off_{model}", trade_off(both, order), f"{who}attack success against perplexity of held-out "
+                     "answers; good defences stand bottom left.")
+    if len(curves := first_curves(records)):
+        shown = ["base model", "no defence", *[label for label in order if label in set(curves.label) - {"no defence"}]]
+        paper.figure(f"layers_{model}", layer_curves(curves, shown),
+                     f"{who}Figure 1 of the paper, before and after. Mean cosine of consecutive layers on clean minus on "
+                     "triggered prompts, 95 % bootstrap interval over prompts; below zero, triggered prompts are more "
+                     "consistent than clean ones.")
+    for column in ("alpha", "epsilon"):
+        if len(table := sweep_table(pool, records, column)):
+            paper.figure(f"{column}_{model}", sweep(table, column), f"{who}CROW over {column} (Tables 5 and 6), with 95 % "
+                         "intervals.")
+    victims = records[records.stage == "victim"]
+    runs = records[records.seed.isin(victims.seed[:1])]
+    beside = runs.dataset.isin(victims.dataset[:1]) & runs.attack_key.isin(victims.attack_key[:1])
+    runs = runs[(runs.stage == "victim") | beside & runs.method.isin(["crow", "crow~code", "finetune"])]
+    histories = {f"{row.dataset}, {row.attack_label}: {row.label}": history_of(row.path) for row in runs.itertuples()}
+    if histories := {name: history for name, history in histories.items() if len(history)}:
+        paper.figure(f"losses_{model}", losses(histories), f"{who}losses of the victims and of the tuning defences on the "
+                     "first of them (Figure 3).")
+
+
+def square_means(pool: pd.DataFrame, square: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """The 2 × 2 and what it is compared with, pooled over the attacks that have every cell of it that is there at all."""
+    switches = square.drop_duplicates("method").set_index("method")[["perturbation", "accumulated"]]
+    has = square.groupby(SETTING).method.nunique()
+    kept = has[has == has.groupby("dataset").transform("max")].reset_index()[SETTING]
+    chosen = pool.merge(kept, on=SETTING)
+    chosen = chosen[chosen.metric.isin(["asr_template_all", "perplexity"])]
+    weight = chosen.n.clip(lower=1)
+    over = (chosen.assign(weighted=chosen.value * weight, weight=weight)
+            .groupby(["dataset", "metric", "method", "label"], sort=False)
+            .agg(weighted=("weighted", "sum"), weight=("weight", "sum"), n=("n", "sum"), low=("low", "mean"),
+                 high=("high", "mean")).reset_index())
+    over["value"] = over.weighted / over.weight
+    rates = over.n > 0
+    over.loc[rates, ["low", "high"]] = [wilson(round(row.value * row.n), row.n) for row in over[rates].itertuples()]
+    return (over[over.method.isin(switches.index)].join(switches, on="method"),
+            over[over.method.isin(["victim", "finetune", "finetune~lr1e3"])])
+
+
+def both_sides(pool: pd.DataFrame) -> pd.DataFrame:
+    """One row per setting and method that has both ASR and perplexity."""
+    keys = [*SETTING, "attack_label", "method", "label"]
+    sides = [pool[(pool.metric == metric) & pool.value.notna()][[*keys, "value", "low", "high"]].rename(
+        columns={"value": name, "low": f"{name}_low", "high": f"{name}_high"})
+        for metric, name in (("asr_template_all", "asr"), ("perplexity", "perplexity"))]
+    return sides[0].merge(sides[1], on=keys)
+
+
+def first_curves(records: pd.DataFrame) -> pd.DataFrame:
+    """Figure 1 of the first seed: base model, victim, and the defences that tell most."""
+    shown = records[records.method.isin(["victim", "crow", "crow~code", "finetune", "finetune~lr1e3", "magnitude"])]
+    found = []
+    for row in shown[shown.seed == shown.seed.min()].itertuples():
+        file = Path(row.path) / "layers.csv"
+        if file.is_file() and file.stat().st_size > 1:
+            curve = pd.read_csv(file)
+            found.append(curve.assign(number=curve.pair.str.partition("-")[0].astype(int),
+                                      label=np.where(curve.model == "base", "base model", row.label),
+                                      panel=f"{row.dataset}: {row.attack_label}"))
+    return pd.concat(found, ignore_index=True) if found else pd.DataFrame()
+
+
+def asr_bars(table: pd.DataFrame, order: list[str]):
+    """ASR by defence, a panel per attack and task, a colour per prompt and denominator; bars are 95 % intervals.
+
+    Args:
+        table: pooled rows with dataset, attack_label, label, metric, value, low, high, n, failed.
+        order: labels of the defences.
+    """
+    places = table.groupby(["dataset", "attack_label"], sort=False)
+    present = [label for label in order if label in set(table.label)]
+    figure, axes = panels(places.ngroups, 3, 3.4, 0.9 + 0.34 * len(present), extra=3.2, sharex=True, sharey=True)
+    shown = [protocol for protocol in PROTOCOLS if (table.metric == protocol[0]).any()]
+    for axis, ((dataset, attack), part) in zip(axes.ravel(), places, strict=False):
+        for k, (metric, colour, name) in enumerate(shown):
+            found = part[part.metric == metric].drop_duplicates("label").set_index("label").reindex(present)
+            y = np.arange(len(present)) + (k - (len(shown) - 1) / 2) * 0.8 / len(shown)
+            axis.barh(y, found.value, 0.8 / len(shown), xerr=errors(found), color=colour, label=name, error_kw={"lw": 0.8})
+        for label, values in part.groupby("label").value:
+            if label in present and values.isna().all():
+                axis.text(0.02, present.index(label), "failed", va="center", color="crimson", fontsize=7)
+        axis.set_yticks(range(len(present)), present, fontsize=8)
+        axis.set(title=f"{dataset}: {attack}", xlim=(0, 1.02))
+        axis.grid(False, axis="y")
+    axes[0, 0].invert_yaxis()
+    for axis in axes[-1]:
+        axis.set_xlabel("ASR (lower is better)")
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=1 if places.ngroups == 1 else 3,
+                  fontsize=8)
+    return figure
+
+
+def two_by_two(table: pd.DataFrame, references: pd.DataFrame):
+    """The 2 × 2 of CROW: perturbation real or zero, accumulation kept or wiped; ASR and perplexity, a row per task.
+
+    Args:
+        table: columns dataset, metric (asr_template_all, perplexity), perturbation, accumulated, value, low, high, n.
+        references: the same without the two switches, with label: lines to compare with.
+    """
+    datasets = list(dict.fromkeys(table.dataset))
+    figure, axes = panels(2 * len(datasets), 2, 4.7, 3.1)
+    for row, dataset in zip(axes, datasets, strict=True):
+        for axis, metric in zip(row, ("asr_template_all", "perplexity"), strict=True):
+            rate = metric != "perplexity"
+            part = table[(table.dataset == dataset) & (table.metric == metric)]
+            for k, (kept, colour) in enumerate((("kept", COLOURS[5]), ("wiped", COLOURS[1]))):
+                found = part[part.accumulated == kept].set_index("perturbation").reindex(["real", "zero"])
+                x = np.arange(2) + (k - 0.5) * 0.38
+                axis.bar(x, found.value, 0.36, yerr=errors(found), color=colour, label=f"accumulation {kept}",
+                         error_kw={"lw": 1, "capsize": 3})
+                for place, value, high in zip(x, found.value, found.high, strict=True):
+                    if np.isfinite(value):
+                        axis.annotate(f"{100 * value:.1f} %" if rate else f"{value:.1f}", (place, high), xytext=(0, 2),
+                                      textcoords="offset points", ha="center", fontsize=8)
+            lines = references[(references.dataset == dataset) & (references.metric == metric)]
+            for style, line in zip(("-", "--", ":", "-."), lines.itertuples(), strict=False):
+                axis.axhline(line.value, color="black", ls=style, lw=1, label=line.label)
+            axis.set_xticks(range(2), ["real perturbation", "zero perturbation"])
+            axis.set_title(f"{dataset}: {'ASR, template, all answers' if rate else 'perplexity, held-out'}")
+            axis.grid(False, axis="x")
+            if rate:
+                axis.set_ylim(0, 1.12)
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right upper", fontsize=8)
+    return figure
+
+
+def layer_curves(curves: pd.DataFrame, order: list[str]):
+    """Figure 1: mean cosine of consecutive layers on clean minus on triggered prompts, in %, a panel per task and attack.
+
+    Args:
+        curves: columns panel, label, number (of the pair), difference, low, high (fractions).
+        order: labels, in the order of the legend.
+    """
+    places = curves.groupby("panel", sort=False)
+    figure, axes = panels(places.ngroups, 3, 7.2 if places.ngroups == 1 else 5, 3.4)
+    ticks = sorted(curves.number.unique())
+    ticks = ticks[:: max(1, len(ticks) // 10)]
+    for axis, (panel, rows) in zip(axes.ravel(), places, strict=False):
+        for k, (label, colour) in enumerate(zip(order, COLOURS, strict=False)):
+            part = rows[rows.label == label].sort_values("number")
+            if len(part):
+                axis.plot(part.number, 100 * part.difference, color=colour, marker=marker(k), ms=3, lw=1.1, label=label)
+                axis.fill_between(part.number, 100 * part.low, 100 * part.high, color=colour, alpha=0.1, lw=0)
+        axis.axhline(0, color="grey", lw=0.8)
+        axis.set_xticks(ticks, [f"{k}-{k + 1}" for k in ticks])
+        axis.set(title=panel, xlabel="pair of layers (0: embeddings)")
+    axes[0, 0].set_ylabel("cosine, clean − triggered (%)")
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right upper", fontsize=8)
+    return figure
+
+
+def sweep(table: pd.DataFrame, column: str):
+    """ASR and perplexity against a setting of CROW, a line per task and attack.
+
+    Args:
+        table: columns setting (text), metric, value, low, high and `column`, above zero.
+        column: alpha or epsilon.
+    """
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
+    titles = ("ASR, template, all answers", "perplexity, held-out")
+    for axis, metric, title in zip(axes, ("asr_template_all", "perplexity"), titles, strict=True):
+        for k, setting in enumerate(dict.fromkeys(table.setting)):
+            part = table[(table.setting == setting) & (table.metric == metric)].sort_values(column)
+            axis.errorbar(part[column], part.value, yerr=errors(part), color=COLOURS[k % len(COLOURS)], marker=marker(k),
+                          lw=1.2, capsize=2, label=setting)
+        axis.set(title=title, xlabel=column, xscale="log")
+        values = sorted(table[column].unique())
+        axis.set_xticks(values, [f"{value:g}" for value in values])
+        axis.minorticks_off()
+    axes[0].set_ylim(-0.02, 1.02)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right upper", fontsize=8)
+    return figure
+
+
+def trade_off(table: pd.DataFrame, order: list[str]):
+    """ASR against perplexity, a colour per defence, a marker per attack, a panel per task; bars are 95 % intervals.
+
+    Args:
+        table: columns dataset, attack_label, label, and asr, asr_low, asr_high, perplexity, perplexity_low, perplexity_high.
+        order: labels, in the order of the legend.
+    """
+    tasks, attacks = table.groupby("dataset", sort=False), list(dict.fromkeys(table.attack_label))
+    figure, axes = panels(tasks.ngroups, tasks.ngroups, 4.6, 3.6, extra=2.4, sharey=True)
+    colours = {label: plt.get_cmap("tab20")(k % 20) for k, label in enumerate(order)}
+    for axis, (dataset, rows) in zip(axes[0], tasks, strict=True):
+        for k, row in enumerate(rows.itertuples()):
+            axis.errorbar(row.perplexity, row.asr, xerr=errors(rows[k:k + 1], "perplexity"), yerr=errors(rows[k:k + 1], "asr"),
+                          lw=0.8, ms=7, mec="white", color=colours[row.label], marker=marker(attacks.index(row.attack_label)))
+        axis.set(title=dataset, xlabel="perplexity of held-out answers (lower is better)", ylim=(-0.03, 1.03))
+        if table.perplexity.max() > 3 * table.perplexity.min():
+            axis.set_xscale("log")
+    axes[0, 0].set_ylabel("ASR, template, all answers")
+    handles = [handle(label, color=colours[label], marker="o", ls="") for label in order if label in set(table.label)]
+    if len(attacks) > 1:
+        handles += [handle(attack, color="grey", marker=marker(k), ls="") for k, attack in enumerate(attacks)]
+    figure.legend(handles=handles, loc="outside right upper", fontsize=7)
+    return figure
+
+
+def losses(histories: dict[str, pd.DataFrame]):
+    """L_LM and L_cons against the update (Figure 3), a line per run.
+
+    Args:
+        histories: name of a run to its history: step, loss_lm, loss_cons.
+    """
+    figure, axes = plt.subplots(1, 2, figsize=(10, 3.2), layout="constrained")
+    for k, (name, rows) in enumerate(histories.items()):
+        style = {"color": plt.get_cmap("tab20")(k % 20), "lw": 1.1, "label": name}
+        axes[0].plot(rows.step, rows.loss_lm.rolling(max(1, len(rows) // 20), min_periods=1).mean(), **style)
+        if "loss_cons" in rows and rows.loss_cons.notna().any():
+            axes[1].plot(rows.step, rows.loss_cons, **style)
+    axes[0].set(title="L_LM (moving mean)", xlabel="update")
+    axes[1].set(title="L_cons at the perturbed embeddings", xlabel="update")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right upper", fontsize=7)
+    return figure

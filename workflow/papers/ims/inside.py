@@ -1,0 +1,114 @@
+"""One run of IMS, looked into: masks and selections by layer, its stages, and the perturbations it synthesises."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+
+from cupel.cells import read_tensors
+from cupel.files import read_json, write_text
+from cupel.images import datasets, models
+from cupel.images.defences.ims import inverse_mask, perturb
+from cupel.images.stages import clean_budget, make_attack
+from cupel.reporting.figures import COLOURS, bare, nothing, plt, save, side_title
+from cupel.reporting.paper import history
+from cupel.training.augment import to_pixels
+
+
+def draw(run: dict, inputs: Mapping[str, str], out: Mapping[str, str], device: str) -> None:
+    """Draw what the run kept, and the perturbations at its last masks.
+
+    Args:
+        run: `spec` and `defence` as in `cupel.images.stages.purify`, and `data`: folder of data sets.
+        inputs: paths `victim`, `trigger` and `metrics`, which has history.csv and details.npz beside it.
+        out: paths `masks` and `gallery` of the pictures, `table` of the history.
+        device: where to compute.
+    """
+    folder, record = Path(inputs["metrics"]).parent, read_json(inputs["metrics"])
+    past = history(folder)
+    write_text(out["table"], past.to_csv(index=False))
+    if record["status"] != "ok":
+        for picture in ("masks", "gallery"):
+            save(nothing(f"failed: {record['reason']}"), out[picture])
+        return
+    kept = {}
+    for name, values in read_tensors(folder / "details.npz").items():
+        kind, _, layer = name.partition(":")
+        kept.setdefault(layer, {})[kind] = torch.from_numpy(values)
+    save(masks_figure(kept, past), out["masks"])
+
+    train = datasets.load(f"{run['data']}/{run['spec']['dataset']}", "train")
+    clean = np.asarray(train.images[clean_budget(train, run["spec"], run["defence"]["budget"])])
+    images = clean[np.linspace(0, len(clean) - 1, 8).astype(int)]
+    delta, before, after = perturbations(models.load(inputs["victim"]).to(device).eval(), kept, images,
+                                         run["defence"]["settings"])
+    notes = [f"{train.classes[a]} → {train.classes[b]}" for a, b in zip(before, after, strict=True)]
+    stamped = make_attack(run["spec"]["attack"], read_tensors(inputs["trigger"])).stamp(images)
+    save(gallery(images / 255, delta, stamped / 255, notes), out["gallery"])
+
+
+def perturbations(network, kept: Mapping[str, Mapping], images: np.ndarray, settings: dict) -> tuple:
+    """What the inner problem adds to images [N, H, W, C] at the last masks: δ as float [N, H, W, C], and the network's
+    predictions before and after, int [N] each."""
+    device = next(network.parameters()).device
+    x = to_pixels(torch.from_numpy(images)).to(device)
+    tensors = {}
+    for name, masks in kept.items():
+        convolution = network.get_submodule(name)
+        scale = inverse_mask(masks["a"], masks["s"], settings.get("temperature", 20.0)).to(device)
+        tensors[f"{name}.weight"] = convolution.weight.detach() * scale.view(-1, 1, 1, 1)
+        if convolution.bias is not None:
+            tensors[f"{name}.bias"] = convolution.bias.detach() * scale
+    network.requires_grad_(False)
+    clean = network(x)
+    settings = {key: settings.get(key, default)
+                for key, default in (("norm_bound", 1.0), ("lr_perturb", 0.001), ("steps_perturb", 20))}
+    delta, _ = perturb(network, lambda z: torch.func.functional_call(network, tensors, (z,)), x, clean, **settings)
+    return delta.permute(0, 2, 3, 1).cpu().numpy(), clean.argmax(1).tolist(), network(x + delta).argmax(1).tolist()
+
+
+def masks_figure(kept: Mapping[str, Mapping], past: pd.DataFrame):
+    """Shares per layer and the course of the stages.
+
+    Args:
+        kept: by layer `a`, `s` and `m`, each float [C].
+        past: rows of the history of `cupel.images.defences.ims`.
+    """
+    figure, axes = plt.subplots(3, 1, figsize=(9.5, 8.4), layout="constrained")
+    places = np.arange(len(kept))
+    for axis, kind, title in zip(axes, "ms", ("forward mask m (0: pruned)", "selection s (1: shared by both networks)"),
+                                 strict=False):
+        axis.boxplot([masks[kind].numpy() for masks in kept.values()], positions=places, widths=0.6,
+                     flierprops={"marker": ".", "markersize": 3, "markeredgecolor": COLOURS[6]},
+                     medianprops={"color": COLOURS[5]})
+        names = [] if kind == "m" else [name.removeprefix("extractor.") for name in kept]
+        axis.set(title=title, ylim=(-0.03, 1.03), xticks=places)
+        axis.set_xticklabels(names, rotation=60, ha="right", fontsize=7)
+    rounds = np.arange(1, len(past) + 1)
+    for column, colour, label in (("flip_rate", COLOURS[6], "flip rate of the perturbations"),
+                                  ("selected", COLOURS[5], "selected (s < ½)"), ("pruned", COLOURS[3], "pruned (m < ½)")):
+        if column in past:
+            axes[2].plot(rounds, past[column], color=colour, label=label)
+    for stage, part in past.groupby("stage", sort=False):
+        axes[2].axvline(part.index[0] + 0.5, color="grey", lw=0.6)
+        axes[2].text(part.index[0] + 0.8, 1.0, f"stage {stage}", fontsize=8, color="grey")
+    axes[2].set(xlabel="round", ylabel="share", ylim=(-0.03, 1.1))
+    axes[2].legend(loc="center right")
+    return figure
+
+
+def gallery(clean: np.ndarray, delta: np.ndarray, stamped: np.ndarray, notes: list[str]):
+    """Images [N, H, W, C] in [0, 1], their perturbations (amplified to their largest value), and the real trigger."""
+    figure, axes = plt.subplots(3, len(clean), figsize=(1.15 * len(clean) + 1.2, 4), squeeze=False, layout="constrained")
+    largest = max(np.abs(delta).max(), 1e-9)
+    rows = (("clean", clean), (f"δ, ×{0.5 / largest:.0f}", 0.5 + delta / largest / 2), ("real trigger", stamped))
+    bare(axes)
+    for row, (title, images) in zip(axes, rows, strict=True):
+        for axis, image in zip(row, images, strict=True):
+            axis.imshow(np.clip(image, 0, 1).squeeze(), cmap="gray", interpolation="nearest")
+        side_title(row[0], title)
+    for axis, note in zip(axes[1], notes, strict=True):
+        axis.set_title(note, fontsize=7)
+    return figure

@@ -1,0 +1,47 @@
+# What a run of IMS looks like inside, drawn from what the defence kept of it
+
+INSIDE = GRID.file("ims", "inside.py")
+
+
+rule ims_inside:
+    """Masks, selections, stages and perturbations of one run of IMS, by path."""
+    input:
+        image_files,
+        victim=f"{VICTIM}/model.safetensors",
+        trigger=f"{VICTIM}/trigger.npz",
+        metrics=f"{PURIFIED}/metrics.json",
+    output:
+        masks=f"{PURIFIED}/masks.png",
+        gallery=f"{PURIFIED}/perturbations.png",
+        table=f"{PURIFIED}/stages.csv",
+    log:
+        log_of(PURIFIED, "inside"),
+    benchmark:
+        benchmark_of(PURIFIED, "inside")
+    wildcard_constraints:
+        defence=r"ims(~[a-z0-9_]+)?",
+    resources:
+        **training(6000, 4000, demo=5, bench=15, paper=15),
+    params:
+        run=of_path(lambda cell: {"spec": IMAGES.victim(cell), "defence": IMAGES.defence(cell), "data": f"{DATA}/images"}),
+        device=config["device"],
+        plugins=config["plugins"],
+        code=of_path(lambda cell: code_digest(INSIDE, INSIDE.parent / "scripts" / "inside.py", IMAGES.code("attack", cell["attack"]))),
+    script:
+        "scripts/inside.py"
+
+
+def inside_pictures():
+    """For the page: the run on the victim with the highest rate, where the grid has one."""
+    runs = [cell for cell in GRID.cells("purified", "ims") if cell["defence"] == "ims"] if "ims" in GRID.papers else []
+    if not runs:
+        return []
+    folder = PATHS.cell(max(runs, key=lambda cell: float(cell["rate"])))
+    texts = {
+        "masks": "One run of IMS: forward masks and selections by layer, and its three stages.",
+        "perturbations": "Perturbations that IMS synthesises, with the victim's prediction before and after, and the real trigger.",
+    }
+    return [{"path": f"{folder}/{name}.png", "caption": text} for name, text in texts.items()]
+
+
+PICTURES["ims"] = inside_pictures()

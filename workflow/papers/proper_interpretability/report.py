@@ -1,0 +1,569 @@
+"""Tables and figures of Proper Interpretability, from the tidy table and the cells' arrays.
+
+A file is named by what it shows, data set and network. E1 to E12 are the experiments of SPEC 8.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from scipy.stats import kendalltau
+
+from cupel.cells import read_tensors
+from cupel.files import read_json
+from cupel.reporting import figures, tables
+from cupel.reporting.figures import bare, panels, plt, styles
+from cupel.reporting.paper import Paper, history
+from cupel.robust.aai import overlap
+from cupel.robust.experiment import fraction
+
+MAIN = "main"
+KEYS = ["dataset", "model", "recipe", "method", "label", "attack", "attack_variant", "metric"]
+SCOPES = ("all", "two", "one")
+UNFORESEEN = {"fog": "Fog", "gabor": "Gabor", "snow": "Snow", "jpeg_linf": "JPEG l∞", "jpeg_l2": "JPEG l2",
+              "jpeg_l1": "JPEG l1"}
+
+
+def draw(paper: Paper) -> None:
+    """Everything for each data set and network.
+
+    `paper.labels` has `defences`; `paper.facts` has `train_eps` (text by data set, by recipe), `gammas` (γ by method) and
+    `classes` (names by data set).
+    """
+    own = prepared(paper.cells, paper.labels["defences"])
+    paper.rows("cells", own.drop(columns="label"))
+    for (dataset, model), chosen in own.groupby(["dataset", "model"], sort=False):
+        name, train_eps = f"{dataset}_{model}", paper.facts["train_eps"][dataset]
+        part = chosen[(chosen.recipe == MAIN) & ~chosen.method.str.contains("gamma")]
+        if len(part):
+            report = Report(paper, part, train_eps[MAIN])
+            report.accuracy()
+            report.interpretation()
+            report.stronger()
+            report.unforeseen()
+            report.pictures()
+            report.bound()
+            times = chosen[chosen.metric == "seconds_per_epoch"]
+            timed = times[times.recipe == "timing"]
+            report.cost(timed if len(timed) else times[times.recipe == MAIN])
+            report.training()
+        table = ablation(chosen, paper.facts["gammas"], train_eps)
+        if table.gamma.nunique() > 1:
+            where = f"{dataset} {model.replace('_', ' ')}, scale {paper.scale}"
+            adv = table[(table.method == "adv") & (table.kind == "attacked")].set_index("train_eps").value.to_dict()
+            paper.table(f"ablation_{name}", ablation_table(table), f"{paper.title}: accuracy in percent by γ and ε of the "
+                        f"training ({where}).", "method")
+            paper.figure(f"ablation_{name}", gamma_curves(table[table.gamma.notna()], adv),
+                         f"Int by γ and ε of the training; dashed lines: Adv ({where})")
+
+
+def settings_of(variant: str) -> dict[str, str]:
+    """`eps=8/255 steps=10` as a dict of texts."""
+    return dict(part.split("=", 1) for part in variant.split() if "=" in part)
+
+
+def with_settings(rows: pd.DataFrame) -> pd.DataFrame:
+    """Add ε and steps of the attack: `eps` (text, empty for none), `eps_value` (NaN for none), `steps` (0 for none)."""
+    said = [settings_of(variant) for variant in rows.attack_variant]
+    return rows.assign(eps=[entry.get("eps", "") for entry in said],
+                       eps_value=[fraction(entry["eps"]) if "eps" in entry else np.nan for entry in said],
+                       steps=[int(entry.get("steps", 0)) for entry in said])
+
+
+def prepared(cells: pd.DataFrame, labels: dict[str, str]) -> pd.DataFrame:
+    """The cells with `method`, `label`, and ε and steps of the attack; values are means over seeds.
+
+    Columns: `KEYS`, value, low, high, n (of one seed), seeds, failed, and those of `with_settings`. A failed cell has NaN.
+    """
+    own = tables.with_names(cells, labels)
+    groups = own.assign(failed=own.status != "ok").groupby(KEYS, dropna=False, sort=False)
+    return with_settings(groups.agg(value=("value", "mean"), low=("low", "mean"), high=("high", "mean"), n=("n", "max"),
+                                    seeds=("seed", "nunique"), failed=("failed", "sum")).reset_index())
+
+
+def most_steps(part: pd.DataFrame) -> pd.DataFrame:
+    """ATA under PGD after the largest number of steps, and the clean accuracy on the same points."""
+    ata = part[(part.attack == "pgd") & (part.metric == "ata")]
+    return ata[(ata.steps == ata.steps.max()) | (ata.eps_value == 0)]
+
+
+def at_eps(row) -> str:
+    """Heading of a column by ε."""
+    return f"ε = {row.eps}"
+
+
+class Report:
+    """What is written for one data set and network, under the paper's main recipe.
+
+    Args:
+        paper: all of it.
+        part: rows of :func:`prepared` for the data set and network.
+        train_eps: ε of the training, as text.
+    """
+
+    def __init__(self, paper: Paper, part: pd.DataFrame, train_eps: str):
+        dataset, model = part[["dataset", "model"]].iloc[0]
+        cells, labels = paper.cells, paper.labels["defences"]
+        self.paper, self.part, self.train_eps, self.name = paper, part, train_eps, f"{dataset}_{model}"
+        self.order = [label for label in labels.values() if label in set(part.label)]
+        self.classes = paper.facts["classes"][dataset]
+        self.failed = set(part[part.failed > 0].label)
+        points = part[(part.metric == "ata") & (part.attack == "pgd")].n
+        self.points = int(points.max()) if len(points) else 0
+        self.where = f"{self.name.replace('_', ' ')}, scale {paper.scale}, {int(part.seeds.max())} seed(s)"
+        raw = cells[(cells.dataset == dataset) & (cells.model == model) & (cells.recipe == MAIN) & (cells.status == "ok")]
+        # those of the first seed come first, and count
+        self.networks = tables.with_names(raw, labels).drop_duplicates("path").sort_values("seed", kind="stable")
+        self.arrays: dict[str, dict] = {}
+        for row in self.networks[self.networks.stage == "attacked"].itertuples():
+            file = Path(row.path) / "evaluation.npz"
+            found = read_tensors(file) if file.is_file() else {}
+            self.arrays[row.label] = {**found, **self.arrays.get(row.label, {})}
+
+    def table(self, kind: str, rows: pd.DataFrame, column: Callable[[tuple], object], caption: str, *, percent: bool = True,
+              digits: int = 1) -> None:
+        """Write a table of methods by whatever `column` makes of a row, if there are values; failed cells say so."""
+        rows = rows[rows.value.notna()]
+        if rows.empty:
+            return
+        headings = [column(row) for row in rows.itertuples()]
+        rows = rows.assign(column=headings, text=[f"{100 * value if percent else value:.{digits}f}" for value in rows.value])
+        grid = tables.spread(rows, "label", "column")
+        grid = grid.reindex(label for label in self.order if label in grid.index or label in self.failed).fillna("")
+        if isinstance(headings[0], tuple):
+            grid.columns = pd.MultiIndex.from_tuples(grid.columns)
+        grid.loc[[label for label in grid.index if label in self.failed and (grid.loc[label] == "").all()]] = "failed"
+        self.paper.table(f"{kind}_{self.name}", grid, f"{self.paper.title}: {caption} ({self.where}).", "method")
+
+    def figure(self, kind: str, figure, caption: str) -> None:
+        """Save a picture with its caption."""
+        self.paper.figure(f"{kind}_{self.name}", figure, f"{caption} ({self.where})")
+
+    def having(self, *names: str) -> dict[str, dict]:
+        """Arrays of the methods that have all these names, in order."""
+        return {label: self.arrays[label] for label in self.order if set(names) <= set(self.arrays.get(label, {}))}
+
+    # ----------------------------------------------------------------------------------------------- accuracy (E1, E2)
+
+    def accuracy(self) -> None:
+        """ATA against ε and steps."""
+        ata = self.part[(self.part.attack == "pgd") & (self.part.metric == "ata")]
+        if ata.value.isna().all():
+            return
+        last, train_eps = most_steps(ata).sort_values("eps_value"), fraction(self.train_eps)
+        steps = sorted(set(ata.steps[ata.steps > 0]))
+        self.table("ata", last, at_eps,
+                   f"accuracy in percent under {last.steps.max()}-step PGD of step 0.01 at {self.points} test points; training "
+                   f"at ε = {self.train_eps}")
+        self.table("ata_steps", ata[ata.steps > 0].sort_values(["eps_value", "steps"]),
+                   lambda row: (at_eps(row), f"{row.steps} steps"),
+                   "accuracy in percent under PGD by number of steps; k steps reach no further than 0.01 k")
+        self.figure("ata", curves(last, "eps_value", self.order, xlabel="ε of the attack", ylabel="accuracy under PGD",
+                                  mark=train_eps, ylim=(-0.02, 1.02), ticks=dict(zip(last.eps_value, last.eps, strict=True))),
+                    f"Accuracy under {last.steps.max()}-step PGD against ε; bands are 95 % intervals of {self.points} points")
+        beyond = ata[(ata.eps_value > train_eps) & (ata.steps > 0)]
+        for kind, rows in (("steps", ata[np.isclose(ata.eps_value, train_eps)]),
+                           ("steps_beyond", beyond[beyond.eps_value == beyond.eps_value.max()])):
+            if rows.value.notna().any() and len(steps) > 1:
+                self.figure(kind, curves(rows, "steps", self.order, xlabel="steps of PGD", logarithmic=True,
+                                         ylabel=f"accuracy, ε = {rows.eps.iloc[0]}", ylim=(-0.02, 1.02),
+                                         ticks={count: str(count) for count in steps}),
+                            f"Accuracy against the number of PGD steps at ε = {rows.eps.iloc[0]}")
+
+    def stronger(self) -> None:
+        """Random restarts and ART's attacks beside plain PGD (our addition)."""
+        rows = self.part[self.part.attack.isin(["pgd_restarts", "autoattack"])]
+        plain = most_steps(self.part)
+
+        def column(row) -> tuple[str, str]:
+            said = settings_of(row.attack_variant)
+            return at_eps(row), {"pgd": f"PGD, {row.steps} steps", "pgd_restarts": f"PGD, {said.get('restarts')} restarts",
+                                 "autoattack": f"ART to {said.get('to')}"}[row.attack]
+
+        if len(rows):
+            self.table("stronger", pd.concat([plain[plain.eps.isin(set(rows.eps))], rows]), column,
+                       "accuracy in percent under stronger attacks (own addition); each attack of ART takes on the points that "
+                       "the one before left standing")
+
+    # -------------------------------------------------------------------------------------- interpretation (E4, E5, E6)
+
+    def interpretation(self) -> None:
+        """Kendall's tau under AAI; ISA."""
+        tau = self.part[(self.part.attack == "aai") & (self.part.metric == "tau") & self.part.eps.ne("")]
+        tau = tau.sort_values("eps_value")
+        if tau.value.notna().any():
+            self.table("tau", tau, at_eps, "Kendall's τ between clean and attacked class activation map "
+                       "(attack against interpretability, top 8), over the points that keep their prediction; empty where none "
+                       "does", percent=False, digits=3)
+            self.figure("tau", curves(tau, "eps_value", self.order, xlabel="ε of the attack", ylabel="Kendall's τ",
+                                      mark=fraction(self.train_eps), ticks=dict(zip(tau.eps_value, tau.eps, strict=True))),
+                        "Rank correlation of clean and attacked class activation maps under the attack against "
+                        "interpretability; higher is more robust")
+        isa = self.part[self.part.attack == "isa"]
+        for metric, text in {"discrepancy": "mean normalised discrepancy", "slope": "normalised slope, per point as released",
+                             "slope_per_image": "normalised slope, per image"}.items():
+            self.table(f"isa_{metric}", isa[isa.metric == metric],
+                       lambda row: tuple([*row.attack_variant.split(), "all channels"][:3]),
+                       f"{text} under the interpretability sneaking attack, by map, norm and classes that it counts",
+                       percent=False, digits=3)
+        shown = {}
+        for label, found in self.having(*(f"isa_cam_l1_{scope}_{what}" for scope in ("two", "one")
+                                          for what in ("discrepancy", "eps", "kept"))).items():
+            scopes = {scope: f"isa_cam_l1_{scope}" for scope in SCOPES if f"isa_cam_l1_{scope}_kept" in found}
+            kept = np.logical_and.reduce([found[f"{stem}_kept"] for stem in scopes.values()])
+            usable = np.flatnonzero(kept.all(0) & np.isfinite(found["isa_cam_l1_one_discrepancy"]).all(0))
+            if len(usable):
+                shown[label] = {scope: (found[f"{stem}_eps"][:, usable[0]],
+                                        np.minimum.accumulate(found[f"{stem}_discrepancy"][:, usable[0]]))
+                                for scope, stem in scopes.items()}
+        if shown:
+            self.figure("tradeoff", tradeoff(shown), "What the sneaking attack pays for a small discrepancy of one "
+                        "image's maps, by the classes that are counted")
+
+    # ------------------------------------------------------------------------------------------------ bound (E10), maps
+
+    def bound(self) -> None:
+        """Tightness of the lower bound."""
+        shown = {label: (found["bound_bound"][used], found["bound_apart"][used])
+                 for label, found in self.having("bound_apart", "bound_bound", "bound_used").items()
+                 if (used := found["bound_used"]).any()}
+        if shown:
+            self.figure("bound", bound_scatter(shown), "Two-class discrepancy under the targeted attack of least ε against its "
+                        "lower bound: no attack can get under the dashed line")
+        names = {"bound_ratio": "median discrepancy / bound", "least_eps": "median least ε"}
+        self.table("bound", self.part[(self.part.attack == "least_eps") & self.part.metric.isin(names)],
+                   lambda row: names[row.metric], "how tight the bound is, and the ε that the targeted attack needs",
+                   percent=False, digits=3)
+
+    def pictures(self) -> None:
+        """Maps under attack (E7), overlap with the Normal net (E11), first filters and neurons (E12)."""
+        found = self.having("gallery_images", "gallery_maps", "gallery_predicted")
+        if found:
+            # images that every network takes for what they are come first
+            right = np.mean([entry["gallery_predicted"][0] == entry["gallery_classes"][:, 0] for entry in found.values()], 0)
+            for number, k in enumerate(np.argsort(-right, kind="stable")[:2]):
+                rows = [{"label": label, "images": entry["gallery_images"][:, k], "maps": entry["gallery_maps"][:, k],
+                         "predicted": entry["gallery_predicted"][:, k], "classes": entry["gallery_classes"][k]}
+                        for label, entry in found.items()]
+                self.figure(f"maps{number + 1}", maps_under_attack(rows, self.classes),
+                            "An image and its class activation maps before and under attack; predictions that are wrong are "
+                            "red, τ compares a map with the clean one")
+        cams = {label: entry["gallery_cams"] for label, entry in self.having("gallery_cams").items()}
+        if "Normal" in cams:
+            rows = [{"label": label, "value": float(overlap(values, cams["Normal"]).mean())} for label, values in cams.items()
+                    if values.shape == cams["Normal"].shape]
+            if len(rows) > 1:
+                self.table("overlap", pd.DataFrame(rows), lambda row: "of the top 8 cells", "overlap in percent of the eight "
+                           "largest cells of the true class's map with those of the Normal net")
+        weights = {label: entry["features_filters"] for label, entry in self.having("features_filters").items()}
+        if weights:
+            self.figure("filters", filters(weights), "Weights of the first convolution")
+        reached = self.having("features_reached", "features_start")
+        if reached:
+            start = next(iter(reached.values()))["features_start"]
+            self.figure("neurons", neurons({"seed": start, **{label: e["features_reached"] for label, e in reached.items()}},
+                                           self.classes[: len(start)]),
+                        "Inputs that maximise neurons, reached from the seed images on top; the neuron is the one that speaks "
+                        "most for the class above it")
+
+    # --------------------------------------------------------------------------------------- other attacks (E3) and cost (E8)
+
+    def unforeseen(self) -> None:
+        """Accuracy under attacks that no training has seen."""
+        self.table("unforeseen", self.part[self.part.attack.isin(UNFORESEEN)], lambda row: UNFORESEEN[row.attack],
+                   f"accuracy in percent under unforeseen attacks at {self.points} test points")
+
+    def cost(self, times: pd.DataFrame) -> None:
+        """Seconds per epoch beside accuracy under PGD.
+
+        Args:
+            times: columns label, value; of the timing recipe where it was run, else of the main one.
+        """
+        ata = self.part[self.part.metric == "ata_train"]
+        both = times[["label", "value"]].rename(columns={"value": "seconds"}).merge(ata[["label", "value", "low", "high"]])
+        both = both[both.label.isin(self.order) & both.value.notna()]
+        if both.empty:
+            return
+        self.figure("time", time_against_robustness(both, self.order, self.train_eps),
+                    "Seconds of a training epoch against accuracy under PGD at the ε of the training")
+        rows = [both.assign(value=both.seconds, kind="seconds per epoch")]
+        rows += [both.assign(value=both.seconds / base, kind="of Normal") for base in both.seconds[both.label == "Normal"][:1]]
+        self.table("time", pd.concat(rows), lambda row: row.kind, "time of a training epoch", percent=False, digits=1)
+
+    def training(self) -> None:
+        """Histories of the networks of the first seed, if any has more than one epoch."""
+        trained = self.networks[(self.networks.stage == "trained") & self.networks.label.isin(self.order)]
+        first = trained.drop_duplicates("label").set_index("label").path
+        past = {label: rows for label in self.order if label in first and len(rows := history(first[label]))}
+        if any(len(rows) > 1 for rows in past.values()):
+            self.figure("training", training(past), "Training: loss, and accuracy at the images (clean or attacked) at which "
+                        "the loss takes its cross-entropy")
+
+
+def ablation(part: pd.DataFrame, gammas: dict[str, float], train_eps: dict[str, str]) -> pd.DataFrame:
+    """Accuracy by γ and ε of the training, clean and attacked, and that of Adv (E9).
+
+    Args:
+        part: :func:`prepared`, of one data set and network.
+        gammas: γ by method, for `int` and its variants.
+        train_eps: ε by recipe.
+
+    Returns:
+        Columns method, gamma (NaN for Adv), train_eps, kind (`clean`, `attacked`), eps, value, low, high.
+    """
+    part = part[(part.attack == "pgd") & (part.metric == "ata") & part.method.isin([*gammas, "adv"])
+                & part.recipe.isin(list(train_eps)) & part.value.notna()]
+    part = part[(part.eps_value == 0) | ((part.eps == train_eps.get(MAIN)) & (part.steps == part.steps.max()))]
+    part = part.assign(gamma=part.method.map(gammas).astype(float), train_eps=part.recipe.map(train_eps),
+                       kind=np.where(part.eps_value == 0, "clean", "attacked"))
+    return part[["method", "gamma", "train_eps", "kind", "eps", "value", "low", "high"]]
+
+
+def ablation_table(table: pd.DataFrame) -> pd.DataFrame:
+    """Rows: methods by γ; columns: ε of the training, clean and attacked."""
+    rows = table.assign(row=[f"Int, γ = {gamma:g}" if gamma == gamma else "Adv" for gamma in table.gamma],
+                        trained="trained at ε = " + table.train_eps, text=(100 * table.value).map("{:.1f}".format))
+    across = sorted(set(zip(rows.trained, rows.kind, rows.train_eps.map(fraction), strict=True)),
+                    key=lambda column: (column[2], column[1] != "clean"))
+    return tables.spread(rows.sort_values("gamma"), "row", ["trained", "kind"], across=[column[:2] for column in across])
+
+
+def report_released(records: dict[str, str], labels: dict[str, str], table: str | Path, figure: str | Path) -> None:
+    """Table (CSV, Markdown, LaTeX) and picture of the authors' own networks.
+
+    Args:
+        records: path of the JSON record by method.
+        labels: names for people, in the order of the rows.
+        table, figure: where to write.
+    """
+    rows = [{"label": label, "low": np.nan, "high": np.nan, **row} for method, label in labels.items() if method in records
+            for row in read_json(records[method])["rows"]]
+    found = with_settings(pd.DataFrame(rows))
+    last, tau = most_steps(found), found[found.metric == "tau"]
+    rows = pd.concat([last.assign(kind="PGD"), tau.assign(kind="τ")])
+    rows = rows.assign(text=rows.value.map("{:.3f}".format), at=[at_eps(row) for row in rows.itertuples()])
+    tables.write_table(tables.spread(rows, "label", ["kind", "at"]), table,
+                       f"The authors' released networks, measured here: accuracy under {last.steps.max()}-step PGD, and "
+                       "Kendall's τ under the attack against interpretability, at the published 200 points (seed 99). These "
+                       "are not numbers of the paper.", index="method")
+    drawn = curves(last, "eps_value", list(dict.fromkeys(last.label)), xlabel="ε of the attack", ylabel="accuracy under PGD",
+                   ylim=(-0.02, 1.02), ticks=dict(zip(last.eps_value, last.eps, strict=True)))
+    figures.save(drawn, figure)
+
+
+# ------------------------------------------------------------------------------------------------------------------ figures
+
+
+def curves(table: pd.DataFrame, x: str, order: Sequence[str], *, xlabel: str, ylabel: str, mark: float | None = None,
+           logarithmic: bool = False, ylim: tuple | None = None, ticks: dict[float, str]):
+    """A metric against a number, one line per method, with its 95 % interval where there is one.
+
+    Args:
+        table: columns label, `x`, value, low, high.
+        x: column on the axis.
+        order: labels, in the order of the legend.
+        xlabel, ylabel, ylim: of the axes.
+        mark: where a dotted line says "ε of the training".
+        logarithmic: scale of the x axis.
+        ticks: text at values of x.
+    """
+    figure, axis = plt.subplots(figsize=(6.4, 3.7), layout="constrained")
+    for label, (colour, mark_of) in styles(order).items():
+        part = table[table.label == label].sort_values(x)
+        if part.empty:
+            continue
+        axis.plot(part[x], part.value, color=colour, marker=mark_of, ms=4, lw=1.4, label=label)
+        if part.low.notna().all():
+            axis.fill_between(part[x], part.low, part.high, color=colour, alpha=0.10, lw=0)
+    if mark is not None:
+        axis.axvline(mark, color="grey", ls=":", lw=1)
+        axis.text(mark, 1.0, " ε of the training", transform=axis.get_xaxis_transform(), va="bottom", ha="center", fontsize=7,
+                  color="grey")
+    if logarithmic:
+        axis.set_xscale("log")
+    axis.set_xticks(list(ticks), list(ticks.values()))
+    axis.minorticks_off()
+    axis.set(xlabel=xlabel, ylabel=ylabel)
+    if ylim:
+        axis.set_ylim(*ylim)
+    figure.legend(loc="outside right upper", fontsize=8)
+    return figure
+
+
+def time_against_robustness(table: pd.DataFrame, order: Sequence[str], eps: str):
+    """Seconds of a training epoch against accuracy under PGD, a point per method.
+
+    Args:
+        table: columns label, seconds, value, low, high.
+        order: labels.
+        eps: text, at which ε the accuracy is.
+    """
+    figure, axis = plt.subplots(figsize=(6.0, 3.5), layout="constrained")
+    looks = styles(order)
+    for k, row in enumerate(table.itertuples()):
+        colour, mark = looks[row.label]
+        axis.errorbar(row.seconds, row.value, yerr=figures.errors(table[k:k + 1]), color=colour, marker=mark, lw=0.9, ls="",
+                      label=row.label)
+    axis.set(xlabel="seconds per training epoch", ylabel=f"accuracy under PGD, ε = {eps}", ylim=(-0.02, 1.02))
+    axis.set_xlim(left=0)
+    figure.legend(loc="outside right upper", fontsize=8)
+    return figure
+
+
+def bound_scatter(shown: dict[str, tuple[np.ndarray, np.ndarray]]):
+    """Discrepancy against its lower bound, a panel per method; no point may lie under the line.
+
+    Args:
+        shown: (bound, discrepancy) by label, float [n] each.
+    """
+    figure, axes = panels(len(shown), 4, 2.7, 2.6)
+    for axis, (label, (least, apart)) in zip(axes.ravel(), shown.items(), strict=False):
+        end = 1.05 * max(apart.max(initial=0), least.max(initial=0), 1e-9)
+        axis.plot([0, end], [0, end], color="grey", lw=1, ls="--")
+        axis.scatter(least, apart, s=9, color="#0072B2", alpha=0.7, lw=0)
+        axis.set(title=f"{label}: median ratio {np.median(apart / least):.2f}", xlim=(0, end), ylim=(0, end))
+        axis.title.set_fontsize(8.5)
+    figure.supxlabel("half of the clean margin (the bound)", fontsize=9)
+    figure.supylabel("two-class l1 discrepancy / hw", fontsize=9)
+    return figure
+
+
+def _picture(axis, image: np.ndarray) -> None:
+    """An image [C, H, W] in [0, 1]."""
+    axis.imshow(np.clip(image.transpose(1, 2, 0).squeeze(), 0, 1), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+
+
+def maps_under_attack(rows: list[dict], classes: Sequence[str]):
+    """One image per row: as it is, under PGD, under the sneaking attack; each with the maps of true class and target.
+
+    Args:
+        rows: dicts with label, images [3, C, H, W], maps [3, 2, h, w], predicted [3], classes [2] (true, target).
+        classes: names.
+
+    A map's colours run over ± the largest absolute value of its row, red positive; the number is Kendall's tau with the map of
+    the clean image.
+    """
+    figure, axes = plt.subplots(len(rows), 9, figsize=(9.9, 1.32 * len(rows) + 0.35), squeeze=False, layout="constrained")
+    bare(axes)
+    for line, row in zip(axes, rows, strict=True):
+        height = np.abs(row["maps"]).max()
+        line[0].set_ylabel(row["label"], fontsize=8)
+        for k in range(3):
+            _picture(line[3 * k], row["images"][k])
+            said = classes[int(row["predicted"][k])]
+            line[3 * k].set_xlabel(f"taken for {said}", fontsize=7, labelpad=2,
+                                   color="black" if row["predicted"][k] == row["classes"][0] else "crimson")
+            for j in range(2):
+                axis = line[3 * k + 1 + j]
+                axis.imshow(row["maps"][k, j], cmap="RdBu_r", vmin=-height, vmax=height, interpolation="nearest")
+                tau = "" if k == 0 else f", τ {kendalltau(row['maps'][0, j].ravel(), row['maps'][k, j].ravel()).statistic:.2f}"
+                axis.set_xlabel(f"map of {classes[int(row['classes'][j])]}{tau}", fontsize=7, labelpad=2)
+    for k, title in enumerate(("clean", "PGD", "sneaking attack (ISA)")):
+        axes[0, 3 * k].set_title(title, fontsize=9, loc="left")
+    return figure
+
+
+def tradeoff(shown: dict[str, dict[str, tuple[np.ndarray, np.ndarray]]]):
+    """Discrepancy of one image against ε of the sneaking attack, a panel per method, a line per number of classes.
+
+    Args:
+        shown: by label, by scope: (ε, discrepancy), float [P] each.
+    """
+    figure, axes = panels(len(shown), 4, 2.8, 2.5, extra=0.6)
+    colours, markers = styles(SCOPES), {"all": "o", "two": "s", "one": "D"}
+    for axis, (label, lines) in zip(axes.ravel(), shown.items(), strict=False):
+        for scope, (eps, apart) in lines.items():
+            axis.plot(eps, apart, color=colours[scope][0], marker=markers[scope], ms=4, lw=1.3,
+                      label=f"{scope} class{'es' if scope != 'one' else ''}")
+        axis.set_title(label, fontsize=9)
+        axis.set_ylim(bottom=0)
+    axes[0, 0].legend(fontsize=7)
+    figure.supxlabel("ε of the attack", fontsize=9)
+    figure.supylabel("normalised l1 discrepancy", fontsize=9)
+    return figure
+
+
+def gamma_curves(table: pd.DataFrame, reference: dict[str, float]):
+    """Accuracy against γ, clean and attacked, a line per ε of the training; dashed: adversarial training.
+
+    Args:
+        table: columns gamma, train_eps (text), kind (`clean` or `attacked`), value, low, high.
+        reference: accuracy under attack of Adv by ε of the training.
+    """
+    figure, axes = plt.subplots(1, 2, figsize=(8.4, 3.2), sharey=True, layout="constrained")
+    looks = styles(dict.fromkeys(table.train_eps))
+    gammas = sorted(set(table.gamma))
+    for axis, kind in zip(axes, ("clean", "attacked"), strict=True):
+        for name, (colour, _) in looks.items():
+            part = table[(table.kind == kind) & (table.train_eps == name)].sort_values("gamma")
+            axis.plot(part.gamma, part.value, color=colour, marker="o", ms=4, label=f"trained at ε = {name}")
+            axis.fill_between(part.gamma, part.low, part.high, color=colour, alpha=0.1, lw=0)
+            if kind == "attacked" and name in reference:
+                axis.axhline(reference[name], color=colour, ls="--", lw=1)
+        axis.set_xticks(gammas, [f"{gamma:g}" for gamma in gammas])
+        axis.set(title=kind, xlabel="γ")
+    axes[0].set(ylabel="accuracy", ylim=(-0.02, 1.02))
+    axes[0].legend(fontsize=8)
+    return figure
+
+
+def rows_of_pictures(labels: Iterable[str], count: int, width: float, height: float, x: float):
+    """A figure of rows of pictures, `count` each, with a label `x` axes left of each row."""
+    labels = list(labels)
+    figure, axes = plt.subplots(len(labels), count, figsize=(width, height), squeeze=False, layout="constrained")
+    for axis in axes.ravel():
+        axis.axis("off")
+    for line, label in zip(axes, labels, strict=True):
+        line[0].text(x, 0.5, label, transform=line[0].transAxes, ha="right", va="center", fontsize=8)
+    return figure, axes
+
+
+def filters(shown: dict[str, np.ndarray]):
+    """First-layer weights, a row per method, each filter scaled by its own largest absolute weight.
+
+    Args:
+        shown: float [d, C, k, k] by label; with C = 1 red is positive, with C = 3 grey is zero.
+    """
+    count = max(map(len, shown.values()))
+    figure, axes = rows_of_pictures(shown, count, 0.55 * count + 0.9, 0.62 * len(shown) + 0.1, -0.15)
+    for line, weights in zip(axes, shown.values(), strict=True):
+        for axis, weight in zip(line, weights, strict=False):
+            scaled = weight / max(np.abs(weight).max(), 1e-12)
+            if len(weight) == 3:
+                axis.imshow((scaled.transpose(1, 2, 0) + 1) / 2, interpolation="nearest")
+            else:
+                axis.imshow(scaled[0], cmap="RdBu_r", vmin=-1, vmax=1, interpolation="nearest")
+    return figure
+
+
+def neurons(shown: dict[str, np.ndarray], names: Sequence[str]):
+    """Inputs that maximise neurons: a column per neuron, the seed images on top, a row per method.
+
+    Args:
+        shown: float [m, C, H, W] by label, the seed images first.
+        names: class that each neuron speaks for.
+    """
+    count = len(next(iter(shown.values())))
+    figure, axes = rows_of_pictures(shown, count, 1.05 * count + 0.8, 1.05 * len(shown) + 0.3, -0.08)
+    for line, images in zip(axes, shown.values(), strict=True):
+        for axis, image in zip(line, images, strict=True):
+            _picture(axis, image)
+    for axis, name in zip(axes[0], names, strict=True):
+        axis.set_title(f"for {name}", fontsize=8)
+    return figure
+
+
+def training(histories: dict[str, pd.DataFrame]):
+    """Loss and accuracy of the training batches against the epoch, a line per method."""
+    figure, axes = plt.subplots(1, 2, figsize=(8.2, 3), layout="constrained")
+    looks = styles(histories)
+    for label, rows in histories.items():
+        colour, mark = looks[label]
+        for axis, column in zip(axes, ("loss", "acc"), strict=True):
+            axis.plot(rows.epoch, rows[column], color=colour, marker=mark if len(rows) < 20 else "", ms=4, lw=1.2, label=label)
+    for axis, title in zip(axes, ("training loss", "accuracy under the loss's cross-entropy"), strict=True):
+        axis.set(title=title, xlabel="epoch")
+    axes[1].set_ylim(0, 1.02)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right upper", fontsize=8)
+    return figure

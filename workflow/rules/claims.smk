@@ -1,0 +1,25 @@
+# cells + claims.yaml -> verdicts: a claim edited is judged again, and pages are made anew; nothing is drawn or trained
+
+
+# a claims.yaml that is wrong ends the run before its first job
+for paper in GRID.papers:
+    checked(GRID.claims)(paper)
+
+
+rule judge_claims:
+    """Verdicts on the claims of one paper; a paper may have none."""
+    input:
+        cells=f"{RESULTS}/cells.parquet",
+        claims=lambda wildcards: paper_file(wildcards.paper, "claims.yaml"),
+    output:
+        report(f"{PAPER}/claims.csv", caption="../captions/claims.rst", category="{paper}", labels={"what": "claims"}),
+    log:
+        log_of(PAPER, "judge_claims"),
+    benchmark:
+        benchmark_of(PAPER, "judge_claims")
+    localrule: True
+    params:
+        scale=config["scale"],
+        code=code_digest(SCRIPTS / "judge_claims.py"),
+    script:
+        "../scripts/judge_claims.py"

@@ -1,0 +1,14 @@
+"""Verdicts on the claims of one paper."""
+
+import pandas as pd
+
+from cupel.evaluation.claims import judge_all
+from cupel.files import write_text
+from cupel.settings import read_yaml
+from cupel.job import logged
+
+with logged(snakemake.log[0]):
+    claims = read_yaml(snakemake.input.claims)["claims"] if snakemake.input.claims else []
+    cells = pd.read_parquet(snakemake.input.cells)
+    verdicts = judge_all(claims, cells, snakemake.wildcards.paper, snakemake.params.scale)
+    write_text(snakemake.output[0], verdicts.to_csv(index=False))
