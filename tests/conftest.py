@@ -19,7 +19,7 @@ def prepared(name: str, kinds: tuple[str, ...]) -> Path:
     """Folder of a data set; prepared on first use, from the cache where it is filled."""
     from cupel.images import datasets
 
-    folder = REPOSITORY / "data" / name
+    folder = REPOSITORY / "data" / "images" / name
     if not (folder / "manifest.json").is_file():
         datasets.prepare(datasets.describe(name), folder, kinds=kinds)
     return folder

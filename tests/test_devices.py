@@ -235,7 +235,7 @@ def hungry(victim, clean, rng, *, level: int = 1):
 
 @pytest.mark.slow
 def test_a_job_without_memory_is_made_again_with_more(tmp_path, cifar10):
-    folder = Folder(tmp_path / "run", cifar10.parent.resolve())
+    folder = Folder(tmp_path / "run", cifar10.parents[1].resolve())
     (folder.path / "hungry.py").write_text(PLUGIN)
     folder.set(plugins=["hungry.py"])
     rules = folder.path / "workflow" / "rules" / "image.smk"

@@ -6,8 +6,8 @@ import shutil
 
 import pytest
 
-from cupel.files import publish
 from cupel.experiment import Grid
+from cupel.files import publish
 from cupel.images import stages
 
 

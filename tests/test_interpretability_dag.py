@@ -677,7 +677,7 @@ def test_released_networks_make_a_table(tmp_path):
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory, mnist):
-    folder = Folder(tmp_path_factory.mktemp("run"), mnist.parent.resolve())
+    folder = Folder(tmp_path_factory.mktemp("run"), mnist.parents[1].resolve())
     folder.set(papers=[KEY])
     code, output = folder.run()
     assert code == 0, output[-4000:]

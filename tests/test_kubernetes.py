@@ -59,7 +59,7 @@ def remote(tmp_path, cifar10):
     store = tmp_path / "store"
     (store / "cupel-test").mkdir(parents=True)
     with s3.store(store) as address, kubernetes_api.cluster(tmp_path / "cluster") as (cluster, config):
-        folder = Remote(tmp_path / "run", cifar10.parent.resolve(), store / "cupel-test", address, KUBECONFIG=str(config))
+        folder = Remote(tmp_path / "run", cifar10.parents[1].resolve(), store / "cupel-test", address, KUBECONFIG=str(config))
         folder.store, folder.cluster = store / "cupel-test" / "run", cluster
         folder.edit("profiles/kubernetes/profile.v9+.yaml", "s3://my-bucket/cupel", "s3://cupel-test/run")
         yield folder
@@ -128,7 +128,7 @@ def website(folder):
 @ready
 @pytest.mark.slow
 def test_data_sets_on_a_web_server(tmp_path, cifar10):
-    local, folder = (Folder(tmp_path / name, cifar10.parent.resolve()) for name in ("local", "run"))
+    local, folder = (Folder(tmp_path / name, cifar10.parents[1].resolve()) for name in ("local", "run"))
     assert local.run("--", VICTIM)[0] == 0
     with website(cifar10.parent) as address:
         folder.set(data={"folder": address})

@@ -21,7 +21,7 @@ def cell(**wildcards):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory, cifar10):
-    made = Folder(tmp_path_factory.mktemp("plan"), cifar10.parent.resolve())
+    made = Folder(tmp_path_factory.mktemp("plan"), cifar10.parents[1].resolve())
     made.set(papers=FIVE, jobs="victim")
     return made
 

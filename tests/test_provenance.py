@@ -20,7 +20,7 @@ RULES = "".join(file.read_text() for file in [REPOSITORY / "Snakefile", *(REPOSI
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory, cifar10):
-    folder = Folder(tmp_path_factory.mktemp("run"), cifar10.parent.resolve())
+    folder = Folder(tmp_path_factory.mktemp("run"), cifar10.parents[1].resolve())
     code, output = folder.run()
     assert code == 0, output[-4000:]
     return folder

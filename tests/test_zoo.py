@@ -8,7 +8,7 @@ from tests.test_workflow import Folder
 
 @pytest.mark.slow
 def test_zoo_at_smoke_scale(tmp_path, cifar10):
-    folder = Folder(tmp_path / "zoo", cifar10.parent.resolve())
+    folder = Folder(tmp_path / "zoo", cifar10.parents[1].resolve())
     code, output = folder.run("--", "zoo")
     assert code == 0, output[-3000:]
     table = pd.read_csv(folder.path / "results/smoke/zoo/victims.csv")

@@ -98,9 +98,9 @@ class Family:
     #: sections of the experiment file, and by which key a block names their entries
     SECTIONS: Mapping[str, str]
     #: what is looked up by name: kind of its decorator, and where in the library it is registered
-    REGISTERED: Mapping[str, str] = {}  # noqa: RUF012
+    REGISTERED: Mapping[str, str] = {}
     #: files of cells that reports read, by kind: of which stage (None: of all), and their name
-    REPORT_FILES: Mapping[str, tuple[str | None, str]] = {}  # noqa: RUF012
+    REPORT_FILES: Mapping[str, tuple[str | None, str]] = {}
     #: the family whose prepared data it uses; its own
     DATA = ""
     #: stage of what is trained first, and is the victim of defences
@@ -191,7 +191,7 @@ class Family:
         """Registered name of what an entry runs; without one, its own name before `~`."""
         return self.find(section, name).get("function", name.partition("~")[0])
 
-    def settings(self, section: str, name: str, cell: Mapping = {}) -> dict:  # noqa: B006 (read only)
+    def settings(self, section: str, name: str, cell: Mapping = {}) -> dict:
         """Settings of an entry for the data set and model of a cell, at this scale."""
         case = {key: cell.get(key) for key in ("dataset", "model")}
         return overlaid(self.find(section, name), **case, scale=self.scale)
@@ -246,15 +246,15 @@ class Grid:
     def __init__(self, papers: Iterable[str], scale: str, seeds: list[int] | None = None, plugins: Iterable[str] = (),
                  *, jobs: str | None = None, mirror: str | None = None, folder: str | Path = PAPERS):
         self.papers, self.scale, self.jobs, self.folder = list(papers), scale, jobs, Path(folder)
-        files = sorted(self.folder.glob("*/experiment.yaml"))
-        known = {file.parent.name: file for file in files}
+        known = {file.parent.name: file for file in sorted(self.folder.glob("*/experiment.yaml"))}
         for paper in self.papers:
             if paper not in known:
                 raise ConfigError(f"config.yaml: papers: {unknown('paper', paper, known)}")
         if missing := [str(path) for path in plugins if not Path(path).is_file()]:
             raise ConfigError(f"config.yaml: plugins: no such file: {', '.join(missing)}")
         shared = {f"shared/{family}": self.folder / "shared" / f"{family}.yaml" for family in FAMILIES}
-        self.experiments = {paper: _experiment(file, file.stat().st_mtime_ns) for paper, file in {**shared, **known}.items() if file.is_file()}
+        files = {paper: file for paper, file in {**shared, **known}.items() if file.is_file()}
+        self.experiments = {paper: _experiment(file, file.stat().st_mtime_ns) for paper, file in files.items()}
         self.families: dict[str, Family] = {}
         for name in FAMILIES:
             contents = {key: content for key, content in self.experiments.items() if content["family"] == name}

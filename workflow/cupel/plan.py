@@ -19,10 +19,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from re import Pattern
 
-from cupel.files import read_json, write_text
 from cupel.experiment import SCALES
-from cupel.settings import LIBRARY, PAPERS, ConfigError, check_schema, read_yaml, schema
+from cupel.files import read_json, write_text
 from cupel.registry import unknown
+from cupel.settings import LIBRARY, PAPERS, ConfigError, check_schema, read_yaml, schema
 
 COSTS = LIBRARY.parents[1] / "docs" / "results" / "costs.csv"
 

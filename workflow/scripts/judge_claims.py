@@ -4,8 +4,8 @@ import pandas as pd
 
 from cupel.evaluation.claims import judge_all
 from cupel.files import write_text
-from cupel.settings import read_yaml
 from cupel.job import logged
+from cupel.settings import read_yaml
 
 with logged(snakemake.log[0]):
     claims = read_yaml(snakemake.input.claims)["claims"] if snakemake.input.claims else []

@@ -104,6 +104,7 @@ class Experiments(Family):
 
     def facts(self, paper: str, paths: Paths) -> dict:
         """Kind and settings of the defences in use."""
-        cells = {(cell["defence"], cell["dataset"]): cell for cell in self.cells if cell["paper"] == paper and "defence" in cell}
+        cells = {(cell["defence"], cell["dataset"]): cell for cell in self.cells
+                 if cell["paper"] == paper and "defence" in cell}
         return {"kinds": {name: self.find("defences", name).get("kind", "") for name, _ in cells},
                 "defences": {name: self.defence(cell) for (name, _), cell in cells.items()}}

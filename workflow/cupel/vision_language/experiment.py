@@ -1,8 +1,8 @@
 """What the papers on vision-language models ask for: poisoned models, filters, models fitted again.
 
-A cell of stage `victim` is a model fine-tuned on a poisoned set, `filtered` all ways to flag samples of that set (detection only),
-`purified` a model fitted again on what a filter left, or the victim asked about purified pictures. `name~variant` is a switch
-where paper and code differ, or an ablation.
+A cell of stage `victim` is a model fine-tuned on a poisoned set, `filtered` all ways to flag samples of that set (detection
+only), `purified` a model fitted again on what a filter left, or the victim asked about purified pictures. `name~variant` is a
+switch where paper and code differ, or an ablation.
 """
 
 import ast
@@ -80,7 +80,8 @@ class Experiments(Family):
         if entry["dataset"] == GENERATED:
             for key in ("train", "test"):
                 if key not in entry:
-                    raise self.wrong("datasets", name, "", f"{GENERATED} is made by the pipeline: say how many samples with {key}")
+                    raise self.wrong("datasets", name, "",
+                                     f"{GENERATED} is made by the pipeline: say how many samples with {key}")
             return
         if entry["dataset"] not in data.DATASETS:
             raise self.wrong("datasets", name, "dataset", unknown("dataset", entry["dataset"], [*data.DATASETS, GENERATED]))
@@ -137,8 +138,8 @@ class Experiments(Family):
         if kind == "pictures" and "refit_from" in entry:
             raise self.wrong("defences", name, "refit_from", "nothing is fitted again by a defence of kind pictures")
         if function == "zip" and not given.get("model"):
-            raise self.wrong("defences", name, "", "zip needs a diffusion model: settings.model, the hub id of an unconditional "
-                                                   "UNet2DModel; without one use blur, grey or downsample, which are called so")
+            raise self.wrong("defences", name, "", "zip needs a diffusion model: settings.model, the hub id of an "
+                             "unconditional UNet2DModel; without one use blur, grey or downsample, which are called so")
 
     def check_block(self, where: str, block: Mapping) -> None:
         for dataset in block["datasets"]:
@@ -193,7 +194,8 @@ class Experiments(Family):
 
     def taus(self) -> list[float]:
         """Thresholds of the layer test that are measured beside the filters."""
-        return list(dict.fromkeys(tau for paper in self.papers or self.experiments for tau in self._scale(paper).get("taus", [])))
+        papers = self.papers or self.experiments
+        return list(dict.fromkeys(tau for paper in papers for tau in self._scale(paper).get("taus", [])))
 
     def _bare(self, name: str) -> dict:
         return {"function": self.function("defences", name), "settings": self.settings("defences", name)}
@@ -214,15 +216,15 @@ class Experiments(Family):
 
     def poison(self, cell: Mapping) -> dict:
         """What makes a poisoned training set (for a cell without rate: a triggered test set)."""
-        found = {"dataset": cell["dataset"], "attack": self.attack(cell["attack"]), "target": self.find("datasets", cell["dataset"])["target"],
-                 "seed": int(cell["seed"])}
+        target = self.find("datasets", cell["dataset"])["target"]
+        found = {"dataset": cell["dataset"], "attack": self.attack(cell["attack"]), "target": target, "seed": int(cell["seed"])}
         return {**found, "rate": float(cell["rate"])} if "rate" in cell else found
 
     def base(self, cell: Mapping) -> dict:
         """What makes a model before it is fine-tuned: description, target (a word-level vocabulary needs its words), seed."""
         entry = {key: value for key, value in self.find("models", cell["model"]).items() if key != "source"}
-        return {"dataset": cell["dataset"], "model": cell["model"], "weights": entry, "target": self.find("datasets", cell["dataset"])["target"],
-                "seed": int(cell["seed"])}
+        return {"dataset": cell["dataset"], "model": cell["model"], "weights": entry,
+                "target": self.find("datasets", cell["dataset"])["target"], "seed": int(cell["seed"])}
 
     def victim(self, cell: Mapping) -> dict:
         """All that makes a victim, as one plain dict."""

@@ -2,9 +2,9 @@
 
 from cupel import job
 from cupel.devices import pick_device
-from cupel.settings import PAPERS
 from cupel.registry import load_plugins
 from cupel.reporting.paper import load
+from cupel.settings import PAPERS
 
 with job.logged(snakemake.log[0]):
     load_plugins(snakemake.params.plugins)

@@ -2,9 +2,9 @@
 
 from pathlib import Path
 
-from cupel.settings import PAPERS
 from cupel.job import logged
 from cupel.reporting.paper import load
+from cupel.settings import PAPERS
 
 with logged(snakemake.log[0]):
     report = load(PAPERS / "proper_interpretability" / "report.py")
