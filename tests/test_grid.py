@@ -87,7 +87,7 @@ def test_impossible_rate_becomes_a_failed_victim(tmp_path, cifar10):
         "dataset": "cifar10",
         "model": "preactresnet18",
         "recipe": "r",
-        "rate": 0.5,
+        "poison_rate": 0.5,
         "seed": 0,
         "attack": {"name": "sig", "function": "sig", "parameters": {}},
         "settings": {
@@ -98,7 +98,8 @@ def test_impossible_rate_becomes_a_failed_victim(tmp_path, cifar10):
         },
     }
     data = str(cifar10.parent)
-    stages.poison(spec, data, None, tmp_path / "poison.npz")
+    inputs = stages.Inputs(data=data, record=tmp_path / "poison.npz")
+    stages.poison(spec, data, None, inputs.record)
     outputs = {
         key: str(tmp_path / name)
         for key, name in (
@@ -108,7 +109,7 @@ def test_impossible_rate_becomes_a_failed_victim(tmp_path, cifar10):
             ("metrics", "metrics.json"),
         )
     }
-    stages.train_victim(spec, data, tmp_path / "poison.npz", None, outputs, "cpu")
+    stages.train_victim(spec, inputs, outputs, "cpu")
     record = json.loads((tmp_path / "metrics.json").read_text())
     assert record["status"] == "failed" and "the largest possible rate is 0.1" in record["reason"]
     from cupel.images import models
@@ -192,7 +193,7 @@ def test_a_family_without_a_form_is_refused(tmp_path):
 
 def test_a_killed_block_goes_on(tmp_path, monkeypatch):
     """Finished cells of a killed job are taken over, and only those whose settings, code and inputs are the same."""
-    def purify(spec, defence, data, victim, trigger, before, outputs, device):
+    def purify(spec, defence, inputs, outputs, device):
         with open(tmp_path / "calls", "a") as file:
             file.write(defence["name"])
         if (tmp_path / "killed").exists() and defence["name"] == "b":
@@ -202,8 +203,9 @@ def test_a_killed_block_goes_on(tmp_path, monkeypatch):
 
     def run(codes="xyz"):
         (tmp_path / "calls").write_text("")
-        stages.purify_block({"dataset": "d"}, [{"name": name} for name in "abc"], list(codes), str(tmp_path), victim,
-                            victim, victim, outputs, "cpu")
+        work = [stages.Job({"name": name}, code, paths) for name, code, paths in zip("abc", codes, outputs, strict=True)]
+        stages.purify_block({"dataset": "d"}, work, stages.Inputs(str(tmp_path), trigger=victim, victim=victim, before=victim),
+                            "cpu")
 
     monkeypatch.setattr(stages, "purify", purify)
     (tmp_path / "d").mkdir()

@@ -228,7 +228,7 @@ def test_sizes_and_settings_that_the_other_families_go_by():
             name = entry.get("name") or entry.get("hub")
             assert not name or name == "tiny-llama" or plan_families.parameters(name.replace("_", "-"))
     assert set(plan_families.ATTACKS) == set(signatures("evaluation", [LIBRARY / "robust" / "evaluations.py"]))
-    code = ast.parse((LIBRARY / "vision_language" / "models.py").read_text())
+    code = ast.parse((LIBRARY / "vision_language" / "models" / "built.py").read_text())
     for name, expected in plan_families.BUILT.items():
         made = next(node.args for node in code.body if getattr(node, "name", "") == name)
         given = {argument.arg: default.value for argument, default in zip(made.kwonlyargs, made.kw_defaults, strict=True)

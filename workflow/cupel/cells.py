@@ -19,7 +19,7 @@ def identity(spec: dict, stage: str, defence: dict | None = None) -> dict:
     attack, _, attack_variant = spec["attack"]["name"].partition("~")
     method, _, defence_variant = (defence or {"name": ""})["name"].partition("~")
     return {"stage": stage, "dataset": spec["dataset"], "model": spec["model"], "recipe": spec["recipe"],
-            "attack": attack, "attack_variant": attack_variant, "poison_rate": spec["rate"], "defence": method,
+            "attack": attack, "attack_variant": attack_variant, "poison_rate": spec["poison_rate"], "defence": method,
             "variant": defence_variant, "budget": defence["budget"]["name"] if defence else "", "seed": spec["seed"]}
 
 

@@ -37,7 +37,7 @@ from cupel.robust.grid import Plan as Robust
 from cupel.text.grid import LanguageGrid
 from cupel.text.known import find as known_model
 from cupel.text.sources import find as known_text
-from cupel.vision_language import data as pictures
+from cupel.vision_language import datasets as pictures
 from cupel.vision_language.grid import GENERATED
 from cupel.vision_language.grid import Plan as Multimodal
 
@@ -232,13 +232,13 @@ def _networks(plan: Robust, cell: dict) -> tuple[float | None, float]:
     trained = min(settings.get("train_size") or math.inf, (about.sizes[0] or math.inf) - settings.get("validation", 0))
     if trained == math.inf:
         return None, megabytes
-    epochs, method, inner = settings["training"]["epochs"], METHODS[spec["objective"]], settings["inner"]
+    epochs, method, inner = settings["training"]["epochs"], METHODS[spec["function"]], settings["inner"]
     steps = epochs * (trained // settings["training"].get("batch_size", 128))
     passes = 1.0
     if method.search != "none":
         share = min(1 - max(inner["ramp"][0], 0) / max(steps, 1), 1)
-        dear = GRADIENTS if spec["objective"] in ("ig", "igsum", "intig", "intigadv") else 1
-        if spec["objective"].startswith("intig") and not spec["parameters"].get("as_released", True):
+        dear = GRADIENTS if spec["function"] in ("ig", "igsum", "intig", "intigadv") else 1
+        if spec["function"].startswith("intig") and not spec["parameters"].get("as_released", True):
             dear *= len(about.classes)  # attributions of every class
         passes += max(share, 0) * dear * (inner["steps"] + bool(method.penalty))
     return 3 * flop * epochs * trained * passes / 1e12, megabytes

@@ -1,4 +1,4 @@
-"""Attacks, defences and plugins by name, and a check of their parameters that imports nothing heavy.
+"""Attacks, defences, triggers, filters and plugins by name, and a check of their parameters that imports nothing heavy.
 
 A function or class enters a registry by decorator, in a file of the library or of the user:
 
@@ -17,7 +17,7 @@ from pathlib import Path
 
 
 class Registry(dict):
-    """A dict from name to attack class or defence function, filled by its decorator."""
+    """A dict from name to class or function, filled by its decorator from the modules of a package, or from one module."""
 
     def __init__(self, kind: str, package: str):
         super().__init__()
@@ -41,7 +41,7 @@ class Registry(dict):
     def fill(self) -> "Registry":
         """Import every module of the package, so that the registry is complete."""
         package = importlib.import_module(self.package)
-        for module in pkgutil.iter_modules(package.__path__):
+        for module in pkgutil.iter_modules(getattr(package, "__path__", ())):
             importlib.import_module(f"{self.package}.{module.name}")
         return self
 
@@ -61,6 +61,18 @@ class Registry(dict):
             raise ValueError(unknown(self.kind, name, self))
         return self[name]
 
+    def settings(self, name: str, given: dict) -> dict:
+        """All keyword arguments of the function `name`: those given, the others at their defaults.
+
+        Raises:
+            ValueError: unknown name, or an argument that the function does not have.
+        """
+        defaults = self.find(name).__kwdefaults__ or {}
+        for key in given:
+            if key not in defaults:
+                raise ValueError(unknown(f"parameter of {self.kind} {name}", key, defaults))
+        return defaults | given
+
 
 def unknown(kind: str, name: str, known: Iterable[str]) -> str:
     """The sentence for a name that is not known."""
@@ -70,7 +82,7 @@ def unknown(kind: str, name: str, known: Iterable[str]) -> str:
 
 
 def load_plugins(paths: Iterable[str | Path]) -> None:
-    """Execute the user's plugin files, which register attacks and defences.
+    """Execute the user's plugin files, which register what is theirs.
 
     Raises:
         FileNotFoundError: a file is missing.
@@ -84,7 +96,7 @@ def load_plugins(paths: Iterable[str | Path]) -> None:
 
 
 def signatures(kind: str, files: Iterable[str | Path]) -> dict[str, set[str]]:
-    """Names registered by `@attack(...)` or `@defence(...)` in `files`, each with its parameter names.
+    """Names registered by the decorator `kind` (`attack`, `defence`, ...) in `files`, each with its parameter names.
 
     Fields of base classes count where the base is defined in `files` too.
 

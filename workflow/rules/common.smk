@@ -157,7 +157,7 @@ def victim_spec(wildcards):
         "model": wildcards.model,
         "recipe": wildcards.recipe,
         "attack": attack_spec(wildcards),
-        "rate": float(wildcards.rate),
+        "poison_rate": float(wildcards.rate),
         "seed": int(wildcards.seed),
         "settings": recipe,
     }

@@ -77,7 +77,8 @@ rule poison_samples:
         runtime=30,
     params:
         spec=poison_spec,
-        code=code_digest(SCRIPTS / "poison_samples.py"),
+        plugins=config["plugins"],
+        code=trigger_code,
     script:
         "../scripts/poison_samples.py"
 
@@ -99,7 +100,8 @@ rule trigger_samples:
         runtime=30,
     params:
         spec=poison_spec,
-        code=code_digest(SCRIPTS / "poison_samples.py"),
+        plugins=config["plugins"],
+        code=trigger_code,
     script:
         "../scripts/poison_samples.py"
 
@@ -189,7 +191,8 @@ rule measure_filters:
     params:
         spec=multimodal_victim_spec,
         asked=filter_specs,
-        code=code_digest(SCRIPTS / "measure_filters.py"),
+        plugins=config["plugins"],
+        code=filters_code,
     script:
         "../scripts/measure_filters.py"
 
@@ -226,7 +229,7 @@ rule refit:
         spec=multimodal_victim_spec,
         defence=multimodal_defence_spec,
         device=config["device"],
-        code=code_digest(SCRIPTS / "refit.py", SCRIPTS / "measure_filters.py"),
+        code=refit_code,
     script:
         "../scripts/refit.py"
 
@@ -258,8 +261,9 @@ rule purify_pictures:
     params:
         spec=multimodal_victim_spec,
         defence=multimodal_defence_spec,
+        plugins=config["plugins"],
         device=config["device"],
-        code=code_digest(SCRIPTS / "purify_pictures.py"),
+        code=pictures_code,
     script:
         "../scripts/purify_pictures.py"
 

@@ -3,7 +3,12 @@ from cupel.vision_language.grid import Plan as MultimodalPlan
 
 MULTIMODAL = {
     paper: checked(
-        MultimodalPlan, paper, GRID.experiments[paper], GRID.file(paper, "experiment.yaml"), config["scale"], config["seeds"]
+        functools.partial(MultimodalPlan, plugins=config["plugins"]),
+        paper,
+        GRID.experiments[paper],
+        GRID.file(paper, "experiment.yaml"),
+        config["scale"],
+        config["seeds"],
     )
     for paper in GRID.papers_of("multimodal")
 }
@@ -84,6 +89,34 @@ def flags_of_defence(wildcards):
 
 def filter_specs(wildcards):
     return {"filters": used_filters(), "taus": multimodal_plan(wildcards).taus}
+
+
+def trigger_code(wildcards):
+    """Hash of the code that poisons, with the file of the trigger, which may be a plugin."""
+    plan = multimodal_plan(wildcards)
+    function = checked(plan.attack, wildcards.attack)["function"]
+    return code_digest(SCRIPTS / "poison_samples.py", plan.code("trigger", function))
+
+
+def filters_code(wildcards):
+    """Hash of the code that flags samples, with the files of all filters at this scale."""
+    plan = multimodal_plan(wildcards)
+    files = [plan.code("filter", entry["function"]) for entry in used_filters().values()]
+    return code_digest(SCRIPTS / "measure_filters.py", *files)
+
+
+def refit_code(wildcards):
+    """Hash of the code that fits again, and of the filter whose decision it takes."""
+    plan = multimodal_plan(wildcards)
+    function = checked(plan.defence, wildcards.defence)["function"]
+    return code_digest(SCRIPTS / "refit.py", SCRIPTS / "measure_filters.py", plan.code("filter", function))
+
+
+def pictures_code(wildcards):
+    """Hash of the code that purifies pictures, with the file of the defence."""
+    plan = multimodal_plan(wildcards)
+    function = checked(plan.defence, wildcards.defence)["function"]
+    return code_digest(SCRIPTS / "purify_pictures.py", plan.code("pictures", function))
 
 
 def filtered_records(wildcards):

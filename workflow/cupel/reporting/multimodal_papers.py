@@ -14,8 +14,7 @@ from cupel.reporting import figures, tables
 from cupel.reporting import multimodal_figures as drawing
 from cupel.reporting import multimodal_tables as made
 from cupel.reporting.multimodal_tables import VICTIM, Numbers, Reported, Setting, trigger_of
-from cupel.vision_language import data as prepared
-from cupel.vision_language import triggers
+from cupel.vision_language import prepared, triggers
 
 SAME = ("dataset", "model", "recipe", "rate")
 CURVES = 8  # victims in the figure of training

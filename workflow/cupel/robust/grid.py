@@ -15,7 +15,7 @@ from cupel.images.datasets import describe
 from cupel.registry import signatures, unknown
 
 EVALUATIONS = Path(__file__).with_name("evaluations.py")
-POINTS = {"count", "seed", "batch"}
+POINTS = {"count", "seed", "batch_size"}
 WITHOUT_PENALTY = ("normal", "adv")
 COLOUR = ("cifar10", "restricted_imagenet")
 
@@ -132,7 +132,7 @@ class Plan:
 
     def objective(self, method: str) -> str:
         """Key of `objectives.METHODS` of a method."""
-        return self.methods[method].get("objective", method.partition("~")[0])
+        return self.methods[method].get("function", method.partition("~")[0])
 
     def training(self, dataset: str, model: str, recipe: str, method: str, seed: str | int) -> dict:
         """All that makes a network, as one plain dict: a change in it, and in nothing else, trains the network again."""
@@ -141,7 +141,7 @@ class Plan:
         if method not in self.methods:
             raise ConfigError(f"{unknown('method', method, self.methods)} (in {self.file})")
         return {"dataset": dataset, "model": model, "recipe": recipe, "method": method, "seed": int(seed),
-                "objective": self.objective(method), "parameters": dict(self.methods[method].get("parameters") or {}),
+                "function": self.objective(method), "parameters": dict(self.methods[method].get("parameters") or {}),
                 "settings": merged(self.recipes[recipe], dataset, self.scale)}
 
     def evaluation(self, name: str, dataset: str) -> dict:

@@ -4,6 +4,7 @@ import hashlib
 import json
 import time
 import zipfile
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ from cupel.files import atomic, digest, read_json, write_json
 from cupel.images import datasets
 from cupel.job import peak_memory
 from cupel.robust import released
-from cupel.robust.evaluations import EVALUATIONS, Subject
+from cupel.robust.evaluations import Subject, evaluation
 from cupel.robust.grid import fraction
 from cupel.robust.models import GapClassifier, load
 from cupel.robust.stages import identity
@@ -57,7 +58,8 @@ def evaluate(model: GapClassifier, test: datasets.Dataset, settings: dict, *, tr
     Args:
         model: the network.
         test: the whole test set.
-        settings: `points` (count, seed, batch) and parameters by kind (`evaluations.EVALUATIONS`), run in this order.
+        settings: `points` (count, seed, batch_size) and parameters by kind (:mod:`cupel.robust.evaluations`), in the order
+            in which they are run.
         train_eps, seed: see :class:`Subject`.
         device: `cpu` or `cuda`.
         parts: what is done already.
@@ -70,34 +72,42 @@ def evaluate(model: GapClassifier, test: datasets.Dataset, settings: dict, *, tr
     for kind, parameters in settings.items():
         if kind != "points" and kind not in parts.rows:
             started = time.perf_counter()
-            found = EVALUATIONS[kind](subject, **parameters)
+            found = evaluation.find(kind)(subject, **parameters)
             parts.add(kind, found.rows, found.arrays)
             print(f"{kind}: {time.perf_counter() - started:.1f} s", flush=True)
     return [row for rows in parts.rows.values() for row in rows], parts.arrays
 
 
-def attack_network(spec: dict, settings: dict, data: str, model: str, before: str, outputs: dict, device: str) -> None:
+@dataclass(frozen=True)
+class Network:
+    """A trained network: folder of prepared data sets, its checkpoint, its metrics."""
+
+    data: str
+    model: str
+    before: str
+
+
+def attack_network(spec: dict, settings: dict, network: Network, outputs: dict, device: str) -> None:
     """Measure a trained network.
 
     Args:
-        spec: of the network (`grid.Plan.training`).
-        settings: of the evaluation (`grid.Plan.evaluation`).
-        data: folder of prepared data sets.
-        model, before: checkpoint and metrics of the network.
+        spec: of the network (`Plan.training`).
+        settings: of the evaluation (`Plan.evaluation`).
+        network: where it lies.
         outputs: paths `arrays`, `metrics`.
         device: `cpu` or `cuda`.
     """
     started, base = time.perf_counter(), identity(spec, "attacked")
-    parts = Parts(Path(outputs["metrics"]).with_name("checkpoint.npz"), {"settings": settings, "model": digest(model)})
+    parts = Parts(Path(outputs["metrics"]).with_name("checkpoint.npz"), {"settings": settings, "model": digest(network.model)})
     try:
-        past = read_json(before)
+        past = read_json(network.before)
         if past["status"] != "ok":
             raise ValueError(f"its training failed: {past['reason']}")
         if device == "cuda":
             torch.cuda.reset_peak_memory_stats()
-        rows, arrays = evaluate(load(model), datasets.load(f"{data}/{spec['dataset']}", "test"), settings,
-                                train_eps=fraction(spec["settings"]["inner"]["eps"]), seed=spec["seed"], device=device,
-                                parts=parts)
+        test = datasets.load(f"{network.data}/{spec['dataset']}", "test")
+        rows, arrays = evaluate(load(network.model), test, settings, train_eps=fraction(spec["settings"]["inner"]["eps"]),
+                                seed=spec["seed"], device=device, parts=parts)
     except METHOD_ERRORS as error:
         reason = failure(error)
         write_tensors(outputs["arrays"], {})
@@ -109,14 +119,12 @@ def attack_network(spec: dict, settings: dict, data: str, model: str, before: st
     parts.path.unlink(missing_ok=True)
 
 
-def attack_released(file: str, name: str, settings: dict, train_eps: float, data: str, output: str, device: str) -> None:
-    """Measure a network that the authors released; the record is written to `output`.
+def attack_released(spec: dict, file: str, data: str, output: str, device: str) -> None:
+    """Measure a network Small that the authors released; the record is written to `output`.
 
     Args:
+        spec: `settings` of the evaluation, and `train_eps`, ε that the network was trained with (`Plan.released`).
         file: pickled weights, read without executing anything (:mod:`cupel.robust.released`).
-        name: `small`, `pool` or `wresnet`.
-        settings: of the evaluation.
-        train_eps: ε that the network was trained with.
         data: folder of the prepared data set.
         output: JSON file.
         device: `cpu` or `cuda`.
@@ -125,9 +133,9 @@ def attack_released(file: str, name: str, settings: dict, train_eps: float, data
         NotReleased: the file holds anything but the weights of such a network.
     """
     started = time.perf_counter()
-    parts = Parts(Path(output).with_suffix(".npz"), {"settings": settings, "model": digest(file)})
-    rows, _ = evaluate(released.load(file, name), datasets.load(data, "test"), settings, train_eps=train_eps, seed=0,
-                       device=device, parts=parts)
+    parts = Parts(Path(output).with_suffix(".npz"), {"settings": spec["settings"], "model": digest(file)})
+    rows, _ = evaluate(released.load(file, "small"), datasets.load(data, "test"), spec["settings"],
+                       train_eps=spec["train_eps"], seed=0, device=device, parts=parts)
     write_json(output, {"file": Path(file).name, "sha256": digest(file), "status": "ok", "rows": rows, "device": device,
                         "seconds": time.perf_counter() - started})
     parts.path.unlink(missing_ok=True)

@@ -181,7 +181,7 @@ class LanguageGrid:
         return {"dataset": cell["dataset"], "task": TASKS[cell["dataset"]], "model": cell["model"], "recipe": cell["recipe"],
                 "attack": {"name": cell["attack"], "trigger": self.trigger(cell["attack"]),
                            "reading": attack.get("reading", "code")},
-                "rate": float(cell["rate"]), "seed": int(cell["seed"]), "settings": self.recipe(cell)}
+                "poison_rate": float(cell["rate"]), "seed": int(cell["seed"]), "settings": self.recipe(cell)}
 
     def defence_spec(self, cell: Mapping) -> dict:
         """Function, settings and budget of a purified cell."""

@@ -11,16 +11,15 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from cupel.grid import ConfigError
-from cupel.registry import unknown
-from cupel.vision_language import data, triggers
+from cupel.registry import signatures, unknown
+from cupel.vision_language import datasets
 from cupel.vision_language.poison import poisoned_count
 
 FOLDER = Path(__file__).parent
 GENERATED = "shapes"  # the dataset that the pipeline makes itself
-PICTURES = {"blur": {"sigma"}, "grey": set(), "downsample": {"scale"},
-            "zip": {"model", "revision", "scale", "degradations", "steps", "exponent"}}
-#: what stages give to filters: not settings
-GIVEN = {"seed", "poisoned", "taus"}
+#: what a plan calls it → decorator of the registry, and where the library has its own
+KINDS = {"trigger": ("trigger", "triggers.py"), "filter": ("sample_filter", "filters/*.py"),
+         "pictures": ("picture_defence", "purification.py")}
 SHARES = ("share", "recall")
 
 
@@ -31,14 +30,11 @@ def keywords(file: str) -> dict[str, set[str]]:
             if isinstance(node, ast.FunctionDef)}
 
 
-def flaggers() -> dict[str, set[str]]:
-    """Ways to flag samples, by name, each with its settings: BYE itself and those of `baselines.FLAGGERS`."""
-    tree = ast.parse((FOLDER / "baselines.py").read_text(encoding="utf-8"))
-    table = next(node.value for node in tree.body
-                 if isinstance(node, ast.AnnAssign) and getattr(node.target, "id", "") == "FLAGGERS")
-    known = keywords("baselines.py")
-    found = {key.value: known[value.id] - GIVEN for key, value in zip(table.keys, table.values, strict=True)}
-    return {"bye": keywords("filter.py")["run"] - GIVEN, **found}
+def registered(kind: str, plugins: Iterable[str | Path] = ()) -> dict[str, tuple[Path, set[str]]]:
+    """Triggers, filters or picture defences by name (see `KINDS`), each with its file and its settings; nothing is imported."""
+    decorator, own = KINDS[kind]
+    files = [*sorted(FOLDER.glob(own)), *map(Path, plugins)]
+    return {name: (file, settings) for file in files for name, settings in signatures(decorator, [file]).items()}
 
 
 class Plan:
@@ -50,13 +46,16 @@ class Plan:
         file: its path, for messages.
         scale: name.
         seeds: instead of those of the scale; None keeps them.
+        plugins: files that register more triggers, filters and picture defences.
 
     Raises:
         ConfigError: anything that would fail later in a job and can be known now.
     """
 
-    def __init__(self, paper: str, experiment: dict, file: str | Path, scale: str, seeds: Iterable[int] | None = None):
+    def __init__(self, paper: str, experiment: dict, file: str | Path, scale: str, seeds: Iterable[int] | None = None, *,
+                 plugins: Iterable[str | Path] = ()):
         self.paper, self.experiment, self.file, self.scale = paper, experiment, file, scale
+        self.registered = {kind: registered(kind, plugins) for kind in KINDS}
         for section in ("datasets", "models", "recipes", "attacks", "defences"):
             setattr(self, section, experiment[section])
         self.target = experiment["target"]
@@ -81,9 +80,9 @@ class Plan:
                     if key not in entry:
                         raise self._wrong(where, f"{GENERATED} is made by the pipeline: say how many samples with {key}")
                 continue
-            if entry["dataset"] not in data.DATASETS:
-                raise self._wrong(f"{where}.dataset", unknown("dataset", entry["dataset"], [*data.DATASETS, GENERATED]))
-            description = data.describe(entry["dataset"])
+            if entry["dataset"] not in datasets.NAMES:
+                raise self._wrong(f"{where}.dataset", unknown("dataset", entry["dataset"], datasets.NAMES))
+            description = datasets.describe(entry["dataset"])
             excerpt = entry.get("excerpt", False)
             if not (description.excerpts if excerpt else description.sources):
                 raise self._wrong(f"{where}.excerpt", f"no {'excerpt' if excerpt else 'source of the whole'} of "
@@ -94,7 +93,7 @@ class Plan:
                     raise self._wrong(where, f"{' and '.join(keys)} ask for {number} samples, but split {split} has {known}")
 
     def _check_models(self) -> None:
-        built = keywords("models.py")
+        built = keywords("models/built.py")
         for name, entry in self.models.items():
             where = f"models.{name}"
             if sum(key in entry for key in ("built", "hub", "folder")) != 1:
@@ -111,7 +110,7 @@ class Plan:
                 raise self._wrong(where, "a model that is built here starts from random weights: give pretraining")
             if entry["pretraining"].get("trained", "all") != "all":
                 raise self._wrong(f"{where}.pretraining.trained", "pretraining trains all weights")
-            allowed = built[function] - GIVEN
+            allowed = built[function] - {"seed"}
             for key in given:
                 if key not in allowed:
                     raise self._wrong(f"{where}.parameters", unknown(f"parameter of {function}", key, allowed))
@@ -123,16 +122,16 @@ class Plan:
     def _check_attacks(self) -> None:
         for name, entry in self.attacks.items():
             function = self._function("attacks", name)
-            if function not in triggers.TRIGGERS:
-                raise self._wrong(f"attacks.{name}", unknown("trigger", function, triggers.TRIGGERS))
-            try:
-                triggers.parameters(function, entry.get("parameters", {}))
-            except ValueError as error:
-                raise self._wrong(f"attacks.{name}.parameters", str(error)) from None
+            known = self.registered["trigger"]
+            if function not in known:
+                raise self._wrong(f"attacks.{name}", unknown("trigger", function, known))
+            allowed = known[function][1]
+            for key in entry.get("parameters", {}):
+                if key not in allowed:
+                    raise self._wrong(f"attacks.{name}.parameters", unknown(f"parameter of {function}", key, allowed))
 
     def _check_defences(self) -> None:
-        known = {"filter": flaggers(), "pictures": PICTURES}
-        del known["filter"]["vanilla"]  # the victim itself
+        known = {kind: {name: settings for name, (_, settings) in found.items()} for kind, found in self.registered.items()}
         for name, entry in self.defences.items():
             kind, function, given = entry["kind"], self._function("defences", name), entry.get("hyperparameters", {})
             where = f"defences.{name}"
@@ -181,7 +180,7 @@ class Plan:
         for rate in block["rates"]:
             if rate and "train" in entry and not poisoned_count(rate, entry["train"]):
                 raise self._wrong(f"{where}.rates", f"{rate:g} of {entry['train']} samples of {dataset} is not one sample")
-        size = None if entry["dataset"] == GENERATED else data.describe(entry["dataset"]).size
+        size = datasets.describe(entry["dataset"]).size
         for name in block.get("defences", []):
             scale = self.defences[name].get("hyperparameters", {}).get("scale", 2)
             if size and self._function("defences", name) == "downsample" and any(side % scale for side in size):
@@ -231,9 +230,9 @@ class Plan:
         return [name for name, entry in self.models.items() if "built" in entry]
 
     def attack(self, name: str) -> dict:
-        """Name, function and all parameters of a trigger."""
-        entry, function = self.find("attacks", name), self._function("attacks", name)
-        return {"name": name, "function": function, "parameters": triggers.parameters(function, entry.get("parameters", {}))}
+        """Name, function and parameters of a trigger; those not given stay at their defaults."""
+        parameters = dict(self.find("attacks", name).get("parameters", {}))
+        return {"name": name, "function": self._function("attacks", name), "parameters": parameters}
 
     def filter_of(self, defence: str) -> str:
         """The filter whose decisions a defence uses: the first entry with the same function and hyperparameters."""
@@ -266,7 +265,7 @@ class Plan:
         """What makes a poisoned training set (with an empty rate: a triggered test set)."""
         self.find("datasets", dataset)
         found = {"dataset": dataset, "attack": self.attack(attack), "target": self.target, "seed": int(seed)}
-        return {**found, "rate": float(rate)} if rate else found
+        return {**found, "poison_rate": float(rate)} if rate else found
 
     def base(self, dataset: str, model: str, seed: str) -> dict:
         """What makes a model before it is fine-tuned: description, target (a word-level vocabulary needs its words), seed."""
@@ -279,6 +278,10 @@ class Plan:
         entry = self.find("recipes", recipe)
         return {**self.base(dataset, model, seed), **self.poison(dataset, attack, rate, seed), "recipe": recipe,
                 "settings": dict(entry["settings"]), "max_new_tokens": entry.get("max_new_tokens", 16)}
+
+    def code(self, kind: str, function: str) -> Path:
+        """The file that registers a trigger, filter or picture defence."""
+        return self.registered[kind][function][0]
 
     def labels(self, section: str) -> dict[str, str]:
         """Names for people of the `attacks` or `defences`, in the order of the file."""
