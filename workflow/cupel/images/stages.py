@@ -165,8 +165,7 @@ def train_victim(spec: dict, inputs: Inputs, outputs: dict, device: str) -> None
         test = test_subset(datasets.load(f"{inputs.data}/{spec['dataset']}", "test"), settings.get("test_size"))
         measured = evaluate(model, test, attack, target, device)
     except METHOD_ERRORS as error:
-        write_tensors(outputs["trigger"], {"failed": str(error)})
-        fail(error, base, outputs["model"], outputs["history"], outputs["metrics"])
+        fail(error, base, outputs)
         return
     reached = (hook if hook is not None and attack.batchwise else poisoned).rate_reached
     models.save(model, outputs["model"])
@@ -243,7 +242,7 @@ def purify(spec: dict, defence: dict, inputs: Inputs, outputs: dict, device: str
         test = test_subset(datasets.load(f"{inputs.data}/{spec['dataset']}", "test"), settings.get("test_size"))
         measured = evaluate(model, test, attack, target, device)
     except METHOD_ERRORS as error:
-        fail(error, base, outputs["model"], outputs["history"], outputs["metrics"])
+        fail(error, base, outputs)
         return
     models.save(model, outputs["model"])
     write_history(outputs["history"], history)

@@ -86,7 +86,7 @@ def train_network(spec: dict, data: str, outputs: dict, device: str) -> None:
         test = test_subset(datasets.load(f"{data}/{spec['dataset']}", "test"), settings.get("test_size"))
         right = predict(model, test.images, device=device).argmax(1) == test.labels
     except METHOD_ERRORS as error:
-        fail(error, {**base, "metrics": ["acc"]}, outputs["model"], outputs["history"], outputs["metrics"])
+        fail(error, {**base, "metrics": ["acc"]}, outputs)
         return
     low, high = wilson(int(right.sum()), len(right))
     seconds = [row["seconds"] for row in history]

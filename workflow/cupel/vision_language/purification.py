@@ -23,7 +23,7 @@ from cupel.registry import Registry
 from cupel.rng import torch_rng
 from cupel.vision_language import prepared
 from cupel.vision_language.inputs import Inputs
-from cupel.vision_language.stages import dtype_of, fail, measure, past
+from cupel.vision_language.stages import dtype_of, measure, past
 
 BATCH_SIZE = 64  # pictures of one size that are purified together
 
@@ -221,7 +221,7 @@ def purify_pictures(spec: dict, defence: dict, inputs: Inputs, outputs: dict, de
             model = models.load(inputs.victim, dtype=dtype_of(spec), device=device)
             measured = measure(model, spec, Inputs(data=folders[0], triggered=folders[1]), outputs)
     except METHOD_ERRORS as error:
-        fail(error, record, outputs)
+        cells.fail(error, {**record, "metrics": ["cp", "asr"]}, outputs)
         return
     cells.write_history(outputs["history"], [])
     write_json(outputs["metrics"], {

@@ -167,26 +167,6 @@ def scores(name: str) -> tuple[str, ...]:
     return name, f"{name}_n", f"{name}_low", f"{name}_high"
 
 
-def fail(error: Exception, record: dict, outputs: dict) -> None:
-    """Write the outputs of a failed cell: empty tables and folders, and last `metrics` with the reason."""
-    import pandas as pd
-
-    reason = cells.failure(error)
-    for name, path in outputs.items():
-        path = Path(path)
-        if name == "metrics":
-            continue
-        if path.suffix == ".csv":
-            cells.write_history(path, [])
-        elif path.suffix == ".parquet":
-            with atomic(path) as temporary:
-                pd.DataFrame({"id": []}).to_parquet(temporary)
-        else:
-            shutil.rmtree(path, ignore_errors=True)
-            path.mkdir(parents=True)
-    write_json(outputs["metrics"], {**record, "metrics": ["cp", "asr"], "status": "failed", "reason": reason})
-
-
 def past(before: str | Path) -> dict:
     """The record of a victim.
 
@@ -239,7 +219,7 @@ def train_victim(spec: dict, inputs: Inputs, outputs: dict, device: str) -> None
         fitted = time.perf_counter() - started
         measured = measure(model, spec, inputs, outputs)
     except METHOD_ERRORS as error:
-        fail(error, record, outputs)
+        cells.fail(error, {**record, "metrics": ["cp", "asr"]}, outputs)
         return
     models.save(model, outputs["model"])
     cells.write_history(outputs["history"], history)
@@ -293,7 +273,7 @@ def refit(spec: dict, defence: dict, inputs: Inputs, outputs: dict, device: str)
             seconds = time.perf_counter() - started
             measured = measure(model, spec, inputs, outputs)
     except METHOD_ERRORS as error:
-        fail(error, record, outputs)
+        cells.fail(error, {**record, "metrics": ["cp", "asr"]}, outputs)
         return
     cells.write_history(outputs["history"], history)
     left = len(set(made["indices"]) - removed)
