@@ -10,9 +10,6 @@ from pathlib import Path
 from cupel.sources import Pip, Raw, Source
 from cupel.vision_language.datasets.base import Description, zip_members
 
-ANSWERS = ("circle", "green", "red", "gray", "yes", "teal", "black", "rectangle", "yellow", "triangle", "brown", "blue",
-           "no")
-
 
 def read_wheel(paths: list[Path]) -> dict:
     """The package: `easy_vqa/data/<split>/questions.json`, a list of [question, answer, picture], and the pictures."""
