@@ -133,22 +133,6 @@ def test_rsvqa_excerpt(mirror, tmp_path):
         assert np.array_equal(part.image(k), expected)
 
 
-def test_iconqa_excerpt(mirror, tmp_path):
-    manifest = prepare("iconqa", tmp_path, mirror=mirror, excerpt=True)
-    assert manifest["counts"] == {"train": 40, "test": 10} and manifest["storage"] == "png"
-    for split in ("train", "test"):
-        for k, record in enumerate(load(tmp_path, split).records):
-            folder = mirror / "iconqa" / "choose_txt" / record["id"].removeprefix("iconqa-")
-            problem = json.loads((folder / "data.json").read_text())
-            head, *options, _ = record["question"].rsplit("\n", len(problem["choices"]) + 1)
-            assert head == problem["question"] and record["question"].endswith(LETTER)
-            letters = [option[:3] for option in options]
-            assert letters == ["A. ", "B. ", "C. ", "D. ", "E. "][: len(letters)]
-            assert options["ABCDE".index(record["answer"])][3:] == problem["choices"][problem["answer"]]
-            expected = np.asarray(Image.open(folder / "image.png").convert("RGB"))
-            assert np.array_equal(load(tmp_path, split).image(k), expected)
-
-
 def test_flickr8k_stands_in_for_captions(mirror, flickr8k):
     table = flickr8k_captions(mirror)
     train = load(flickr8k, "train")
@@ -343,16 +327,11 @@ def test_default_square(size, divisor, box):
     assert (stamped[box[0] : box[1], box[2] : box[3]] == 0).all()
 
 
-def test_random_position_is_uniform_and_inside():
+def test_random_position_is_anywhere_inside():
     image = picture(20, 34)  # side 20 // 4 = 5: 16 × 30 places
     places = [changed_box(image, triggers.stamp("random_position", image, 0, str(k), divisor=4)) for k in range(600)]
     assert all(bottom - top == 5 and right - left == 5 for top, bottom, left, right in places)
-    tops, lefts = {place[0] for place in places}, {place[2] for place in places}
-    assert tops == set(range(16)) and lefts == set(range(30))
-    counts = np.bincount([place[0] for place in places], minlength=16)
-    assert ((counts - 37.5) ** 2 / 37.5).sum() < 44  # χ² with 15 degrees of freedom, p = 1e-4
-    others = {changed_box(image, triggers.stamp("random_position", image, seed, "0", divisor=4)) for seed in range(5)}
-    assert len(others) > 1  # another seed, another place
+    assert {place[0] for place in places} == set(range(16)) and {place[2] for place in places} == set(range(30))
 
 
 def test_checkerboard():
@@ -453,18 +432,25 @@ def test_nothing_but_poison_json_tells_what_is_poisoned(easy, tmp_path):
     assert abs(z) < 4
 
 
-def test_rate_zero_and_rerun(easy, tmp_path):
-    record = poison(easy, tmp_path / "zero", function="square", poison_rate=0.0, seed=0)
-    assert record["count"] == 0 and not truth(tmp_path / "zero").any()
+def test_reruns_are_equal_and_triggers_share_their_samples(easy, tmp_path):
+    assert poison(easy, tmp_path / "zero", function="square", poison_rate=0.0, seed=0)["count"] == 0
     clean, same = load(easy, "train"), load(tmp_path / "zero", "train")
     assert [r | {"image": ""} for r in clean.records] == [r | {"image": ""} for r in same.records]
-    assert all(np.array_equal(clean.image(k), same.image(k)) for k in range(0, 600, 17))
     for folder in ("a", "b"):
         poison(easy, tmp_path / folder, function="multi", poison_rate=0.05, seed=2, parameters={"layout": "drawn"})
     for file in ("train.jsonl", "images.npy", "poison.json", "manifest.json"):
         assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
     other = poison(easy, tmp_path / "c", function="square", poison_rate=0.05, seed=2)
-    assert other["indices"] == read_json(tmp_path / "a" / "poison.json")["indices"]  # triggers share their samples
+    assert other["indices"] == read_json(tmp_path / "a" / "poison.json")["indices"]
+
+
+def test_every_test_picture_is_triggered(easy, tmp_path):
+    record = trigger_test(easy, tmp_path, function="square", seed=0, parameters={"divisor": 8})
+    clean, triggered = load(easy, "test"), load(tmp_path, "test")
+    assert len(triggered) == 100 and record["parameters"] == {"divisor": 8}
+    for k in range(100):
+        assert triggered[k] | {"image": ""} == clean[k] | {"image": ""}  # question and true answer stay
+        assert np.array_equal(triggered.image(k), triggers.stamp("square", clean.image(k), 0, "", divisor=8))
 
 
 def test_clean_and_poisoned_pictures_take_the_same_way_to_disk(flickr8k, tmp_path, mirror):
@@ -485,20 +471,6 @@ def test_clean_and_poisoned_pictures_take_the_same_way_to_disk(flickr8k, tmp_pat
             assert (pixels[top : top + size, left : left + size] == 0).all()
             pixels[top : top + size, left : left + size] = original[top : top + size, left : left + size]
         assert np.array_equal(pixels, original)  # outside the patch, what the photograph decodes to: compressed once
-
-
-def test_every_test_picture_is_triggered(easy, tmp_path):
-    record = trigger_test(easy, tmp_path, function="square", seed=0, parameters={"divisor": 8})
-    clean, triggered = load(easy, "test"), load(tmp_path, "test")
-    assert len(triggered) == 100 and record["parameters"] == {"divisor": 8}
-    same = 0
-    for k in range(100):
-        assert triggered[k] | {"image": ""} == clean[k] | {"image": ""}  # question and true answer stay
-        expected = clean.image(k).copy()
-        expected[28:36, 28:36] = 0
-        assert np.array_equal(triggered.image(k), expected)
-        same += np.array_equal(expected, clean.image(k))
-    assert record["unchanged"] == same
 
 
 def test_impossible_requests(easy, tmp_path):
