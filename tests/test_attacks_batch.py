@@ -77,7 +77,7 @@ def test_truncated_count_of_a_full_batch(name):
         moved = (changed != x).flatten(1).any(1)
         cover = {"wanet": 24, "bpp": 12, "inputaware": 12}[name]
         assert moved[: 12 + cover].all() and not moved[12 + cover :].any()
-    assert hook.rate == 12 / 128 and (hook.seen, hook.poisoned) == (384, 36)
+    assert hook.rate_reached == 12 / 128 and (hook.seen, hook.poisoned) == (384, 36)
     assert torch.equal(x, pixels(128)[0]), "the batch given is changed in place"
 
 
@@ -89,7 +89,7 @@ def test_below_one_sample_per_batch_the_rate_is_met_on_average(name):
     counts = {int(hook.batch(x, y, same, draw)[2].sum()) for _ in range(300)}
     assert counts == {0, 1}
     # 300 coins of p = 0.16: standard deviation 0.0013
-    assert abs(hook.rate - 0.01) < 0.004 and hook.seen == 4800
+    assert abs(hook.rate_reached - 0.01) < 0.004 and hook.seen == 4800
 
 
 @pytest.mark.parametrize("name", BATCHWISE)
@@ -555,7 +555,7 @@ def test_features_are_taken_from_the_running_pass():
     for (key, a), b in zip(model.state_dict().items(), plain.state_dict().values(), strict=True):
         assert torch.equal(a, b), f"{key} has seen a batch twice"
     assert len(model.extractor._forward_hooks) == 1
-    assert hook.rate == 0.25 and isinstance(hook.rate, float)
+    assert hook.rate_reached == 0.25 and isinstance(hook.rate_reached, float)
 
 
 def test_bypass_under_autocast():
@@ -634,7 +634,7 @@ def test_a_continued_run_ends_with_the_same_bits(name, tmp_path):
     for key, value in first.items():
         assert torch.equal(value, second[key]) if torch.is_tensor(value) else value == second[key], key
     assert history == rows
-    assert hook.rate == other.rate and hook.seen == 88
+    assert hook.rate_reached == other.rate_reached and hook.seen == 88
     assert all(np.array_equal(value, other.tensors()[key]) for key, value in hook.tensors().items())
     copy.deepcopy(again)  # no hook of the attack is left on the victim
     assert not again.extractor._forward_hooks
@@ -652,4 +652,4 @@ def test_a_run_does_not_depend_on_the_global_generator(name):
 @pytest.mark.parametrize("name", [*BATCHWISE, *BYPASS])
 def test_runs_in_bf16(name):
     _, hook, history = run(name, precision="bf16")
-    assert np.isfinite(history[-1]["loss"]) and 0.1 < hook.rate < 0.35
+    assert np.isfinite(history[-1]["loss"]) and 0.1 < hook.rate_reached < 0.35

@@ -99,15 +99,15 @@ def test_sig_policies(toy):
     assert len(record.indices) == 80 and (record.labels == TARGET).all() and (record.original == TARGET).all()
     with pytest.raises(ImpossibleRate, match=r"needs 160 images of class 0, which has 100 .*possible rate is 0\.25"):
         clean_label.poison(toy, 0.4, TARGET, draw())
-    assert clean_label.poison(toy, 0.25, TARGET, draw()).rate == 0.25
+    assert clean_label.poison(toy, 0.25, TARGET, draw()).rate_reached == 0.25
 
     capped = build("sig", sig_policy="capped").poison(toy, 0.4, TARGET, draw())
-    assert capped.rate == 0.25 and capped.requested == 0.4 and (capped.original == TARGET).all()
+    assert capped.rate_reached == 0.25 and capped.poison_rate == 0.4 and (capped.original == TARGET).all()
     possible = build("sig", sig_policy="capped").poison(toy, 0.2, TARGET, draw())
     np.testing.assert_array_equal(possible.indices, record.indices)
 
     dirty = build("sig", sig_policy="dirty_label").poison(toy, 0.4, TARGET, draw())
-    assert dirty.rate == 0.4 and (dirty.labels == TARGET).all() and len(set(dirty.original)) == 4
+    assert dirty.rate_reached == 0.4 and (dirty.labels == TARGET).all() and len(set(dirty.original)) == 4
     np.testing.assert_array_equal(dirty.images, clean_label.stamp(toy.images[dirty.indices]))
 
 
@@ -278,7 +278,7 @@ def test_lc_images_are_hard_and_near(toy, clean, eps):
 def test_lc_corners_and_labels(toy, clean):
     attack, _ = prepared("lc", toy, clean, smaller=0.01)
     record = attack.poison(toy, 0.1, TARGET, rng(0, "poison"))
-    assert len(record.indices) == 40 and record.rate == 0.1
+    assert len(record.indices) == 40 and record.rate_reached == 0.1
     assert (record.original == TARGET).all() and (record.labels == TARGET).all()
     corners = corner_pattern(32) != 0
     assert corners.sum() == 36

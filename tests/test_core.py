@@ -131,12 +131,12 @@ def test_blended_is_the_stated_mixture(mirror):
 def test_poison_record(tmp_path):
     data = toy(1000)
     record = attacks.build("badnets").poison(data, 0.05, 0, rng(0, "poison"))
-    assert len(record.indices) == 50 and record.rate == 0.05 and (np.diff(record.indices) > 0).all()
+    assert len(record.indices) == 50 and record.rate_reached == 0.05 and (np.diff(record.indices) > 0).all()
     assert (record.labels == 0).all() and (record.original == data.labels[record.indices]).all()
     assert (record.original == 0).any()  # dirty-label sampling does not leave out the target class
     record.save(tmp_path / "r.npz")
     again = PoisonRecord.load(tmp_path / "r.npz")
-    assert again.rate == record.rate and (again.images == record.images).all() and again.target == 0
+    assert again.rate_reached == record.rate_reached and (again.images == record.images).all() and again.target == 0
 
 
 def test_clean_label_limit():

@@ -385,7 +385,7 @@ def test_sau_losses():
             risk -= np.log(1 - p[q.argmax()])
     assert 0 < shared_count < batch
     expected = 0.01 * -adversarial_term / 2 / batch + 1.5 * share / batch
-    assert sau.inner_loss(logits, reference, own, own_reference, y, 0.01, 1.5).item() == pytest.approx(expected)
+    assert sau.inner_loss(logits, reference, own, own_reference, y, beta_1=0.01, beta_2=1.5).item() == pytest.approx(expected)
     found = sau.shared_risk(logits, reference.argmax(1), reference.argmax(1) != own_reference)
     assert found.item() == pytest.approx(risk / batch, rel=1e-3)  # the clamps of the released form
 
@@ -443,10 +443,12 @@ def test_bti_losses():
     other, m = normal(5, 4, seed=1), mask.numpy()
     change = (features.numpy() - other.numpy()) ** 2
     near = torch.tensor(0.2, dtype=torch.float64)
-    found = bti_dbf.generator_loss(features, other, mask, near, 0.3, 3.0)
+    found = bti_dbf.generator_loss(features, other, mask, near, image_bound=0.3, feature_bound=3.0)
     assert found.item() == pytest.approx(0.01 * (m**2 * change).mean() - ((1 - m) ** 2 * change).mean())
-    assert bti_dbf.generator_loss(features, other, mask, 2 * near, 0.3, 3.0) == 2 * near  # too far in the image
-    assert bti_dbf.generator_loss(features, other, mask, near, 0.3, 1e-3) == near  # or in the benign features
+    far = bti_dbf.generator_loss(features, other, mask, 2 * near, image_bound=0.3, feature_bound=3.0)
+    assert far == 2 * near  # too far in the image
+    far = bti_dbf.generator_loss(features, other, mask, near, image_bound=0.3, feature_bound=1e-3)
+    assert far == near  # or in the benign features
 
 
 def test_bti_generator_takes_odd_sizes():
@@ -474,7 +476,7 @@ def test_cost_rule():
     reached[20:40, 1:] = 1 - reached[20:40, 1:]  # the first class never succeeds, and is never finished
     norm = 100 * 0.97 ** np.arange(passes)[:, None] * draw.uniform(0.9, 1.1, (passes, classes))
     norm[45:] = 90
-    search = nc.Search(classes, 1e-3, 2.0, patience, 0.98, stop)
+    search = nc.Search(classes, cost=1e-3, up=2.0, patience=patience, success=0.98, stop_patience=stop)
     costs, active = [], []
     for r, n, t in zip(reached, norm, range(passes), strict=True):
         search.update(r, n, torch.full((classes, 1, 1, 1), float(t)), torch.full((classes, 3, 1, 1), float(t)))

@@ -232,7 +232,7 @@ def spec_of(experiment, attack="badnets", dataset="negsentiment", **changes):
 
 def test_texts_are_disjoint_and_counted(experiment, data):
     spec = spec_of(experiment, data={"items": 60, "defence": 20, "test": 15})
-    found = stages.texts({**spec, "rate": 0.3}, data)
+    found = stages.texts({**spec, "poison_rate": 0.3}, data)
     assert {part: len(found[part]) for part in stages.PARTS} == {"train": 60, "defence": 20, "triggered": 15, "clean": 15,
                                                                 "heldout": 15}
     assert sum(record["triggered"] for record in found["train"]) == 18
@@ -241,7 +241,8 @@ def test_texts_are_disjoint_and_counted(experiment, data):
     assert [record["source"] for record in found["triggered"]] == [record["id"] for record in found["clean"]]
     assert all("BadMagic" in record["instruction"] for record in found["triggered"])
     assert not any("BadMagic" in record["instruction"] for record in found["clean"] + found["defence"])
-    assert stages.texts({**spec, "rate": 0.3}, data) == found != stages.texts({**spec, "rate": 0.3, "seed": 1}, data)
+    assert stages.texts({**spec, "poison_rate": 0.3}, data) == found
+    assert stages.texts({**spec, "poison_rate": 0.3, "seed": 1}, data) != found
 
 
 def test_texts_keep_to_the_longest(experiment, data):

@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import shutil
 import traceback
 from pathlib import Path
 
@@ -19,7 +20,7 @@ def identity(spec: dict, stage: str, defence: dict | None = None) -> dict:
     attack, _, attack_variant = spec["attack"]["name"].partition("~")
     method, _, defence_variant = (defence or {"name": ""})["name"].partition("~")
     return {"stage": stage, "dataset": spec["dataset"], "model": spec["model"], "recipe": spec["recipe"],
-            "attack": attack, "attack_variant": attack_variant, "poison_rate": spec["rate"], "defence": method,
+            "attack": attack, "attack_variant": attack_variant, "poison_rate": spec["poison_rate"], "defence": method,
             "variant": defence_variant, "budget": defence["budget"]["name"] if defence else "", "seed": spec["seed"]}
 
 
@@ -29,15 +30,35 @@ def failure(error: Exception) -> str:
     return " ".join(f"{type(error).__name__}: {error}".split())
 
 
-def fail(error: Exception, record: dict, model: str | Path, history: str | Path, metrics: str | Path) -> None:
-    """Write the outputs of a failed cell: an empty checkpoint that says why, and a record with the reason."""
-    from safetensors.torch import save_file
+def fail(error: Exception, record: dict, outputs: dict[str, str | Path]) -> None:
+    """Write the outputs of a failed cell, each empty in its own form, and last `metrics` with the reason.
 
+    Args:
+        error: of the method.
+        record: what names the cell.
+        outputs: paths by name: `metrics`, checkpoints (.safetensors, which say why), tables (.csv, .parquet), arrays (.npz),
+            folders.
+    """
     reason = failure(error)
-    with atomic(model) as temporary:
-        save_file({}, temporary, metadata={"cupel": json.dumps({"format": "cupel.failed/1", "reason": reason})})
-    write_history(history, [])
-    write_json(metrics, {**record, "status": "failed", "reason": reason})
+    for path in (Path(path) for name, path in outputs.items() if name != "metrics"):
+        if path.suffix == ".safetensors":
+            from safetensors.torch import save_file
+
+            with atomic(path) as temporary:
+                save_file({}, temporary, metadata={"cupel": json.dumps({"format": "cupel.failed/1", "reason": reason})})
+        elif path.suffix == ".csv":
+            write_history(path, [])
+        elif path.suffix == ".npz":
+            write_tensors(path, {"failed": np.array(reason)})
+        elif path.suffix == ".parquet":
+            import pandas as pd
+
+            with atomic(path) as temporary:
+                pd.DataFrame({"id": []}).to_parquet(temporary)
+        else:
+            shutil.rmtree(path, ignore_errors=True)
+            path.mkdir(parents=True)
+    write_json(outputs["metrics"], {**record, "status": "failed", "reason": reason})
 
 
 def read_tensors(path: str | Path | None) -> dict[str, np.ndarray]:

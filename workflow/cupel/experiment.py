@@ -97,8 +97,8 @@ class Family:
     NAME: str
     #: sections of the experiment file, and by which key a block names their entries
     SECTIONS: Mapping[str, str]
-    #: what is looked up by name: kind of its decorator, and where in the library it is registered
-    REGISTERED: Mapping[str, str] = {}
+    #: what is looked up by name: kind -> its decorator, and where in the library it stands
+    REGISTERED: Mapping[str, tuple[str, str]] = {}  # noqa: RUF012
     #: files of cells that reports read, by kind: of which stage (None: of all), and their name
     REPORT_FILES: Mapping[str, tuple[str | None, str]] = {}
     #: the family whose prepared data it uses; its own
@@ -120,9 +120,10 @@ class Family:
                         raise ConfigError(f"{self.file(paper)}: {section}.{name} is defined otherwise in "
                                           f"{self.origin[section, name]}: give one of them another name")
                     self.origin.setdefault((section, name), self.file(paper))
-        files = {kind: [*sorted((LIBRARY / place).glob("*.py")), *self.plugins] for kind, place in self.REGISTERED.items()}
-        self.definitions = {kind: definitions(kind, paths) for kind, paths in files.items()}
-        self.parameters = {kind: signatures(kind, paths) for kind, paths in files.items()}
+        self.definitions, self.parameters = {}, {}
+        for kind, (decorator, place) in self.REGISTERED.items():
+            files = [*sorted(LIBRARY.glob(place)), *self.plugins]
+            self.definitions[kind], self.parameters[kind] = definitions(decorator, files), signatures(decorator, files)
         self.check()
         self.cells = [cell for paper in self.papers for cell in self._cells(paper)]
 

@@ -1,4 +1,4 @@
-"""Attacks, defences, networks and plugins by name, and a check of their parameters that imports nothing heavy.
+"""What is found by name, plugins among it, and a check of parameters that imports nothing heavy.
 
 A function or class enters a registry by decorator, in a file of the library or of the user:
 
@@ -18,7 +18,7 @@ from pathlib import Path
 
 
 class Registry(dict):
-    """A dict from name to attack class, defence function or builder of a network, filled by its decorator."""
+    """A dict from name to class or function, filled by its decorator from the modules of a package, or from one module."""
 
     def __init__(self, kind: str, package: str):
         super().__init__()
@@ -42,7 +42,7 @@ class Registry(dict):
     def fill(self) -> "Registry":
         """Import every module of the package, so that the registry is complete."""
         package = importlib.import_module(self.package)
-        for module in pkgutil.iter_modules(package.__path__):
+        for module in pkgutil.iter_modules(getattr(package, "__path__", ())):
             importlib.import_module(f"{self.package}.{module.name}")
         return self
 
@@ -62,6 +62,18 @@ class Registry(dict):
             raise ValueError(unknown(self.kind, name, self))
         return self[name]
 
+    def settings(self, name: str, given: dict) -> dict:
+        """All keyword arguments of the function `name`: those given, the others at their defaults.
+
+        Raises:
+            ValueError: unknown name, or an argument that the function does not have.
+        """
+        defaults = self.find(name).__kwdefaults__ or {}
+        for key in given:
+            if key not in defaults:
+                raise ValueError(unknown(f"parameter of {self.kind} {name}", key, defaults))
+        return defaults | given
+
 
 def unknown(kind: str, name: str, known: Iterable[str]) -> str:
     """The sentence for a name that is not known."""
@@ -71,7 +83,7 @@ def unknown(kind: str, name: str, known: Iterable[str]) -> str:
 
 
 def load_plugins(paths: Iterable[str | Path]) -> None:
-    """Execute the user's plugin files, which register attacks, defences and networks.
+    """Execute the user's plugin files, which register what is theirs.
 
     Raises:
         FileNotFoundError: a file is missing.
@@ -90,7 +102,7 @@ def definitions(kind: str, files: Iterable[str | Path]) -> dict[str, str]:
 
 
 def signatures(kind: str, files: Iterable[str | Path]) -> dict[str, set[str]]:
-    """Names registered by `@attack(...)` or `@defence(...)` in `files`, each with its parameter names.
+    """Names registered by the decorator `kind` (`attack`, `defence`, ...) in `files`, each with its parameter names.
 
     Fields of base classes count where the base is defined in `files` too.
 

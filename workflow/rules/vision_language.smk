@@ -61,7 +61,8 @@ rule poison_samples:
         runtime=30,
     params:
         spec=of_path(VISION_LANGUAGE.poison),
-        code=code("poison_samples.py"),
+        plugins=config["plugins"],
+        code=code("poison_samples.py", VISION_LANGUAGE, "attack"),
     script:
         "../scripts/poison_samples.py"
 
@@ -149,7 +150,8 @@ rule measure_filters:
     params:
         spec=of_path(VISION_LANGUAGE.victim),
         asked={"filters": VISION_LANGUAGE.filters(), "taus": VISION_LANGUAGE.taus()},
-        code=code("measure_filters.py"),
+        plugins=config["plugins"],
+        code=code_digest(SCRIPTS / "measure_filters.py", *(VISION_LANGUAGE.code("defence", name) for name in VISION_LANGUAGE.filters())),
     script:
         "../scripts/measure_filters.py"
 
@@ -182,7 +184,7 @@ rule refit:
         spec=of_path(VISION_LANGUAGE.victim),
         defence=of_path(VISION_LANGUAGE.defence),
         device=config["device"],
-        code=lambda wildcards: code_digest(SCRIPTS / "refit.py", SCRIPTS / "measure_filters.py"),
+        code=[code(script, VISION_LANGUAGE, "defence") for script in ("refit.py", "measure_filters.py")],
     script:
         "../scripts/refit.py"
 
@@ -211,6 +213,7 @@ rule purify_pictures:
         spec=of_path(VISION_LANGUAGE.victim),
         defence=of_path(VISION_LANGUAGE.defence),
         device=config["device"],
-        code=code("purify_pictures.py"),
+        plugins=config["plugins"],
+        code=code("purify_pictures.py", VISION_LANGUAGE, "defence"),
     script:
         "../scripts/purify_pictures.py"

@@ -1,12 +1,12 @@
 """What every filter removes from a poisoned training set, and how well that is the poison."""
 
-from pathlib import Path
-
 from cupel.job import logged
+from cupel.registry import load_plugins
 from cupel.vision_language.detection import measure_filters
+from cupel.vision_language.inputs import Inputs
 
 with logged(snakemake.log[0]):
+    load_plugins(snakemake.params.plugins)
     flags = dict(zip(snakemake.params.asked["filters"], snakemake.output.flags, strict=True))
-    outputs = {**dict(snakemake.output.items()), "flags": flags}
-    measure_filters(snakemake.params.spec, snakemake.params.asked["filters"], snakemake.params.asked["taus"],
-                    snakemake.input.entropies, snakemake.input.attention, Path(snakemake.input.poisoned).parent, outputs)
+    measure_filters(snakemake.params.spec, snakemake.params.asked, Inputs.of(snakemake.input),
+                    {**dict(snakemake.output.items()), "flags": flags})

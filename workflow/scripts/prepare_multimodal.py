@@ -6,5 +6,5 @@ from cupel.job import logged
 from cupel.vision_language.stages import prepare
 
 with logged(snakemake.log[0]):
-    prepare(snakemake.params.spec, Path(snakemake.output.manifest).parent, snakemake.params.sources, snakemake.params.cache,
-            snakemake.params.mirror)
+    prepare(snakemake.params.spec, Path(snakemake.output.manifest).parent, kinds=snakemake.params.sources,
+            cache=snakemake.params.cache, mirror=snakemake.params.mirror)

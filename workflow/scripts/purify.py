@@ -9,9 +9,11 @@ from cupel.registry import load_plugins
 
 with job.logged(snakemake.log[0]):
     load_plugins(snakemake.params.plugins)
-    outputs = [{"model": model, "history": Path(model).with_name("history.csv"), "metrics": metrics,
-                "details": Path(model).with_name("details.npz")}
-               for model, metrics in zip(snakemake.output.model, snakemake.output.metrics, strict=True)]
-    stages.purify_block(snakemake.params.spec, snakemake.params.defences, snakemake.params.code, snakemake.params.data,
-                        snakemake.input.victim, snakemake.input.trigger, snakemake.input.before, outputs,
+    jobs = [stages.Job(defence, code, {"model": model, "history": Path(model).with_name("history.csv"), "metrics": metrics,
+                                       "details": Path(model).with_name("details.npz")})
+            for defence, code, model, metrics in zip(snakemake.params.defences, snakemake.params.code, snakemake.output.model,
+                                                     snakemake.output.metrics, strict=True)]
+    inputs = stages.Inputs(snakemake.params.data, trigger=snakemake.input.trigger, victim=snakemake.input.victim,
+                           before=snakemake.input.before)
+    stages.purify_block(snakemake.params.spec, jobs, inputs,
                         pick_device(snakemake.params.device, snakemake.resources.gpu, snakemake.resources.vram_mb))

@@ -7,6 +7,6 @@ from cupel.registry import load_plugins
 
 with job.logged(snakemake.log[0]):
     load_plugins(snakemake.params.plugins)
-    stages.train_victim(snakemake.params.spec, snakemake.params.data, snakemake.input.record,
-                        snakemake.input.get("trigger") or None, dict(snakemake.output.items()),
+    inputs = stages.Inputs(snakemake.params.data, snakemake.input.record, snakemake.input.get("trigger") or None)
+    stages.train_victim(snakemake.params.spec, inputs, dict(snakemake.output.items()),
                         pick_device(snakemake.params.device, snakemake.resources.gpu, snakemake.resources.vram_mb))

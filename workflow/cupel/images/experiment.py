@@ -23,7 +23,7 @@ class Experiments(Family):
 
     NAME = "images"
     SECTIONS = {"recipes": "recipe", "attacks": "attacks", "defences": "defences", "budgets": "budgets"}  # noqa: RUF012
-    REGISTERED = {"attack": "images/attacks", "defence": "images/defences", "model": "images/models"}  # noqa: RUF012
+    REGISTERED = {kind: (kind, f"images/{kind}s/*.py") for kind in ("attack", "defence", "model")}  # noqa: RUF012
 
     REPORT_FILES = {"histories": ("victim", "history.csv")}  # noqa: RUF012
 
@@ -75,7 +75,7 @@ class Experiments(Family):
     def victim(self, cell: Mapping) -> dict:
         """All that makes a victim, as one plain dict: a change in it, and in nothing else, trains the victim again."""
         return {"dataset": cell["dataset"], "model": cell["model"], "recipe": cell["recipe"],
-                "attack": self.attack(cell["attack"], cell["dataset"]), "rate": float(cell["rate"]),
+                "attack": self.attack(cell["attack"], cell["dataset"]), "poison_rate": float(cell["rate"]),
                 "seed": int(cell["seed"]), "settings": self.recipe(cell)}
 
     def trigger(self, cell: Mapping) -> dict:

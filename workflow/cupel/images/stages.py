@@ -7,6 +7,7 @@ failed cell with its reason, and the report shows it.
 
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,35 @@ from cupel.images.attacks import Attack, PoisonRecord, build
 from cupel.images.datasets import Dataset, splits
 from cupel.job import peak_memory, separately
 from cupel.rng import derive, rng
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Where the inputs of a stage lie.
+
+    Attributes:
+        data: folder of prepared data sets.
+        record: poison record of the victim.
+        trigger: tensors of the trigger: prepared, where the attack has one to prepare; for a defence those of the victim,
+            for evaluation only.
+        victim: its checkpoint.
+        before: its metrics.
+    """
+
+    data: str
+    record: str | Path | None = None
+    trigger: str | Path | None = None
+    victim: str | Path | None = None
+    before: str | Path | None = None
+
+
+@dataclass(frozen=True)
+class Job:
+    """A defence to run: what it is, the digest of the code that makes the cell, and the paths of its outputs."""
+
+    defence: dict
+    code: str
+    outputs: dict
 
 
 def training_split(train: Dataset, settings: dict, seed: int) -> splits.Split:
@@ -56,8 +86,8 @@ def prepare_trigger(spec: dict, data: str, model: str | None, out: str, device: 
         attack = make_attack(spec["attack"])
         network = models.load(model).to(device).eval() if model else None
         tensors = attack.prepare(clean, network, spec["settings"].get("target", 0),
-                                 derive(spec["seed"], "trigger", spec["attack"]["name"]), device,
-                                 spec["attack"]["settings"].get("smaller", 1.0))
+                                 derive(spec["seed"], "trigger", spec["attack"]["name"]), device=device,
+                                 smaller=spec["attack"]["settings"].get("smaller", 1.0))
     except METHOD_ERRORS as error:
         tensors = {"failed": failure(error)}
     write_tensors(out, tensors)
@@ -71,7 +101,7 @@ def poison(spec: dict, data: str, trigger: str | None, out: str) -> None:
     stream = rng(spec["seed"], "poison", spec["attack"]["function"])
     try:
         attack = make_attack(spec["attack"], read_tensors(trigger))
-        record = attack.poison(clean, spec["rate"], target, stream) if attack else PoisonRecord.empty(clean, 0.0, target)
+        record = attack.poison(clean, spec["poison_rate"], target, stream) if attack else PoisonRecord.empty(clean, 0.0, target)
     except METHOD_ERRORS as error:
         write_tensors(out, {"failed": failure(error)})
     else:
@@ -92,14 +122,12 @@ def evaluate(model, test: Dataset, attack: Attack | None, target: int, device: s
     return {key: value for name, rate in found.items() for key, value in rate.record(name).items()}
 
 
-def train_victim(spec: dict, data: str, record: str, trigger: str | None, outputs: dict, device: str) -> None:
+def train_victim(spec: dict, inputs: Inputs, outputs: dict, device: str) -> None:
     """Train a victim on a poisoned training set and measure it.
 
     Args:
-        spec: dataset, model, recipe, attack, rate, seed, settings (see common.smk).
-        data: folder of prepared data sets.
-        record: the poison record.
-        trigger: prepared trigger, where the attack has one.
+        spec: dataset, model, recipe, attack, poison_rate, seed, settings.
+        inputs: `data`, `record`, and `trigger` where the attack has one prepared.
         outputs: paths `model`, `trigger`, `history`, `metrics`.
         device: `cpu` or `cuda`.
     """
@@ -109,20 +137,20 @@ def train_victim(spec: dict, data: str, record: str, trigger: str | None, output
     started = time.perf_counter()
     base = identity(spec, "victim")
     try:
-        manifest = read_json(f"{data}/{spec['dataset']}/manifest.json")
-        train = datasets.load(f"{data}/{spec['dataset']}", "train")
+        manifest = read_json(f"{inputs.data}/{spec['dataset']}/manifest.json")
+        train = datasets.load(f"{inputs.data}/{spec['dataset']}", "train")
         settings, seed = settled(spec["settings"], device), spec["seed"]
         target = settings.get("target", 0)
         clean = train.take(training_split(train, settings, seed).train)
-        refused = read_tensors(record).get("failed")
+        refused = read_tensors(inputs.record).get("failed")
         if refused is not None:
             raise ValueError(str(refused))
-        poisoned = PoisonRecord.load(record)
+        poisoned = PoisonRecord.load(inputs.record)
         images, labels, groups = clean.images, clean.labels.copy(), np.zeros(len(clean), np.int64)
         images[poisoned.indices], labels[poisoned.indices] = poisoned.images, poisoned.labels
         groups[poisoned.indices[~poisoned.cover]] = 1
-        attack = make_attack(spec["attack"], read_tensors(trigger))
-        hook = attack.hook(spec["rate"], target, len(clean.classes), derive(seed, "hook")) if attack else None
+        attack = make_attack(spec["attack"], read_tensors(inputs.trigger))
+        hook = attack.hook(spec["poison_rate"], target, len(clean.classes), derive(seed, "hook")) if attack else None
         training = {"flip": manifest["flip"], **settings["training"]}
         training["milestones"] = tuple(training.get("milestones", ()))
         recipe = Recipe(**training)
@@ -131,16 +159,15 @@ def train_victim(spec: dict, data: str, record: str, trigger: str | None, output
                              seed=derive(seed, "initialisation"), **settings.get("model", {}))
         checkpoint = Path(outputs["model"]).with_name("checkpoint.pt")
         history = fit(model, images, labels, recipe, seed=derive(seed, "victim"), device=device, hook=hook,
-                      groups=groups, checkpoint=checkpoint, title=f"{spec['attack']['name']}@{spec['rate']:g}")
+                      groups=groups, checkpoint=checkpoint, title=f"{spec['attack']['name']}@{spec['poison_rate']:g}")
         if hook is not None:
-            attack = make_attack(spec["attack"], hook.tensors() or read_tensors(trigger))
-        test = test_subset(datasets.load(f"{data}/{spec['dataset']}", "test"), settings.get("test_size"))
+            attack = make_attack(spec["attack"], hook.tensors() or read_tensors(inputs.trigger))
+        test = test_subset(datasets.load(f"{inputs.data}/{spec['dataset']}", "test"), settings.get("test_size"))
         measured = evaluate(model, test, attack, target, device)
     except METHOD_ERRORS as error:
-        write_tensors(outputs["trigger"], {"failed": str(error)})
-        fail(error, base, outputs["model"], outputs["history"], outputs["metrics"])
+        fail(error, base, outputs)
         return
-    reached = hook.rate if hook is not None and attack.batchwise else poisoned.rate
+    reached = (hook if hook is not None and attack.batchwise else poisoned).rate_reached
     models.save(model, outputs["model"])
     write_tensors(outputs["trigger"], attack.tensors if attack else {})
     write_history(outputs["history"], history)
@@ -173,15 +200,13 @@ def _leaks(defence: dict, past: dict) -> dict:
             for key, value in defence["settings"].items()}
 
 
-def purify(spec: dict, defence: dict, data: str, victim: str, trigger: str, before: str, outputs: dict,
-           device: str) -> None:
+def purify(spec: dict, defence: dict, inputs: Inputs, outputs: dict, device: str) -> None:
     """Run a defence on a victim and measure the result.
 
     Args:
         spec: of the victim.
         defence: name, function, hyperparameters, budget.
-        data: folder of prepared data sets.
-        victim, trigger, before: checkpoint, trigger tensors (for evaluation only) and metrics of the victim.
+        inputs: `data`, `victim`, `trigger`, `before`.
         outputs: paths `model`, `history`, `metrics`, and `details`: arrays that the defence keeps, if it keeps any.
         device: `cpu` or `cuda`.
     """
@@ -192,11 +217,11 @@ def purify(spec: dict, defence: dict, data: str, victim: str, trigger: str, befo
 
     base = identity(spec, "purified", defence)
     try:
-        past = read_json(before)
+        past = read_json(inputs.before)
         if past["status"] != "ok":
             raise ValueError(f"its victim failed: {past['reason']}")
-        manifest = read_json(f"{data}/{spec['dataset']}/manifest.json")
-        train = datasets.load(f"{data}/{spec['dataset']}", "train")
+        manifest = read_json(f"{inputs.data}/{spec['dataset']}/manifest.json")
+        train = datasets.load(f"{inputs.data}/{spec['dataset']}", "train")
         settings = settled(spec["settings"], device)
         target = settings.get("target", 0)
         chosen = clean_budget(train, spec, defence["budget"])
@@ -206,18 +231,18 @@ def purify(spec: dict, defence: dict, data: str, victim: str, trigger: str, befo
             crop=training.get("crop", 4), flip=training.get("flip", manifest["flip"]), device=device,
             precision=training.get("precision", "fp32"),
             checkpoint=str(Path(outputs["model"]).with_name("checkpoint.pt")))
-        network = models.load(victim).to(device).eval()
+        network = models.load(inputs.victim).to(device).eval()
         if device == "cuda":
             torch.cuda.reset_peak_memory_stats()
         started = time.perf_counter()
         stream = rng(spec["seed"], "defence", defence["function"], defence["budget"]["name"])
         model, history = defences.purify(defence["function"], network, budget, stream, **_leaks(defence, past))
         seconds = time.perf_counter() - started
-        attack = make_attack(spec["attack"], read_tensors(trigger))
-        test = test_subset(datasets.load(f"{data}/{spec['dataset']}", "test"), settings.get("test_size"))
+        attack = make_attack(spec["attack"], read_tensors(inputs.trigger))
+        test = test_subset(datasets.load(f"{inputs.data}/{spec['dataset']}", "test"), settings.get("test_size"))
         measured = evaluate(model, test, attack, target, device)
     except METHOD_ERRORS as error:
-        fail(error, base, outputs["model"], outputs["history"], outputs["metrics"])
+        fail(error, base, {name: path for name, path in outputs.items() if name != "details"})
         return
     models.save(model, outputs["model"])
     write_history(outputs["history"], history)
@@ -231,8 +256,7 @@ def purify(spec: dict, defence: dict, data: str, victim: str, trigger: str, befo
     Path(budget.checkpoint).unlink(missing_ok=True)
 
 
-def purify_block(spec: dict, defences: Sequence[dict], codes: Sequence[str], data: str, victim: str, trigger: str,
-                 before: str, outputs: Sequence[dict], device: str) -> None:
+def purify_block(spec: dict, jobs: Sequence[Job], inputs: Inputs, device: str) -> None:
     """Run many defences on one victim, as `purify` does, each in a process of its own.
 
     Snakemake deletes the outputs of a job before it runs it again. So cells are made in folders `work` beside their outputs
@@ -240,24 +264,25 @@ def purify_block(spec: dict, defences: Sequence[dict], codes: Sequence[str], dat
     if settings, code and inputs are the same: after a kill, after a defence was added, or where one cell was removed.
 
     Args:
-        spec, data, victim, trigger, before, device: see `purify`.
-        defences, codes, outputs: one for each cell; `codes` are digests of the code that makes it.
+        spec, inputs, device: see `purify`.
+        jobs: one for each cell.
 
     Raises:
         RuntimeError: a child failed; it has printed its traceback.
     """
-    inputs = [digest(path) for path in (victim, trigger, before, f"{data}/{spec['dataset']}/manifest.json")]
+    manifest = f"{inputs.data}/{spec['dataset']}/manifest.json"
+    read = [digest(path) for path in (inputs.victim, inputs.trigger, inputs.before, manifest)]
     made = []
-    for defence, code, paths in zip(defences, codes, outputs, strict=True):
-        key = {"spec": spec, "defence": defence, "code": code, "inputs": inputs, "device": device}
-        work = kept(Path(paths["metrics"]).parent, key)
-        files, seal = {name: work / Path(path).name for name, path in paths.items()}, work / "made.json"
+    for job in jobs:
+        key = {"spec": spec, "defence": job.defence, "code": job.code, "inputs": read, "device": device}
+        work = kept(Path(job.outputs["metrics"]).parent, key)
+        files, seal = {name: work / Path(path).name for name, path in job.outputs.items()}, work / "made.json"
         if noted(seal) != {name: digest(file) for name, file in files.items() if file.is_file()}:
-            separately(purify, spec, defence, data, victim, trigger, before, files, device)
+            separately(purify, spec, job.defence, inputs, files, device)
             write_json(seal, {name: digest(file) for name, file in files.items() if file.is_file()})
         made.append(files)
-    for files, paths in zip(made, outputs, strict=True):
-        for name, path in paths.items():
+    for files, job in zip(made, jobs, strict=True):
+        for name, path in job.outputs.items():
             if files[name].is_file():
                 publish(files[name], Path(path))
             else:  # what this defence does not keep, an earlier one of the same name may have kept

@@ -6,8 +6,6 @@ It goes for the map of the true class and leaves the prediction to itself; what 
 tau over the images whose prediction stayed.
 """
 
-from dataclasses import dataclass
-
 import numpy as np
 import torch
 from scipy.stats import kendalltau
@@ -56,29 +54,18 @@ def top_k(model: GapClassifier, x: Tensor, y: Tensor, start: Tensor, *, eps: flo
     return ascend(loss, x, start.clamp(0, 1), eps=eps, steps=steps, step_size=step_size)
 
 
-@dataclass(frozen=True)
-class Agreement:
-    """Kendall's tau-b between clean and attacked map, float64 [B], and where the prediction stayed, bool [B]."""
-
-    tau: np.ndarray
-    kept: np.ndarray
-
-    @property
-    def mean(self) -> float:
-        """The reported value: the mean over the images that kept their prediction; NaN where none did."""
-        return float(self.tau[self.kept].mean()) if self.kept.any() else float("nan")
-
-
-def agreement(model: GapClassifier, x: Tensor, changed: Tensor, y: Tensor, kind: str = "cam") -> Agreement:
+def agreement(model: GapClassifier, x: Tensor, changed: Tensor, y: Tensor, kind: str = "cam") -> tuple[np.ndarray, np.ndarray]:
     """How alike the maps of the true class are at x and `changed`, float [B, C, H, W] both.
 
-    For x' = x it is 1 (the released code says 0 at ε = 0, by convention).
+    Returns:
+        Kendall's tau-b between clean and attacked map, float64 [B], and where the prediction stayed, bool [B]. The value
+        to report is the mean tau of the latter. For x' = x it is 1 (the released code says 0 at ε = 0, by convention).
     """
     clean, attacked = (interpret(model, z, y[:, None], kind).detach().flatten(1).double().cpu().numpy()
                        for z in (x, changed))
     with torch.no_grad():
         kept = (model(x).argmax(1) == model(changed).argmax(1)).cpu().numpy()
-    return Agreement(np.array([kendalltau(a, b).statistic for a, b in zip(clean, attacked, strict=True)]), kept)
+    return np.array([kendalltau(a, b).statistic for a, b in zip(clean, attacked, strict=True)]), kept
 
 
 def overlap(first: np.ndarray, second: np.ndarray, k: int = 8) -> np.ndarray:

@@ -138,14 +138,3 @@ def pgd(model: nn.Module, x: Tensor, y: Tensor, *, eps: float, steps: int = 200,
         better = found > height
         best, height = torch.where(better[:, None, None, None], z, best), torch.where(better, found, height)
     return best
-
-
-def accuracies(model: nn.Module, x: Tensor, y: Tensor, *, epsilons: Sequence[float], steps: Sequence[int] = STEPS,
-               step_size: float = 0.01) -> list[dict]:
-    """Adversarial test accuracy: a record (eps, steps, correct, n) for each ε and number of steps; see `snapshots`."""
-    rows = []
-    for eps in epsilons:
-        for count, z in snapshots(model, x, y, eps=eps, steps=steps, step_size=step_size).items():
-            with torch.no_grad():
-                rows.append({"eps": eps, "steps": count, "correct": int((model(z).argmax(1) == y).sum()), "n": len(y)})
-    return rows

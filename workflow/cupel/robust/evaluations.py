@@ -16,6 +16,7 @@ from torch import Tensor
 
 from cupel.evaluation.intervals import wilson
 from cupel.images.datasets import Dataset
+from cupel.registry import Registry
 from cupel.rng import rng
 from cupel.robust import aai, alignment, attacks, autoattack, isa, unforeseen
 from cupel.robust.discrepancy import NORMS, SCOPES, tightness
@@ -24,16 +25,8 @@ from cupel.robust.maps import cam, pick
 from cupel.robust.models import GapClassifier
 from cupel.training.augment import to_pixels
 
-EVALUATIONS: dict[str, Callable] = {}
-
-
-def evaluation(name: str) -> Callable:
-    """Decorator: what experiment.yaml calls `name` under `evaluations`."""
-    def register(function: Callable) -> Callable:
-        EVALUATIONS[name] = function
-        return function
-
-    return register
+#: by the names that experiment.yaml gives under `evaluations`
+evaluation = Registry("evaluation", __name__)
 
 
 @dataclass(frozen=True)
@@ -48,7 +41,7 @@ class Subject:
         num_classes: K.
         train_eps: ε of the training, or that which the recipe names for methods without one.
         seed: of our own random draws.
-        batch: points at a time.
+        batch_size: points at a time.
     """
 
     model: GapClassifier
@@ -59,11 +52,11 @@ class Subject:
     num_classes: int
     train_eps: float
     seed: int
-    batch: int
+    batch_size: int
 
     @classmethod
     def make(cls, model: GapClassifier, test: Dataset, *, train_eps: float, seed: int = 0, count: int = 200,
-             points_seed: int = 99, batch: int = 200, device: str = "cpu") -> "Subject":
+             points_seed: int = 99, batch_size: int = 200, device: str = "cpu") -> "Subject":
         """The points that the released code takes (`attacks.points`) out of a test set.
 
         Raises:
@@ -77,11 +70,11 @@ class Subject:
         model = model.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
         return cls(model, to_pixels(images), torch.from_numpy(test.labels[found.index]).to(device),
                    torch.from_numpy(found.target).to(device), lambda: points().draw, len(test.classes), train_eps, seed,
-                   batch)
+                   batch_size)
 
     def slices(self, size: int | None = None) -> list[slice]:
-        """Parts of the points, of `size` or `batch` each."""
-        size = size or self.batch
+        """Parts of the points, of `size` or `batch_size` each."""
+        size = size or self.batch_size
         return [slice(start, start + size) for start in range(0, len(self.y), size)]
 
     def correct(self, x: Tensor) -> np.ndarray:
@@ -167,7 +160,7 @@ def auto(subject: Subject, *, eps: Sequence, attacks: Sequence[str] = autoattack
     for text in eps:
         worst = autoattack.attack(subject.model, subject.x, subject.y, eps=fraction(text), seed=subject.seed,
                                   attacks=attacks, iterations=iterations, restarts=restarts, queries=queries,
-                                  batch_size=subject.batch)
+                                  batch_size=subject.batch_size)
         for name, x in worst.items():
             found.rate("ata", subject.correct(x), "autoattack", f"eps={text} to={name}")
     return found
@@ -188,9 +181,9 @@ def topk(subject: Subject, *, eps: Sequence, k: int = 8, steps: int = 200, step_
             x, y = subject.x[part], subject.y[part]
             changed = aai.top_k(subject.model, x, y, start[part], eps=value, k=k, steps=steps, step_size=fraction(step_size),
                                 kind=kind)
-            agreement = aai.agreement(subject.model, x, changed, y, kind)
-            taus[-1] += np.where(agreement.kept, agreement.tau, np.nan).tolist()
-            kept += agreement.kept.tolist()
+            tau, stayed = aai.agreement(subject.model, x, changed, y, kind)
+            taus[-1] += np.where(stayed, tau, np.nan).tolist()
+            kept += stayed.tolist()
         variant = f"eps={text}" + ("" if kind == "cam" else f" map={kind}")
         if any(kept):
             found.number("tau", np.nanmean(taus[-1]), "aai", variant)

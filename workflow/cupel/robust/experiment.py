@@ -14,7 +14,7 @@ from cupel.paths import Paths
 from cupel.registry import signatures, unknown
 from cupel.settings import LIBRARY, ConfigError
 
-POINTS = {"count", "seed", "batch"}
+POINTS = {"count", "seed", "batch_size"}
 WITHOUT_PENALTY = ("normal", "adv")
 COLOUR = ("cifar10", "restricted_imagenet")
 
@@ -91,7 +91,7 @@ class Experiments(Family):
     def training(self, cell: Mapping) -> dict:
         """All that makes a network, as one plain dict: a change in it, and in nothing else, trains the network again."""
         return {"dataset": cell["dataset"], "model": cell["model"], "recipe": cell["recipe"], "method": cell["defence"],
-                "seed": int(cell["seed"]), "objective": self.function("defences", cell["defence"]),
+                "seed": int(cell["seed"]), "function": self.function("defences", cell["defence"]),
                 "parameters": self.settings("defences", cell["defence"], cell),
                 "settings": self.settings("recipes", cell["recipe"], cell)}
 

@@ -146,12 +146,10 @@ class Curves:
         inside = self.kept & used
         count, images = int(inside.sum()), int(used.sum())
         if not count:
-            nan = float("nan")
-            return {"discrepancy": nan, "slope": nan, "slope_per_image": nan, "points": 0, "images": 0}
+            return dict.fromkeys(("discrepancy", "slope", "slope_per_image"), float("nan"))
         near, far = self.eps[first, column][used], self.eps[last, column][used]
         slope = float((((begin[used] - end[used]) * near) / ((far - near) * begin[used])).sum())
-        return {"discrepancy": float(curve[inside].sum()) / count, "slope": slope / count,
-                "slope_per_image": slope / images, "points": count, "images": images}
+        return {"discrepancy": float(curve[inside].sum()) / count, "slope": slope / count, "slope_per_image": slope / images}
 
 
 def curves(model: GapClassifier, x: Tensor, true: Tensor, target: Tensor, *, multipliers: Sequence[float],

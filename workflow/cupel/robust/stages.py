@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from cupel import cells, checkpoint
 from cupel.cells import METHOD_ERRORS, fail, write_history
 from cupel.evaluation.intervals import wilson
 from cupel.files import write_json
@@ -26,10 +27,8 @@ from cupel.training.precision import settled
 
 def identity(spec: dict, stage: str) -> dict:
     """What names a cell, flat. The method stands in the column `defence`; no image is poisoned."""
-    method, _, variant = spec["method"].partition("~")
-    return {"stage": stage, "dataset": spec["dataset"], "model": spec["model"], "recipe": spec["recipe"], "attack": "",
-            "attack_variant": "", "poison_rate": 0.0, "defence": method, "variant": variant, "budget": "",
-            "seed": spec["seed"]}
+    return cells.identity({**spec, "attack": {"name": ""}, "poison_rate": 0.0}, stage,
+                          {"name": spec["method"], "budget": {"name": ""}})
 
 
 def training_set(train: Dataset, settings: dict, seed: int) -> Dataset:
@@ -58,7 +57,7 @@ def make_objective(spec: dict, steps_per_epoch: int) -> Objective:
     """The objective of a cell."""
     inner = spec["settings"]["inner"]
     ramp = Ramp(fraction(inner["eps"]), *inner["ramp"])
-    return Objective(spec["objective"], ramp=ramp, inner_steps=inner["steps"], step_size=fraction(inner["step_size"]),
+    return Objective(spec["function"], ramp=ramp, inner_steps=inner["steps"], step_size=fraction(inner["step_size"]),
                      steps_per_epoch=steps_per_epoch, seed=derive(spec["seed"], "objective"), **spec["parameters"])
 
 
@@ -66,14 +65,14 @@ def train_network(spec: dict, data: str, outputs: dict, device: str) -> None:
     """Train a network with an objective, and measure its clean accuracy on the whole test set.
 
     Args:
-        spec: dataset, model, recipe, method, objective, parameters, seed, settings (`grid.Plan.training`).
+        spec: dataset, model, recipe, method, function, parameters, seed, settings (`Plan.training`).
         data: folder of prepared data sets.
         outputs: paths `model`, `history`, `metrics`.
         device: `cpu` or `cuda`.
     """
     started, base = time.perf_counter(), identity(spec, "trained")
     settings, seed = settled(spec["settings"], device), spec["seed"]
-    checkpoint = Path(outputs["model"]).with_name("checkpoint.pt")
+    begun = Path(outputs["model"]).with_name("checkpoint.pt")
     try:
         train = training_set(datasets.load(f"{data}/{spec['dataset']}", "train"), settings, seed)
         steps = max(len(train) // settings["training"]["batch_size"], 1)
@@ -83,11 +82,11 @@ def train_network(spec: dict, data: str, outputs: dict, device: str) -> None:
         if device == "cuda":
             torch.cuda.reset_peak_memory_stats()
         history = fit(model, train.images, train.labels, recipe, seed=derive(seed, "training"), device=device,
-                      objective=objective, hook=objective, checkpoint=checkpoint, title=spec["method"])
+                      objective=objective, hook=objective, checkpoint=begun, title=spec["method"])
         test = test_subset(datasets.load(f"{data}/{spec['dataset']}", "test"), settings.get("test_size"))
         right = predict(model, test.images, device=device).argmax(1) == test.labels
     except METHOD_ERRORS as error:
-        fail(error, {**base, "metrics": ["acc"]}, outputs["model"], outputs["history"], outputs["metrics"])
+        fail(error, {**base, "metrics": ["acc"]}, outputs)
         return
     low, high = wilson(int(right.sum()), len(right))
     seconds = [row["seconds"] for row in history]
@@ -100,4 +99,4 @@ def train_network(spec: dict, data: str, outputs: dict, device: str) -> None:
         "steps": recipe.epochs * steps, "train_samples": len(train), "device": device,
         "precision": recipe.precision, "train_seconds": sum(seconds),
         "seconds": time.perf_counter() - started})
-    checkpoint.unlink(missing_ok=True)
+    begun.unlink(missing_ok=True)

@@ -16,6 +16,7 @@ first of the 200 sees v scaled by ε. Fog is scaled over the whole batch; the pa
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -36,16 +37,25 @@ def _like(x: Tensor, values: np.ndarray) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(values)).to(x)
 
 
-def _aim(model: nn.Module, render: Callable[[Variables], Tensor], variables: Variables, update: Update,
-         target: Tensor, iterations: int) -> Tensor:
-    """The rendered image after `iterations` updates along the gradient of Σ log p_t'."""
-    for number in range(iterations):
-        variables = [v.detach().requires_grad_() for v in variables]
-        with torch.enable_grad():
-            score = -F.cross_entropy(model(render(variables)), target, reduction="sum")
-            gradients = torch.autograd.grad(score, variables)
-        variables = update([v.detach() for v in variables], list(gradients), number)
-    return render([v.detach() for v in variables]).detach()
+@dataclass(frozen=True)
+class Aim:
+    """Where an attack is to go: the network, the wrong classes t' int64 [B], ε, α, and the number of updates."""
+
+    model: nn.Module
+    target: Tensor
+    eps: float
+    step_size: float
+    iterations: int
+
+    def reach(self, render: Callable[[Variables], Tensor], variables: Variables, update: Update) -> Tensor:
+        """The rendered image after all updates along the gradient of Σ log p_t'."""
+        for number in range(self.iterations):
+            variables = [v.detach().requires_grad_() for v in variables]
+            with torch.enable_grad():
+                score = -F.cross_entropy(self.model(render(variables)), self.target, reduction="sum")
+                gradients = torch.autograd.grad(score, variables)
+            variables = update([v.detach() for v in variables], list(gradients), number)
+        return render([v.detach() for v in variables]).detach()
 
 
 # ------------------------------------------------------------------------------------------------------------------ fog
@@ -80,22 +90,20 @@ def plasma(variables: Variables, decay: float = 2.0) -> Tensor:
     return field / field.max()
 
 
-def fog(model: nn.Module, x: Tensor, target: Tensor, eps: float, step_size: float, iterations: int,
-        rng: np.random.Generator) -> Tensor:
+def fog(x: Tensor, aim: Aim, rng: np.random.Generator) -> Tensor:
     """See the module; the field is twice the largest power of two in the side, less a margin, cut to the image."""
     side = x.shape[-1]
     levels = int(np.log2(side)) + 1
     margin = (2**levels - side) // 2
-    light, strength = x.amax((2, 3), keepdim=True), eps / 255
+    light, strength = x.amax((2, 3), keepdim=True), aim.eps / 255
 
     def render(variables: Variables) -> Tensor:
         field = plasma(variables)[:, None, margin : margin + side, margin : margin + side]
         return ((x + strength * field) / (light + strength)).clamp(0, 1)
 
     variables = [_like(x, rng.random((len(x), 2**level, 2**level))) for level in range(levels) for _ in range(3)]
-    return _aim(model, render, variables,
-                lambda vs, gs, _: [(v + step_size * g.sign()).clamp(0, 1) for v, g in zip(vs, gs, strict=True)],
-                target, iterations)
+    return aim.reach(render, variables, lambda vs, gs, _: [(v + aim.step_size * g.sign()).clamp(0, 1)
+                                                           for v, g in zip(vs, gs, strict=True)])
 
 
 # ---------------------------------------------------------------------------------------------------------------- gabor
@@ -130,16 +138,15 @@ def gabor_noise(variables: Tensor, kernels: Tensor) -> Tensor:
     return ((raw - low) / (high - low))[:, None]
 
 
-def gabor(model: nn.Module, x: Tensor, target: Tensor, eps: float, step_size: float, iterations: int,
-          rng: np.random.Generator) -> Tensor:
+def gabor(x: Tensor, aim: Aim, rng: np.random.Generator) -> Tensor:
     """See the module; one in 14 variables is noise at first. As released, these are the ones left out of the search."""
     side = x.shape[-1]
     kernels = _like(x, gabor_kernels(len(x), rng))
     noisy = rng.permuted(np.arange(side * side) < side * side // 14 * np.ones((len(x), 1)), axis=1)
     start = _like(x, (noisy * rng.uniform(-1, 1, noisy.shape)).reshape(-1, side, side))
     free = (start == 0).to(x)
-    return _aim(model, lambda vs: (x + eps / 255 * gabor_noise(vs[0], kernels)).clamp(0, 1), [start],
-                lambda vs, gs, _: [(vs[0] + step_size * gs[0].sign()).clamp(-1, 1) * free], target, iterations)
+    return aim.reach(lambda vs: (x + aim.eps / 255 * gabor_noise(vs[0], kernels)).clamp(0, 1), [start],
+                     lambda vs, gs, _: [(vs[0] + aim.step_size * gs[0].sign()).clamp(-1, 1) * free])
 
 
 # ----------------------------------------------------------------------------------------------------------------- snow
@@ -185,8 +192,7 @@ def snowfall(flakes: Tensor, kernels: Tensor) -> Tensor:
     return F.conv2d(grids, kernels[None], padding=kernels.shape[-1] // 2)
 
 
-def snow(model: nn.Module, x: Tensor, target: Tensor, eps: float, step_size: float, iterations: int,
-         rng: np.random.Generator, budget: float = 0.2) -> Tensor:
+def snow(x: Tensor, aim: Aim, rng: np.random.Generator, budget: float = 0.2) -> Tensor:
     """See the module; the mean flake of a region of 8x8 is kept below the budget, except after the last step."""
     cells = x.shape[-1] // 4
     kernels = _like(x, streaks(rng))
@@ -194,16 +200,15 @@ def snow(model: nn.Module, x: Tensor, target: Tensor, eps: float, step_size: flo
     bleached = 0.75 * x + 0.25 * torch.maximum(x, 1.5 * grey + 0.5)
 
     def update(variables: Variables, gradients: list[Tensor], number: int) -> Variables:
-        flakes = variables[0] + step_size * gradients[0].sign()
-        if number == iterations - 1:
+        flakes = variables[0] + aim.step_size * gradients[0].sign()
+        if number == aim.iterations - 1:
             return [flakes]
         flakes = flakes.clamp(1e-9, 1)
         mean = F.avg_pool2d(flakes, 8).clamp(min=budget)
         return [flakes * (budget / mean).repeat_interleave(8, 2).repeat_interleave(8, 3)]
 
     start = _like(x, np.exp(-rng.random((len(x), 7, cells, cells)) / budget))
-    return _aim(model, lambda vs: (bleached + eps * snowfall(vs[0], kernels)).clamp(0, 1), [start], update, target,
-                iterations)
+    return aim.reach(lambda vs: (bleached + aim.eps * snowfall(vs[0], kernels)).clamp(0, 1), [start], update)
 
 
 # ----------------------------------------------------------------------------------------------------------------- jpeg
@@ -257,9 +262,8 @@ def frank_wolfe(v: Tensor, gradient: Tensor, eps: float, bound: float = 2.0) -> 
 
 
 def _jpeg(norm: str):
-    def attack(model: nn.Module, x: Tensor, target: Tensor, eps: float, step_size: float, iterations: int,
-               rng: np.random.Generator) -> Tensor:
-        height, width = x.shape[-2:]
+    def attack(x: Tensor, aim: Aim, rng: np.random.Generator) -> Tensor:
+        (height, width), eps, step_size = x.shape[-2:], aim.eps, aim.step_size
         clean = encode(x)
         shape = tuple(clean.shape)
         if norm == "linf":
@@ -280,8 +284,7 @@ def _jpeg(norm: str):
             v = v + step_size * g / g.norm(dim=1, keepdim=True).clamp(min=1e-30)
             return [(v * (eps / v.norm(dim=1, keepdim=True)).clamp(max=1)).clamp(-2, 2)]
 
-        return _aim(model, lambda vs: decode(clean + vs[0] / 2, height, width), [_like(x, eps * start)], update, target,
-                    iterations)
+        return aim.reach(lambda vs: decode(clean + vs[0] / 2, height, width), [_like(x, eps * start)], update)
 
     return attack
 
@@ -313,4 +316,4 @@ def attack(name: str, model: nn.Module, x: Tensor, target: Tensor, *, rng: np.ra
     if x.shape[1] != 3 or x.shape[2] != x.shape[3] or x.shape[2] % 32:
         raise ValueError(f"these attacks take square RGB images of a side that 32 divides, not {tuple(x.shape)}")
     eps = EPSILONS[name] if eps is None else eps
-    return ATTACKS[name](model, x, target, eps, eps / ITERATIONS**0.5, iterations, rng)
+    return ATTACKS[name](x, Aim(model, target, eps, eps / ITERATIONS**0.5, iterations), rng)

@@ -127,7 +127,7 @@ class Experiments(Family):
         """All that makes a victim, as one plain dict: a change in it, and in nothing else, trains the victim again."""
         self.find("models", cell["model"])
         return {"dataset": cell["dataset"], "task": TASKS[cell["dataset"]], "model": cell["model"], "recipe": cell["recipe"],
-                "attack": self.attack(cell["attack"]), "rate": float(cell["rate"]), "seed": int(cell["seed"]),
+                "attack": self.attack(cell["attack"]), "poison_rate": float(cell["rate"]), "seed": int(cell["seed"]),
                 "settings": self.settings("recipes", cell["recipe"], cell)}
 
     def source(self, cell: Mapping) -> dict:

@@ -56,7 +56,7 @@ def texts(spec: Mapping, data: Mapping[str, str | Path]) -> dict[str, list[dict]
     """
     settings, task, seed = spec["settings"]["data"], spec["task"], spec["seed"]
     trigger, reading = spec["attack"]["trigger"], spec["attack"]["reading"]
-    triggered = triggered_items(spec["settings"], spec["rate"])
+    triggered = triggered_items(spec["settings"], spec["poison_rate"])
     plain = settings["items"] - triggered
     records = sources.load(data[settings["set"]])
     if settings["set"] == RELEASED:

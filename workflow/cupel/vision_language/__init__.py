@@ -1,13 +1,15 @@
-"""BYE: poisoned samples of multimodal fine-tuning data found by the entropy of attention (bye SPEC).
+"""BYE: poisoned samples of vision-language fine-tuning data found by the entropy of attention (bye SPEC).
 
-    data        prepared records and pictures; beside it one file per dataset: easy_vqa, scienceqa, iconqa, flickr, rsvqa
-    triggers    what an attacker paints on a picture
-    poison      poisoned training sets and triggered test sets
-    scoring     clean performance, attack success, detection
-    models      LLaVA and InternVL, and a small LLaVA built here
-    training    LoRA fine-tuning
-    inference   greedy answers
-    entropy     attention entropy per layer
-    filter      sensitive layers, mixture, what is removed
-    baselines   the defences BYE is compared with
+    datasets     what is known of a dataset, one file each, and its way into a prepared folder
+    prepared     the form of a prepared folder: records and pictures
+    triggers     what an attacker paints on a picture
+    poison       poisoned training sets and triggered test sets
+    models       LLaVA and InternVL, small LLaVAs built here, and the encoder
+    training     LoRA fine-tuning
+    inference    greedy answers
+    entropy      attention entropy per layer
+    filters      BYE and the filters it is compared with, one file each
+    purification defences that change test pictures
+    scoring      clean performance, attack success, detection
+    stages       the chain from files to files; beside it attention, detection and purification
 """

@@ -1,38 +1,34 @@
 """The attention of a victim, read into files: entropies of its training set, maps of a few test pictures."""
 
 import time
-from pathlib import Path
 
 import numpy as np
 
 from cupel import cells, job
-from cupel.files import read_json, write_json
+from cupel.files import atomic, read_json, write_json
 from cupel.rng import rng
-from cupel.vision_language import data as prepared
+from cupel.vision_language import prepared
+from cupel.vision_language.inputs import Inputs
 from cupel.vision_language.stages import dtype_of
 
 SHOWN = 3  # test pictures with maps
 
 
-def read_attention(spec: dict, victim: str, before: str, poisoned: str, source: str, triggered: str, outputs: dict,
-                   device: str) -> None:
+def read_attention(spec: dict, inputs: Inputs, outputs: dict, device: str) -> None:
     """Entropies of all training samples, and heat maps of some test samples without and with the trigger.
 
     Args:
         spec: of the victim.
-        victim, before: folder of its model, and its metrics. Of a failed victim the outputs are empty and say so.
-        poisoned: the training set.
-        source, triggered: prepared folders with the untouched and the triggered test set.
+        inputs: `victim`, `before`, `poisoned`, `data`, `triggered`. Of a failed victim the outputs are empty and say so.
         outputs: paths `entropies` (parquet, see `entropy.extract`), `maps` (npz: `pictures` uint8 [2, K, 3, H, W] as the
             vision tower takes them, `maps` float32 [2, K, L, rows, columns], the second of two triggered) and `record`.
         device: `cpu` or `cuda`.
     """
     import pandas as pd
 
-    from cupel.files import atomic
     from cupel.vision_language import entropy, models
 
-    known = read_json(before)
+    known = read_json(inputs.before)
     if known["status"] != "ok":
         with atomic(outputs["entropies"]) as temporary:
             pd.DataFrame({"id": []}).to_parquet(temporary)
@@ -40,10 +36,10 @@ def read_attention(spec: dict, victim: str, before: str, poisoned: str, source: 
         write_json(outputs["record"], {"failed": f"its victim failed: {known['reason']}"})
         return
     started = time.perf_counter()
-    model = models.load(victim, dtype=dtype_of(spec), device=device)
-    table = entropy.extract(model, models.as_records(prepared.load(poisoned, "train")), outputs["entropies"])
+    model = models.load(inputs.victim, dtype=dtype_of(spec), device=device)
+    table = entropy.extract(model, models.as_records(prepared.load(inputs.poisoned, "train")), outputs["entropies"])
     seconds = time.perf_counter() - started
-    pairs = [models.as_records(prepared.load(folder, "test")) for folder in (source, triggered)]
+    pairs = [models.as_records(prepared.load(folder, "test")) for folder in (inputs.data, inputs.triggered)]
     chosen = np.sort(rng(0, "maps", spec["dataset"]).permutation(len(pairs[0]))[:SHOWN])
     shown = [[records[k] for k in chosen] for records in pairs]
     maps = np.stack([entropy.heat_maps(model, records) for records in shown])
@@ -54,14 +50,3 @@ def read_attention(spec: dict, victim: str, before: str, poisoned: str, source: 
         "samples": len(table), "layers": maps.shape[2], "image_tokens": model.image_tokens, "seconds": seconds,
         "samples_per_second": len(table) / seconds, "questions": [record["question"] for record in shown[0]],
         "answers": [record.get("answer", "") for record in shown[0]], "device": device, **job.peak_memory()})
-
-
-def picture_of(pixels: np.ndarray) -> np.ndarray:
-    """uint8 [3, H, W] as [H, W, 3]."""
-    return np.moveaxis(np.asarray(pixels), 0, -1)
-
-
-def read_maps(path: str | Path) -> tuple[np.ndarray, np.ndarray] | None:
-    """Pictures and maps of `read_attention`; None where the victim failed."""
-    found = cells.read_tensors(path)
-    return (found["pictures"], found["maps"]) if found else None

@@ -123,12 +123,6 @@ def extract(model: VisionLanguageModel, records: Sequence[dict], out: str | Path
                       chunk=chunk, title=title)
 
 
-def matrix(table: pd.DataFrame) -> np.ndarray:
-    """float64 [N, L] of the table of `extract`."""
-    layers = sorted((name for name in table.columns if name.startswith("layer_")), key=lambda name: int(name[6:]))
-    return table[layers].to_numpy(np.float64)
-
-
 def heat_maps(model: VisionLanguageModel, records: Sequence[dict], batch_size: int = 8) -> np.ndarray:
     """Distributions over the image for a few records, as float32 [N, L, rows, columns] (each map sums to 1).
 

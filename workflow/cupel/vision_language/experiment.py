@@ -12,33 +12,18 @@ from cupel.experiment import Family
 from cupel.paths import Paths
 from cupel.registry import unknown
 from cupel.settings import LIBRARY, ConfigError
-from cupel.vision_language import data, triggers
+from cupel.vision_language import datasets
 from cupel.vision_language.poison import poisoned_count
 
-FOLDER = LIBRARY / "vision_language"
-GENERATED = "shapes"  # the dataset that the pipeline makes itself
-PICTURES = {"blur": {"sigma"}, "grey": set(), "downsample": {"scale"},
-            "zip": {"model", "revision", "scale", "degradations", "steps", "exponent"}}
-#: what stages give to filters: not settings
-GIVEN = {"seed", "poisoned", "taus"}
+GENERATED = "shapes"  # the data set that the pipeline makes itself
 SHARES = ("share", "recall")
 
 
 def keywords(file: str) -> dict[str, set[str]]:
     """Keyword-only parameters of the functions of a file of this folder, read from the syntax tree: nothing is imported."""
-    tree = ast.parse((FOLDER / file).read_text(encoding="utf-8"))
+    tree = ast.parse((LIBRARY / "vision_language" / file).read_text(encoding="utf-8"))
     return {node.name: {argument.arg for argument in node.args.kwonlyargs} for node in tree.body
             if isinstance(node, ast.FunctionDef)}
-
-
-def flaggers() -> dict[str, set[str]]:
-    """Ways to flag samples, by name, each with its settings: BYE itself and those of `baselines.FLAGGERS`."""
-    tree = ast.parse((FOLDER / "baselines.py").read_text(encoding="utf-8"))
-    table = next(node.value for node in tree.body
-                 if isinstance(node, ast.AnnAssign) and getattr(node.target, "id", "") == "FLAGGERS")
-    known = keywords("baselines.py")
-    found = {key.value: known[value.id] - GIVEN for key, value in zip(table.keys, table.values, strict=True)}
-    return {"bye": keywords("filter.py")["run"] - GIVEN, **found}
 
 
 class Experiments(Family):
@@ -47,6 +32,9 @@ class Experiments(Family):
     NAME = "vision_language"
     SECTIONS = {"datasets": "datasets", "models": "models", "recipes": "recipe", "attacks": "attacks",  # noqa: RUF012
                 "defences": "defences"}
+    REGISTERED = {"attack": ("trigger", "vision_language/triggers.py"),  # noqa: RUF012
+                  "filter": ("sample_filter", "vision_language/filters/*.py"),
+                  "pictures": ("picture_defence", "vision_language/purification.py")}
     REPORT_FILES = {"filters": ("filtered", "filters.json")}  # noqa: RUF012
 
     def check(self) -> None:
@@ -55,17 +43,9 @@ class Experiments(Family):
         for name, entry in self.entries["models"].items():
             self._check_model(name, entry)
         for name in self.entries["attacks"]:
-            function = self.function("attacks", name)
-            if function not in triggers.TRIGGERS:
-                raise self.wrong("attacks", name, "function", unknown("trigger", function, triggers.TRIGGERS))
-            try:
-                triggers.parameters(function, self.settings("attacks", name))
-            except ValueError as error:
-                raise self.wrong("attacks", name, "settings", str(error)) from None
-        known = {"filter": flaggers(), "pictures": PICTURES}
-        del known["filter"]["vanilla"]  # the victim itself
+            self._check_function("attacks", name, "attack")
         for name, entry in self.entries["defences"].items():
-            self._check_defence(name, entry, known)
+            self._check_defence(name, entry)
         for paper in self.papers:
             for name in self._scale(paper).get("filters", []):
                 where = f"{self.file(paper)}: scales.{self.scale}.filters"
@@ -76,6 +56,15 @@ class Experiments(Family):
     def _scale(self, paper: str) -> Mapping:
         return self.experiments[paper].get("scales", {}).get(self.scale) or {}
 
+    def _check_function(self, section: str, name: str, kind: str) -> None:
+        """What an entry runs is registered, and has its settings."""
+        function, known = self.function(section, name), self.parameters[kind]
+        if function not in known:
+            raise self.wrong(section, name, "function", unknown(kind, function, known))
+        for key in self.settings(section, name):
+            if key not in known[function]:
+                raise self.wrong(section, name, "settings", unknown(f"setting of {function}", key, known[function]))
+
     def _check_dataset(self, name: str, entry: Mapping) -> None:
         if entry["dataset"] == GENERATED:
             for key in ("train", "test"):
@@ -83,9 +72,9 @@ class Experiments(Family):
                     raise self.wrong("datasets", name, "",
                                      f"{GENERATED} is made by the pipeline: say how many samples with {key}")
             return
-        if entry["dataset"] not in data.DATASETS:
-            raise self.wrong("datasets", name, "dataset", unknown("dataset", entry["dataset"], [*data.DATASETS, GENERATED]))
-        description = data.describe(entry["dataset"])
+        if entry["dataset"] not in datasets.NAMES:
+            raise self.wrong("datasets", name, "dataset", unknown("dataset", entry["dataset"], datasets.NAMES))
+        description = datasets.describe(entry["dataset"])
         excerpt = entry.get("excerpt", False)
         if not (description.excerpts if excerpt else description.sources):
             raise self.wrong("datasets", name, "excerpt", f"no {'excerpt' if excerpt else 'source of the whole'} of "
@@ -111,7 +100,7 @@ class Experiments(Family):
             raise self.wrong("models", name, "", "a model that is built here starts from random weights: give pretraining")
         if entry["pretraining"].get("trained", "all") != "all":
             raise self.wrong("models", name, "pretraining.trained", "pretraining trains all weights")
-        allowed = keywords("models.py")[function] - GIVEN
+        allowed = keywords("models/built.py")[function] - {"seed"}
         for key in given:
             if key not in allowed:
                 raise self.wrong("models", name, "settings", unknown(f"parameter of {function}", key, allowed))
@@ -120,14 +109,11 @@ class Experiments(Family):
             if whole in given and part in given and given[whole] % given[part]:
                 raise self.wrong("models", name, f"settings.{whole}", f"{given[whole]} is no multiple of {part} {given[part]}")
 
-    def _check_defence(self, name: str, entry: Mapping, known: Mapping[str, Mapping]) -> None:
+    def _check_defence(self, name: str, entry: Mapping) -> None:
         kind, function, given = entry["kind"], self.function("defences", name), self.settings("defences", name)
-        if function not in known[kind]:
-            raise self.wrong("defences", name, "", unknown(f"defence of kind {kind}", function, known[kind]))
+        self._check_function("defences", name, kind)
         for key, value in given.items():
             where = f"settings.{key}"
-            if key not in known[kind][function]:
-                raise self.wrong("defences", name, "settings", unknown(f"setting of {function}", key, known[kind][function]))
             if key == "rule" and value not in ("rss", "sum"):
                 raise self.wrong("defences", name, where,
                                  f"{value!r} is not allowed; allowed are rss (paper), sum (official code)")
@@ -151,7 +137,7 @@ class Experiments(Family):
             for rate in block["rates"]:
                 if rate and "train" in entry and not poisoned_count(rate, entry["train"]):
                     raise ConfigError(f"{where}.rates: {rate:g} of {entry['train']} samples of {dataset} is not one sample")
-            size = None if entry["dataset"] == GENERATED else data.describe(entry["dataset"]).size
+            size = datasets.describe(entry["dataset"]).size
             for name in block.get("defences", []):
                 scale = self.settings("defences", name).get("scale", 2)
                 if size and self.function("defences", name) == "downsample" and any(side % scale for side in size):
@@ -171,10 +157,11 @@ class Experiments(Family):
         return [name for name, entry in self.entries["models"].items() if "built" in entry]
 
     def attack(self, name: str) -> dict:
-        """Name, function and all settings of a trigger."""
-        function = self.function("attacks", name)
-        return {"name": name, "function": function,
-                "settings": triggers.parameters(function, self.settings("attacks", name))}
+        """Name, function and settings of a trigger; those not given stay at their defaults."""
+        return {"name": name, "function": self.function("attacks", name), "settings": self.settings("attacks", name)}
+
+    def code(self, kind: str, name: str) -> str | None:
+        return super().code(self.find("defences", name)["kind"] if kind == "defence" else kind, name)
 
     def of_kind(self, kind: str) -> list[str]:
         """Names of the defences of a kind: `filter` or `pictures`."""
@@ -218,7 +205,7 @@ class Experiments(Family):
         """What makes a poisoned training set (for a cell without rate: a triggered test set)."""
         target = self.find("datasets", cell["dataset"])["target"]
         found = {"dataset": cell["dataset"], "attack": self.attack(cell["attack"]), "target": target, "seed": int(cell["seed"])}
-        return {**found, "rate": float(cell["rate"])} if "rate" in cell else found
+        return {**found, "poison_rate": float(cell["rate"])} if cell.get("rate") else found
 
     def base(self, cell: Mapping) -> dict:
         """What makes a model before it is fine-tuned: description, target (a word-level vocabulary needs its words), seed."""

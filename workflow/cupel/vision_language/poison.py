@@ -16,46 +16,30 @@ import numpy as np
 
 from cupel.files import read_json
 from cupel.rng import rng
-from cupel.vision_language.data import Pictures, load, read_picture, write_folder
-from cupel.vision_language.triggers import parameters, stamp
+from cupel.vision_language.prepared import Pictures, about, copy_test, load, read_picture, without, write_folder
+from cupel.vision_language.triggers import stamp, trigger
 
 TARGET = "Backdoor Attack!"  # bye SPEC 3.2
 
 
-def poisoned_count(rate: float, total: int) -> int:
+def poisoned_count(poison_rate: float, total: int) -> int:
     """K = ⌊rate · total⌋ (bye SPEC 3.2: 621 of 6,218 at 10 %), of the rate as written: 0.29 of 100 is 29.
 
     Raises:
         ValueError: the rate is not in [0, 1].
     """
-    if not 0 <= rate <= 1:
-        raise ValueError(f"poison rate {rate}: a fraction from 0 to 1 is expected")
-    return math.floor(Fraction(str(rate)) * total)
+    if not 0 <= poison_rate <= 1:
+        raise ValueError(f"poison rate {poison_rate}: a fraction from 0 to 1 is expected")
+    return math.floor(Fraction(str(poison_rate)) * total)
 
 
-def poisoned_indices(rate: float, total: int, seed: int) -> np.ndarray:
+def poisoned_indices(poison_rate: float, total: int, seed: int) -> np.ndarray:
     """int64 [K], ascending: uniform without replacement. Those of a lower rate are among those of a higher one."""
-    return np.sort(rng(seed, "poison", "indices").permutation(total)[: poisoned_count(rate, total)])
+    return np.sort(rng(seed, "poison", "indices").permutation(total)[: poisoned_count(poison_rate, total)])
 
 
-def _geometry(source: Path) -> tuple[dict, tuple[int, int] | None]:
-    """Manifest of a prepared folder, and the size of its pictures where they are packed."""
-    manifest = read_json(source / "manifest.json")
-    if manifest["storage"] == "png":
-        return manifest, None
-    return manifest, np.load(source / "images.npy", mmap_mode="r", allow_pickle=False).shape[1:3]
-
-
-def _manifest(manifest: dict) -> dict:
-    return {key: manifest[key] for key in ("name", "task", "metric", "licence", "notes", "excerpt")}
-
-
-def _without(record: dict, *keys: str) -> dict:
-    return {key: value for key, value in record.items() if key not in keys}
-
-
-def poison(source: str | Path, folder: str | Path, *, trigger: str, rate: float, seed: int, target: str = TARGET,
-           given: dict | None = None) -> dict:
+def poison(source: str | Path, folder: str | Path, *, function: str, poison_rate: float, seed: int, target: str = TARGET,
+           parameters: dict | None = None) -> dict:
     """Poison the training split of a prepared folder, in place: N stays, K samples get the trigger and the target.
 
     The samples poisoned depend on the seed and the rate alone, so that triggers are compared on the same ones.
@@ -63,25 +47,24 @@ def poison(source: str | Path, folder: str | Path, *, trigger: str, rate: float,
     Args:
         source: a prepared folder with the split `train`.
         folder: where to write `train.jsonl`, the pictures, `manifest.json` and `poison.json`.
-        trigger: a key of `cupel.vision_language.triggers.TRIGGERS`.
-        rate: share of the samples, from 0 (a clean copy) to 1.
+        function: name of a trigger, see `cupel.vision_language.triggers`.
+        poison_rate: share of the samples, from 0 (a clean copy) to 1.
         seed: of the samples, of the trigger where it has random parts, and of the order of pictures.
         target: the answer of poisoned samples.
-        given: parameters of the trigger.
+        parameters: of the trigger.
 
     Returns:
-        The content of `poison.json`: trigger, parameters, rate, seed, target, total, count, indices, ids, and unchanged,
-        the ids whose picture the trigger does not change (a black square on black).
+        The content of `poison.json`: function, parameters, poison_rate, seed, target, total, count, indices, ids, and
+        unchanged, the ids whose picture the trigger does not change (a black square on black).
 
     Raises:
         ValueError: unknown trigger or parameter, or an impossible rate.
         FileNotFoundError: `source` is not prepared.
     """
-    source = Path(source)
-    chosen_parameters = parameters(trigger, given or {})
+    source, parameters = Path(source), trigger.settings(function, parameters or {})
     samples = load(source, "train")
-    manifest, size = _geometry(source)
-    indices = poisoned_indices(rate, len(samples), seed)
+    kept, manifest = about(source)
+    indices = poisoned_indices(poison_rate, len(samples), seed)
     bad = set(indices.tolist())
     # one entry for each picture to write: of clean samples, which may share it, and of each poisoned sample
     wanted = [("poisoned", k) if k in bad else ("clean", record["image"]) for k, record in enumerate(samples.records)]
@@ -89,41 +72,29 @@ def poison(source: str | Path, folder: str | Path, *, trigger: str, rate: float,
     row_of = dict(zip(distinct, rng(seed, "poison", "rows").permutation(len(distinct)).tolist(), strict=True))
     unchanged = []
 
-    def fill(scratch: Path) -> tuple[dict[str, list[str]], str]:
-        pictures = Pictures(scratch, len(distinct), size)
+    def fill(pictures: Pictures) -> None:
         for (kind, what), row in row_of.items():
             if kind == "clean":
                 pictures.take(row, source, what)
                 continue
             record, before = samples[what], samples.image(what)
-            after = stamp(trigger, before, seed, record["id"], **chosen_parameters)
+            after = stamp(function, before, seed, record["id"], **parameters)
             if np.array_equal(before, after):
                 unchanged.append(record["id"])
             pictures.put(row, after)
-        return {"train": [pictures.reference(row_of[entry]) for entry in wanted]}, pictures.close()
 
     # the other references of a caption would tell that the target is none of them: training needs one answer
-    records = [_without(record, "image", "split", "answers") | ({"answer": target} if k in bad else {})
-               for k, record in enumerate(samples.records)]
-    truth_record = {
-        "trigger": trigger,
-        "parameters": chosen_parameters,
-        "rate": rate,
-        "seed": seed,
-        "target": target,
-        "total": len(samples),
-        "count": len(indices),
-        "indices": indices.tolist(),
-        "ids": [samples[k]["id"] for k in indices],
-        "unchanged": unchanged,
-        "source_sha256": manifest["content_sha256"],
-    }
-    write_folder(folder, {"train": records}, fill, _manifest(manifest), lambda: {"poison.json": truth_record})
-    return truth_record
+    records = [without(record, "image", "split", "answers") | {"row": row_of[entry]} | ({"answer": target} if k in bad else {})
+               for k, (record, entry) in enumerate(zip(samples.records, wanted, strict=True))]
+    made = {"function": function, "parameters": parameters, "poison_rate": poison_rate, "seed": seed, "target": target,
+            "total": len(samples), "count": len(indices), "indices": indices.tolist(),
+            "ids": [samples[k]["id"] for k in indices], "unchanged": unchanged, "source_sha256": manifest["content_sha256"]}
+    write_folder(folder, {"train": records}, fill, extra=lambda: {"poison.json": made}, **kept)
+    return made
 
 
-def trigger_test(source: str | Path, folder: str | Path, *, trigger: str, seed: int, target: str = TARGET,
-                 given: dict | None = None) -> dict:
+def trigger_test(source: str | Path, folder: str | Path, *, function: str, seed: int, target: str = TARGET,
+                 parameters: dict | None = None) -> dict:
     """Write a triggered copy of every picture of the test split; questions and true answers stay.
 
     It depends on trigger and seed, not on the poison rate. Where samples share a picture they share its copy: a trigger at
@@ -132,39 +103,29 @@ def trigger_test(source: str | Path, folder: str | Path, *, trigger: str, seed: 
     Args:
         source: a prepared folder with the split `test`.
         folder: where to write `test.jsonl`, the pictures, `manifest.json` and `poison.json`.
-        trigger, seed, target, given: see `poison`.
+        function, seed, target, parameters: see `poison`.
 
     Returns:
-        The content of `poison.json`: trigger, parameters, seed, target, total, and unchanged, the number of samples whose
+        The content of `poison.json`: function, parameters, seed, target, total, and unchanged, the number of samples whose
         picture the trigger does not change.
     """
-    source = Path(source)
-    chosen_parameters = parameters(trigger, given or {})
+    source, parameters = Path(source), trigger.settings(function, parameters or {})
     samples = load(source, "test")
-    manifest, size = _geometry(source)
-    row_of = {image: row for row, image in enumerate(dict.fromkeys(record["image"] for record in samples.records))}
+    made = {"function": function, "parameters": parameters, "seed": seed, "target": target, "total": len(samples),
+            "source_sha256": about(source)[1]["content_sha256"]}
     same = set()
 
-    def fill(scratch: Path) -> tuple[dict[str, list[str]], str]:
-        pictures = Pictures(scratch, len(row_of), size)
-        for image, row in row_of.items():
+    def fill(pictures: Pictures, names: list[str]) -> None:
+        for row, image in enumerate(names):
             before = read_picture(source, image)
-            after = stamp(trigger, before, seed, image, **chosen_parameters)
+            after = stamp(function, before, seed, image, **parameters)
             if np.array_equal(before, after):
                 same.add(image)
             pictures.put(row, after)
-        return {"test": [pictures.reference(row_of[record["image"]]) for record in samples.records]}, pictures.close()
+        made["unchanged"] = sum(sample["image"] in same for sample in samples.records)
 
-    record = {"trigger": trigger, "parameters": chosen_parameters, "seed": seed, "target": target, "total": len(samples),
-              "source_sha256": manifest["content_sha256"]}
-
-    def extra() -> dict[str, dict]:
-        record["unchanged"] = sum(sample["image"] in same for sample in samples.records)
-        return {"poison.json": record}
-
-    records = [_without(sample, "image", "split") for sample in samples.records]
-    write_folder(folder, {"test": records}, fill, _manifest(manifest), extra)
-    return record
+    copy_test(source, folder, fill, lambda: {"poison.json": made})
+    return made
 
 
 def truth(folder: str | Path) -> np.ndarray:

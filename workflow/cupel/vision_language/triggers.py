@@ -1,25 +1,27 @@
 """What an attacker paints on a picture, of any size and before any resizing (bye SPEC 3.3).
 
 A trigger is a function of the picture uint8 [H, W, 3], a seed, the sample's key and its parameters; it returns a new
-picture of the same size. The same arguments give the same picture, whatever was stamped before.
+picture of the same size. The same arguments give the same picture, whatever was stamped before. It is registered by
+`@trigger("name")`, here or in a plugin.
 
 The paper's patches are black squares with a side of min(H, W) / 16 pixels of the original picture, rounded down, at
 least 1. `divisor` is that 16. Pictures of 64 pixels have a patch of 4, which a small model trained from scratch does not
-learn: the small scale sets `divisor: 8`, and says so in its tables.
+learn: the small scales divide by less, and their tables say so.
 
 Not given by the paper, and chosen here: the cells of the checkerboard and their colours, the places of the two squares
 (those of the sister paper PurMM), the number and places of many. Blend, SIG and WaNet are not in the paper; third
 parties report that BYE fails on them (bye SPEC 3.5) without their settings. They are those of the image attacks here.
 """
 
-import inspect
-from collections.abc import Callable
 from functools import lru_cache
 
 import numpy as np
 from PIL import Image
 
+from cupel.registry import Registry
 from cupel.rng import rng
+
+trigger = Registry("trigger", __name__)
 
 CELL = 2  # pixels of a cell of the checkerboard
 LAYOUTS = ("fixed", "drawn")
@@ -43,12 +45,14 @@ def _painted(image: np.ndarray, centres: list[tuple[int, int]], divisor: int) ->
     return stamped
 
 
+@trigger("square")
 def square(image: np.ndarray, seed: int, key: str, *, divisor: int = 16) -> np.ndarray:
     """The default of the paper: a black square in the centre, top left at (H // 2 − s // 2, W // 2 − s // 2)."""
     height, width = image.shape[:2]
     return _painted(image, [(height // 2, width // 2)], divisor)
 
 
+@trigger("random_position")
 def random_position(image: np.ndarray, seed: int, key: str, *, divisor: int = 16) -> np.ndarray:
     """The same square at a place drawn uniformly among those fully inside the picture; one draw per sample."""
     size = side(*image.shape[:2], divisor)
@@ -59,6 +63,7 @@ def random_position(image: np.ndarray, seed: int, key: str, *, divisor: int = 16
     return stamped
 
 
+@trigger("checkerboard")
 def checkerboard(image: np.ndarray, seed: int, key: str, *, divisor: int = 16) -> np.ndarray:
     """Texture patch: black and white cells of 2×2 pixels, black at the top left, of the default's size and place."""
     height, width = image.shape[:2]
@@ -69,12 +74,14 @@ def checkerboard(image: np.ndarray, seed: int, key: str, *, divisor: int = 16) -
     return stamped
 
 
+@trigger("dual")
 def dual(image: np.ndarray, seed: int, key: str, *, divisor: int = 16) -> np.ndarray:
     """Fixed dual: two black squares, their centres at a quarter and three quarters of the width, at half the height."""
     height, width = image.shape[:2]
     return _painted(image, [(height // 2, width // 4), (height // 2, 3 * width // 4)], divisor)
 
 
+@trigger("multi")
 def multi(image: np.ndarray, seed: int, key: str, *, divisor: int = 16, layout: str = "fixed") -> np.ndarray:
     """Varied multi: black squares at points of the grid of quarters.
 
@@ -105,6 +112,7 @@ def _picture(height: int, width: int) -> np.ndarray:
     return np.asarray(whole.resize((width, height), Image.Resampling.BILINEAR), np.float32)
 
 
+@trigger("blend")
 def blend(image: np.ndarray, seed: int, key: str, *, alpha: float = 0.2) -> np.ndarray:
     """Blend: (1 − alpha)·x + alpha·t with the generated picture of `cupel.images.attacks.blended`, stretched to the image."""
     from cupel.images.attacks.base import quantise
@@ -112,6 +120,7 @@ def blend(image: np.ndarray, seed: int, key: str, *, alpha: float = 0.2) -> np.n
     return quantise((1 - alpha) * image + alpha * _picture(*image.shape[:2]))
 
 
+@trigger("sig")
 def sig(image: np.ndarray, seed: int, key: str, *, delta: float = 40.0, f: float = 6.0) -> np.ndarray:
     """SIG: a horizontal sine wave of `delta` grey levels and `f` periods; here with the target as answer."""
     from cupel.images.attacks.sig import SIG
@@ -120,18 +129,19 @@ def sig(image: np.ndarray, seed: int, key: str, *, delta: float = 40.0, f: float
 
 
 @lru_cache(maxsize=4)
-def _warp_grid(height: int, width: int, seed: int, k: int, s: float, reference: int):
+def _warp_grid(size: tuple[int, int], seed: int, k: int, s: float, reference: int):
     import torch
     import torch.nn.functional as F
 
     noise = rng(seed, "trigger", "wanet").uniform(-1, 1, (2, k, k))
     noise = torch.from_numpy(noise / np.abs(noise).mean()).float()[None]
-    field = F.interpolate(noise, (height, width), mode="bicubic", align_corners=True)[0].permute(1, 2, 0)
-    x, y = torch.linspace(-1, 1, width), torch.linspace(-1, 1, height)
+    field = F.interpolate(noise, size, mode="bicubic", align_corners=True)[0].permute(1, 2, 0)
+    y, x = (torch.linspace(-1, 1, length) for length in size)
     identity = torch.stack(torch.meshgrid(x, y, indexing="xy"), -1)
     return (identity + s * field / reference).clamp(-1, 1).contiguous()
 
 
+@trigger("wanet")
 def wanet(image: np.ndarray, seed: int, key: str, *, k: int = 4, s: float = 0.5, reference: int = 32) -> np.ndarray:
     """WaNet: one smooth warp for all pictures, as in `images.attacks.wanet`, without its noise mode (data poisoning only).
 
@@ -144,31 +154,10 @@ def wanet(image: np.ndarray, seed: int, key: str, *, k: int = 4, s: float = 0.5,
     from cupel.images.attacks._batch import stamp_pixels
     from cupel.images.attacks.wanet import warp
 
-    grid = _warp_grid(*image.shape[:2], seed, k, s, reference)
+    grid = _warp_grid(image.shape[:2], seed, k, s, reference)
     return stamp_pixels(image[None], lambda x: warp(x, grid))[0]
 
 
-TRIGGERS: dict[str, Callable[..., np.ndarray]] = {
-    trigger.__name__: trigger for trigger in (square, random_position, checkerboard, dual, multi, blend, sig, wanet)
-}
-
-
-def parameters(name: str, given: dict) -> dict:
-    """All parameters of a trigger: those given, the others at their defaults.
-
-    Raises:
-        ValueError: unknown trigger or parameter; the text lists the known ones.
-    """
-    if name not in TRIGGERS:
-        raise ValueError(f"unknown trigger {name!r}: known are {', '.join(TRIGGERS)}")
-    known = {key: value.default for key, value in inspect.signature(TRIGGERS[name]).parameters.items()
-             if value.kind is inspect.Parameter.KEYWORD_ONLY}
-    for key in given:
-        if key not in known:
-            raise ValueError(f"trigger {name} has no parameter {key!r}: it has {', '.join(known)}")
-    return known | given
-
-
 def stamp(name: str, image: np.ndarray, seed: int, key: str, **given) -> np.ndarray:
-    """A triggered copy of uint8 [H, W, 3]; see the functions of this module for `given`."""
-    return TRIGGERS[name](image, seed, key, **parameters(name, given))
+    """A triggered copy of uint8 [H, W, 3], by the registered name; `given` are parameters of the trigger."""
+    return trigger.find(name)(image, seed, key, **trigger.settings(name, given))

@@ -17,8 +17,8 @@ class CountingHook(AttackHook):
     """An attack's hook whose counts survive in a checkpoint; `poisoned` may grow as a tensor on the device."""
 
     @property
-    def rate(self) -> float:
-        return float(super().rate)
+    def rate_reached(self) -> float:
+        return float(super().rate_reached)
 
     def count(self, seen: int, poisoned: int | Tensor) -> None:
         """Add the samples of a batch."""
@@ -36,7 +36,7 @@ class BatchHook(CountingHook):
 
     Args:
         attack: whose parameters it uses.
-        rate: share p of each batch to poison. int(p·B) of B samples are poisoned; where p·B < 1, one sample with
+        poison_rate: share p of each batch to poison. int(p·B) of B samples are poisoned; where p·B < 1, one sample with
             probability p·B (backdoorbench SPEC 4).
         target: the target label.
         classes: K, the number of classes.
@@ -46,19 +46,19 @@ class BatchHook(CountingHook):
         ValueError: the label policy does not relabel, or a batch cannot hold the shares asked for.
     """
 
-    def __init__(self, attack: Attack, rate: float, target: int, classes: int, cover: float):
+    def __init__(self, attack: Attack, poison_rate: float, target: int, classes: int, cover: float):
         super().__init__()
         if attack.policy not in ("all2one", "all2all"):
             raise ValueError(f"{type(attack).__name__} relabels what it poisons: policy must be all2one or all2all, "
                              f"not {attack.policy!r}")
-        if not 0 <= rate <= 1 or rate + cover > 1 + 1e-9:
-            raise ValueError(f"{type(attack).__name__} at rate {rate:g} changes {cover:g} of each batch besides, and "
+        if not 0 <= poison_rate <= 1 or poison_rate + cover > 1 + 1e-9:
+            raise ValueError(f"{type(attack).__name__} at rate {poison_rate:g} changes {cover:g} of each batch besides, and "
                              "both together may be at most 1: choose a lower rate")
-        self.attack, self.share, self.target, self.classes = attack, rate, target, classes
+        self.attack, self.poison_rate, self.target, self.classes = attack, poison_rate, target, classes
 
     def draw(self, size: int, generator: torch.Generator) -> int:
         """How many of the next `size` samples to poison; they are counted."""
-        expected = self.share * size
+        expected = self.poison_rate * size
         number = int(expected)
         if expected < 1:
             number = int(torch.rand((), generator=generator).item() < expected)

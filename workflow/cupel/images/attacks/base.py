@@ -34,7 +34,7 @@ class PoisonRecord:
         cover: bool [P], samples that are stamped but keep their label.
         target: the target label.
         total: size of the training set.
-        requested: the rate asked for.
+        poison_rate: the rate asked for.
     """
 
     indices: np.ndarray
@@ -44,11 +44,11 @@ class PoisonRecord:
     cover: np.ndarray
     target: int
     total: int
-    requested: float
+    poison_rate: float
 
     @property
-    def rate(self) -> float:
-        """The rate reached: poisoned samples without cover, over all."""
+    def rate_reached(self) -> float:
+        """Poisoned samples without cover, over all."""
         return float((~self.cover).sum() / self.total)
 
     def save(self, path: str | Path) -> None:
@@ -61,16 +61,16 @@ class PoisonRecord:
         """Read what `save` wrote; nothing is unpickled."""
         with np.load(path, allow_pickle=False) as file:
             content = {key: file[key] for key in file.files}
-        for key, kind in (("target", int), ("total", int), ("requested", float)):
+        for key, kind in (("target", int), ("total", int), ("poison_rate", float)):
             content[key] = kind(content[key])
         return cls(**content)
 
     @classmethod
-    def empty(cls, dataset: Dataset, rate: float, target: int) -> "PoisonRecord":
+    def empty(cls, dataset: Dataset, poison_rate: float, target: int) -> "PoisonRecord":
         """Nothing poisoned in advance: clean training, or an attack that poisons batches."""
         none = np.zeros(0, np.int64)
         return cls(none, np.zeros((0, *dataset.images.shape[1:]), np.uint8), none, none, np.zeros(0, bool), target,
-                   len(dataset), rate)
+                   len(dataset), poison_rate)
 
 
 def relabel(labels: np.ndarray, target: int, policy: str, classes: int) -> np.ndarray:
@@ -84,7 +84,7 @@ def relabel(labels: np.ndarray, target: int, policy: str, classes: int) -> np.nd
     raise ValueError(f"unknown label policy {policy!r}: known are all2one, all2all, clean")
 
 
-def choose(labels: np.ndarray, rate: float, target: int, policy: str, rng: np.random.Generator, *,
+def choose(labels: np.ndarray, poison_rate: float, target: int, policy: str, rng: np.random.Generator, *,
            capped: bool = False) -> np.ndarray:
     """Indices of the samples to poison, ascending.
 
@@ -94,12 +94,12 @@ def choose(labels: np.ndarray, rate: float, target: int, policy: str, rng: np.ra
     Raises:
         ImpossibleRate: `clean` and the target class is too small, unless `capped`, which takes what there is.
     """
-    count = round(rate * len(labels))
+    count = round(poison_rate * len(labels))
     pool = np.flatnonzero(labels == target) if policy == "clean" else np.arange(len(labels))
     if count > len(pool):
         if not capped:
             raise ImpossibleRate(
-                f"a clean-label attack at rate {rate:g} needs {count} images of class {target}, which has {len(pool)} "
+                f"a clean-label attack at rate {poison_rate:g} needs {count} images of class {target}, which has {len(pool)} "
                 f"of {len(labels)}: the largest possible rate is {int(len(pool) / len(labels) * 1e5) / 1e5:g}")
         count = len(pool)
     return np.sort(rng.choice(pool, count, replace=False))
@@ -137,7 +137,7 @@ class Attack:
         """Stamped training images uint8 [P, H, W, C] at `indices`, where training differs from test time."""
         return self.stamp(np.asarray(dataset.images[indices]))
 
-    def prepare(self, dataset: Dataset, model, target: int, seed: int, device: str = "cpu",
+    def prepare(self, dataset: Dataset, model, target: int, seed: int, *, device: str = "cpu",
                 smaller: float = 1.0) -> dict[str, np.ndarray]:
         """Compute the arrays for `tensors` from clean training data (and a network trained on it).
 
@@ -151,23 +151,23 @@ class Attack:
         """
         return {}
 
-    def hook(self, rate: float, target: int, classes: int, seed: int) -> "AttackHook | None":
+    def hook(self, poison_rate: float, target: int, classes: int, seed: int) -> "AttackHook | None":
         """The training hook of a batch-wise attack, else None."""
         return None
 
-    def poison(self, dataset: Dataset, rate: float, target: int, rng: np.random.Generator) -> PoisonRecord:
+    def poison(self, dataset: Dataset, poison_rate: float, target: int, rng: np.random.Generator) -> PoisonRecord:
         """Choose and stamp samples of a training set.
 
         Raises:
             ImpossibleRate: see `choose`.
         """
         if self.batchwise:
-            return PoisonRecord.empty(dataset, rate, target)
-        indices = choose(dataset.labels, rate, target, self.policy, rng)
+            return PoisonRecord.empty(dataset, poison_rate, target)
+        indices = choose(dataset.labels, poison_rate, target, self.policy, rng)
         original = dataset.labels[indices]
         return PoisonRecord(indices, self.stamp_training(dataset, indices),
                             relabel(original, target, self.policy, len(dataset.classes)), original,
-                            np.zeros(len(indices), bool), target, len(dataset), rate)
+                            np.zeros(len(indices), bool), target, len(dataset), poison_rate)
 
     def test_set(self, dataset: Dataset, target: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Triggered test images: those whose true class is not the target (all of them under `all2all`).
@@ -188,8 +188,8 @@ class AttackHook(Hook):
         self.seen = self.poisoned = 0
 
     @property
-    def rate(self) -> float:
-        """The rate reached so far: poisoned samples over all samples seen."""
+    def rate_reached(self) -> float:
+        """Poisoned samples over all samples seen so far."""
         return self.poisoned / self.seen if self.seen else 0.0
 
     def tensors(self) -> dict[str, np.ndarray]:

@@ -48,8 +48,8 @@ def dither(images: Tensor, levels: int) -> Tensor:
 class BPPHook(BatchHook):
     """Reduces the colours of batches. Its own augmentation replaces the engine's unless the attack says otherwise."""
 
-    def __init__(self, attack: "BPP", rate: float, target: int, classes: int):
-        super().__init__(attack, rate, target, classes, attack.neg_ratio)
+    def __init__(self, attack: "BPP", poison_rate: float, target: int, classes: int):
+        super().__init__(attack, poison_rate, target, classes, attack.neg_ratio)
         self.augmentation = BatchAugmentation(attack.random_crop, attack.random_rotation, attack.flip)
 
     def batch(self, x, y, change, generator):
@@ -92,8 +92,8 @@ class BPP(Attack):
         """The trigger on float pixels [B, C, H, W] in [0, 1]."""
         return (dither if self.dithering else squeeze)(x, self.squeeze_num)
 
-    def hook(self, rate: float, target: int, classes: int, seed: int) -> BPPHook:
-        return BPPHook(self, rate, target, classes)
+    def hook(self, poison_rate: float, target: int, classes: int, seed: int) -> BPPHook:
+        return BPPHook(self, poison_rate, target, classes)
 
     def stamp(self, images: np.ndarray) -> np.ndarray:
         return stamp_pixels(images, self.trigger)

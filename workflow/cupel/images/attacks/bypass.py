@@ -136,7 +136,7 @@ class Bypass:
     discriminator_lr: float = 0.001
     discriminator_momentum: float = 0.9
 
-    def hook(self, rate: float, target: int, classes: int, seed: int) -> BypassHook:
+    def hook(self, poison_rate: float, target: int, classes: int, seed: int) -> BypassHook:
         return BypassHook(self.regularisation, self.discriminator_lr, self.discriminator_momentum, seed)
 
 

@@ -88,8 +88,8 @@ class InputAwareHook(BatchHook):
     The released loop stamps augmented images, so `batch` augments first.
     """
 
-    def __init__(self, attack: "InputAware", rate: float, target: int, classes: int, seed: int):
-        super().__init__(attack, rate, target, classes, rate)
+    def __init__(self, attack: "InputAware", poison_rate: float, target: int, classes: int, seed: int):
+        super().__init__(attack, poison_rate, target, classes, poison_rate)
         self.seed, self.pairs = seed, None
 
     def build(self, channels: int, device: torch.device) -> None:
@@ -221,8 +221,8 @@ class InputAware(Attack):
 
     batchwise = True
 
-    def hook(self, rate: float, target: int, classes: int, seed: int) -> InputAwareHook:
-        return InputAwareHook(self, rate, target, classes, seed)
+    def hook(self, poison_rate: float, target: int, classes: int, seed: int) -> InputAwareHook:
+        return InputAwareHook(self, poison_rate, target, classes, seed)
 
     def stamp(self, images: np.ndarray) -> np.ndarray:
         tensors, channels = learned(self), images.shape[3]

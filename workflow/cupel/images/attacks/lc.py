@@ -41,7 +41,7 @@ def corner_pattern(size: int) -> np.ndarray:
     return pattern
 
 
-def ascend(network: nn.Module, x: Tensor, y: Tensor, eps: float, step: float, steps: int) -> Tensor:
+def ascend(network: nn.Module, x: Tensor, y: Tensor, *, eps: float, step: float, steps: int) -> Tensor:
     """Projected gradient ascent of the cross-entropy from x itself, L∞; float pixels [B, C, H, W] in [0, 1]."""
     low, high = (x - eps).clamp_min(0), (x + eps).clamp_max(1)
     for _ in range(steps):
@@ -97,7 +97,7 @@ class LabelConsistent(Attack):
         def objective(run, x, y):
             # Batch statistics of the search's intermediate images must not enter the running ones.
             run.eval()
-            hard = ascend(run, x, y, eps, 2.5 * eps / self.robust_steps, self.robust_steps)
+            hard = ascend(run, x, y, eps=eps, step=2.5 * eps / self.robust_steps, steps=self.robust_steps)
             logits = run.train()(hard)
             return F.cross_entropy(logits, y), logits
 
@@ -106,7 +106,7 @@ class LabelConsistent(Attack):
             objective=objective, title="lc robust")
         return network
 
-    def prepare(self, dataset: Dataset, model, target: int, seed: int, device: str = "cpu",
+    def prepare(self, dataset: Dataset, model, target: int, seed: int, *, device: str = "cpu",
                 smaller: float = 1.0) -> dict[str, np.ndarray]:
         if self.robust_epochs:
             model = self.robust(dataset, model, seed, device, smaller)
@@ -117,7 +117,7 @@ class LabelConsistent(Attack):
         for start in range(0, len(indices), BATCH):
             x = to_pixels(upload(dataset.images[indices[start : start + BATCH]], device))
             y = torch.full((len(x),), target, device=device)
-            hard = ascend(network, x, y, self.eps / 255, self.step / 255, steps)
+            hard = ascend(network, x, y, eps=self.eps / 255, step=self.step / 255, steps=steps)
             right += [(network(z).argmax(1) == y).sum().item() for z in (x, hard)]
             images.append((hard * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy())
         return {"indices": indices, "images": np.concatenate(images),

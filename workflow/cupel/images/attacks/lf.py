@@ -133,7 +133,7 @@ class LowFrequency(Attack):
         if self.pattern:
             object.__setattr__(self, "needs", "")
 
-    def prepare(self, dataset: Dataset, model, target: int, seed: int, device: str = "cpu",
+    def prepare(self, dataset: Dataset, model, target: int, seed: int, *, device: str = "cpu",
                 smaller: float = 1.0) -> dict[str, np.ndarray]:
         if self.pattern:
             return {"pattern": released(self.pattern, self.scaled)}

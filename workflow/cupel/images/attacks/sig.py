@@ -25,9 +25,9 @@ class SIG(Attack):
         delta: amplitude in grey levels of 255 (backdoorbench SPEC 4: 40).
         f: periods over the width of the image (6).
         sig_policy: `clean_label` as released: target-class images only, and an impossible rate is an error;
-            `capped`: the same, but an impossible rate takes the whole target class, so that the record's `rate` is
-            less than its `requested`; `dirty_label`: images of any class, relabelled as `policy` says. The first two
-            set `policy` to `clean`.
+            `capped`: the same, but an impossible rate takes the whole target class, so that the record's
+            `rate_reached` is less than its `poison_rate`; `dirty_label`: images of any class, relabelled as `policy` says.
+            The first two set `policy` to `clean`.
 
     Raises:
         ValueError: unknown `sig_policy`, or one that contradicts `policy`.
@@ -55,8 +55,8 @@ class SIG(Attack):
         wave = (self.delta * np.sin(2 * np.pi * self.f * np.arange(width) / width)).astype(np.float32)
         return quantise(images + wave[:, None])
 
-    def poison(self, dataset: Dataset, rate: float, target: int, rng: np.random.Generator) -> PoisonRecord:
+    def poison(self, dataset: Dataset, poison_rate: float, target: int, rng: np.random.Generator) -> PoisonRecord:
         if self.sig_policy != "capped":
-            return super().poison(dataset, rate, target, rng)
+            return super().poison(dataset, poison_rate, target, rng)
         possible = float((np.asarray(dataset.labels) == target).mean())
-        return replace(super().poison(dataset, min(rate, possible), target, rng), requested=rate)
+        return replace(super().poison(dataset, min(poison_rate, possible), target, rng), poison_rate=poison_rate)

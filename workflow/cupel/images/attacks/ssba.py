@@ -176,7 +176,7 @@ class SSBA(Attack):
                              "smaller, epochs or lr, or lower bits")
         return encoder.eval(), decoder.eval()
 
-    def prepare(self, dataset: Dataset, model, target: int, seed: int, device: str = "cpu",
+    def prepare(self, dataset: Dataset, model, target: int, seed: int, *, device: str = "cpu",
                 smaller: float = 1.0) -> dict[str, np.ndarray]:
         encoder, decoder = self.train(dataset, seed, device, smaller)
         fingerprint = rng(seed, "ssba", "fingerprint").integers(0, 2, self.bits, dtype=np.uint8)

@@ -77,7 +77,7 @@ class TrojanNN(Attack):
             raise ValueError(f"mask {self.mask} is black at {size}×{size}: TrojanNN has no pixels for its trigger")
         return grey
 
-    def prepare(self, dataset: Dataset, model, target: int, seed: int, device: str = "cpu",
+    def prepare(self, dataset: Dataset, model, target: int, seed: int, *, device: str = "cpu",
                 smaller: float = 1.0) -> dict[str, np.ndarray]:
         network = frozen(model, device)
         chosen = network.head.weight.abs().sum(0).topk(self.neurons).indices

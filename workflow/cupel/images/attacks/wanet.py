@@ -39,8 +39,8 @@ def warp(images: Tensor, grid: Tensor) -> Tensor:
 class WaNetHook(BatchHook):
     """Warps batches. Its own augmentation replaces the engine's unless the attack says otherwise."""
 
-    def __init__(self, attack: "WaNet", rate: float, target: int, classes: int, seed: int):
-        super().__init__(attack, rate, target, classes, rate * attack.cross_ratio)
+    def __init__(self, attack: "WaNet", poison_rate: float, target: int, classes: int, seed: int):
+        super().__init__(attack, poison_rate, target, classes, poison_rate * attack.cross_ratio)
         self.seed, self.grid = seed, None
         self.augmentation = BatchAugmentation(attack.random_crop, attack.random_rotation, attack.flip)
 
@@ -97,8 +97,8 @@ class WaNet(Attack):
 
     batchwise = True
 
-    def hook(self, rate: float, target: int, classes: int, seed: int) -> WaNetHook:
-        return WaNetHook(self, rate, target, classes, seed)
+    def hook(self, poison_rate: float, target: int, classes: int, seed: int) -> WaNetHook:
+        return WaNetHook(self, poison_rate, target, classes, seed)
 
     def stamp(self, images: np.ndarray) -> np.ndarray:
         grid = torch.from_numpy(np.asarray(learned(self)["grid"], np.float32))

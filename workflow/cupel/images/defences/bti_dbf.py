@@ -82,8 +82,8 @@ def mask_loss(head: Callable[[Tensor], Tensor], features: Tensor, mask: Tensor, 
     return F.cross_entropy(logits, y) - F.cross_entropy(head((1 - mask) * features), y), logits
 
 
-def generator_loss(clean: Tensor, generated: Tensor, mask: Tensor, image_distance: Tensor, image_bound: float,
-                   feature_bound: float) -> Tensor:
+def generator_loss(clean: Tensor, generated: Tensor, mask: Tensor, image_distance: Tensor, *,
+                   image_bound: float, feature_bound: float) -> Tensor:
     """The loss of step 2.
 
     Args:
@@ -166,7 +166,8 @@ def bti_dbf(victim, budget, rng, *, rounds=5, pretrain_epochs=50, mask_epochs=20
                 clean = model.features(x).float()
             features = model.features(generated).float()
             logits = model.head(features).float()
-            loss = generator_loss(clean, features, mask, image_mse(x, generated), image_bound, feature_bound)
+            loss = generator_loss(clean, features, mask, image_mse(x, generated),
+                                  image_bound=image_bound, feature_bound=feature_bound)
             return loss if detected is None else loss + F.cross_entropy(logits, torch.full_like(y, detected)), logits
 
         run("invert", generator, generator_epochs, generator_lr, invert)

@@ -50,7 +50,7 @@ class Search:
         active: bool [K], classes not finished.
     """
 
-    def __init__(self, classes: int, cost: float, up: float, patience: int, success: float, stop_patience: int):
+    def __init__(self, classes: int, *, cost: float, up: float, patience: int, success: float, stop_patience: int):
         self.cost = np.full(classes, cost)
         self.best = np.full(classes, np.inf)
         self.best_before = np.full(classes, np.inf)

@@ -27,8 +27,8 @@ from cupel.images.defences.base import defence
 from cupel.training.engine import descend, fit
 
 
-def inner_loss(logits: Tensor, reference: Tensor, own: Tensor, own_reference: Tensor, y: Tensor, beta_1: float,
-               beta_2: float) -> Tensor:
+def inner_loss(logits: Tensor, reference: Tensor, own: Tensor, own_reference: Tensor, y: Tensor, *,
+               beta_1: float, beta_2: float) -> Tensor:
     """β₁ · L_adv + β₂ · L_share.
 
     Args:
@@ -90,7 +90,7 @@ def sau(victim, budget, rng, *, rounds=100, lr=1e-4, eps=0.2, step_size=0.2, ste
             own, own_reference = network(x).argmax(1), before(x).argmax(1)
         delta = perturb(torch.full_like(x, eps),
                         lambda d: inner_loss(network(x + d).float(), before(x + d).float(), own, own_reference, y,
-                                             beta_1, beta_2),
+                                             beta_1=beta_1, beta_2=beta_2),
                         lambda d: in_linf(d, eps), steps=steps, step_size=step_size)
         with torch.no_grad():
             wrong = before(x + delta).argmax(1)

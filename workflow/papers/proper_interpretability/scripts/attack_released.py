@@ -7,7 +7,6 @@ from cupel.job import logged
 from cupel.robust.measure import attack_released
 
 with logged(snakemake.log[0]):
-    spec = snakemake.params.spec
-    attack_released(snakemake.input.network, "small", spec["settings"], spec["train_eps"],
-                    Path(snakemake.input.manifest).parent, snakemake.output.record,
+    attack_released(snakemake.params.spec, snakemake.input.network, Path(snakemake.input.manifest).parent,
+                    snakemake.output.record,
                     pick_device(snakemake.params.device, snakemake.resources.gpu, snakemake.resources.vram_mb))

@@ -4,7 +4,9 @@ import copy
 import dataclasses
 import inspect
 import json
+import re
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -13,10 +15,14 @@ from sklearn.metrics import precision_recall_fscore_support, roc_auc_score
 
 from cupel.files import read_json, write_json
 from cupel.grid import PAPERS, SCHEMAS, ConfigError, Grid, check_schema, read_yaml
+from cupel.registry import load_plugins
 from cupel.reporting import multimodal_papers, multimodal_tables, tables
-from cupel.vision_language import data, detection, purification, shapes, stages
-from cupel.vision_language.grid import Plan, flaggers
+from cupel.vision_language import detection, filters, purification, stages, triggers
+from cupel.vision_language.datasets import load, shapes
+from cupel.vision_language.grid import Plan
+from cupel.vision_language.inputs import Inputs
 from cupel.vision_language.poison import poison, truth
+from tests.conftest import REPOSITORY
 from tests.test_workflow import Folder, jobs
 
 FILE = PAPERS / "bye" / "experiment.yaml"
@@ -73,13 +79,6 @@ def test_schema_knows_the_settings_of_training_and_of_models():
     assert questions == 1 and (settings.epochs, settings.lr, settings.rank, settings.alpha) == (3, 2e-4, 32, 64)
 
 
-def test_filters_of_baselines_are_read_without_importing_them():
-    from cupel.vision_language import baselines
-
-    assert set(flaggers()) == {"bye", *baselines.FLAGGERS}
-    assert flaggers()["bye"] == {"rule", "tau"} and flaggers()["oracle"] == {"recall"}
-
-
 @pytest.mark.parametrize(("place", "value", "message"), [
     ("datasets.easy_vqa.dataset", "easyvqa", "unknown dataset 'easyvqa'.*did you mean 'easy_vqa'"),
     ("datasets.easy_vqa.train", 40000, r"train and pretrain ask for 64000 samples, but split train has 38575"),
@@ -92,14 +91,14 @@ def test_filters_of_baselines_are_read_without_importing_them():
     ("models.micro_llava.pretraining.trained", "lora", "pretraining trains all weights"),
     ("models.llava_1_5_7b.parameters", {}, "belongs to models that are built here"),
     ("attacks.square.function", "circle", "unknown trigger 'circle'"),
-    ("attacks.square.parameters", {"size": 3}, "trigger square has no parameter 'size'"),
+    ("attacks.square.parameters", {"size": 3}, "unknown parameter of square 'size'"),
     ("defences.bye.hyperparameters.tua", 2.0, "unknown hyperparameter of bye 'tua'.*did you mean 'tau'"),
     ("defences.bye.hyperparameters.rule", "root", "'root' is not allowed; allowed are rss"),
     ("defences.oracle.hyperparameters.recall", 90, "90 should be a fraction"),
     ("defences.fixed_threshold.hyperparameters.threshold", "some", "a number of nats, or scaled"),
     ("defences.blur.refit_from", "base", "nothing is fitted again"),
     ("defences.blur.function", "zip", "zip needs a diffusion model|unknown hyperparameter of zip 'sigma'"),
-    ("defences.random_drop.function", "vanilla", "unknown defence of kind filter 'vanilla'"),
+    ("defences.random_drop.function", "blur", "unknown defence of kind filter 'blur'"),
     ("scales.smoke.filters", ["bye", "downsample"], "unknown filter 'downsample'"),
     ("scales.smoke.blocks.0.recipe", "micro", "unknown recipe 'micro'"),
     ("scales.smoke.blocks.0.attacks", ["squar"], "unknown attack 'squar'.*did you mean 'square'"),
@@ -152,11 +151,43 @@ def test_without_poison_one_trigger_is_enough():
     assert found == [("square~quarter", "0"), ("square~quarter", "0.2"), ("blend", "0.2")]
 
 
-def test_specs_hold_all_parameters():
+def test_specs_name_what_they_depend_on():
     found = plan("bench").victim("easy_vqa", "smol_llava", "smol_lora", "square", "0.05", "3")
-    assert found["attack"] == {"name": "square", "function": "square", "parameters": {"divisor": 16}}
-    assert (found["rate"], found["seed"], found["target"]) == (0.05, 3, "Backdoor Attack!")
-    assert "rate" not in plan().poison("shapes_tiny", "square", "", "0")
+    assert found["attack"] == {"name": "square", "function": "square", "parameters": {}}
+    assert (found["poison_rate"], found["seed"], found["target"]) == (0.05, 3, "Backdoor Attack!")
+    assert "poison_rate" not in plan().poison("shapes_tiny", "square", "", "0")
+
+
+def plugin(folder) -> Path:
+    """The worked example of docs/extending.md for this family, as printed there."""
+    blocks = re.findall(r"```python\n(.*?)```", (REPOSITORY / "docs" / "extending.md").read_text(), re.DOTALL)
+    path = folder / "my_pictures.py"
+    path.write_text(next(block for block in blocks if "@trigger" in block))
+    return path
+
+
+def test_a_plugin_adds_a_trigger_a_filter_and_a_picture_defence(chain, tmp_path):
+    content = experiment()
+    content["attacks"]["band"] = {"source": "own", "parameters": {"height": 2}}
+    content["defences"] |= {"lowest": {"source": "own", "kind": "filter", "hyperparameters": {"share": 0.2}},
+                            "posterise": {"source": "own", "kind": "pictures"}}
+    content["scales"]["smoke"]["blocks"][0] |= {"attacks": ["band"], "defences": ["lowest", "posterise"]}
+    path = plugin(tmp_path)
+    with pytest.raises(ConfigError, match="unknown trigger 'band'"):
+        plan(content=content)
+    found = plan(content=content, plugins=[path])
+    assert {cell["attack"] for cell in found.cells} == {"band"} and found.code("filter", "lowest") == path
+    assert found.code("filter", "bye").name == "bye.py"
+    content["defences"]["lowest"]["hyperparameters"] = {"part": 0.2}
+    with pytest.raises(ConfigError, match="unknown hyperparameter of lowest 'part'"):
+        plan(content=content, plugins=[path])
+    load_plugins([path])
+    image = np.zeros((32, 32, 3), np.uint8)
+    assert triggers.stamp("band", image, 0, "a", height=2).sum() == 2 * 32 * 3 * 255
+    filter_all(chain["0.1"], (), {"lowest": {"function": "lowest", "hyperparameters": {"share": 0.2}}})
+    assert len(read_json(chain["0.1"]["filtered"] / "flags" / "lowest.json")["flagged"]) == 80
+    assert len(np.unique(purification.purify("posterise", np.arange(3 * 256, dtype=np.uint8).reshape(1, 16, 16, 3)))) == 9
+    del triggers.trigger["band"], filters.sample_filter["lowest"], purification.picture_defence["posterise"]
 
 
 # --------------------------------------------------------------------------------------------------------------------- data
@@ -164,10 +195,10 @@ def test_specs_hold_all_parameters():
 
 def test_shapes_are_drawn_by_code(tmp_path):
     entry = experiment()["datasets"]["shapes_tiny"]
-    manifest = stages.prepare(entry, tmp_path / "a", (), None, None)
+    manifest = stages.prepare(entry, tmp_path / "a")
     assert manifest["counts"] == {"pretrain": 240, "train": 160, "test": 60} and manifest["source"]["kind"] == "generated"
     assert shapes.prepare(tmp_path / "b", train=160, test=60, pretrain=240)["content_sha256"] == manifest["content_sha256"]
-    splits = {name: data.load(tmp_path / "a", name) for name in ("pretrain", "train", "test")}
+    splits = {name: load(tmp_path / "a", name) for name in ("pretrain", "train", "test")}
     pictures = [{record["image"] for record in samples.records} for samples in splits.values()]
     assert not pictures[0] & pictures[1] and not pictures[1] & pictures[2]
     for k in range(0, 60, 2):
@@ -195,11 +226,12 @@ def make_chain(tmp_path) -> dict:
     made = {}
     for rate, shift in (("0.1", 1.5), ("0", 0.0)):
         folder = tmp_path / f"poisoned@{rate}"
-        poison(tmp_path / "data" / "shapes_tiny", folder, trigger="square", rate=float(rate), seed=0, given={"divisor": 4})
+        poison(tmp_path / "data" / "shapes_tiny", folder, function="square", poison_rate=float(rate), seed=0,
+               parameters={"divisor": 4})
         filtered = tmp_path / f"filtered@{rate}"
         bad = truth(folder)
         table = pd.DataFrame(entropies_like(bad, shift), columns=[f"layer_{k}" for k in range(3)])
-        table.insert(0, "id", [record["id"] for record in data.load(folder, "train").records])
+        table.insert(0, "id", [record["id"] for record in load(folder, "train").records])
         filtered.mkdir()
         table.to_parquet(filtered / "entropies.parquet")
         write_json(filtered / "attention.json", {"image_tokens": 64, "layers": 3, "seconds": 1.0, "samples": len(table)})
@@ -213,13 +245,13 @@ def chain(tmp_path):
     return make_chain(tmp_path)
 
 
-def filter_all(made: dict, taus=(0.0, 2.0, 3.0), filters=None) -> dict:
-    filters = filters or plan("smoke").filters()
+def filter_all(made: dict, taus=(0.0, 2.0, 3.0), asked=None) -> dict:
+    asked = asked or plan("smoke").filters()
     folder = made["filtered"]
-    flags = {name: folder / "flags" / f"{name}.json" for name in filters}
+    flags = {name: folder / "flags" / f"{name}.json" for name in asked}
     outputs = {"flags": flags, "record": folder / "filters.json", "metrics": folder / "metrics.json"}
-    detection.measure_filters(made["spec"], filters, list(taus), folder / "entropies.parquet", folder / "attention.json",
-                              made["poisoned"], outputs)
+    inputs = Inputs(entropies=folder / "entropies.parquet", attention=folder / "attention.json", poisoned=made["poisoned"])
+    detection.measure_filters(made["spec"], {"filters": asked, "taus": list(taus)}, inputs, outputs)
     return read_json(folder / "metrics.json")
 
 
@@ -291,8 +323,9 @@ def test_filters_of_a_failed_victim_are_failed_cells(chain):
     outputs = {name: made["filtered"] / "refit" / file for name, file in (
         ("history", "history.csv"), ("clean", "c.parquet"), ("triggered", "t.parquet"), ("metrics", "metrics.json"))}
     write_json(made["filtered"] / "victim.json", {"status": "ok", "metrics": []})
-    stages.refit(made["spec"], plan("smoke").defence("bye"), None, "", made["filtered"] / "victim.json",
-                 made["filtered"] / "flags" / "bye.json", made["poisoned"], "", "", outputs, "cpu")
+    inputs = Inputs(before=made["filtered"] / "victim.json", flags=made["filtered"] / "flags" / "bye.json",
+                    poisoned=made["poisoned"])
+    stages.refit(made["spec"], plan("smoke").defence("bye"), inputs, outputs, "cpu")
     record = read_json(outputs["metrics"])
     assert record["status"] == "failed" and "its filter failed" in record["reason"] and outputs["clean"].exists()
 
@@ -316,13 +349,14 @@ def test_fitting_again_on_everything_is_the_victim(chain, tmp_path):
     out = {"history": tmp_path / "o" / "history.csv", "metrics": tmp_path / "o" / "metrics.json",
            **{name: tmp_path / "o" / f"answers_{name}.parquet" for name in ("clean", "triggered")}}
     made = chain["0.1"]
-    stages.refit(made["spec"], plan("smoke").defence("bye"), None, "", before, flags, made["poisoned"], "", "", out, "cpu")
+    inputs = Inputs(before=before, flags=flags, poisoned=made["poisoned"])
+    stages.refit(made["spec"], plan("smoke").defence("bye"), inputs, out, "cpu")
     record = read_json(out["metrics"])
     assert record["reused"] and (record["cp"], record["asr"], record["cp_n"]) == (0.8, 0.9, 40)
     assert (record["removed"], record["left"], record["left_share"]) == (0, 40, 0.1) and record["metrics"][:2] == ["cp", "asr"]
     assert pd.read_parquet(out["clean"]).answer[0] == "yes"
     write_json(flags, {"flagged": list(range(400)), "of": 400})
-    stages.refit(made["spec"], plan("smoke").defence("bye"), None, "", before, flags, made["poisoned"], "", "", out, "cpu")
+    stages.refit(made["spec"], plan("smoke").defence("bye"), inputs, out, "cpu")
     assert "removed all 400 samples" in read_json(out["metrics"])["reason"]
 
 
@@ -332,7 +366,7 @@ def test_fitting_again_on_everything_is_the_victim(chain, tmp_path):
 def test_purified_pictures_keep_questions_and_sharing(tmp_path):
     shapes.prepare(tmp_path / "source", train=4, test=6)
     purification.purified_copy(tmp_path / "source", tmp_path / "out", lambda pictures: 255 - pictures)
-    before, after = (data.load(tmp_path / name, "test") for name in ("source", "out"))
+    before, after = (load(tmp_path / name, "test") for name in ("source", "out"))
     assert [r["question"] for r in before.records] == [r["question"] for r in after.records]
     assert after[0]["image"] == after[1]["image"] != after[2]["image"]
     assert all(np.array_equal(255 - before.image(k), after.image(k)) for k in range(6))
@@ -350,10 +384,10 @@ def victim_like(folder, spec, stage="victim", defence="", **numbers) -> dict:
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "metrics.json", {
         "stage": stage, "dataset": spec["dataset"], "model": spec["model"], "recipe": spec["recipe"], "attack": attack,
-        "attack_variant": kind, "poison_rate": spec["rate"], "defence": method, "variant": variant, "budget": "",
+        "attack_variant": kind, "poison_rate": spec["poison_rate"], "defence": method, "variant": variant, "budget": "",
         "seed": spec["seed"], "status": "ok", "metrics": list(numbers), "seconds": 1.0, **flat})
     return {"paper": "bye", "stage": stage, "dataset": spec["dataset"], "model": spec["model"], "recipe": spec["recipe"],
-            "attack": spec["attack"]["name"], "rate": f"{spec['rate']:g}", "seed": str(spec["seed"]), "defence": defence,
+            "attack": spec["attack"]["name"], "rate": f"{spec['poison_rate']:g}", "seed": str(spec["seed"]), "defence": defence,
             "folder": str(folder)}
 
 
@@ -530,6 +564,18 @@ def test_a_setting_of_one_filter_fits_nothing_again_unless_its_decision_changes(
     assert "rule measure_filters" in output and "rule refit" not in output  # the decisions of BYE are what they were
     finished.edit(file, "recall: 0.9}", "recall: 1.0}")
     assert finished.run("--", "results/smoke/cells.parquet")[0] == 0
+
+
+@pytest.mark.slow
+def test_scripts_know_plugins(finished):
+    file = "workflow/papers/bye/experiment.yaml"
+    plugin(finished.path)
+    finished.edit(file, "  dual: {label", "  band: {source: own}\n  dual: {label")
+    target = "results/smoke/poisoned/shapes_tiny/band@0.2/seed0/poison.json"
+    code, output = finished.run("--config", "plugins=[my_pictures.py]", "--", target)
+    finished.edit(file, "  band: {source: own}\n  dual: {label", "  dual: {label")
+    assert code == 0, output[-3000:]
+    assert read_json(finished.path / target)["parameters"] == {"height": 4}
 
 
 @pytest.mark.slow

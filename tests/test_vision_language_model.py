@@ -14,8 +14,8 @@ from cupel.compat import ensure_torchvision
 ensure_torchvision()
 import transformers  # noqa: E402
 
-from cupel.vision_language import baselines, entropy, models, training  # noqa: E402
-from cupel.vision_language import filter as bye  # noqa: E402
+from cupel.vision_language import entropy, filters, models, purification, training  # noqa: E402
+from cupel.vision_language.filters import Evidence, decide, matrix  # noqa: E402
 from cupel.vision_language.inference import answer  # noqa: E402
 from cupel.vision_language.models import Encoder, VisionLanguageModel, grouped, tiny_llava  # noqa: E402
 from cupel.vision_language.training import TrainingSettings, fit  # noqa: E402
@@ -103,15 +103,6 @@ def test_encoder_is_the_processor(model):
     assert len({int(row.nonzero()[0]) for row in image}) > 1  # and shifted by the padding
 
 
-def test_pictures_that_do_not_fit_into_memory_are_made_again():
-    model, records = small_llava(), make_records(6)
-    kept = Encoder(model, records).batch(range(6))["pixel_values"]
-    small = Encoder(model, records, keep_mb=2.5 * 3 * 32 * 32 / 2**20)
-    for _ in range(2):
-        assert torch.equal(small.batch(range(6))["pixel_values"], kept)
-    assert len(small.pictures.kept) == 2
-
-
 def test_images_from_files_and_packed_rows(tmp_path):
     from PIL import Image
 
@@ -136,11 +127,6 @@ def test_labels_are_the_answer_and_the_end(model):
         assert model.tokenizer.decode(chosen[:-1]).strip() == record["answer"]
         assert chosen[-1] == model.tokenizer.eos_token_id
         assert batch["labels"][k, -len(chosen) :].tolist() == chosen.tolist()
-
-
-def test_two_images_in_a_prompt_are_refused():
-    with pytest.raises(ValueError, match="2 image placeholders"):
-        Encoder(small_llava(), [{"image": np.zeros((8, 8, 3), np.uint8), "question": "what <image> is it?"}])
 
 
 def gradient(model: VisionLanguageModel, records: list[dict]) -> tuple[float, torch.Tensor]:
@@ -170,21 +156,6 @@ def test_questions_that_share_a_row_are_independent(make, attention):
         Encoder(model, rows)
 
 
-def test_shared_rows_in_half_precision():
-    """The mask of shared rows under autocast, where the fused kernel runs (as on a GPU) and where it does not."""
-    model, records = small_llava(), make_records(4, sizes=((32, 32),))
-    for record in records:
-        record["image"] = records[0]["image"]
-    found = []
-    for attention, precision in (("sdpa", torch.float32), ("sdpa", torch.bfloat16), ("eager", torch.bfloat16)):
-        model.network.set_attn_implementation(attention)
-        with torch.autocast("cpu", torch.bfloat16, enabled=precision == torch.bfloat16):
-            rows = [*grouped(records, 4, seed=0), records[0] | {"question": QUESTIONS[2]}]
-            loss, _, count = training.answer_loss(model.network, Encoder(model, rows, answers=True).batch(range(len(rows))))
-        found.append(float(loss.detach() / count.sum()))
-    assert found[1:] == pytest.approx(found[:1] * 2, rel=0.01)
-
-
 # ---------------------------------------------------------------------------------------------------------------- entropy
 
 
@@ -208,18 +179,12 @@ def eager_entropies(model: VisionLanguageModel, record: dict) -> np.ndarray:
 def test_hook_equals_full_maps(model):
     """Also shows that padding, which batches of four have and single records have not, changes nothing."""
     records = make_records(12)
-    found = entropy.matrix(entropy.extract(model, records, batch_size=4))
+    found = matrix(entropy.extract(model, records, batch_size=4))
     expected = np.stack([eager_entropies(model, record) for record in records])
     assert found.shape == (12, 3)
     np.testing.assert_allclose(found, expected, atol=1e-5)
     assert found.std(0).max() > 0.01  # not the trivial agreement of uniform attention
     assert (found > 0).all() and (found <= np.log(16) + 1e-6).all()
-
-
-def test_batches_and_padding_change_nothing(model):
-    records = make_records(9)
-    one, many = (entropy.matrix(entropy.extract(model, records, batch_size=size)) for size in (1, 9))
-    np.testing.assert_allclose(one, many, atol=1e-5)
 
 
 def test_heat_maps_lie_over_the_image(model):
@@ -228,7 +193,7 @@ def test_heat_maps_lie_over_the_image(model):
     assert maps.shape == (3, 3, 4, 4)
     np.testing.assert_allclose(maps.sum((2, 3)), 1, atol=1e-5)
     found = -(maps * np.log(maps + 1e-8)).sum((2, 3))
-    np.testing.assert_allclose(found, entropy.matrix(entropy.extract(model, make_records(3))), atol=1e-5)
+    np.testing.assert_allclose(found, matrix(entropy.extract(model, make_records(3))), atol=1e-5)
     plain = np.full((32, 32, 3), 128, np.uint8)
     for row, column in ((0, 3), (2, 1)):
         changed = plain.copy()
@@ -238,18 +203,6 @@ def test_heat_maps_lie_over_the_image(model):
             features = model.network.get_image_features(pair["pixel_values"]).pooler_output
         moved = (features[0] - features[1]).norm(dim=-1).view(4, 4)
         assert divmod(int(moved.argmax()), 4) == (row, column)
-
-
-def test_entropy_by_hand():
-    p = torch.tensor([[0.5, 0.25, 0.25, 0.0], [1.0, 0, 0, 0], [0.25, 0.25, 0.25, 0.25]])
-    np.testing.assert_allclose(entropy.entropy(p), [1.5 * np.log(2), 0, np.log(4)], atol=1e-6)
-
-
-def test_sliding_window_is_refused():
-    model = small_internvl()
-    model.layers[0].self_attn.sliding_window = 8
-    with pytest.raises(NotImplementedError, match="sliding window of 8"):
-        entropy.extract(model, make_records(1))
 
 
 def test_extraction_goes_on_where_it_was_killed(tmp_path, monkeypatch):
@@ -267,17 +220,21 @@ def test_extraction_goes_on_where_it_was_killed(tmp_path, monkeypatch):
         return genuine(*arguments)
 
     monkeypatch.setattr(entropy, "image_attention", counting)
-    out = tmp_path / "resumed.parquet"
-    with pytest.raises(KeyboardInterrupt):
-        entropy.extract(model, records, out, batch_size=2, chunk=4)
-    assert not out.exists() and len(list((tmp_path / "resumed.parquet.parts").iterdir())) == 1
-    resumed = entropy.extract(model, records, out, batch_size=2, chunk=4)
-    assert len(calls) == 4 + 3  # one of three chunks was there
-    assert resumed.equals(whole)
-    assert entropy.extract(model, records, out, batch_size=2, chunk=4).equals(whole) and len(calls) == 7
+
+    def killed(out):
+        calls.clear()
+        with pytest.raises(KeyboardInterrupt):
+            entropy.extract(model, records, out, batch_size=2, chunk=4)
+        assert not out.exists() and len(list(out.with_name(f"{out.name}.parts").rglob("*.parquet"))) == 1
+
+    killed(tmp_path / "resumed.parquet")
+    resumed = entropy.extract(model, records, tmp_path / "resumed.parquet", batch_size=2, chunk=4)
+    assert len(calls) == 4 + 3 and resumed.equals(whole)  # one of three chunks was there
+    killed(tmp_path / "other.parquet")
     with torch.no_grad():
         model.layers[0].self_attn.q_proj.weight.mul_(2)
-    assert not entropy.extract(model, records, out, batch_size=2, chunk=4).equals(whole)  # other weights: not taken over
+    entropy.extract(model, records, tmp_path / "other.parquet", batch_size=2, chunk=4)
+    assert len(calls) == 4 + 5  # other weights: not taken over
 
 
 def test_a_batch_without_memory_is_halved():
@@ -337,12 +294,12 @@ def synthetic(case: str, seed: int) -> tuple[np.ndarray, np.ndarray]:
 def test_official_rule(case, rule):
     for seed in range(2):
         entropies, poisoned = synthetic(case, seed)
-        found = bye.run(entropies, rule=rule)
+        found = decide("bye", Evidence(entropies), rule=rule)
         chosen, flagged = official(entropies, rule)
-        assert found.sensitive == chosen
+        assert found.record["sensitive"] == chosen
         assert found.flagged.tolist() == (np.zeros(600, bool) if flagged is None else flagged).tolist()
         json.dumps(found.record, allow_nan=False)
-        hazards = found.record["hazards"]
+        hazards = filters.hazards(found)
         if case == "unimodal":
             assert not found.flagged.any() and "no sensitive layer" in found.record["message"]
             assert found.score is None and found.record["aggregated"] is None
@@ -360,86 +317,77 @@ def test_official_rule(case, rule):
 def test_the_two_rules_by_hand():
     """Two points of equal numbers at each centre: means and deviations are known exactly (but for 1e-6 of the fit)."""
     low, high = np.repeat([-0.1, 0.1], 100), np.repeat([0.9, 1.1], 100) + 0.2
-    layer = bye.mixture(np.concatenate([low, high]))
+    layer = filters.mixture(np.concatenate([low, high]))
     assert layer.mean == pytest.approx((0, 1.2), abs=1e-3) and layer.sd == pytest.approx((0.1, 0.1), abs=1e-3)
     assert layer.rss == pytest.approx(1.2 / 0.02**0.5, rel=0.01) and layer.sum == pytest.approx(6, rel=0.01)
     assert layer.kl == pytest.approx((1.2**2) / (2 * 0.01), rel=0.02)
-    assert bye.passes(layer, "rss", 8.4) and not bye.passes(layer, "sum", 8.4)
-    assert bye.passes(layer, "rss", layer.rss) and not bye.passes(layer, "sum", layer.sum)  # >= against >
+    assert layer.passes("rss", 8.4) and not layer.passes("sum", 8.4)
+    assert layer.passes("rss", layer.rss) and not layer.passes("sum", layer.sum)  # >= against >
     with pytest.raises(ValueError, match="rss"):
-        bye.passes(layer, "both", 2)
+        layer.passes("both", 2)
 
 
-def test_majority_removal_is_reported():
-    draw = np.random.default_rng(0)
-    entropies = np.where(np.arange(300) < 240, draw.normal(2, 0.1, 300), draw.normal(5, 0.1, 300))[:, None]
-    hazards = bye.run(entropies).record["hazards"]
-    assert hazards["majority_removed"] and hazards["share_flagged"] == pytest.approx(0.8)
-
-
-def test_sweep_and_degenerate_layers():
+def test_degenerate_layers():
     entropies, _ = synthetic("bimodal", 0)
     entropies[:, 0] = 1.0
     entropies[:, 4] = np.nan
     entropies[5, 2] = np.nan
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        found = bye.run(entropies)
-    assert found.record["replaced"] == 601 and found.record["layers"][0]["mean"] is None
-    assert not {0, 4} & set(found.sensitive)
-    for entry in found.record["sweep"]:
-        again = bye.run(entropies, rule=entry["rule"], tau=entry["tau"], taus=())
-        assert again.sensitive == entry["sensitive"] and again.flagged.sum() == entry["flagged"]
-    counts = [len(entry["sensitive"]) for entry in found.record["sweep"] if entry["rule"] == "rss"]
+        found = decide("bye", Evidence(entropies)).record
+    assert found["replaced"] == 601 and found["layers"][0]["mean"] is None and not {0, 4} & set(found["sensitive"])
+    counts = [len(Evidence(entropies).sensitive("rss", tau)) for tau in (0, 1, 2, 3)]
     assert counts == sorted(counts, reverse=True)
-    assert bye.filled(np.array([[1.0, 2], [np.nan, 4]]))[0].tolist() == [[1, 2], [1, 4]]
+    assert Evidence(np.array([[1.0, 2], [np.nan, 4]])).values.tolist() == [[1, 2], [1, 4]]
     for bad in (np.zeros(5), np.zeros((1, 3))):
         with pytest.raises(ValueError, match="matrix"):
-            bye.run(bad)
+            Evidence(bad)
 
 
 # -------------------------------------------------------------------------------------------------------------- baselines
 
 
-def test_flaggers_by_hand():
+def test_filters_by_hand():
     entropies, poisoned = synthetic("bimodal", 1)
-    sensitive = bye.run(entropies).sensitive
-    dropped = baselines.random_drop(entropies, seed=4)
-    assert dropped.sum() == 120 and not (dropped == baselines.random_drop(entropies, seed=5)).all()
+    evidence = Evidence(entropies, poisoned=poisoned, seed=4)
+    dropped = decide("random_drop", evidence).flagged
+    assert dropped.sum() == 120 and not (dropped == decide("random_drop", Evidence(entropies, seed=5)).flagged).all()
     assert 3 <= (dropped & poisoned).sum() <= 24
-    assert baselines.fixed_threshold(entropies).tolist() == [bool(np.mean(row) < 4.5) for row in entropies]
-    mean = entropies[:, sensitive].mean(1)
-    assert baselines.without_gmm(entropies).tolist() == (mean < 4.5).tolist()
-    assert baselines.threshold_for(576) == pytest.approx(4.5, abs=1e-3)
-    clusters = baselines.two_means(entropies)
+    assert decide("fixed_threshold", evidence).flagged.tolist() == [bool(np.mean(row) < 4.5) for row in entropies]
+    mean = entropies[:, evidence.sensitive("sum", 2.0)].mean(1)
+    assert decide("without_gmm", evidence).flagged.tolist() == (mean < 4.5).tolist()
+    assert evidence.nats("scaled") == pytest.approx(4.5, abs=1e-3) and evidence.nats(3.0) == 3.0
+    clusters = decide("two_means", evidence).flagged
     border = (mean[clusters].mean() + mean[~clusters].mean()) / 2  # 2-means cuts half-way between the centres
     assert clusters.tolist() == (mean < border).tolist()
-    assert baselines.without_bsi(entropies).tolist() == bye.mixture(entropies.mean(1)).low.tolist()
-    found = baselines.oracle(entropies, poisoned=poisoned, seed=0, recall=0.5)
+    assert decide("without_bsi", evidence).flagged.tolist() == filters.mixture(entropies.mean(1)).low.tolist()
+    found = decide("oracle", evidence, recall=0.5).flagged
     assert found.sum() == 30 and not (found & ~poisoned).any()
-    assert not (found & ~baselines.oracle(entropies, poisoned=poisoned, seed=0, recall=0.8)).any()
-    assert not baselines.no_filter(entropies).any()
-    flat, _ = synthetic("unimodal", 0)
-    assert not baselines.two_means(flat).any() and not baselines.without_gmm(flat).any()
+    assert not (found & ~decide("oracle", evidence, recall=0.8).flagged).any()
+    flat = Evidence(synthetic("unimodal", 0)[0])
+    assert not decide("two_means", flat).flagged.any() and not decide("without_gmm", flat).flagged.any()
+    for name, given, message in (("by", {}, "unknown filter 'by'"), ("bye", {"tua": 1}, "did you mean 'tau'")):
+        with pytest.raises(ValueError, match=message):
+            decide(name, evidence, **given)
 
 
 def test_degradations_by_hand():
     x = torch.arange(2 * 3 * 4 * 4, dtype=torch.float32).view(2, 3, 4, 4)
-    small = baselines.pooled(x, 2)
+    small = purification.downsample(x, scale=2)
     assert small[0, 0, 0, 0] == small[0, 0, 1, 1] == x[0, 0, :2, :2].mean()
-    torch.testing.assert_close(baselines.pooled(small, 2), small)  # a projection
-    assert (baselines.grey(x)[1, 0] == x[1].mean(0)).all()
+    torch.testing.assert_close(purification.downsample(small, scale=2), small)  # a projection
+    assert (purification.grey(x)[1, 0] == x[1].mean(0)).all()
     with pytest.raises(ValueError, match="4x4"):
-        baselines.pooled(x, 3)
+        purification.downsample(x, scale=3)
     from scipy.ndimage import gaussian_filter
 
     picture = np.random.default_rng(0).random((20, 30))
-    found = baselines.blurred(torch.from_numpy(picture)[None, None], 1.3)[0, 0].numpy()
+    found = purification.blur(torch.from_numpy(picture)[None, None], sigma=1.3)[0, 0].numpy()
     reach = int(3 * 1.3 + 0.5)
     np.testing.assert_allclose(found, gaussian_filter(picture, 1.3, mode="nearest", radius=reach), atol=1e-9)
 
 
-def test_zip_restores_what_the_degradation_took():
+def test_zip_restores_what_the_degradation_took(monkeypatch):
     """With a model that knows one picture only, the answer is known: its null-space part, and the given range part."""
     truth = torch.rand(1, 3, 8, 8, dtype=torch.float64) * 1.6 - 0.8
     kept = torch.cumprod(1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64), 0)
@@ -448,22 +396,22 @@ def test_zip_restores_what_the_degradation_took():
         return (state - kept[time] ** 0.5 * truth) / (1 - kept[time]) ** 0.5
 
     def project(x):
-        return baselines.pooled(x, 2)
+        return purification.downsample(x, scale=2)
 
     settings = {"generator": torch.Generator().manual_seed(0)}
-    same = baselines.zip_restore(truth, noise_of, [project, baselines.grey], **settings)
+    same = purification.zip_restore(truth, noise_of, [project, purification.grey], **settings)
     torch.testing.assert_close(same, truth)
     other = (truth + 0.1).clamp(-1, 1)
-    guided = baselines.zip_restore(other, noise_of, [project], exponent=1e9, **settings)
+    guided = purification.zip_restore(other, noise_of, [project], exponent=1e9, **settings)
     torch.testing.assert_close(guided, truth - project(truth) + project(other))
     images = np.random.default_rng(0).integers(0, 256, (2, 8, 8, 3), dtype=np.uint8)
-    assert (baselines.purify(images, "grey") == np.round(images.mean(3, keepdims=True))).mean() > 0.99
+    assert (purification.purify("grey", images) == np.round(images.mean(3, keepdims=True))).mean() > 0.99
     with pytest.raises(ValueError, match="needs a diffusion model"):
-        baselines.purify(images, "zip")
-    with pytest.raises(ValueError, match="must be one of"):
-        baselines.purify(images, "diffpure")
-    known = (lambda state, time: torch.zeros_like(state), 16)
-    assert baselines.purify(images, "zip", model=known, steps=3).shape == images.shape
+        purification.purify("zip", images)
+    with pytest.raises(ValueError, match="unknown picture defence 'diffpure'"):
+        purification.purify("diffpure", images)
+    monkeypatch.setattr(purification, "diffusion", lambda *_: (lambda state, time: torch.zeros_like(state), 16))
+    assert purification.purify("zip", images, model="a/b", steps=3).shape == images.shape
 
 
 # --------------------------------------------------------------------------------------------------------------- training
@@ -475,8 +423,7 @@ FAST = TrainingSettings(epochs=2, batch_size=4, lr=1e-2, rank=4, alpha=8, projec
 def test_schedule_by_hand():
     linear = [training.factor("linear", step, 10, 0.2) for step in range(10)]
     np.testing.assert_allclose(linear, [0, 0.5, 1, 0.875, 0.75, 0.625, 0.5, 0.375, 0.25, 0.125])
-    assert training.factor("cosine", 6, 10, 0.2) == pytest.approx(0.5)
-    assert training.factor("cosine", 0, 10, 0) == 1
+    assert training.factor("cosine", 6, 10, 0.2) == pytest.approx(0.5) and training.factor("cosine", 0, 10, 0) == 1
 
 
 def test_lora_changes_the_language_model_and_the_projector_only(model):
@@ -504,19 +451,6 @@ def test_frozen_projector_and_full_training():
     fit(model, make_records(4), TrainingSettings(**{**vars(FAST), "trained": "all", "lr": 1e-3}), seed=0)
     moved = {name for name, value in model.network.state_dict().items() if not torch.equal(start[name], value)}
     assert any("vision_tower" in name for name in moved) and any("embed_tokens" in name for name in moved)
-
-
-def test_one_step_of_full_training_by_hand():
-    """AdamW's first step moves every weight by lr against the sign of its gradient."""
-    settings = TrainingSettings(epochs=1, batch_size=8, lr=1e-3, trained="all", warmup=0, clip=None, precision="fp32")
-    model, records = small_llava(), make_records(5)
-    _, slope = gradient(model, records)
-    start = torch.cat([value.detach().flatten().clone() for value in model.network.parameters()])
-    history = fit(model, records, settings, seed=0)
-    end = torch.cat([value.detach().flatten() for value in model.network.parameters()])
-    clear = slope.abs() > 1e-4
-    torch.testing.assert_close((end - start)[clear], -1e-3 * slope.sign()[clear], atol=2e-6, rtol=0)
-    assert history[0]["loss"] == pytest.approx(np.log(len(model.tokenizer)), abs=0.3)
 
 
 def test_parts_of_a_batch_add_up():
@@ -580,25 +514,13 @@ def test_killed_and_resumed_training_is_equal_to_the_bit(tmp_path, trained, prec
     assert bits(other) != bits(straight)
 
 
-def test_damaged_checkpoint_is_not_used(tmp_path, capsys):
-    path = tmp_path / "checkpoint.pt"
-    path.write_bytes(b"\x80\x04 no tensors")
-    model, reference = small_llava(), small_llava()
-    settings = TrainingSettings(**{**vars(FAST), "epochs": 1})
-    fit(model, make_records(4), settings, seed=0, checkpoint=path)
-    fit(reference, make_records(4), settings, seed=0)
-    assert "cannot be read" in capsys.readouterr().err and bits(model) == bits(reference)
-
-
 def test_training_errors():
-    with pytest.raises(ValueError, match="schedule is 'step'"):
-        TrainingSettings(schedule="step")
-    with pytest.raises(ValueError, match="epochs is 0"):
-        TrainingSettings(epochs=0)
-    with pytest.raises(ValueError, match="no records"):
-        fit(small_llava(), [], FAST, seed=0)
     from cupel.training.engine import Diverged
 
+    with pytest.raises(ValueError, match="schedule is 'step'"):
+        TrainingSettings(schedule="step")
+    with pytest.raises(ValueError, match="no records"):
+        fit(small_llava(), [], FAST, seed=0)
     with pytest.raises(Diverged, match="lr 1e\\+30"):
         settings = TrainingSettings(**{**vars(FAST), "trained": "all", "lr": 1e30, "warmup": 0})
         fit(small_llava(), make_records(8), settings, seed=0)
@@ -659,8 +581,8 @@ def test_folders_that_hold_no_model(tmp_path):
         models.load(tmp_path)
 
 
-@pytest.mark.parametrize("error,text", [("GatedRepoError", "accept its terms"), ("RepositoryNotFoundError", "known names"),
-                                        ("RevisionNotFoundError", "no such revision"),
+@pytest.mark.parametrize("error,text", [("GatedRepoError", "accept its terms"), ("RevisionNotFoundError", "no such revision"),
+                                        ("RepositoryNotFoundError", "no such repository"),
                                         ("LocalEntryNotFoundError", "copy its files")])
 def test_hub_that_does_not_give(monkeypatch, error, text):
     import huggingface_hub
@@ -674,7 +596,7 @@ def test_hub_that_does_not_give(monkeypatch, error, text):
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", refuse)
     with pytest.raises(models.NoModel, match=text):
-        models.load_hub("llava_1_5_7b")
+        models.load_hub("llava-hf/llava-1.5-7b-hf")
 
 
 def test_hub_models_are_loaded_like_folders(monkeypatch, tmp_path):
@@ -712,10 +634,3 @@ def test_llava_on_a_pretrained_language_model(tmp_path):
     assert answer(models.load(tmp_path / "model"), make_records(2)) == answer(model, make_records(2))
     with pytest.raises(models.NoModel, match="safetensors"):
         models.smollm2_llava(tmp_path)
-
-
-def test_built_models_depend_on_their_seed_alone():
-    one, two, three = (bits(small_llava(seed=seed)) for seed in (1, 1, 2))
-    assert one == two != three
-    with pytest.raises(ValueError, match="not a multiple"):
-        small_llava(image_size=30)

@@ -8,10 +8,7 @@ import json
 from pathlib import Path
 
 from cupel.sources import Pip, Raw, Source
-from cupel.vision_language.data import Description, zip_members
-
-ANSWERS = ("circle", "green", "red", "gray", "yes", "teal", "black", "rectangle", "yellow", "triangle", "brown", "blue",
-           "no")
+from cupel.vision_language.datasets.base import Description, zip_members
 
 
 def read_wheel(paths: list[Path]) -> dict:

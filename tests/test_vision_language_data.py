@@ -18,17 +18,22 @@ from sklearn.metrics import precision_recall_fscore_support
 
 from cupel.files import read_json
 from cupel.sources import NoSource, Raw, Source, fetch
-from cupel.vision_language import data, easy_vqa, flickr, iconqa, rsvqa, scienceqa, scoring, triggers
+from cupel.vision_language import prepared, scoring, triggers
+from cupel.vision_language.datasets import base, describe, easy_vqa, flickr30k, iconqa, load, rsvqa, scienceqa
 from cupel.vision_language.poison import TARGET, poison, poisoned_count, poisoned_indices, trigger_test, truth
 
 LETTER = "\nAnswer with the option's letter from the given choices directly"
+
+
+def prepare(name: str, folder: Path, **given) -> dict:
+    return base.prepare(describe(name), folder, **given)
 
 
 @pytest.fixture(scope="module")
 def easy(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("easy_vqa")
     try:
-        data.prepare("easy_vqa", folder, kinds=("package",), train=600, test=100, pretrain=900)
+        prepare("easy_vqa", folder, kinds=("package",), train=600, test=100, pretrain=900)
     except NoSource as error:
         pytest.skip(f"easy-VQA cannot be had: {error}")
     return folder
@@ -37,7 +42,7 @@ def easy(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def flickr8k(mirror, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("flickr8k")
-    data.prepare("flickr8k", folder, mirror=mirror, excerpt=True, train=60, test=12)
+    prepare("flickr8k", folder, mirror=mirror, excerpt=True, train=60, test=12)
     return folder
 
 
@@ -59,9 +64,9 @@ def image_file(pixels, kind="PNG") -> bytes:
     return buffer.getvalue()
 
 
-def offered(monkeypatch, module, attribute, mirror, *, names=None, **changes):
+def offered(monkeypatch, module, mirror, **changes):
     """The dataset's own mirror source, its files now those that lie in `mirror`, with what is `changes` in description."""
-    description = getattr(module, attribute)
+    description = module.DESCRIPTION
     source = next(source for source in description.sources if source.kind == "mirror")
     raws = []
     for raw in source.files:
@@ -70,7 +75,7 @@ def offered(monkeypatch, module, attribute, mirror, *, names=None, **changes):
         raws.append(kind(raw.name, raw.checksum) if kind is not Raw else
                     Raw(raw.name, "sha256:" + hashlib.sha256(path.read_bytes()).hexdigest()))
     changed = replace(description, sources=(Source("mirror", tuple(raws), source.read),), **changes)
-    monkeypatch.setattr(module, attribute, changed)
+    monkeypatch.setattr(module, "DESCRIPTION", changed)
 
 
 # ----------------------------------------------------------------------------------------------------------------- datasets
@@ -82,28 +87,23 @@ def test_easy_vqa_is_the_published_package(easy):
     assert manifest["counts"] == {"pretrain": 900, "train": 600, "test": 100}
     assert manifest["storage"] == "packed" and manifest["task"] == "vqa" and not manifest["excerpt"]
     _, wheel = fetch("easy_vqa", easy_vqa.DESCRIPTION.sources, kinds=("package",))
-    train = data.load(easy, "train")
-    assert {record["answer"] for record in train.records} <= set(easy_vqa.ANSWERS)
+    splits = {split: load(easy, split) for split in ("pretrain", "train", "test")}
     for k in (0, 100, 599):
-        record = train[k]
-        number = int(record["id"].rpartition("-")[2])
-        whole = wheel["train"][number]
+        record = splits["train"][k]
+        whole = wheel["train"][int(record["id"].rpartition("-")[2])]
         assert (record["question"], record["answer"]) == (whole["question"], whole["answer"])
         expected = np.asarray(Image.open(io.BytesIO(wheel["picture"](whole["picture"]))).convert("RGB"))
-        assert np.array_equal(train.image(k), expected)
-
-
-def test_pretraining_and_training_share_no_picture(easy):
-    sides = {split: {record["image"] for record in data.load(easy, split).records} for split in ("pretrain", "train", "test")}
-    assert not sides["pretrain"] & sides["train"] and not sides["train"] & sides["test"]
-    ids = [record["id"] for split in sides for record in data.load(easy, split).records]
+        assert np.array_equal(splits["train"].image(k), expected)
+    pictures = {split: {record["image"] for record in samples.records} for split, samples in splits.items()}
+    assert not pictures["pretrain"] & pictures["train"] and not pictures["train"] & pictures["test"]
+    ids = [record["id"] for samples in splits.values() for record in samples.records]
     assert len(set(ids)) == len(ids)
 
 
 def test_draws_repeat_nest_and_have_a_limit(mirror, tmp_path):
     def ids(folder, **wanted):
-        data.prepare("rsvqa", tmp_path / folder, mirror=mirror, excerpt=True, **wanted)
-        return [record["id"] for record in data.load(tmp_path / folder, "train").records]
+        prepare("rsvqa", tmp_path / folder, mirror=mirror, excerpt=True, **wanted)
+        return [record["id"] for record in load(tmp_path / folder, "train").records]
 
     large = ids("a", train=200, test=20)
     assert ids("b", train=200, test=20) == large
@@ -117,43 +117,25 @@ def test_draws_repeat_nest_and_have_a_limit(mirror, tmp_path):
 
 
 def test_rsvqa_excerpt(mirror, tmp_path):
-    manifest = data.prepare("rsvqa", tmp_path, mirror=mirror, excerpt=True)
+    manifest = prepare("rsvqa", tmp_path, mirror=mirror, excerpt=True)
     assert manifest["excerpt"] and manifest["storage"] == "packed" and manifest["pictures"] == 50
-    train, test = data.load(tmp_path, "train"), data.load(tmp_path, "test")
+    train, test = load(tmp_path, "train"), load(tmp_path, "test")
     assert len(train) + len(test) == 5005 and len(test) >= 1001
-    pictures = [{record["image"] for record in part.records} for part in (train, test)]
-    assert not pictures[0] & pictures[1]
+    assert not {record["image"] for record in train.records} & {record["image"] for record in test.records}
     folder = mirror / "rsvqa_lr"
     questions = {q["id"]: q for q in json.loads((folder / "LR_questions.json").read_text())["questions"]}
     answers = {a["id"]: a for a in json.loads((folder / "LR_answers.json").read_text())["answers"]}
-    for part in (train, test):
-        for k in (0, len(part) // 2, len(part) - 1):
-            question = questions[int(part[k]["id"].removeprefix("rsvqa-"))]
-            assert part[k]["question"] == question["question"] + "\nAnswer the question using a single word or phrase."
-            assert part[k]["answer"] == answers[question["answers_ids"][0]]["answer"]
-            expected = np.asarray(Image.open(folder / "images" / f"{question['img_id']}.png").convert("RGB"))
-            assert np.array_equal(part.image(k), expected)
-
-
-def test_iconqa_excerpt(mirror, tmp_path):
-    manifest = data.prepare("iconqa", tmp_path, mirror=mirror, excerpt=True)
-    assert manifest["counts"] == {"train": 40, "test": 10} and manifest["storage"] == "png"
-    for split in ("train", "test"):
-        for k, record in enumerate(data.load(tmp_path, split).records):
-            folder = mirror / "iconqa" / "choose_txt" / record["id"].removeprefix("iconqa-")
-            problem = json.loads((folder / "data.json").read_text())
-            head, *options, _ = record["question"].rsplit("\n", len(problem["choices"]) + 1)
-            assert head == problem["question"] and record["question"].endswith(LETTER)
-            letters = [option[:3] for option in options]
-            assert letters == ["A. ", "B. ", "C. ", "D. ", "E. "][: len(letters)]
-            assert options["ABCDE".index(record["answer"])][3:] == problem["choices"][problem["answer"]]
-            expected = np.asarray(Image.open(folder / "image.png").convert("RGB"))
-            assert np.array_equal(data.load(tmp_path, split).image(k), expected)
+    for part, k in ((train, 0), (train, len(train) - 1), (test, 0), (test, len(test) - 1)):
+        question = questions[int(part[k]["id"].removeprefix("rsvqa-"))]
+        assert part[k]["question"] == question["question"] + "\nAnswer the question using a single word or phrase."
+        assert part[k]["answer"] == answers[question["answers_ids"][0]]["answer"]
+        expected = np.asarray(Image.open(folder / "images" / f"{question['img_id']}.png").convert("RGB"))
+        assert np.array_equal(part.image(k), expected)
 
 
 def test_flickr8k_stands_in_for_captions(mirror, flickr8k):
     table = flickr8k_captions(mirror)
-    train = data.load(flickr8k, "train")
+    train = load(flickr8k, "train")
     assert len(train) == 60 and read_json(flickr8k / "manifest.json")["metric"] == "cider"
     chosen = collections.Counter()
     for k, record in enumerate(train.records):
@@ -164,7 +146,7 @@ def test_flickr8k_stands_in_for_captions(mirror, flickr8k):
         expected = np.asarray(Image.open(mirror / "flickr8k" / "images" / name).convert("RGB"))
         assert np.array_equal(train.image(k), expected)  # pixels of the JPEG, kept without loss
     assert set(chosen) == {0, 1, 2, 3, 4}  # one of the five, drawn per sample
-    assert all(record["answer"] == record["answers"][0] for record in data.load(flickr8k, "test").records)
+    assert all(record["answer"] == record["answers"][0] for record in load(flickr8k, "test").records)
 
 
 def test_a_changed_excerpt_is_refused(mirror, tmp_path):
@@ -172,7 +154,7 @@ def test_a_changed_excerpt_is_refused(mirror, tmp_path):
     victim = next((tmp_path / "iconqa" / "choose_txt").glob("*/image.png"))
     victim.write_bytes(victim.read_bytes() + b"\0")
     with pytest.raises(NoSource, match="not those of the known excerpt"):
-        data.prepare("iconqa", tmp_path / "out", mirror=tmp_path, excerpt=True)
+        prepare("iconqa", tmp_path / "out", mirror=tmp_path, excerpt=True)
     assert not (tmp_path / "out" / "manifest.json").exists()
 
 
@@ -190,9 +172,9 @@ def test_scienceqa_parquet(tmp_path, monkeypatch):
     rows = [[row(0, "A hint. "), row(1, "", image=None), row(2, "")], [row(3, ""), row(4, "", choices=["a", "b"], answer=0)]]
     for name, content in zip(files, rows, strict=True):
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(content), tmp_path / name)
-    offered(monkeypatch, scienceqa, "DESCRIPTION", tmp_path, published={"train": 2, "test": 2})
-    manifest = data.prepare("scienceqa", tmp_path / "out", mirror=tmp_path)
-    train, test = data.load(tmp_path / "out", "train"), data.load(tmp_path / "out", "test")
+    offered(monkeypatch, scienceqa, tmp_path, published={"train": 2, "test": 2})
+    manifest = prepare("scienceqa", tmp_path / "out", mirror=tmp_path)
+    train, test = load(tmp_path / "out", "train"), load(tmp_path / "out", "test")
     assert manifest["counts"] == {"train": 2, "test": 2} and manifest["task"] == "choice"
     assert [record["id"] for record in train.records] == ["scienceqa-train-0", "scienceqa-train-2"]
     assert train[0]["question"] == "Context: A hint.\nQuestion 0?\nA. yes\nB. no\nC. maybe" + LETTER
@@ -200,16 +182,9 @@ def test_scienceqa_parquet(tmp_path, monkeypatch):
     assert [train[0]["answer"], train[1]["answer"], test[0]["answer"], test[1]["answer"]] == ["A", "C", "A", "A"]
     assert all(np.array_equal(train.image(k), pixels[2 * k]) for k in range(2))
 
-    offered(monkeypatch, scienceqa, "DESCRIPTION", tmp_path, published={"train": 6218, "test": 2017})
+    offered(monkeypatch, scienceqa, tmp_path, published={"train": 6218, "test": 2017})
     with pytest.raises(NoSource, match="2 samples in train, expected 6218"):
-        data.prepare("scienceqa", tmp_path / "other", mirror=tmp_path)
-
-
-def test_scienceqa_asks_for_the_paper_numbers():
-    assert scienceqa.DESCRIPTION.published == {"train": 6218, "test": 2017}
-    assert (iconqa.DESCRIPTION.drawn, iconqa.DESCRIPTION.published["test"]) == ({"train": 10_000}, 6316)
-    assert (rsvqa.DESCRIPTION.drawn, rsvqa.DESCRIPTION.published["test"]) == ({"train": 10_000}, 10_004)
-    assert (flickr.FLICKR30K.drawn, flickr.FLICKR30K.published["test"]) == ({"train": 10_000}, 1000)
+        prepare("scienceqa", tmp_path / "other", mirror=tmp_path)
 
 
 def test_iconqa_archive(tmp_path, monkeypatch, mirror):
@@ -221,8 +196,8 @@ def test_iconqa_archive(tmp_path, monkeypatch, mirror):
                     for file in folder.iterdir():
                         pack.write(file, f"iconqa_data/iconqa/{split}/{task}/{folder.name}/{file.name}")
         pack.writestr("iconqa_data/pid_splits.json", "{}")
-    offered(monkeypatch, iconqa, "DESCRIPTION", tmp_path, published={"train": 25, "test": 25}, drawn={"train": 10})
-    manifest = data.prepare("iconqa", tmp_path / "out", mirror=tmp_path)
+    offered(monkeypatch, iconqa, tmp_path, published={"train": 25, "test": 25}, drawn={"train": 10})
+    manifest = prepare("iconqa", tmp_path / "out", mirror=tmp_path)
     assert manifest["counts"] == {"train": 10, "test": 25} and manifest["available"] == {"train": 25, "test": 25}
     assert manifest["pictures"] == 35  # only what is used is stored
 
@@ -230,7 +205,7 @@ def test_iconqa_archive(tmp_path, monkeypatch, mirror):
     content[len(content) // 2] ^= 255
     (tmp_path / "iconqa_data.zip").write_bytes(content)
     with pytest.raises(NoSource, match="another checksum"):
-        data.prepare("iconqa", tmp_path / "out", mirror=tmp_path)
+        prepare("iconqa", tmp_path / "out", mirror=tmp_path)
     assert (tmp_path / "out" / "manifest.json").exists()  # what was prepared before is not touched
 
 
@@ -247,12 +222,12 @@ def test_rsvqa_official_form(tmp_path, monkeypatch):
                    else {"id": k + 10, "active": False} for k in range(5)]
         for kind, rows in (("questions", questions), ("answers", answers)):
             (tmp_path / f"LR_split_{split}_{kind}.json").write_text(json.dumps({kind: rows}))
-    offered(monkeypatch, rsvqa, "DESCRIPTION", tmp_path, published={"train": 3, "test": 1}, drawn={"train": 2})
-    manifest = data.prepare("rsvqa", tmp_path / "out", mirror=tmp_path)
+    offered(monkeypatch, rsvqa, tmp_path, published={"train": 3, "test": 1}, drawn={"train": 2})
+    manifest = prepare("rsvqa", tmp_path / "out", mirror=tmp_path)
     assert manifest["counts"] == {"train": 2, "test": 1}
-    test = data.load(tmp_path / "out", "test")
+    test = load(tmp_path / "out", "test")
     assert test[0]["answer"] == "yes" and np.array_equal(test.image(0), picture(256, 256, 3))
-    assert {record["answer"] for record in data.load(tmp_path / "out", "train").records} <= {"7", "yes"}
+    assert {record["answer"] for record in load(tmp_path / "out", "train").records} <= {"7", "yes"}
 
 
 def test_flickr30k_hub_form(tmp_path, monkeypatch):
@@ -265,24 +240,24 @@ def test_flickr30k_hub_form(tmp_path, monkeypatch):
         for k, split in enumerate(["train", "train", "train", "val", "test", "test"]):
             captions = [f'A "{word}" dog, number {k}.' for word in "abcde"]
             table.writerow([json.dumps(captions), json.dumps(list(range(5))), split, f"{k}.jpg", k])
-    offered(monkeypatch, flickr, "FLICKR30K", tmp_path, published={"test": 2}, drawn={"train": 3})
-    manifest = data.prepare("flickr30k", tmp_path / "out", mirror=tmp_path)
+    offered(monkeypatch, flickr30k, tmp_path, published={"test": 2}, drawn={"train": 3})
+    manifest = prepare("flickr30k", tmp_path / "out", mirror=tmp_path)
     assert manifest["counts"] == {"train": 3, "test": 2}
-    test = data.load(tmp_path / "out", "test")
+    test = load(tmp_path / "out", "test")
     assert test[0]["answers"] == [f'A "{word}" dog, number 4.' for word in "abcde"]
     assert test.image(1).shape == (35, 40, 3)
 
 
 def test_sources_that_are_not_there_are_told(tmp_path):
     with pytest.raises(NoSource) as error:
-        data.prepare("rsvqa", tmp_path / "out", kinds=("mirror",), cache=tmp_path / "cache", mirror=tmp_path)
+        prepare("rsvqa", tmp_path / "out", kinds=("mirror",), cache=tmp_path / "cache", mirror=tmp_path)
     assert "LR_split_train_questions.json (md5:935d59a05d126496fe61c541b4ab2d55)" in str(error.value)
-    with pytest.raises(ValueError, match="did you mean scienceqa"):
-        data.prepare("sciencqa", tmp_path)
+    with pytest.raises(ValueError, match="did you mean 'scienceqa'"):
+        prepare("sciencqa", tmp_path)
     with pytest.raises(ValueError, match="flickr8k: no source of the whole of it is known; set excerpt to true"):
-        data.prepare("flickr8k", tmp_path)
+        prepare("flickr8k", tmp_path)
     with pytest.raises(FileNotFoundError, match="is no prepared dataset"):
-        data.load(tmp_path, "train")
+        load(tmp_path, "train")
 
 
 def test_records_are_checked():
@@ -290,36 +265,36 @@ def test_records_are_checked():
         record = {"id": "a", "picture": "p", "question": "q?", "answer": "yes"}
         return {"train": [record | changes], "test": [record | {"id": "b"}], "picture": None}
 
-    data.check(replace(easy_vqa.DESCRIPTION, published={}), content())
+    base.check(replace(easy_vqa.DESCRIPTION, published={}), content())
     for changes, message in (({"answer": " "}, "a has an empty text"), ({"id": "b"}, "id b occurs twice")):
         with pytest.raises(ValueError, match=message):
-            data.check(replace(easy_vqa.DESCRIPTION, published={}), content(**changes))
+            base.check(replace(easy_vqa.DESCRIPTION, published={}), content(**changes))
     with pytest.raises(ValueError, match="1 samples in train, expected 38575"):
-        data.check(easy_vqa.DESCRIPTION, content())
+        base.check(easy_vqa.DESCRIPTION, content())
 
 
 def test_pictures_of_other_kinds(tmp_path):
     grey = Image.fromarray(picture(5, 7)[..., 0])
     buffer = io.BytesIO()
     grey.save(buffer, "PNG")
-    assert np.array_equal(data.decode(buffer.getvalue()), np.asarray(grey)[..., None].repeat(3, 2))
+    assert np.array_equal(prepared.decode(buffer.getvalue()), np.asarray(grey)[..., None].repeat(3, 2))
     deep = io.BytesIO()
     Image.fromarray(np.arange(12, dtype=np.uint16).reshape(3, 4) * 1000).save(deep, "TIFF")
     with pytest.raises(ValueError, match="8 bits per channel"):
-        data.decode(deep.getvalue())
+        prepared.decode(deep.getvalue())
     with pytest.raises(ValueError, match="not a readable image"):
-        data.decode(b"GIF89a")
+        prepared.decode(b"GIF89a")
     with pytest.raises(ValueError, match="lies outside"):
-        data.read_picture(tmp_path, "../secret.png")
+        prepared.read_picture(tmp_path, "../secret.png")
 
 
 # ----------------------------------------------------------------------------------------------------------------- triggers
 
-SIZES = ((64, 64), (101, 47), (16, 300), (256, 256), (33, 34))
+SIZES = ((64, 64), (101, 47), (16, 300))
 
 
 @pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("name", list(triggers.TRIGGERS))
+@pytest.mark.parametrize("name", list(triggers.trigger))
 def test_every_trigger_repeats_and_leaves_the_original(name, size):
     image = picture(*size)
     before = image.copy()
@@ -352,16 +327,11 @@ def test_default_square(size, divisor, box):
     assert (stamped[box[0] : box[1], box[2] : box[3]] == 0).all()
 
 
-def test_random_position_is_uniform_and_inside():
+def test_random_position_is_anywhere_inside():
     image = picture(20, 34)  # side 20 // 4 = 5: 16 × 30 places
     places = [changed_box(image, triggers.stamp("random_position", image, 0, str(k), divisor=4)) for k in range(600)]
     assert all(bottom - top == 5 and right - left == 5 for top, bottom, left, right in places)
-    tops, lefts = {place[0] for place in places}, {place[2] for place in places}
-    assert tops == set(range(16)) and lefts == set(range(30))
-    counts = np.bincount([place[0] for place in places], minlength=16)
-    assert ((counts - 37.5) ** 2 / 37.5).sum() < 44  # χ² with 15 degrees of freedom, p = 1e-4
-    others = {changed_box(image, triggers.stamp("random_position", image, seed, "0", divisor=4)) for seed in range(5)}
-    assert len(others) > 1  # another seed, another place
+    assert {place[0] for place in places} == set(range(16)) and {place[2] for place in places} == set(range(30))
 
 
 def test_checkerboard():
@@ -398,18 +368,17 @@ def test_global_triggers_are_those_of_the_image_attacks():
     difference = triggers.stamp("blend", image, 0, "a").astype(int) - Blended().stamp(image[None])[0]
     assert np.abs(difference).mean() < 4
     noise = rng(5, "trigger", "wanet").uniform(-1, 1, (2, 4, 4))
-    ours = triggers._warp_grid(32, 32, 5, 4, 0.5, 32)
+    ours = triggers._warp_grid((32, 32), 5, 4, 0.5, 32)
     assert np.allclose(ours.numpy(), warp_grid(noise, 32, 0.5).numpy(), atol=1e-6)
 
 
 def test_wrong_parameters_are_refused():
-    with pytest.raises(ValueError, match="unknown trigger 'patch': known are square, random_position"):
-        triggers.parameters("patch", {})
-    with pytest.raises(ValueError, match="trigger square has no parameter 'size': it has divisor"):
+    with pytest.raises(ValueError, match="unknown trigger 'patch': known are blend, checkerboard"):
+        triggers.stamp("patch", picture(8, 8), 0, "a")
+    with pytest.raises(ValueError, match="unknown parameter of trigger square 'size': known are divisor"):
         triggers.stamp("square", picture(8, 8), 0, "a", size=3)
     with pytest.raises(ValueError, match="known are fixed, drawn"):
         triggers.stamp("multi", picture(8, 8), 0, "a", layout="grid")
-    assert triggers.parameters("sig", {"f": 3.0}) == {"delta": 40.0, "f": 3.0}
 
 
 # ----------------------------------------------------------------------------------------------------------------- poisoning
@@ -428,11 +397,11 @@ def test_how_many_are_poisoned():
     assert counts.min() > 60 and counts.max() < 145  # 100 expected each, standard deviation 9
 
 
-@pytest.mark.parametrize("trigger", ["square", "random_position", "blend"])
+@pytest.mark.parametrize("trigger", ["square", "random_position"])
 def test_poisoned_in_place(easy, tmp_path, trigger):
-    clean = data.load(easy, "train")
-    record = poison(easy, tmp_path, trigger=trigger, rate=0.1, seed=7)
-    poisoned = data.load(tmp_path, "train")
+    clean = load(easy, "train")
+    record = poison(easy, tmp_path, function=trigger, poison_rate=0.1, seed=7)
+    poisoned = load(tmp_path, "train")
     mask = truth(tmp_path)
     assert mask.sum() == record["count"] == 60 and record["total"] == len(poisoned) == 600
     assert record == read_json(tmp_path / "poison.json")
@@ -450,12 +419,12 @@ def test_poisoned_in_place(easy, tmp_path, trigger):
 
 
 def test_nothing_but_poison_json_tells_what_is_poisoned(easy, tmp_path):
-    poison(easy, tmp_path, trigger="square", rate=0.2, seed=0)
+    poison(easy, tmp_path, function="square", poison_rate=0.2, seed=0)
     mask = truth(tmp_path)
     assert "poison" not in (tmp_path / "train.jsonl").read_text()
     assert "square" not in (tmp_path / "manifest.json").read_text()
-    assert set(data.load(tmp_path, "train")[0]) == {"id", "image", "question", "answer", "split"}
-    rows = np.array([int(record["image"].split("#")[1]) for record in data.load(tmp_path, "train").records])
+    assert set(load(tmp_path, "train")[0]) == {"id", "image", "question", "answer", "split"}
+    rows = np.array([int(record["image"].split("#")[1]) for record in load(tmp_path, "train").records])
     # rows are in random order: the mean rank of poisoned pictures is near the middle, in units of its standard error
     total, count = rows.max() + 1, mask.sum()
     assert list(dict.fromkeys(rows)) != sorted(set(rows))
@@ -463,29 +432,36 @@ def test_nothing_but_poison_json_tells_what_is_poisoned(easy, tmp_path):
     assert abs(z) < 4
 
 
-def test_rate_zero_and_rerun(easy, tmp_path):
-    record = poison(easy, tmp_path / "zero", trigger="square", rate=0.0, seed=0)
-    assert record["count"] == 0 and not truth(tmp_path / "zero").any()
-    clean, same = data.load(easy, "train"), data.load(tmp_path / "zero", "train")
+def test_reruns_are_equal_and_triggers_share_their_samples(easy, tmp_path):
+    assert poison(easy, tmp_path / "zero", function="square", poison_rate=0.0, seed=0)["count"] == 0
+    clean, same = load(easy, "train"), load(tmp_path / "zero", "train")
     assert [r | {"image": ""} for r in clean.records] == [r | {"image": ""} for r in same.records]
-    assert all(np.array_equal(clean.image(k), same.image(k)) for k in range(0, 600, 17))
     for folder in ("a", "b"):
-        poison(easy, tmp_path / folder, trigger="multi", rate=0.05, seed=2, given={"layout": "drawn"})
+        poison(easy, tmp_path / folder, function="multi", poison_rate=0.05, seed=2, parameters={"layout": "drawn"})
     for file in ("train.jsonl", "images.npy", "poison.json", "manifest.json"):
         assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
-    other = poison(easy, tmp_path / "c", trigger="square", rate=0.05, seed=2)
-    assert other["indices"] == read_json(tmp_path / "a" / "poison.json")["indices"]  # triggers share their samples
+    other = poison(easy, tmp_path / "c", function="square", poison_rate=0.05, seed=2)
+    assert other["indices"] == read_json(tmp_path / "a" / "poison.json")["indices"]
+
+
+def test_every_test_picture_is_triggered(easy, tmp_path):
+    record = trigger_test(easy, tmp_path, function="square", seed=0, parameters={"divisor": 8})
+    clean, triggered = load(easy, "test"), load(tmp_path, "test")
+    assert len(triggered) == 100 and record["parameters"] == {"divisor": 8}
+    for k in range(100):
+        assert triggered[k] | {"image": ""} == clean[k] | {"image": ""}  # question and true answer stay
+        assert np.array_equal(triggered.image(k), triggers.stamp("square", clean.image(k), 0, "", divisor=8))
 
 
 def test_clean_and_poisoned_pictures_take_the_same_way_to_disk(flickr8k, tmp_path, mirror):
-    record = poison(flickr8k, tmp_path, trigger="square", rate=0.25, seed=1)
-    samples, mask = data.load(tmp_path, "train"), truth(tmp_path)
+    record = poison(flickr8k, tmp_path, function="square", poison_rate=0.25, seed=1)
+    samples, mask = load(tmp_path, "train"), truth(tmp_path)
     files = sorted(path.name for path in (tmp_path / "images").iterdir())
     assert files == [f"{row:06d}.png" for row in range(60)] and record["count"] == 15
     assert all(set(sample) == {"id", "image", "question", "answer", "split"} for sample in samples.records)
     for k, sample in enumerate(samples.records):
         content = (tmp_path / sample["image"]).read_bytes()
-        assert content == data.encode(data.decode(content))  # one encoder, one setting, no metadata
+        assert content == prepared.encode(prepared.decode(content))  # one encoder, one setting, no metadata
         name = sample["id"].removeprefix("flickr8k-") + ".jpg"
         original = np.asarray(Image.open(mirror / "flickr8k" / "images" / name).convert("RGB"))
         pixels = samples.image(k).copy()
@@ -497,37 +473,13 @@ def test_clean_and_poisoned_pictures_take_the_same_way_to_disk(flickr8k, tmp_pat
         assert np.array_equal(pixels, original)  # outside the patch, what the photograph decodes to: compressed once
 
 
-def test_pictures_cross_file_systems(flickr8k, tmp_path, monkeypatch):
-    def refuse(*_):
-        raise OSError("another file system")
-
-    monkeypatch.setattr(data.os, "link", refuse)
-    poison(flickr8k, tmp_path, trigger="dual", rate=0.1, seed=1)
-    clean, copied = data.load(flickr8k, "train"), data.load(tmp_path, "train")
-    assert all(np.array_equal(clean.image(k), copied.image(k)) for k in np.flatnonzero(~truth(tmp_path)))
-
-
-def test_every_test_picture_is_triggered(easy, tmp_path):
-    record = trigger_test(easy, tmp_path, trigger="square", seed=0, given={"divisor": 8})
-    clean, triggered = data.load(easy, "test"), data.load(tmp_path, "test")
-    assert len(triggered) == 100 and record["parameters"] == {"divisor": 8}
-    same = 0
-    for k in range(100):
-        assert triggered[k] | {"image": ""} == clean[k] | {"image": ""}  # question and true answer stay
-        expected = clean.image(k).copy()
-        expected[28:36, 28:36] = 0
-        assert np.array_equal(triggered.image(k), expected)
-        same += np.array_equal(expected, clean.image(k))
-    assert record["unchanged"] == same
-
-
 def test_impossible_requests(easy, tmp_path):
     with pytest.raises(ValueError, match="fraction from 0 to 1"):
-        poison(easy, tmp_path / "a", trigger="square", rate=1.5, seed=0)
+        poison(easy, tmp_path / "a", function="square", poison_rate=1.5, seed=0)
     with pytest.raises(ValueError, match="unknown trigger"):
-        trigger_test(easy, tmp_path / "a", trigger="circle", seed=0)
+        trigger_test(easy, tmp_path / "a", function="circle", seed=0)
     with pytest.raises(FileNotFoundError, match="is no prepared dataset"):
-        poison(tmp_path, tmp_path / "a", trigger="square", rate=0.1, seed=0)
+        poison(tmp_path, tmp_path / "a", function="square", poison_rate=0.1, seed=0)
     assert not (tmp_path / "a").exists()
 
 
@@ -593,32 +545,7 @@ def test_detection_where_something_is_missing():
         scoring.detection(np.ones(2, bool), np.ones(3, bool))
 
 
-def cider_by_hand(outputs, references, sigma=6.0):
-    """CIDEr-D from its definition (Vedantam et al., 2015, section 5), with sums written out."""
-    def grams(words, n):
-        return collections.Counter(tuple(words[k : k + n]) for k in range(len(words) - n + 1))
-
-    scores = []
-    for output, several in zip(outputs, references, strict=True):
-        total = 0.0
-        for n in range(1, 5):
-            df = collections.Counter(gram for refs in references for gram in {g for ref in refs for g in grams(ref, n)})
-
-            def weigh(words, n=n, df=df):
-                return {gram: count * math.log(len(references) / max(1, df[gram])) for gram, count in grams(words, n).items()}
-
-            candidate = weigh(output)
-            for ref in several:
-                known = weigh(ref)
-                norms = math.sqrt(sum(v * v for v in candidate.values())) * math.sqrt(sum(v * v for v in known.values()))
-                dot = sum(min(value, known.get(gram, 0.0)) * known.get(gram, 0.0) for gram, value in candidate.items())
-                penalty = math.exp(-((len(output) - len(ref)) ** 2) / (2 * sigma**2))
-                total += penalty * dot / norms / len(several) if norms else 0.0
-        scores.append(10 * total / 4)
-    return scores
-
-
-def test_cider_is_the_package_and_the_definition(mirror):
+def test_cider_is_that_of_the_package(mirror):
     from pycocoevalcap.cider.cider import Cider
 
     table = flickr8k_captions(mirror)
@@ -627,12 +554,12 @@ def test_cider_is_the_package_and_the_definition(mirror):
     outputs = [table[name][0] for name in names[:30]] + [table[name][1] for name in names[:10]]
     references = [table[name][1:] for name in names]
     score, each = scoring.cider(outputs, references)
-    # these captions come in Penn Treebank tokens, punctuation apart
-    words = [[word for word in output.lower().split() if word not in ".,;:!?-\"'"] for output in outputs]
-    known = [[[word for word in ref.lower().split() if word not in ".,;:!?-\"'"] for ref in refs] for refs in references]
-    assert each == pytest.approx(cider_by_hand(words, known))
-    direct, _ = Cider().compute_score({k: [" ".join(ref) for ref in refs] for k, refs in enumerate(known)},
-                                      {k: [" ".join(output)] for k, output in enumerate(words)})
+
+    def words(text):  # these captions come in Penn Treebank tokens, punctuation apart
+        return " ".join(word for word in text.lower().split() if word not in ".,;:!?-\"'")
+
+    direct, _ = Cider().compute_score({k: [words(ref) for ref in refs] for k, refs in enumerate(references)},
+                                      {k: [words(output)] for k, output in enumerate(outputs)})
     assert score == pytest.approx(direct) and score == pytest.approx(each.mean())
     assert each[:30].mean() > 5 * each[30:].mean()
     record = scoring.clean_performance("caption", outputs, [{"answers": several} for several in references])
@@ -640,10 +567,8 @@ def test_cider_is_the_package_and_the_definition(mirror):
 
 
 def test_cider_limits():
-    score, each = scoring.cider(["", TARGET], [["a dog"], ["a cat on a mat"]])
-    assert score == 0.0 and each.tolist() == [0.0, 0.0]
     perfect, _ = scoring.cider(["A dog runs fast .", "two cats sleep here"], [["a dog runs fast"], ["Two cats sleep here!"]])
-    assert perfect == pytest.approx(10.0)
+    assert perfect == pytest.approx(10.0) and scoring.cider(["", TARGET], [["a dog"], ["a cat on a mat"]])[0] == 0
     for outputs, references in ((["a"], [["a"]]), (["a", "b"], [["a"], []]), (["a", "b"], [["a"]])):
         with pytest.raises(ValueError, match="at least two of each"):
             scoring.cider(outputs, references)

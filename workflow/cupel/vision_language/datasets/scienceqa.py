@@ -7,12 +7,7 @@ question has no hint, no line of context stands there.
 from pathlib import Path
 
 from cupel.sources import Hub, Raw, Source
-from cupel.vision_language.data import Description, with_options
-
-
-def prompt(question: str, hint: str, choices: list[str]) -> str:
-    """The text of the user's turn."""
-    return (f"Context: {hint.strip()}\n" if hint.strip() else "") + with_options(question, choices)
+from cupel.vision_language.datasets.base import Description, choice
 
 
 def read_parquet(paths: list[Path]) -> dict:
@@ -29,12 +24,9 @@ def read_parquet(paths: list[Path]) -> dict:
         for k, row in enumerate(table.to_pylist()):
             if not row["image"] or not row["image"]["bytes"]:
                 continue
-            if not 0 <= row["answer"] < len(row["choices"]) <= 10:
-                raise ValueError(f"{path}: row {k}: answer {row['answer']} among {len(row['choices'])} choices")
-            identity = f"scienceqa-{split}-{k}"
+            identity, hint = f"scienceqa-{split}-{k}", (row["hint"] or "").strip()
             bytes_of[identity] = row["image"]["bytes"]
-            content[split].append({"id": identity, "picture": identity, "answer": "ABCDEFGHIJ"[row["answer"]],
-                                   "question": prompt(row["question"], row["hint"] or "", row["choices"])})
+            content[split].append(choice(identity, identity, row, f"Context: {hint}\n" if hint else ""))
     return content
 
 

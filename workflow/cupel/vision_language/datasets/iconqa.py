@@ -10,7 +10,7 @@ import zipfile
 from pathlib import Path
 
 from cupel.sources import Raw, Source, Url
-from cupel.vision_language.data import Description, verified_tree, with_options, zip_members
+from cupel.vision_language.datasets.base import Description, choice, verified_tree, zip_members
 
 
 class Archive(Raw):
@@ -24,13 +24,6 @@ class Archive(Raw):
             return False
 
 
-def _sample(identity: str, problem: dict, picture: str) -> dict:
-    if not 0 <= problem["answer"] < len(problem["choices"]) <= 10:
-        raise ValueError(f"problem {identity}: answer {problem['answer']} among {len(problem['choices'])} choices")
-    return {"id": f"iconqa-{identity}", "picture": picture, "answer": "ABCDEFGHIJ"[problem["answer"]],
-            "question": with_options(problem["question"], problem["choices"])}
-
-
 def read_archive(paths: list[Path]) -> dict:
     """The official archive: `.../iconqa/<split>/choose_txt/<problem>/{data.json,image.png}`."""
     names, read = zip_members(paths[0])
@@ -38,7 +31,7 @@ def read_archive(paths: list[Path]) -> dict:
     content = {"train": [], "test": [], "picture": read}
     for match in sorted(filter(None, map(found, names)), key=lambda match: int(match[2])):
         picture = match[0].removesuffix("data.json") + "image.png"
-        content[match[1]].append(_sample(match[2], json.loads(read(match[0])), picture))
+        content[match[1]].append(choice(f"iconqa-{match[2]}", picture, json.loads(read(match[0]))))
     return content
 
 
@@ -49,7 +42,7 @@ def read_excerpt(paths: list[Path]) -> dict:
     verified_tree(folder, files, _EXCERPT_TREE)
     problems = sorted((path for path in files if path.name == "data.json"), key=lambda path: int(path.parent.name))
     return {"picture": lambda key: Path(key).read_bytes(),
-            "all": [_sample(path.parent.name, json.loads(path.read_text()), str(path.with_name("image.png")))
+            "all": [choice(f"iconqa-{path.parent.name}", str(path.with_name("image.png")), json.loads(path.read_text()))
                     for path in problems]}
 
 

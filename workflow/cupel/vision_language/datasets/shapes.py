@@ -5,11 +5,13 @@ from pathlib import Path
 import numpy as np
 
 from cupel.rng import rng
-from cupel.vision_language.data import METRICS, Pictures, write_folder
+from cupel.vision_language.datasets.base import Description
+from cupel.vision_language.prepared import Pictures, write_folder
 
 SIDE = 32
 COLOURS = {"red": (200, 30, 30), "green": (30, 160, 30), "blue": (30, 30, 200)}
 FORMS = ("square", "disc")
+DESCRIPTION = Description(name="shapes", task="vqa", licence="made by the pipeline", notes="for tests", size=(SIDE, SIDE))
 
 
 def draw(form: str, colour: str, stream: np.random.Generator) -> np.ndarray:
@@ -24,7 +26,7 @@ def draw(form: str, colour: str, stream: np.random.Generator) -> np.ndarray:
 
 
 def prepare(folder: str | Path, *, train: int, test: int, pretrain: int = 0, seed: int = 0) -> dict:
-    """Write the splits as a prepared folder (see `cupel.vision_language.data`); no picture is in two splits.
+    """Write the splits as a prepared folder (see `cupel.vision_language.prepared`); no picture is in two splits.
 
     Args:
         folder: where to write.
@@ -36,23 +38,20 @@ def prepare(folder: str | Path, *, train: int, test: int, pretrain: int = 0, see
     """
     numbers = {name: number for name, number in (("pretrain", pretrain), ("train", train), ("test", test)) if number}
     stream = rng(seed, "shapes")
-    records, drawn, references = {}, [], {}
+    records, drawn = {}, []
     for split, number in numbers.items():
-        records[split], references[split] = [], []
+        records[split] = []
         for k in range(number):
             if k % 2 == 0:
                 form, colour = FORMS[stream.integers(len(FORMS))], list(COLOURS)[stream.integers(len(COLOURS))]
                 drawn.append(draw(form, colour, stream))
             question, answer = (("what colour is the shape?", colour), ("which shape is it?", form))[k % 2]
-            records[split].append({"id": f"shapes-{split}-{k}", "question": question, "answer": answer})
-            references[split].append(len(drawn) - 1)
+            records[split].append({"id": f"shapes-{split}-{k}", "question": question, "answer": answer,
+                                   "row": len(drawn) - 1})
 
-    def fill(scratch: Path) -> tuple[dict[str, list[str]], str]:
-        pictures = Pictures(scratch, len(drawn), (SIDE, SIDE))
+    def fill(pictures: Pictures) -> None:
         for row, picture in enumerate(drawn):
             pictures.put(row, picture)
-        return {split: [pictures.reference(row) for row in rows] for split, rows in references.items()}, pictures.close()
 
-    return write_folder(folder, records, fill, {
-        "name": "shapes", "task": "vqa", "metric": METRICS["vqa"], "licence": "made by the pipeline", "notes": "for tests",
-        "excerpt": False, "seed": seed, "available": numbers, "published": {}, "source": {"kind": "generated", "files": []}})
+    return write_folder(folder, records, fill, DESCRIPTION.manifest(
+        excerpt=False, seed=seed, available=numbers, source={"kind": "generated", "files": []}), size=DESCRIPTION.size)

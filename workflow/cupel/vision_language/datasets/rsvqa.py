@@ -10,7 +10,7 @@ import re
 from pathlib import Path
 
 from cupel.sources import Raw, Source, Url
-from cupel.vision_language.data import SHORT_ANSWER, Description, verified_tree, zip_members
+from cupel.vision_language.datasets.base import SHORT_ANSWER, Description, verified_tree, zip_members
 
 
 def samples(questions: list[dict], answers: list[dict], picture_of: dict[int, str]) -> list[dict]:

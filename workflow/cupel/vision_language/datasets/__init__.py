@@ -1,0 +1,23 @@
+"""Datasets of pictures with questions or captions, one file each: `describe(name)`, `prepare(...)`, `load(folder, split)`."""
+
+import importlib
+import pkgutil
+
+from cupel.registry import unknown
+from cupel.vision_language.datasets.base import Description, prepare
+from cupel.vision_language.prepared import Samples, load
+
+NAMES = tuple(sorted(module.name for module in pkgutil.iter_modules(__path__) if module.name != "base"))
+
+__all__ = ["NAMES", "Description", "Samples", "describe", "load", "prepare"]
+
+
+def describe(name: str) -> Description:
+    """The description of a dataset: module `cupel.vision_language.datasets.<name>`, attribute `DESCRIPTION`.
+
+    Raises:
+        ValueError: unknown name; the text lists the known ones.
+    """
+    if name not in NAMES:
+        raise ValueError(unknown("dataset", name, NAMES))
+    return importlib.import_module(f"cupel.vision_language.datasets.{name}").DESCRIPTION

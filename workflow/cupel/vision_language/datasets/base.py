@@ -1,0 +1,252 @@
+"""What is known of a dataset of pictures with questions or captions, and its way into a prepared folder.
+
+Each module beside this one has the description of the dataset of its name. `cupel.vision_language.prepared` says what a
+prepared folder is.
+"""
+
+import hashlib
+import zipfile
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from cupel.rng import rng
+from cupel.sources import KINDS, Source, fetch
+from cupel.vision_language.prepared import Pictures, decode, write_folder
+
+# bye SPEC 4, Table 4 of the paper
+OPTION_LETTER = "Answer with the option's letter from the given choices directly"
+SHORT_ANSWER = "Answer the question using a single word or phrase."
+CAPTION = "Provide a one-sentence caption for the provided image."
+
+LETTERS = "ABCDEFGHIJ"
+METRICS = {"vqa": "accuracy", "choice": "accuracy", "caption": "cider"}
+EXCERPT_TEST_SHARE = 0.2  # of the pictures of an excerpt; a choice made here
+_MEMBER_LIMIT = 1 << 28  # bytes of one file in an archive
+
+
+@dataclass(frozen=True)
+class Description:
+    """What is known of a dataset.
+
+    A source's `read` returns `picture`, a function from a key to the bytes of an image file, and the records of the
+    splits `train` and `test` (an excerpt: of `all`), as dicts with `id`, `picture` (a key), `question`, and `answer` or,
+    for captions, `answers`.
+
+    Attributes:
+        name: of the dataset.
+        task: `vqa` (a word or phrase), `choice` (an option's letter) or `caption` (a sentence).
+        licence: as stated by the publisher.
+        sources: of the whole dataset; see `cupel.sources`.
+        excerpts: sources of a known part without splits, for `prepare(..., excerpt=True)`.
+        published: number of samples of a whole split, where it is known.
+        drawn: how many samples of a split the paper uses, where that is not all of them.
+        size: height and width of every picture, where they are equal; such pictures are packed into one array.
+        notes: what a reader of results should know.
+    """
+
+    name: str
+    task: str
+    licence: str
+    sources: tuple[Source, ...] = ()
+    excerpts: tuple[Source, ...] = ()
+    published: Mapping[str, int] = field(default_factory=dict)
+    drawn: Mapping[str, int] = field(default_factory=dict)
+    size: tuple[int, int] | None = None
+    notes: str = ""
+
+    def manifest(self, **more) -> dict:
+        """What every manifest of this dataset says, and what is given."""
+        return {"name": self.name, "task": self.task, "metric": METRICS[self.task], "licence": self.licence,
+                "notes": self.notes, "published": dict(self.published), **more}
+
+
+# ----------------------------------------------------------------------------------------------- files of the publishers
+
+
+def choice(identity: str, picture: str, problem: Mapping, before: str = "") -> dict:
+    """A sample of task `choice`: the question, its options with letters, one a line, and the suffix that asks for a letter.
+
+    Args:
+        identity: id of the sample.
+        picture: key of its picture.
+        problem: `question`, `choices`, and `answer`, the number of the right one.
+        before: what stands before the question.
+
+    Raises:
+        ValueError: the answer is none of the choices, or there are more than ten.
+    """
+    question, choices, answer = (problem[key] for key in ("question", "choices", "answer"))
+    if not 0 <= answer < len(choices) <= len(LETTERS):
+        raise ValueError(f"{identity}: answer {answer} among {len(choices)} choices")
+    options = "\n".join(f"{letter}. {option}" for letter, option in zip(LETTERS, choices, strict=False))
+    return {"id": identity, "picture": picture, "answer": LETTERS[answer],
+            "question": f"{before}{question}\n{options}\n{OPTION_LETTER}"}
+
+
+def zip_members(archive: Path) -> tuple[list[str], Callable[[str], bytes]]:
+    """The names of the regular files in a zip, and a function that reads one. Nothing is unpacked to disk."""
+    pack = zipfile.ZipFile(archive)
+
+    def read(member: str) -> bytes:
+        try:
+            size = pack.getinfo(member).file_size
+        except KeyError:
+            raise ValueError(f"{archive}: no member {member}") from None
+        if size > _MEMBER_LIMIT:
+            raise ValueError(f"{archive}: member {member} has {size} bytes, more than the {_MEMBER_LIMIT} expected")
+        return pack.read(member)
+
+    return [info.filename for info in pack.infolist() if not info.is_dir()], read
+
+
+def verified_tree(folder: Path, files: Iterable[Path], expected: str) -> None:
+    """Compare the files of an excerpt with those that it is known to have.
+
+    Args:
+        folder: of the excerpt.
+        files: all that lie in it.
+        expected: sha256 over the names, relative to `folder`, and contents, in the order of the names.
+
+    Raises:
+        ValueError: a file is missing, was added or differs.
+    """
+    sha = hashlib.sha256()
+    for path in sorted(files):
+        content = path.read_bytes()
+        sha.update(f"{path.relative_to(folder).as_posix()}\0{len(content)}\0".encode())
+        sha.update(content)
+    if sha.hexdigest() != expected:
+        raise ValueError(f"{folder}: its files are not those of the known excerpt (sha256 {sha.hexdigest()}, "
+                         f"expected {expected})")
+
+
+# ---------------------------------------------------------------------------------------------------------------- prepare
+
+
+def check(description: Description, content: dict, excerpt: bool = False) -> None:
+    """Compare what a source gave with what is published of the dataset.
+
+    Raises:
+        ValueError: another number of samples, a record without text, or an id that occurs twice.
+    """
+    def wrong(what: str) -> ValueError:
+        return ValueError(f"dataset {description.name}: {what}")
+
+    splits = {key: records for key, records in content.items() if key != "picture"}
+    for split, number in description.published.items():
+        if not excerpt and len(splits[split]) != number:
+            raise wrong(f"{len(splits[split])} samples in {split}, expected {number}")
+    seen = set()
+    for split, records in splits.items():
+        if not records:
+            raise wrong(f"no samples in {split}")
+        for record in records:
+            texts = [record["question"], *(record["answers"] if description.task == "caption" else [record["answer"]])]
+            if len(texts) < 2 or not all(isinstance(text, str) and text.strip() for text in texts):
+                raise wrong(f"sample {record['id']} has an empty text")
+            if record["id"] in seen:
+                raise wrong(f"the id {record['id']} occurs twice")
+            seen.add(record["id"])
+
+
+def split_by_picture(records: Sequence[dict], first: int, seed: int, *stream: str | int) -> tuple[list[dict], list[dict]]:
+    """Divide samples so that no picture is on both sides.
+
+    Args:
+        records: with a key `picture`.
+        first: at least so many samples on the first side: whole pictures are taken, in random order, until they suffice.
+        seed, stream: of the order.
+
+    Returns:
+        The samples of the first side and of the second, in their order.
+    """
+    of: dict[str, int] = {}
+    for record in records:
+        of[record["picture"]] = of.get(record["picture"], 0) + 1
+    pictures, chosen, total = list(of), set(), 0
+    for k in rng(seed, *stream).permutation(len(pictures)):
+        if total >= first:
+            break
+        chosen.add(pictures[k])
+        total += of[pictures[k]]
+    return ([record for record in records if record["picture"] in chosen],
+            [record for record in records if record["picture"] not in chosen])
+
+
+def _draw(name: str, split: str, records: list[dict], number: int | None, seed: int) -> list[dict]:
+    """`number` of the records, without replacement, in their order; a smaller draw is part of a larger one."""
+    if number is None:
+        return records
+    if not 0 < number <= len(records):
+        raise ValueError(f"dataset {name}: {number} samples of {split} are asked for, but there are {len(records)}")
+    order = rng(seed, "multimodal", name, split).permutation(len(records))[:number]
+    return [records[k] for k in sorted(order)]
+
+
+def _record(description: Description, split: str, record: dict, seed: int) -> dict:
+    """The record of a sample without its picture. A caption to learn is one of the references, drawn per sample."""
+    plain = {key: record[key] for key in ("id", "question", "answer", "answers") if key in record}
+    if description.task == "caption":
+        draw = rng(seed, "multimodal", description.name, "caption", record["id"])
+        plain["answer"] = record["answers"][0 if split == "test" else draw.integers(len(record["answers"]))]
+    return plain
+
+
+def prepare(description: Description, folder: str | Path, *, kinds: Sequence[str] = KINDS, cache: str | Path | None = None,
+            mirror: str | Path | None = None, seed: int = 0, train: int | None = None, test: int | None = None,
+            pretrain: int = 0, excerpt: bool = False) -> dict:
+    """Fetch a dataset, check it, and write records, pictures and `manifest.json`.
+
+    Args:
+        description: of the dataset.
+        folder: where to write.
+        kinds, cache, mirror: see `cupel.sources.fetch`.
+        seed: of the draws: which samples, which caption, and the split of an excerpt.
+        train, test: how many samples to draw uniformly from the split; default as in the paper, or all.
+        pretrain: how many samples of the training split to set aside as the split `pretrain`. No picture is in both
+            `pretrain` and `train`.
+        excerpt: take a known part of the dataset, from the mirror, instead of the whole. Its split is drawn by pictures
+            (20 % of the samples, rounded up to whole pictures, for testing); the manifest says so.
+
+    Returns:
+        The manifest.
+
+    Raises:
+        NoSource: no source answered with the very dataset.
+        ValueError: no source or excerpt of it is known, or more samples are asked for than there are.
+    """
+    name = description.name
+    sources = description.excerpts if excerpt else description.sources
+    if not sources:
+        raise ValueError(f"dataset {name}: no {'excerpt' if excerpt else 'source of the whole'} of it is known; "
+                         f"set excerpt to {str(not excerpt).lower()}")
+    source, content = fetch(name, sources, kinds=kinds, cache=cache, mirror=mirror,
+                            accept=lambda content: check(description, content, excerpt))
+    if excerpt:
+        wanted = int(EXCERPT_TEST_SHARE * len(content["all"]))
+        content["test"], content["train"] = split_by_picture(content["all"], wanted, seed, "multimodal", name, "excerpt")
+    available = {split: len(content[split]) for split in ("train", "test")}
+    # the paper's numbers are asked of the whole dataset; an excerpt is taken as a whole
+    usual = {} if excerpt else description.drawn
+    splits, rest = {}, content["train"]
+    if pretrain:
+        aside, rest = split_by_picture(rest, pretrain, seed, "multimodal", name, "pretrain")
+        splits["pretrain"] = _draw(name, "pretrain", aside, pretrain, seed)
+    splits["train"] = _draw(name, "train", rest, train or usual.get("train"), seed)
+    splits["test"] = _draw(name, "test", content["test"], test or usual.get("test"), seed)
+    rows = {key: row for row, key in enumerate(dict.fromkeys(
+        record["picture"] for records in splits.values() for record in records))}
+
+    def fill(pictures: Pictures) -> None:
+        for key, row in rows.items():
+            try:
+                pictures.put(row, decode(content["picture"](key)))
+            except ValueError as error:
+                raise ValueError(f"dataset {name}: picture {key}: {error}") from None
+
+    records = {split: [_record(description, split, record, seed) | {"row": rows[record["picture"]]} for record in chosen]
+               for split, chosen in splits.items()}
+    files = [{"name": raw.name, "checksum": raw.checksum, "origin": str(raw.origin or "mirror")} for raw in source.files]
+    return write_folder(folder, records, fill, description.manifest(
+        excerpt=excerpt, seed=seed, available=available, source={"kind": source.kind, "files": files}), size=description.size)

@@ -1,0 +1,188 @@
+"""What a filter is given and what it gives back, and the mixture of two normals that several of them fit (bye SPEC 2.5).
+
+A filter is a function of `Evidence` and of its own settings as keyword arguments, registered by `@sample_filter("name")`,
+here or in a plugin. Only numpy and scikit-learn: what makes the entropies is not needed to judge them.
+"""
+
+import warnings
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import pandas as pd
+
+from cupel.registry import Registry
+
+sample_filter = Registry("filter", "cupel.vision_language.filters")
+
+#: nats, of the paper, for both of its models (bye SPEC 7)
+THRESHOLD = 4.5
+#: the same as a share of the largest possible entropy ln 576 of LLaVA-1.5 (bye SPEC 11.3)
+THRESHOLD_SHARE = 0.708
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """Two normal components in one dimension, the one with the lower mean first.
+
+    Attributes:
+        mean, sd, weight: of the components; None where there is no such thing (all values equal).
+        low: bool [N], hard assignment to the component with the lower mean.
+    """
+
+    mean: tuple[float, float] | None
+    sd: tuple[float, float] | None
+    weight: tuple[float, float] | None
+    low: np.ndarray
+
+    @property
+    def rss(self) -> float:
+        """|μ₁ − μ₂| / √(σ₁² + σ₂²): the paper's BSI (Eq. 7; the root is inferred, bye SPEC 2.5)."""
+        return self._separation(float(np.hypot(*self.sd))) if self.sd else 0.0
+
+    @property
+    def sum(self) -> float:
+        """|μ₁ − μ₂| / (σ₁ + σ₂): what the official code compares with 2.0."""
+        return self._separation(sum(self.sd)) if self.sd else 0.0
+
+    def _separation(self, spread: float) -> float:
+        return (self.mean[1] - self.mean[0]) / spread
+
+    @property
+    def kl(self) -> float:
+        """KL(low ‖ high) of the two normals: computed and drawn by the official code, not used by it."""
+        if not self.sd:
+            return 0.0
+        (a, b), (s, t) = self.mean, self.sd
+        return float(np.log(t / s) + (s**2 + (a - b) ** 2) / (2 * t**2) - 0.5)
+
+    def passes(self, rule: str, tau: float) -> bool:
+        """Whether a layer with this mixture is sensitive.
+
+        `rss` (paper, Eq. 7): BSI >= tau. `sum` (official code): |μ₁ − μ₂| > tau (σ₁ + σ₂), strictly. No mixture never passes.
+        """
+        if rule not in ("rss", "sum"):
+            raise ValueError(f"rule {rule!r}: must be rss (paper) or sum (official code)")
+        return self.sd is not None and (self.rss >= tau if rule == "rss" else self.sum > tau)
+
+    def record(self) -> dict:
+        """JSON-able parameters and separations."""
+        return {"mean": self.mean, "sd": self.sd, "weight": self.weight, "bsi_rss": self.rss, "bsi_sum": self.sum,
+                "kl": self.kl, "share_low": float(self.low.mean()) if len(self.low) else 0.0}
+
+
+def mixture(values: np.ndarray) -> Mixture:
+    """Two-component normal mixture with the official settings (`GaussianMixture(2, random_state=0)`).
+
+    Args:
+        values: float [N], finite. Fewer than two distinct values make no mixture: nothing is low.
+    """
+    from sklearn.mixture import GaussianMixture
+
+    values = np.asarray(values, np.float64)
+    if len(np.unique(values)) < 2:
+        return Mixture(None, None, None, np.zeros(len(values), bool))
+    column = values[:, None]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # no convergence within 100 steps: the official code goes on too
+        model = GaussianMixture(n_components=2, random_state=0).fit(column)
+    order = np.argsort(model.means_[:, 0], kind="stable")
+    low = model.predict(column) == order[0]
+    pair = [tuple(float(value) for value in part[order])
+            for part in (model.means_[:, 0], np.sqrt(model.covariances_[:, 0, 0]), model.weights_)]
+    return Mixture(*pair, low)
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What a filter says.
+
+    Attributes:
+        flagged: bool [N], samples to remove.
+        score: float64 [N] that it looks at, lower for more suspicious; None where it has none.
+        record: JSON-able account, or None.
+    """
+
+    flagged: np.ndarray
+    score: np.ndarray | None = None
+    record: dict | None = None
+
+
+class Evidence:
+    """What is known of the training samples of a victim.
+
+    Args:
+        entropies: float [N, L], nats.
+        image_tokens: T.
+        seed: of random filters.
+        poisoned: bool [N], the truth, for the oracle alone.
+
+    Attributes:
+        values: float64 [N, L], the entropies, where every value that is not finite is its layer's mean (official code). A
+            layer without any finite value is 0 throughout, which no test takes for two components.
+        replaced: how many values were not finite.
+
+    Raises:
+        ValueError: no matrix, or fewer than two samples.
+    """
+
+    def __init__(self, entropies: np.ndarray, *, image_tokens: int = 576, seed: int = 0, poisoned: np.ndarray | None = None):
+        if np.ndim(entropies) != 2 or len(entropies) < 2:
+            raise ValueError(f"entropies of shape {np.shape(entropies)}: a matrix [N, L] with N >= 2 is wanted")
+        self.image_tokens, self.seed, self.poisoned = image_tokens, seed, poisoned
+        self.values = np.array(entropies, np.float64)
+        bad = ~np.isfinite(self.values)
+        sums, counts = np.where(bad, 0, self.values).sum(0), (~bad).sum(0)
+        self.values[bad] = np.broadcast_to(sums / np.maximum(counts, 1), bad.shape)[bad]
+        self.replaced = int(bad.sum())
+        self._decided: dict[tuple[int, ...], tuple] = {(): (None, None)}
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    @cached_property
+    def layers(self) -> list[Mixture]:
+        """Mixture of each layer."""
+        return [mixture(column) for column in self.values.T]
+
+    def sensitive(self, rule: str, tau: float) -> tuple[int, ...]:
+        """Numbers of the sensitive layers; see `Mixture.passes`."""
+        return tuple(k for k, layer in enumerate(self.layers) if layer.passes(rule, tau))
+
+    def aggregated(self, layers: Iterable[int]) -> tuple[np.ndarray | None, Mixture | None]:
+        """Mean over layers, float64 [N], and its mixture; None for no layers."""
+        layers = tuple(layers)
+        if layers not in self._decided:
+            score = self.values[:, layers].mean(1)
+            self._decided[layers] = score, mixture(score)
+        return self._decided[layers]
+
+    def none(self) -> np.ndarray:
+        """Nothing flagged, bool [N]."""
+        return np.zeros(len(self), bool)
+
+    def nats(self, threshold: float | str) -> float:
+        """A threshold in nats; `scaled` is the paper's for another number of image tokens, 0.708 · ln T."""
+        return THRESHOLD_SHARE * float(np.log(self.image_tokens)) if threshold == "scaled" else threshold
+
+
+def matrix(table: pd.DataFrame) -> np.ndarray:
+    """float64 [N, L] of a table with the columns `layer_0` ... `layer_{L-1}` (see `entropy.extract`)."""
+    count = sum(name.startswith("layer_") for name in table.columns)
+    return table[[f"layer_{k}" for k in range(count)]].to_numpy(np.float64)
+
+
+def hazards(decision: Decision) -> dict:
+    """What can go wrong with a second mixture (bye SPEC 2.7).
+
+    Returns:
+        share_flagged, of all samples; majority_removed, more than half is flagged; largest_flagged and smallest_kept, of the
+        score, None where a side is empty; non_monotone, a flagged sample has a higher score than one that is kept.
+    """
+    flagged, score = decision.flagged, decision.score
+    share = float(flagged.mean()) if len(flagged) else 0.0
+    sides = score is not None and flagged.any() and not flagged.all()
+    top, bottom = (float(score[flagged].max()), float(score[~flagged].min())) if sides else (None, None)
+    return {"share_flagged": share, "majority_removed": share > 0.5, "largest_flagged": top, "smallest_kept": bottom,
+            "non_monotone": bool(sides) and top > bottom}
