@@ -184,7 +184,9 @@ rule refit:
         spec=of_path(VISION_LANGUAGE.victim),
         defence=of_path(VISION_LANGUAGE.defence),
         device=config["device"],
-        code=[code(script, VISION_LANGUAGE, "defence") for script in ("refit.py", "measure_filters.py")],
+        code=lambda wildcards: [
+            code(script, VISION_LANGUAGE, "defence")(wildcards) for script in ("refit.py", "measure_filters.py")
+        ],
     script:
         "../scripts/refit.py"
 

@@ -161,7 +161,9 @@ class Experiments(Family):
         return {"name": name, "function": self.function("attacks", name), "settings": self.settings("attacks", name)}
 
     def code(self, kind: str, name: str) -> str | None:
-        return super().code(self.find("defences", name)["kind"] if kind == "defence" else kind, name)
+        if kind != "defence":
+            return super().code(kind, name)
+        return self.definitions[self.find("defences", name)["kind"]].get(self.function("defences", name))
 
     def of_kind(self, kind: str) -> list[str]:
         """Names of the defences of a kind: `filter` or `pictures`."""
