@@ -1,16 +1,6 @@
 # cells + claims.yaml -> verdicts: a claim edited is judged again, and pages are made anew; nothing is drawn or trained
 
 
-def check_claims():
-    """A claims.yaml that is wrong ends the run before its first job."""
-    for paper in GRID.papers:
-        if file := paper_file(paper, "claims.yaml"):
-            check_schema(read_yaml(file), "claims", file)
-
-
-checked(check_claims)
-
-
 rule judge_claims:
     """Verdicts on the claims of one paper; a paper may have none."""
     input:

@@ -34,17 +34,14 @@ rule ims_inside:
         "scripts/inside.py"
 
 
-def inside_pictures():
-    """For the page: the run on the victim with the highest rate, where the grid has one."""
-    runs = [cell for cell in GRID.cells("purified", "ims") if cell["defence"] == "ims"]
-    if not runs:
-        return []
-    folder = cell_folder(max(runs, key=lambda cell: float(cell["rate"])))
-    texts = {
-        "masks": "One run of IMS: forward masks and selections by layer, and its three stages.",
-        "perturbations": "Perturbations that IMS synthesises, with the victim's prediction before and after, and the real trigger.",
-    }
-    return [{"path": f"{folder}/{name}.png", "caption": text} for name, text in texts.items()]
-
-
-PICTURES["ims"] = inside_pictures()
+# for the page: the run on the victim with the highest rate, where the grid has one
+runs = [cell for cell in GRID.cells("purified", "ims") if cell["defence"] == "ims"]
+texts = {
+    "masks": "One run of IMS: forward masks and selections by layer, and its three stages.",
+    "perturbations": "Perturbations that IMS synthesises, with the victim's prediction before and after, and the real trigger.",
+}
+PICTURES["ims"] = [
+    {"path": f"{cell_folder(cell)}/{name}.png", "caption": text}
+    for cell in sorted(runs, key=lambda cell: float(cell["rate"]), reverse=True)[:1]
+    for name, text in texts.items()
+]
