@@ -55,16 +55,16 @@ onstart:
 rule all:
     """The whole report of what config.yaml asks for."""
     default_target: True
-    localrule: True
     input:
         f"{RESULTS}/index.html",
+    localrule: True
 
 
 rule data:
-    """Download and prepare all data, and nothing else."""
-    localrule: True
     input:
         list(used_manifests().values()),
+    """Download and prepare all data, and nothing else."""
+    localrule: True
 
 
 for paper in GRID.papers:

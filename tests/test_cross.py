@@ -169,7 +169,7 @@ def test_pareto_equals_brute_force(count):
 
 def page_of(cells, tmp_path):
     out = tmp_path / "o"
-    c.write_cross(cells, LABELS, "demo", out / "cross.html", out / "cross.csv", out / "cross")
+    c.write_cross(cells, LABELS, "demo", {"page": out / "cross.html", "table": out / "cross.csv", "figures": out / "cross"})
     return (out / "cross.html").read_text()
 
 

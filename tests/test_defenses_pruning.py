@@ -1,6 +1,7 @@
 """Pruning defences: IMS and its masks, ANP, RNP, AWN, NFT, FMP, CLP, BNP, FP."""
 
 import copy
+import dataclasses
 import json
 import math
 
@@ -225,20 +226,23 @@ def test_no_pass_is_wasted(tiny):
 
 def test_history_and_masks_of_ims(tiny):
     victim, budget = tiny
-    model, history, masks = ims_file.purify_with_masks(victim, budget, rng(0), rounds_initial=4, rounds_minimise=3,
-                                                       lr_perturb=0.01, steps_perturb=3, lr_mask=0.1)
+    budget = dataclasses.replace(budget, details={})
+    model, history = purify("ims", victim, budget, rng(0), rounds_initial=4, rounds_minimise=3, lr_perturb=0.01,
+                            steps_perturb=3, lr_mask=0.1)
     assert [row["stage"] for row in history] == ["I"] * 4 + ["II"] * 3 + ["III"] * 3
     assert all(row["sparsity"] == 0 for row in history if row["stage"] == "II")
     assert all(0.02 < row["max_delta"] < 0.04 and 0 <= row["flip_rate"] <= 1 for row in history[4:])
     assert "flip_rate" not in history[0]
     convolutions = {n: m for n, m in victim.named_modules() if isinstance(m, nn.Conv2d)}
-    assert list(masks) == list(convolutions)
-    for name, (a, s, m) in masks.items():
+    kept = {name: torch.from_numpy(values) for name, values in budget.details.items()}
+    assert list(kept) == [f"{kind}:{name}" for name in convolutions for kind in "asm"]
+    for name in convolutions:
+        a, s, m = (kept[f"{kind}:{name}"] for kind in "asm")
         torch.testing.assert_close(m, ims_file.forward_mask(a, s, 20.0))
         torch.testing.assert_close(model.get_submodule(name).weight,
                                    convolutions[name].weight * m[:, None, None, None])
         assert min(a.min(), s.min()) >= 0 and max(a.max(), s.max()) <= 1
-    everything = torch.cat([s for _, s, _ in masks.values()])
+    everything = torch.cat([kept[f"s:{name}"] for name in convolutions])
     assert history[-1]["selected"] == pytest.approx(float((everything < 0.5).float().mean()))
     assert not same(snapshot(victim), snapshot(model))
 

@@ -16,10 +16,9 @@ from sklearn.metrics import precision_recall_fscore_support, roc_auc_score
 from cupel.files import read_json, write_json
 from cupel.grid import PAPERS, SCHEMAS, ConfigError, Grid, check_schema, read_yaml
 from cupel.registry import load_plugins
-from cupel.reporting import multimodal_papers, multimodal_tables, tables
+from cupel.reporting import tables
 from cupel.vision_language import detection, filters, purification, stages, triggers
 from cupel.vision_language.datasets import load, shapes
-from cupel.vision_language.grid import Plan
 from cupel.vision_language.inputs import Inputs
 from cupel.vision_language.poison import poison, truth
 from tests.conftest import REPOSITORY
@@ -370,137 +369,6 @@ def test_purified_pictures_keep_questions_and_sharing(tmp_path):
     assert [r["question"] for r in before.records] == [r["question"] for r in after.records]
     assert after[0]["image"] == after[1]["image"] != after[2]["image"]
     assert all(np.array_equal(255 - before.image(k), after.image(k)) for k in range(6))
-
-
-# ------------------------------------------------------------------------------------------------------------------- report
-
-
-def victim_like(folder, spec, stage="victim", defence="", **numbers) -> dict:
-    method, _, variant = defence.partition("~")
-    attack, _, kind = spec["attack"]["name"].partition("~")
-    flat = {}
-    for name, (value, n) in numbers.items():
-        flat |= {name: value, f"{name}_n": n, f"{name}_low": max(value - 0.02, 0), f"{name}_high": min(value + 0.02, 1)}
-    folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / "metrics.json", {
-        "stage": stage, "dataset": spec["dataset"], "model": spec["model"], "recipe": spec["recipe"], "attack": attack,
-        "attack_variant": kind, "poison_rate": spec["poison_rate"], "defence": method, "variant": variant, "budget": "",
-        "seed": spec["seed"], "status": "ok", "metrics": list(numbers), "seconds": 1.0, **flat})
-    return {"paper": "bye", "stage": stage, "dataset": spec["dataset"], "model": spec["model"], "recipe": spec["recipe"],
-            "attack": spec["attack"]["name"], "rate": f"{spec['poison_rate']:g}", "seed": str(spec["seed"]), "defence": defence,
-            "folder": str(folder)}
-
-
-@pytest.fixture(scope="module")
-def reported():
-    return pd.read_csv(PAPERS / "bye" / "reported" / "table.csv", dtype={"note": str}, keep_default_na=False).astype(
-        {"value": float}).replace({"poison_rate": {"": np.nan}}).astype({"poison_rate": float})
-
-
-def about() -> dict:
-    found = plan("smoke")
-    return {"labels": found.labels("defences"), "datasets": ["shapes_tiny"], "target": found.target,
-            "attacks": {name: {**found.attack(name), "label": label} for name, label in found.labels("attacks").items()}}
-
-
-@pytest.fixture(scope="module")
-def report(tmp_path_factory, reported):
-    """The report on two victims: one poisoned with refits, one of which failed; one without poison."""
-    tmp_path = tmp_path_factory.mktemp("report")
-    chain, cells, looked = make_chain(tmp_path), [], tmp_path / "cells"
-    for rate, made in chain.items():
-        filter_all(made)
-        if rate == "0.1":
-            pictures = np.random.default_rng(0).integers(0, 255, (2, 2, 3, 32, 32), dtype=np.uint8)
-            maps = np.random.default_rng(1).dirichlet(np.ones(16), (2, 2, 3)).reshape(2, 2, 3, 4, 4).astype(np.float32)
-            np.savez(made["filtered"] / "maps.npz", pictures=pictures, maps=maps)
-        else:
-            np.savez(made["filtered"] / "maps.npz")
-        cell = victim_like(looked / f"victim@{rate}", made["spec"], cp=(0.8, 40), asr=(0.9 if rate == "0.1" else 0.0, 40),
-                           asr_contains=(0.95, 40))
-        history = pd.DataFrame({"epoch": [1, 2], "loss": [1.0, 0.5], "acc": [0.5, 0.7], "acc_poisoned": [0.1, 0.9]})
-        history.to_csv(looked / f"victim@{rate}" / "history.csv", index=False)
-        cells += [cell, {**cell, "stage": "filtered", "folder": str(made["filtered"])}]
-    spec = chain["0.1"]["spec"]
-    for defence, asr, left in (("bye", 0.0, 0), ("oracle", 0.0, 0), ("oracle~r90", 0.3, 4), ("random_drop", 0.9, 32)):
-        cells.append(victim_like(looked / defence, spec, "purified", defence, cp=(0.79, 40), asr=(asr, 40), left=(left, 1)))
-    cells.append({**cells[-1], "defence": "downsample", "folder": str(looked / "downsample")})
-    bases = tmp_path / "base.json"
-    write_json(bases, {"dataset": "shapes_tiny", "model": "micro_llava", "parameters": 12345, "cp": 0.7})
-    table = tables.gather(cells)
-    claims = read_yaml(PAPERS / "bye" / "claims.yaml")["claims"]
-    multimodal_papers.report_paper("bye", "bench", table, about(), claims, reported, "BYE", str(tmp_path / "data"),
-                                   [str(bases)], tmp_path / "out")
-    return tmp_path / "out"
-
-
-def table_of(report, stem) -> pd.DataFrame:
-    return pd.read_csv(report / "tables" / f"{stem}.csv", index_col=0, dtype=str, keep_default_na=False)
-
-
-def test_tables_of_the_report(report):
-    first = table_of(report, "table1_cp_asr_micro_llava")
-    assert list(first.index)[:2] == ["no defence (vanilla)", "BYE"] and list(first["shapes_tiny ASR"])[:2] == ["90.0", "0.0"]
-    assert first.loc["pictures pooled 2×2 (no diffusion)", "shapes_tiny ASR"] == "failed"
-    found = table_of(report, "table2_detection")
-    row = found.loc["shapes_tiny, micro_llava: BYE"]
-    assert (row.F1, row.AUROC, row.removed, row["poison left"], row["clean removed"]) == ("100.0", "100.0", "40", "0", "0.0")
-    assert found.loc["shapes_tiny, micro_llava: Random Drop", "AUROC"] == ""
-    sizes = table_of(report, "table4_data").loc["shapes_tiny"]
-    assert (sizes.train, sizes.test, sizes.poisoned, sizes["micro_llava: weights"]) == ("400", "40", "0, 40", "12,345")
-    taus = table_of(report, "table5_tau")
-    assert list(taus.index.astype(float)) == [0, 2, 3] and taus.iloc[0, 0] == "3"
-    assert table_of(report, "table7_clustering").loc["GMM (BYE)"].iloc[0] == "100.0"
-    rates = table_of(report, "table9_rates")
-    assert list(rates["ASR before"]) == ["0.0", "90.0"] and list(rates["BYE: clean removed"]) == ["0.0", "0.0"]
-    assert not (report / "tables" / "table3_several_squares.csv").exists()  # one trigger is no comparison
-
-
-def test_hazards_are_in_the_report(report):
-    grid = table_of(report, "table8_hazards")
-    rows = [next(name for name in grid.index if rate in name and name.endswith(": BYE")) for rate in (", 10 %,", ", 0 %,")]
-    poisoned, clean = (grid.loc[name] for name in rows)
-    assert poisoned["sensitive layers"] == "1, 2" and poisoned["most removed"] == "no"
-    assert clean["sensitive layers"] == "none" and "nothing is flagged" in clean["what it says"]
-    account = {"detection": {"false_alarm": 0.6}, "function": "bye", "record": {"sensitive": [0], "message": "m"},
-               "hazards": {"share_flagged": 0.6, "majority_removed": True, "non_monotone": True}}
-    setting = multimodal_tables.Setting("d", "m", "r", "square", 0.0)
-    records = [(setting, 0, {"filters": {"bye": account}}), (setting, 1, {"failed": "why"})]
-    grid = multimodal_tables.hazards_table(records, {"bye": "BYE"})
-    assert list(grid.iloc[0, :5]) == ["0", "60.0 %", "60.0 %", "YES", "YES"] and grid.iloc[1]["what it says"] == "failed: why"
-
-
-def test_figures_and_their_captions(report):
-    captions = json.loads((report / "figures" / "captions.json").read_text())
-    assert set(captions) == {path.stem for path in (report / "figures").glob("*.png")}
-    kinds = [name.partition("_")[0] for name in captions]
-    assert kinds == ["maps", "entropies", "layers", "f1", "dose", "training", "triggers"]
-    verdicts = pd.read_csv(report / "claims.csv").set_index("claim")
-    assert set(verdicts.verdict[["victims-are-poisoned", "spares-clean-data", "bye-finds-the-poison"]]) == {"supported"}
-    assert verdicts.verdict["several-squares"] == "not judged at this scale"
-
-
-def test_doses_are_residuals_and_answers(chain, tmp_path):
-    filter_all(chain["0.1"], ())
-    cells = [victim_like(tmp_path / "v", chain["0.1"]["spec"], cp=(0.8, 40), asr=(0.9, 40))]
-    cells += [{**cells[0], "stage": "filtered", "folder": str(chain["0.1"]["filtered"])}]
-    spec = chain["0.1"]["spec"]
-    cells.append(victim_like(tmp_path / "o", spec, "purified", "oracle~r90", asr=(0.2, 40), left=(4, 1)))
-    numbers = multimodal_tables.Numbers(tables.gather(cells), about()["labels"])
-    points = multimodal_papers.dose_points(numbers, numbers.settings)
-    assert sorted(zip(points.left, points.asr, points.oracle, strict=True)) == [(4, 0.2, True), (40, 0.9, True)]
-
-
-def test_published_numbers_stand_beside_ours_where_setting_and_model_agree(reported):
-    published = multimodal_tables.Reported(reported)
-    setting = multimodal_tables.Setting("scienceqa", "llava_1_5_7b", "llava_lora", "square", 0.1)
-    assert published.text(setting, "victim", "cp") == "91.72"  # of the paper, not of those who repeated it (87.26)
-    assert (published.text(setting, "bye", "f1"), published.text(setting, "bye~tau0.5", "f1")) == ("96.71", "78.95")
-    other = dataclasses.replace(setting, model="internvl2_5_8b", trigger="blend")
-    assert published.text(other, "bye", "f1") == "0 †"
-    assert published.text(dataclasses.replace(setting, trigger="square~large"), "bye", "f1") == ""
-    assert set(reported.defence) - {""} <= {*experiment()["defences"], "victim", "zip", "diffpure", "sampdetox",
-                                             *(f"bye~tau{tau}" for tau in ("0", "0.5", "1", "1.5", "2", "2.5", "3"))}
 
 
 def test_claims_ask_for_what_the_cells_have():

@@ -138,6 +138,15 @@ def test_a_hyperparameter_reruns_what_depends_on_it(finished):
     assert planned["purify"] == 1 and "train_victim" not in planned and "poison" not in planned
 
 
+def test_a_claim_is_judged_again_and_nothing_is_drawn(finished):
+    file = "workflow/papers/fst/claims.yaml"
+    text = (finished.path / file).read_text()
+    finished.edit(file, "margin: ", "margin: 0")
+    planned = jobs(finished.run("-n")[1])
+    (finished.path / file).write_text(text)
+    assert planned == {"judge_claims": 1, "notebook": 1, "index": 1, "all": 1}
+
+
 def test_code_of_a_defence_reruns_its_cells_only(finished):
     file = "workflow/cupel/images/defences/fst.py"
     finished.edit(file, "pushed away from", "pushed  away from")  # in a docstring: nothing changes its meaning

@@ -1,11 +1,6 @@
 # cells + claims.yaml -> verdicts: a claim edited is judged again, and pages are made anew; nothing is drawn or trained
 
 
-# a claims.yaml that is wrong ends the run before its first job
-for paper in GRID.papers:
-    checked(GRID.claims)(paper)
-
-
 rule judge_claims:
     """Verdicts on the claims of one paper; a paper may have none."""
     input:

@@ -159,3 +159,100 @@ def training(vram, memory, **minutes):
         return {"smoke": 5, **minutes}[config["scale"]] * 2 ** (attempt - 1)
 
     return {"gpu": GPU, "vram_mb": vram, "mem_mb": memory_of(memory), "runtime": runtime}
+
+
+# image classifiers
+
+TRIGGER, VICTIM, PURIFIED = (PATHS.stage("images", stage) for stage in ("trigger", "victim", "purified"))
+
+
+def image_data(wildcards):
+    return f"{DATA}/images"
+
+
+def image_files(wildcards):
+    """Arrays of a data set."""
+    folder = f"{DATA}/images/{wildcards['dataset']}"
+    return [f"{folder}/{split}_{part}.npy" for split in ("train", "test") for part in ("images", "labels")]
+
+
+def prepared_trigger(wildcards):
+    return f"{TRIGGER}/trigger.npz".format(**wildcards) if IMAGES.needs(wildcards.attack) else []
+
+
+def clean_twin(wildcards):
+    """The classifier trained on clean data with the same recipe and seed, for triggers that are made with one."""
+    twin = VICTIM.format(**{**wildcards, "attack": "clean", "rate": "0"})
+    return f"{twin}/model.safetensors" if IMAGES.needs(wildcards.attack) == "clean_model" else []
+
+
+# robust training
+
+TRAINED, ATTACKED = (PATHS.stage("robust", stage) for stage in ("trained", "attacked"))
+
+
+def robust_memory(wildcards):
+    """Images of 224x224 are many times larger, and held twice."""
+    return 24000 if wildcards.dataset == "restricted_imagenet" else 3000
+
+
+# language models
+
+TEXT_VICTIM, TEXT_PURIFIED = (PATHS.stage("text", stage) for stage in ("victim", "purified"))
+TEXT_FILES = {part: f"{TEXT_VICTIM}/texts/{part}.jsonl" for part in ("train", "defence", "triggered", "clean", "heldout")}
+TEXT_FILES["summary"] = f"{TEXT_VICTIM}/texts/summary.json"
+
+
+def language_model(wildcards):
+    """Folder of a base model."""
+    return f"{DATA}/language_models/{wildcards.model}"
+
+
+def text_folders(wildcards):
+    """Prepared data sets that a cell reads, by name."""
+    return {name: f"{DATA}/text/{name}" for name in of_path(TEXT.texts)(wildcards)}
+
+
+def text_records(wildcards):
+    return [f"{folder}/{name}" for folder in text_folders(wildcards).values() for name in ("manifest.json", "records.jsonl")]
+
+
+def text_needs(what):
+    """Megabytes that a model needs, of the device or of memory."""
+    usual = {"vram_mb": 8000, "mem_mb": 4000}
+    return lambda wildcards: TEXT.find("models", wildcards.model).get(what, usual[what])
+
+
+def text_paths(wildcards):
+    """Texts of a victim by part."""
+    return {part: file.format(**wildcards) for part, file in TEXT_FILES.items()}
+
+
+def reference_model(wildcards):
+    """The adapter of the victim that a defence compares with, where it is not the base model."""
+    cell = of_path(TEXT.reference)(wildcards)
+    return f"{TEXT_VICTIM}/model".format(**cell) if cell else []
+
+
+# vision-language models
+
+BASE, POISONED, TRIGGERED, POISONED_MODEL, FILTERED, CLEANED = (
+    PATHS.stage("vision_language", stage) for stage in ("base", "poisoned", "triggered", "victim", "filtered", "purified")
+)
+SAMPLES = f"{DATA}/vision_language/{{dataset}}/manifest.json"
+
+
+def base_model(wildcards):
+    """The model that the pipeline builds; published models come from the hub or a folder."""
+    return f"{BASE}/model".format(**wildcards) if wildcards.model in VISION_LANGUAGE.built() else []
+
+
+def kept(output):
+    """Weights of a victim. At scale paper they are 14 GB each, and are removed once all that looks into them is done."""
+    return temp(output) if config["scale"] == "paper" else output
+
+
+def flags_of_defence(wildcards):
+    """What the filter of a defence decided."""
+    name = checked(VISION_LANGUAGE.filter_of)(wildcards.defence)
+    return f"{FILTERED}/flags/{name}.json".format(**wildcards)

@@ -2,7 +2,6 @@
 
 
 rule prepare_images:
-    localrule: True
     output:
         images_train=f"{DATA}/images/{{dataset}}/train_images.npy",
         labels_train=f"{DATA}/images/{{dataset}}/train_labels.npy",
@@ -14,6 +13,7 @@ rule prepare_images:
     benchmark:
         f"{config['results']}/benchmark/data/images/{{dataset}}.tsv"
     retries: 1
+    localrule: True
     resources:
         mem_mb=memory_of(2000),
         runtime=60,
@@ -24,7 +24,6 @@ rule prepare_images:
 
 
 rule prepare_text:
-    localrule: True
     output:
         records=f"{DATA}/text/{{dataset}}/records.jsonl",
         manifest=f"{DATA}/text/{{dataset}}/manifest.json",
@@ -33,6 +32,7 @@ rule prepare_text:
     benchmark:
         f"{config['results']}/benchmark/data/text/{{dataset}}.tsv"
     retries: 1
+    localrule: True
     resources:
         mem_mb=memory_of(1000),
         runtime=30,
@@ -43,7 +43,6 @@ rule prepare_text:
 
 
 rule prepare_language_model:
-    localrule: True
     output:
         manifest=f"{DATA}/language_models/{{model}}/manifest.json",
     log:
@@ -51,18 +50,18 @@ rule prepare_language_model:
     benchmark:
         f"{config['results']}/benchmark/data/language_models/{{model}}.tsv"
     retries: 1
+    localrule: True
     resources:
         mem_mb=memory_of(4000),
         runtime=240,
     params:
-        model=of_path(TEXT.source),
         **SOURCES,
+        model=of_path(TEXT.source),
     script:
         "../scripts/prepare_language_model.py"
 
 
 rule prepare_vision_language:
-    localrule: True
     output:
         manifest=f"{DATA}/vision_language/{{dataset}}/manifest.json",
     log:
@@ -70,11 +69,12 @@ rule prepare_vision_language:
     benchmark:
         f"{config['results']}/benchmark/data/vision_language/{{dataset}}.tsv"
     retries: 1
+    localrule: True
     resources:
         mem_mb=memory_of(4000),
         runtime=120,
     params:
-        spec=of_path(VISION_LANGUAGE.source),
         **SOURCES,
+        spec=of_path(VISION_LANGUAGE.source),
     script:
         "../scripts/prepare_multimodal.py"

@@ -1,23 +1,5 @@
 # Image classifiers: data -> trigger (where an attack needs one beforehand) -> poison -> victim -> purified
 
-TRIGGER, VICTIM, PURIFIED = (PATHS.stage("images", stage) for stage in ("trigger", "victim", "purified"))
-
-
-def image_files(wildcards):
-    """Arrays of a data set."""
-    folder = f"{DATA}/images/{wildcards['dataset']}"
-    return [f"{folder}/{split}_{part}.npy" for split in ("train", "test") for part in ("images", "labels")]
-
-
-def prepared_trigger(wildcards):
-    return f"{TRIGGER}/trigger.npz".format(**wildcards) if IMAGES.needs(wildcards.attack) else []
-
-
-def clean_twin(wildcards):
-    """The classifier trained on clean data with the same recipe and seed, for triggers that are made with one."""
-    twin = VICTIM.format(**{**wildcards, "attack": "clean", "rate": "0"})
-    return f"{twin}/model.safetensors" if IMAGES.needs(wildcards.attack) == "clean_model" else []
-
 
 rule prepare_trigger:
     input:
@@ -34,7 +16,7 @@ rule prepare_trigger:
         **training(4000, 4000, demo=10, bench=60, paper=240),
     params:
         spec=of_path(IMAGES.trigger),
-        data=f"{DATA}/images",
+        data=image_data,
         device=config["device"],
         plugins=config["plugins"],
         code=code("prepare_trigger.py", IMAGES, "attack", "model"),
@@ -58,7 +40,7 @@ rule poison:
         runtime=30,
     params:
         spec=of_path(IMAGES.victim),
-        data=f"{DATA}/images",
+        data=image_data,
         plugins=config["plugins"],
         code=code("poison.py", IMAGES, "attack"),
     script:
@@ -85,7 +67,7 @@ rule train_victim:
         **training(6000, 4000, demo=15, bench=60, paper=720),
     params:
         spec=of_path(IMAGES.victim),
-        data=f"{DATA}/images",
+        data=image_data,
         device=config["device"],
         plugins=config["plugins"],
         code=code("train_victim.py", IMAGES, "attack", "model"),
@@ -113,7 +95,7 @@ rule purify:
     params:
         spec=of_path(IMAGES.victim),
         defences=lambda wildcards: [of_path(IMAGES.defence)(wildcards)],
-        data=f"{DATA}/images",
+        data=image_data,
         device=config["device"],
         plugins=config["plugins"],
         code=lambda wildcards: [code("purify.py", IMAGES, "attack", "model", "defence")(wildcards)],
@@ -153,7 +135,7 @@ for block in GRID.blocks():
         params:
             spec=IMAGES.victim(block[0]),
             defences=[IMAGES.defence(cell) for cell in block],
-            data=f"{DATA}/images",
+            data=image_data,
             device=config["device"],
             plugins=config["plugins"],
             code=[code("purify.py", IMAGES, "attack", "model", "defence")(cell) for cell in block],

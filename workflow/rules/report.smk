@@ -1,107 +1,7 @@
 # cells -> one tidy table -> tables, figures and a notebook per paper -> index.html
-import functools
-
-from cupel.reporting.planning import feature_cells, notebook_file, report_file
-
-PAPER = f"{RESULTS}/papers/{{paper}}"
-
-# pictures that rules of a paper's own draw, by paper: dicts with path and caption. Its rules.smk adds them
-PICTURES = {paper: [] for paper in GRID.papers}
-
-# triggers that need no victim
-FORMULAS = ("badnets", "blended", "sig", "lc", "bpp")
 
 
-def feature_figure(paper):
-    """Panels of the figure of features, and what they are measured on; None where experiment.yaml asks for none."""
-    asked = GRID.experiments[paper].get("features")
-    if not asked:
-        return None
-    cells = feature_cells(GRID.cells("victim", paper), GRID.cells("purified", paper), asked["defences"])
-    panels = [
-        {
-            "row": attack,
-            "title": title,
-            "model": f"{PATHS.cell(cell)}/model.safetensors",
-            "trigger": f"{VICTIM.format(**cell)}/trigger.npz",
-            "attack": IMAGES.attack(cell["attack"], cell["dataset"]),
-        }
-        for attack, title, cell in cells
-    ]
-    first = cells[0][2]
-    recipe = IMAGES.recipe(first)
-    spec = {"panels": panels, "target": recipe.get("target", 0), "test_size": recipe.get("test_size")}
-    looked_up = {IMAGES.code(kind, cell[kind]) for _, _, cell in cells for kind in ("attack", "model")}
-    return {"spec": spec, "folder": f"{DATA}/images/{first['dataset']}", "code": sorted(filter(None, looked_up))}
-
-
-def sheet_attacks(sheet, dataset):
-    """Attacks of a contact sheet, name to settings and a victim's trigger: of the chosen papers, of the zoo, or, for any
-    data set, those that are formulas."""
-    if sheet == "gallery":
-        return {name: (IMAGES.attack(name, dataset), None) for name in FORMULAS}
-    victims = (ZOO if sheet == "zoo" else GRID).cells("victim", family="images")
-    shown = [cell for cell in reversed(victims) if cell["attack"] != "clean" and cell["dataset"] == dataset]
-    folders = {cell["attack"]: VICTIM.format(**cell) for cell in shown}
-    return {name: (IMAGES.attack(name, dataset), f"{folder}/trigger.npz") for name, folder in folders.items()}
-
-
-def sheet_code(wildcards):
-    attacks = sheet_attacks(wildcards.sheet, wildcards.dataset)
-    return code_digest(SCRIPTS / "contact_sheet.py", *sorted(IMAGES.code("attack", name) for name in attacks))
-
-
-def used_manifests():
-    """Manifests of all data that the chosen papers use."""
-    return manifests(dict.fromkeys(name for family in GRID.families.values() for name in family.data()))
-
-
-def expected_cells():
-    """Cells of every paper with their folders: one that two papers share stands in the table once for each."""
-    return [{**cell, "folder": PATHS.cell(cell)} for paper in GRID.papers for cell in GRID.of_paper(paper)]
-
-
-@functools.cache
-def report_of(paper):
-    """Labels, facts and files by kind for the report of a paper."""
-    family = GRID.family(paper)
-    files = {kind: present(paths) for kind, paths in family.report_files(paper, PATHS).items()}
-    return {"labels": family.report_labels(paper), "facts": family.facts(paper, PATHS), "files": files}
-
-
-def report_key(paper):
-    """The paper whose report.py draws this one."""
-    return GRID.experiments[paper].get("report", paper)
-
-
-def paper_file(paper, name):
-    """A file in a paper's folder, where there is one."""
-    file = GRID.file(paper, name)
-    return str(file) if file.is_file() else []
-
-
-def page_pictures(paper):
-    """Pictures of a paper that other rules draw, with their captions, in the order of the page."""
-    text = (
-        "Penultimate features (t-SNE): clean test images by class, triggered ones as crosses. The numbers: shares of a "
-        "triggered image's ten nearest clean images that are of the target class, and of its true class."
-    )
-    features = [{"path": f"{RESULTS}/papers/{paper}/features.png", "caption": text}] if feature_figure(paper) else []
-    return features + PICTURES[paper]
-
-
-def paper_headers():
-    return [
-        {
-            "key": paper,
-            "title": GRID.experiments[paper]["title"],
-            "reference": GRID.experiments[paper].get("reference", ""),
-            "note": GRID.experiments[paper]["scales"].get(config["scale"], {}).get("note", ""),
-            "folder": f"{RESULTS}/papers/{paper}",
-            "pictures": page_pictures(paper),
-        }
-        for paper in GRID.papers
-    ]
+include: "report_common.smk"
 
 
 rule gather_cells:
@@ -243,9 +143,9 @@ rule notebook:
             "scale": config["scale"],
             "pictures": list(map(str, input.pictures)),
         },
-        code=code_digest(SCRIPTS / "notebook.py"),
+        code=code_digest(SCRIPTS / "run_notebook.py"),
     script:
-        "../scripts/notebook.py"
+        "../scripts/run_notebook.py"
 
 
 rule index:

@@ -1,12 +1,5 @@
 # Robust training: data -> network trained with an objective -> evaluations of it
 
-TRAINED, ATTACKED = (PATHS.stage("robust", stage) for stage in ("trained", "attacked"))
-
-
-def robust_memory(wildcards):
-    """Images of 224x224 are many times larger, and held twice."""
-    return 24000 if wildcards.dataset == "restricted_imagenet" else 3000
-
 
 rule train_robust:
     input:
@@ -24,7 +17,7 @@ rule train_robust:
         **training(4000, robust_memory, demo=15, bench=1440, paper=2880),
     params:
         spec=of_path(ROBUST.training),
-        data=f"{DATA}/images",
+        data=image_data,
         device=config["device"],
         code=code("train_robust.py"),
     script:
@@ -49,7 +42,7 @@ rule attack_network:
     params:
         spec=of_path(ROBUST.training),
         evaluation=of_path(ROBUST.evaluation),
-        data=f"{DATA}/images",
+        data=image_data,
         device=config["device"],
         code=code("attack_network.py"),
     script:

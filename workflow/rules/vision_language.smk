@@ -1,27 +1,6 @@
 # Vision-language models:
 # data -> base model (where it is built here) -> poisoned set, triggered test -> victim -> attention -> filters -> refit
 
-BASE, POISONED, TRIGGERED, POISONED_MODEL, FILTERED, CLEANED = (
-    PATHS.stage("vision_language", stage) for stage in ("base", "poisoned", "triggered", "victim", "filtered", "purified")
-)
-SAMPLES = f"{DATA}/vision_language/{{dataset}}/manifest.json"
-
-
-def base_model(wildcards):
-    """The model that the pipeline builds; published models come from the hub or a folder."""
-    return f"{BASE}/model".format(**wildcards) if wildcards.model in VISION_LANGUAGE.built() else []
-
-
-def kept(output):
-    """Weights of a victim. At scale paper they are 14 GB each, and are removed once all that looks into them is done."""
-    return temp(output) if config["scale"] == "paper" else output
-
-
-def flags_of_defence(wildcards):
-    """What the filter of a defence decided."""
-    name = checked(VISION_LANGUAGE.filter_of)(wildcards.defence)
-    return f"{FILTERED}/flags/{name}.json".format(**wildcards)
-
 
 rule build_model:
     input:
@@ -38,8 +17,8 @@ rule build_model:
     resources:
         **training(24000, 4000, demo=15, bench=60, paper=240),
     params:
-        spec=of_path(VISION_LANGUAGE.base),
         **SOURCES,
+        spec=of_path(VISION_LANGUAGE.base),
         device=config["device"],
         code=code("build_model.py"),
     script:
@@ -151,7 +130,9 @@ rule measure_filters:
         spec=of_path(VISION_LANGUAGE.victim),
         asked={"filters": VISION_LANGUAGE.filters(), "taus": VISION_LANGUAGE.taus()},
         plugins=config["plugins"],
-        code=code_digest(SCRIPTS / "measure_filters.py", *(VISION_LANGUAGE.code("defence", name) for name in VISION_LANGUAGE.filters())),
+        code=code_digest(
+            SCRIPTS / "measure_filters.py", *(VISION_LANGUAGE.code("defence", name) for name in VISION_LANGUAGE.filters())
+        ),
     script:
         "../scripts/measure_filters.py"
 

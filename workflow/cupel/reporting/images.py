@@ -101,7 +101,9 @@ def acc_asr_scatter(table: pd.DataFrame, order: list[str]):
 
 
 def _mean(values: np.ndarray, name: str) -> tuple[float, float, float]:
-    """Mean over settings and its bootstrap interval (95 %)."""
+    """Mean over settings and its bootstrap interval (95 %); NaN for none."""
+    if not len(values):
+        return np.nan, np.nan, np.nan
     draws = rng(0, "figure", name).choice(values, (2000, len(values))).mean(1)
     return values.mean(), *np.quantile(draws, [0.025, 0.975])
 

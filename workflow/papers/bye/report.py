@@ -199,8 +199,8 @@ def _tables(paper: Paper, numbers: Numbers, records: list) -> None:
         paper.table("table5_tau" if len(mains) == 1 else f"table5_tau_{setting.dataset}_{setting.model}",
                     tau_table(numbers, setting),
                     f"Table 5: threshold τ of the layer test on {setting.name('dataset', 'model', 'trigger', 'rate')}, "
-                    f"{place}. Number of sensitive layers and detection in percent, by the code's and by the paper's formula; – "
-                    "where none passes.", "τ")
+                    f"{place}. Number of sensitive layers and detection in percent, by the code's and by the paper's formula; "
+                    "– where none passes.", "τ")
     paper.table("table6_triggers", triggers_table(numbers, KINDS),
                 f"Table 6: kinds of trigger, in percent, {place}. Blend, SIG and WaNet are not in the paper. {dagger}",
                 "setting: trigger")

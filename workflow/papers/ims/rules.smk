@@ -26,22 +26,21 @@ rule ims_inside:
         run=of_path(lambda cell: {"spec": IMAGES.victim(cell), "defence": IMAGES.defence(cell), "data": f"{DATA}/images"}),
         device=config["device"],
         plugins=config["plugins"],
-        code=of_path(lambda cell: code_digest(INSIDE, INSIDE.parent / "scripts" / "inside.py", IMAGES.code("attack", cell["attack"]))),
+        code=of_path(
+            lambda cell: code_digest(INSIDE, INSIDE.parent / "scripts" / "inside.py", IMAGES.code("attack", cell["attack"]))
+        ),
     script:
         "scripts/inside.py"
 
 
-def inside_pictures():
-    """For the page: the run on the victim with the highest rate, where the grid has one."""
-    runs = [cell for cell in GRID.cells("purified", "ims") if cell["defence"] == "ims"] if "ims" in GRID.papers else []
-    if not runs:
-        return []
-    folder = PATHS.cell(max(runs, key=lambda cell: float(cell["rate"])))
-    texts = {
-        "masks": "One run of IMS: forward masks and selections by layer, and its three stages.",
-        "perturbations": "Perturbations that IMS synthesises, with the victim's prediction before and after, and the real trigger.",
-    }
-    return [{"path": f"{folder}/{name}.png", "caption": text} for name, text in texts.items()]
-
-
-PICTURES["ims"] = inside_pictures()
+# for the page: the run on the victim with the highest rate, where the grid has one
+runs = [cell for cell in GRID.cells("purified") if (cell["paper"], cell["defence"]) == ("ims", "ims")]
+texts = {
+    "masks": "One run of IMS: forward masks and selections by layer, and its three stages.",
+    "perturbations": "Perturbations that IMS synthesises, with the victim's prediction before and after, and the real trigger.",
+}
+PICTURES["ims"] = [
+    {"path": f"{PATHS.cell(cell)}/{name}.png", "caption": text}
+    for cell in sorted(runs, key=lambda cell: float(cell["rate"]), reverse=True)[:1]
+    for name, text in texts.items()
+]
