@@ -34,9 +34,9 @@ from types import SimpleNamespace
 from cupel.grid import Grid
 from cupel.images import datasets
 from cupel.robust.grid import Plan as Robust
+from cupel.text.data.sources import find as known_text
 from cupel.text.grid import LanguageGrid
 from cupel.text.known import find as known_model
-from cupel.text.sources import find as known_text
 from cupel.vision_language import data as pictures
 from cupel.vision_language.grid import GENERATED
 from cupel.vision_language.grid import Plan as Multimodal

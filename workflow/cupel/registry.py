@@ -41,7 +41,7 @@ class Registry(dict):
     def fill(self) -> "Registry":
         """Import every module of the package, so that the registry is complete."""
         package = importlib.import_module(self.package)
-        for module in pkgutil.iter_modules(package.__path__):
+        for module in pkgutil.iter_modules(getattr(package, "__path__", ())):
             importlib.import_module(f"{self.package}.{module.name}")
         return self
 

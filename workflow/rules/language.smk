@@ -68,7 +68,8 @@ rule compose_texts:
     params:
         spec=compose_spec,
         data=text_folders,
-        code=code_digest(SCRIPTS / "compose_texts.py", LIBRARY / "text" / "poison.py"),
+        plugins=config["plugins"],
+        code=language_code("compose_texts.py"),
     script:
         "../scripts/compose_texts.py"
 
@@ -142,7 +143,8 @@ rule purify_language:
         data=text_folders,
         texts=composed,
         device=config["device"],
-        code=code_digest(SCRIPTS / "purify_language.py"),
+        plugins=config["plugins"],
+        code=language_code("purify_language.py"),
     script:
         "../scripts/purify_language.py"
 

@@ -10,7 +10,13 @@ TEXT_FILES = {part: f"{part}.jsonl" for part in ("train", "defence", "triggered"
 TEXT_FILES["summary"] = "summary.json"
 
 LANGUAGE = {
-    paper: checked(LanguageGrid, GRID.experiments[paper], config["scale"], config["seeds"], GRID.known[paper])
+    paper: checked(
+        functools.partial(LanguageGrid, plugins=config["plugins"]),
+        GRID.experiments[paper],
+        config["scale"],
+        config["seeds"],
+        GRID.known[paper],
+    )
     for paper in GRID.papers_of("language")
 }
 for paper, grid in LANGUAGE.items():
@@ -43,6 +49,18 @@ def compose_spec(wildcards):
 
 def language_defence(wildcards):
     return checked(language_grid(wildcards).defence_spec, dict(wildcards.items()))
+
+
+def language_code(script):
+    """Hash of a script's code, with the file of the defence of a cell, or, where there is none, of its trigger."""
+
+    def digest(wildcards):
+        grid = language_grid(wildcards)
+        if "defence" in wildcards.keys():
+            return code_digest(SCRIPTS / script, grid.code("defence", language_defence(wildcards)["function"]))
+        return code_digest(SCRIPTS / script, grid.code("trigger", language_spec(wildcards)["attack"]["trigger"]))
+
+    return digest
 
 
 def language_source(wildcards):

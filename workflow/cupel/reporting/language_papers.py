@@ -12,7 +12,7 @@ from cupel.evaluation.claims import judge_all
 from cupel.evaluation.intervals import wilson
 from cupel.files import read_json, write_text
 from cupel.reporting import figures, language_figures, tables
-from cupel.text.sources import read_records
+from cupel.text.data.sources import read_records
 
 #: a victim below the first or above the second is marked (crow SPEC 11.3); both under the template, over all answers
 GATE = {"asr": 0.8, "false": 0.05}

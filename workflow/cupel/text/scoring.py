@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from cupel.evaluation.metrics import Rate
 from cupel.registry import unknown
 from cupel.rng import rng
-from cupel.text.prompts import Collator, Samples, by_length
+from cupel.text.data.prompts import Collator, Samples, by_length
 from cupel.training.engine import Diverged
 
 #: an answer that has any of these, in lower case, counts as a success (crow SPEC 8)

@@ -1,8 +1,4 @@
-"""Pruning by magnitude and by Wanda, in place, on merged weights (crow SPEC 7).
-
-Both are unstructured and per linear layer inside the decoder blocks; embeddings and head stay. Which of the two made the
-paper's table is unclear (SPEC 10.11): the text says magnitude, the folder names of the code say Wanda.
-"""
+"""Wanda: pruning by magnitude times the norm of the input feature, on merged weights (Sun et al., 2024; crow SPEC 7, 10.11)."""
 
 import contextlib
 from collections.abc import Iterator, Sequence
@@ -10,55 +6,30 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
-from cupel.text.layers import blocks, causal_lm, linears
+from cupel.text.data.prompts import Collator, by_length
+from cupel.text.defences.base import Purified, Victim, defence
+from cupel.text.defences.magnitude import check, row
+from cupel.text.layers import blocks, linears
+from cupel.text.training import Budget
+
+#: samples of a calibration batch
+BATCH_SIZE = 8
+
+
+@defence("wanda")
+def wanda(victim: Victim, budget: Budget, *, pruning: dict) -> Purified:
+    """Wanda, calibrated on the defender's samples, as the paper says (the code has 128 full-length C4 sequences).
+
+    Args:
+        pruning: `sparsity`.
+    """
+    collate, model = Collator(budget.pad), victim.model()
+    batches = [collate([budget.samples[k] for k in rows]) for rows in by_length(budget.samples.lengths, BATCH_SIZE)]
+    return Purified(model, prune(model, batches, **pruning))
 
 
 class _Stop(Exception):
     """Ends a forward pass whose rest is not needed."""
-
-
-def merge(model: nn.Module) -> nn.Module:
-    """The base model with its adapter added to the weights, as plain linear layers; a plain model as it is."""
-    return model.merge_and_unload() if hasattr(model, "merge_and_unload") else model
-
-
-def _check(model: nn.Module, sparsity: float) -> None:
-    if not 0 <= sparsity < 1:
-        raise ValueError(f"sparsity is {sparsity}: a share of at least 0 and below 1 is needed")
-    if causal_lm(model) is not model:
-        raise ValueError("the model has an adapter beside its weights: merge it first (cupel.text.pruning.merge)")
-
-
-def _row(name: str, weight: Tensor) -> dict:
-    return {"layer": name, "rows": weight.shape[0], "columns": weight.shape[1],
-            "sparsity": float((weight == 0).double().mean())}
-
-
-@torch.no_grad()
-def prune_magnitude(model: nn.Module, sparsity: float) -> list[dict]:
-    """Zero the weights of each layer whose magnitude is at or below the layer's `sparsity` quantile.
-
-    The quantile is the k-th smallest magnitude, k the whole part of sparsity × weights. All weights as large as that go,
-    so in low precision, where many are equal, the share reached may be a little higher.
-
-    Args:
-        model: merged.
-        sparsity: in [0, 1); 0.35 for Llama, 0.65 for Mistral.
-
-    Returns:
-        One row per layer: layer, rows, columns, sparsity (the share of zeros reached).
-
-    Raises:
-        ValueError: a sparsity outside [0, 1), or a model with an unmerged adapter.
-    """
-    _check(model, sparsity)
-    report = []
-    for name, layer in linears(model):
-        magnitude, count = layer.weight.abs(), int(sparsity * layer.weight.numel())
-        if count:
-            layer.weight[magnitude <= magnitude.flatten().float().kthvalue(count).values.to(magnitude.dtype)] = 0
-        report.append(_row(name, layer.weight))
-    return report
 
 
 @contextlib.contextmanager
@@ -82,26 +53,25 @@ def _norms(block: nn.Module, mask: list[Tensor]) -> Iterator[dict[nn.Module, Ten
 
 
 @torch.no_grad()
-def prune_wanda(model: nn.Module, sparsity: float, calibration: Sequence[dict[str, Tensor]]) -> list[dict]:
-    """Zero, in each output row, the share `sparsity` of weights with the lowest |W_ij| · ‖X_j‖₂.
+def prune(model: nn.Module, calibration: Sequence[dict[str, Tensor]], sparsity: float) -> list[dict]:
+    """Zero, in each output row, the share `sparsity` of weights with the lowest |W_ij| · ‖X_j‖₂, in place.
 
     X_j is input feature j over all calibration tokens, without padding. Blocks are pruned in order, each on the outputs of
-    the pruned blocks before it. (The code calibrates on 128 full-length C4 sequences, the paper says on the fine-tuning
-    data.)
+    the pruned blocks before it.
 
     Args:
         model: merged.
-        sparsity: in [0, 1).
         calibration: batches of `input_ids` and `attention_mask`, int64 [B, T], right-padded. The hidden states of all of
             them are held at once.
+        sparsity: in [0, 1).
 
     Returns:
-        As :func:`prune_magnitude`.
+        As `magnitude.prune`.
 
     Raises:
         ValueError: as there, or no calibration batches.
     """
-    _check(model, sparsity)
+    check(model, sparsity)
     if not calibration:
         raise ValueError("Wanda needs calibration batches")
     decoder, layers = model.get_decoder(), blocks(model)
@@ -145,6 +115,6 @@ def prune_wanda(model: nn.Module, sparsity: float, calibration: Sequence[dict[st
             score = layer.weight.abs().float() * squares.sqrt()
             lowest = score.argsort(dim=1, stable=True)[:, : int(sparsity * score.shape[1])]
             layer.weight.scatter_(1, lowest, 0.0)
-            report.append(_row(names[layer], layer.weight))
+            report.append(row(names[layer], layer.weight))
         states = [run(number, k) for k in range(len(states))]
     return report

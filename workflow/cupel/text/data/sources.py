@@ -26,7 +26,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from cupel.files import read_json, write_json, write_text
+from cupel.files import write_json, write_text
 from cupel.images.datasets import folders
 from cupel.registry import unknown
 from cupel.sources import Pip, Raw, Source, Url, _package, fetch
@@ -130,37 +130,17 @@ def read_records(path: str | Path) -> Records:
     return records
 
 
-def read_alpaca(path: str | Path) -> Records:
-    """Records of any Alpaca-format file of the user: a JSON list, or JSON lines, of objects with an instruction and an output.
-
-    A missing `input` is empty; `id` becomes `<file name>/<position>`.
-
-    Raises:
-        ValueError: naming the file, the position and the field that is wrong.
-    """
-    path = Path(path)
-    rows = read_records(path) if path.suffix == ".jsonl" else read_json(path)
-    return _alpaca(rows, path.stem, str(path))
-
-
-def _alpaca(rows: list, prefix: str, where: str) -> Records:
-    if not isinstance(rows, list) or not rows:
-        raise ValueError(f"{where}: expected a list of records")
-    records = []
-    for k, row in enumerate(rows):
-        row = {"input": "", **row} if isinstance(row, dict) else {}
-        for field in ("instruction", "input", "output"):
-            if not isinstance(row.get(field), str):
-                raise ValueError(f"{where}: record {k} has no text in the field {field}")
-        records.append({"id": f"{prefix}/{k:05d}", **{field: row[field] for field in ("instruction", "input", "output")}})
-    return records
+def _alpaca(rows: list[dict], prefix: str) -> Records:
+    """Rows in Alpaca's form as records; a missing `input` is empty."""
+    return [{"id": f"{prefix}/{k:05d}", "instruction": row["instruction"], "input": row.get("input", ""),
+             "output": row["output"]} for k, row in enumerate(rows)]
 
 
 def _reader(prefix: str, member: str = "") -> Callable[[list[Path]], dict]:
     """A reader of one Alpaca-format JSON file, or of that member of an archive."""
     def read(paths: list[Path]) -> dict:
         text = folders.text(paths[0], member) if member else paths[0].read_text(encoding="utf-8")
-        return {"records": _alpaca(json.loads(text), prefix, str(paths[0]))}
+        return {"records": _alpaca(json.loads(text), prefix)}
 
     return read
 
@@ -258,7 +238,7 @@ def _read_crow(paths: list[Path]) -> dict:
     records = []
     for (part, name, _), path in zip(_CROW_FILES, paths, strict=True):
         rows = json.loads(path.read_text(encoding="utf-8"))
-        for record, row in zip(_alpaca(rows, f"crow/{Path(name).stem}", str(path)), rows, strict=True):
+        for record, row in zip(_alpaca(rows, f"crow/{Path(name).stem}"), rows, strict=True):
             extra = {"entry_point": row["entry_point"]} if "entry_point" in row else {}
             records.append({**record, **extra, "part": part})
     return {"records": records}
