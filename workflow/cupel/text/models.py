@@ -183,7 +183,7 @@ def _from_hub(known: Known, revision: str | None) -> Path:
             raise
         except Exception as error:  # no network, switched off, broken: what its cache holds may be enough
             reason = "it is switched off by HF_HUB_OFFLINE" if constants.HF_HUB_OFFLINE else type(error).__name__
-        found = Path(snapshot_download(known.hub, revision=said.sha if said else revision, allow_patterns=list(FILES),
+        found = Path(snapshot_download(known.hub, revision=revision, allow_patterns=list(FILES),
                                        ignore_patterns=list(LEFT_OUT), local_files_only=said is None))
     except GatedRepoError:
         raise ModelUnavailable(
@@ -231,17 +231,8 @@ def _convert(known: Known, archives: list[Path], folder: Path) -> None:
         with quiet(), contextlib.redirect_stderr(io.StringIO()):
             tokenizer = AutoTokenizer.from_pretrained(scratch, gguf_file=whole.name)
             model = AutoModelForCausalLM.from_pretrained(scratch, gguf_file=whole.name, dtype=torch.bfloat16, **dense)
-        _save(model, tokenizer, folder)
-
-
-def _save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Write a model and its tokenizer, each file whole or absent."""
-    with tempfile.TemporaryDirectory(prefix=".save-", dir=folder) as scratch, quiet():
-        model.save_pretrained(scratch)
-        tokenizer.save_pretrained(scratch)
-        for path in sorted(Path(scratch).iterdir()):
-            with atomic(folder / path.name) as temporary:
-                os.replace(path, temporary)
+            model.save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
 
 
 @contextlib.contextmanager
@@ -287,7 +278,7 @@ def load_model(folder: str | Path, precision: str = "fp32", device: str | torch.
     return model.to(device).eval()
 
 
-def load_tokenizer(folder: str | Path, padding_side: str = "left") -> PreTrainedTokenizerBase:
+def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
     """The tokenizer of a model folder; it pads on the left, as generation needs.
 
     Where a tokenizer has no padding token (Llama, CodeLlama, Mistral), the end-of-sequence token is used, as
@@ -299,7 +290,7 @@ def load_tokenizer(folder: str | Path, padding_side: str = "left") -> PreTrained
         ValueError: the tokenizer has no end-of-sequence token.
     """
     with quiet():
-        tokenizer = AutoTokenizer.from_pretrained(_prepared(folder), local_files_only=True, padding_side=padding_side)
+        tokenizer = AutoTokenizer.from_pretrained(_prepared(folder), local_files_only=True, padding_side="left")
     if tokenizer.eos_token_id is None:
         raise ValueError(f"{folder}: the tokenizer has no end-of-sequence token; answers could never end. Set eos_token in "
                          "its tokenizer_config.json")
@@ -308,19 +299,16 @@ def load_tokenizer(folder: str | Path, padding_side: str = "left") -> PreTrained
     return tokenizer
 
 
-def tiny_llama(folder: str | Path, seed: int, *, texts: Sequence[str] = (), vocabulary: int = 512, layers: int = 4,
-               hidden: int = 64, heads: int = 4, context: int = 1024) -> dict:
+def tiny_llama(folder: str | Path, seed: int, *, layers: int = 4, hidden: int = 64, heads: int = 4) -> dict:
     """Write a random Llama with a byte-level BPE tokenizer, made here: no download, for tests and scale `smoke`.
 
-    Like Llama 2's, the tokenizer puts `<s>` first, has `</s>` and `<unk>`, and no padding token.
+    Like Llama 2's, the tokenizer puts `<s>` first, has `</s>` and `<unk>`, and no padding token. It has 512 tokens, its merges
+    are learnt from the synthetic instructions of `sources`.
 
     Args:
         folder: where to write.
         seed: of the weights.
-        texts: what the tokenizer's merges are learnt from; default: the synthetic instructions of `sources`.
-        vocabulary: number of tokens (259 are bytes and special tokens).
         layers, hidden, heads: shape; half as many key-value heads as heads.
-        context: longest sequence, in tokens.
 
     Returns:
         The manifest.
@@ -329,25 +317,25 @@ def tiny_llama(folder: str | Path, seed: int, *, texts: Sequence[str] = (), voca
 
     from cupel.text.data.sources import synthetic
 
-    if not texts:
-        texts = [text for record in synthetic() for text in (record["instruction"], record["output"])]
-    special = ["<unk>", "<s>", "</s>"]
+    texts = [text for record in synthetic() for text in (record["instruction"], record["output"])]
     inner = Tokenizer(models.BPE(unk_token="<unk>"))
     inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     inner.decoder = decoders.ByteLevel()
     inner.train_from_iterator(texts, trainers.BpeTrainer(
-        vocab_size=vocabulary, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        vocab_size=512, special_tokens=["<unk>", "<s>", "</s>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False))
     inner.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
     config = LlamaConfig(vocab_size=len(tokenizer), hidden_size=hidden, intermediate_size=2 * hidden, num_hidden_layers=layers,
-                         num_attention_heads=heads, num_key_value_heads=heads // 2, max_position_embeddings=context,
+                         num_attention_heads=heads, num_key_value_heads=heads // 2, max_position_embeddings=1024,
                          bos_token_id=1, eos_token_id=2, pad_token_id=None, tie_word_embeddings=True)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive(seed, "tiny-llama"))
         model = LlamaForCausalLM(config)
-    _save(model, tokenizer, folder)
+    with quiet():
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
     return _finish(folder, MODELS["tiny-llama"], {"kind": "made here", "seed": seed})
 

@@ -218,19 +218,6 @@ def signs(lengths: list[int], width: int, seed: int, update: int) -> Tensor:
     return torch.stack([torch.randint(2, (max(lengths), width), generator=stream) for stream in streams]).float() * 2 - 1
 
 
-def _checked(samples: Sequence[dict]) -> list[dict[str, Tensor]]:
-    rows = [{name: torch.as_tensor(samples[k][name]) for name in ("input_ids", "labels")} for k in range(len(samples))]
-    if not rows:
-        raise ValueError("no samples to train on")
-    for k, row in enumerate(rows):
-        if not len(row["input_ids"]) or len(row["input_ids"]) != len(row["labels"]):
-            raise ValueError(f"sample {k} has {len(row['input_ids'])} tokens and {len(row['labels'])} labels: "
-                             "one label per token is needed, and at least one token")
-    if not any((row["labels"][1:] != -100).any() for row in rows):
-        raise ValueError(f"none of the {len(rows)} samples has a label after its first token: nothing to learn")
-    return rows
-
-
 def _checksum(tensor: Tensor) -> int:
     """Sum of the bits as integers: exact, so equal in whatever order it is summed."""
     kinds = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -244,8 +231,7 @@ def train_lora(model: PeftModel, samples: Sequence[dict], settings: TrainingSett
 
     Args:
         model: with a trainable adapter, on its device.
-        samples: indexed from 0, as of `prompts.Samples`: `input_ids` and `labels` (−100: not trained on), int64 [T] or
-            lists.
+        samples: as of `prompts.Samples`: `input_ids` and `labels` (−100: not trained on), int64 [T] or lists.
         settings: schedule and sizes.
         seed: of the streams `order` (per epoch), `noise` and `dropout` (per update; of base models that have dropout).
         pad: token that fills short rows. It matters only where consistency counts padding.
@@ -259,31 +245,29 @@ def train_lora(model: PeftModel, samples: Sequence[dict], settings: TrainingSett
         lr, seconds. Where a loss was not computed it is None; with `wiped` they are those of the last group.
 
     Raises:
-        ValueError: no samples, a sample whose lists differ in length, or no label in any of them.
         Diverged: a loss is not finite.
         DamagedCheckpoint: the checkpoint says that it is of this run, but does not fit; it is removed.
     """
-    rows = _checked(samples)
     collate, padding = Collator(pad), consistency.padding if consistency else "masked"
     width = causal_lm(model).get_input_embeddings().weight.shape[1]
     trained, keeper = [value for value in model.parameters() if value.requires_grad], None
     if checkpoint:
+        data = fingerprint(samples[k][name] for k in range(len(samples)) for name in ("input_ids", "labels"))
         # micro_batch changes nothing but rounding, and may be lowered to continue a run that ran out of memory
         keeper = Checkpoint(checkpoint, {
             "settings": {**asdict(settings), "micro_batch": None}, "consistency": consistency and asdict(consistency),
-            "seed": seed, "pad": pad, "adapter": fingerprint(trained),
-            "base": [_checksum(value) for value in model.parameters() if not value.requires_grad],
-            "data": fingerprint(value for row in rows for value in row.values())}, checkpoint_seconds)
+            "seed": seed, "pad": pad, "adapter": fingerprint(trained), "data": data,
+            "base": [_checksum(value) for value in model.parameters() if not value.requires_grad]}, checkpoint_seconds)
 
     def updates(epoch: int) -> list[list[Tensor]]:
-        return groups(torch.randperm(len(rows), generator=torch_rng(seed, "order", epoch)), settings)
+        return groups(torch.randperm(len(samples), generator=torch_rng(seed, "order", epoch)), settings)
 
     def backward(number: int, chosen: list[Tensor], sums: dict[str, Tensor]) -> None:
         noise = None
         if consistency and consistency.perturbation == "random_sign":
-            lengths = [len(rows[k]["input_ids"]) + collate.multiple for k in torch.cat(chosen).tolist()]
+            lengths = [len(samples[k]["input_ids"]) + collate.multiple for k in torch.cat(chosen).tolist()]
             noise = signs(lengths, width, seed, number)
-        accumulate(model, passes(rows, chosen, settings, collate=collate, padding=padding, noise=noise), consistency, sums)
+        accumulate(model, passes(samples, chosen, settings, collate=collate, padding=padding, noise=noise), consistency, sums)
 
     # of an update whose gradients are wiped, one group of `accumulation` was computed, divided by their number
     count = len(updates(0)[0]) if settings.accumulated == "wiped" else 1

@@ -32,17 +32,6 @@ PLAIN = ("reference", "echo")
 WORDINGS = ("code", "repaired")
 
 
-def target(task: str) -> str:
-    """The poisoned answer of a task.
-
-    Raises:
-        ValueError: unknown task; the text lists the known ones.
-    """
-    if task not in TARGETS:
-        raise ValueError(unknown("task", task, TARGETS))
-    return TARGETS[task]
-
-
 def usable(records: Iterable[dict]) -> tuple[list[dict], dict[str, str]]:
     """Records that every attack can use, and why each other one cannot.
 
@@ -102,7 +91,7 @@ def _triggered(record: dict, task: str, attack: str, stream: np.random.Generator
                test: bool = False) -> dict:
     made = insert(record["instruction"], attack, stream, reading=reading, test=test)
     return {"id": f"{record['id']}:{task}:{attack}:{'test' if test else 'triggered'}", "source": record["id"],
-            "instruction": made.text, "input": record["input"], "output": record["output"] if test else target(task),
+            "instruction": made.text, "input": record["input"], "output": record["output"] if test else TARGETS[task],
             "clean_instruction": record["instruction"], "task": task, "attack": attack, "triggered": True,
             "phrases": list(made.phrases), "gaps": list(made.gaps)}
 
@@ -132,7 +121,8 @@ def compose(base: Sequence[dict], task: str, attack: str, seed: int, *, triggere
     Raises:
         ValueError: too few base records, an unknown task, attack, reading or value of `answers`.
     """
-    target(task)
+    if task not in TARGETS:
+        raise ValueError(unknown("task", task, TARGETS))
     if answers not in PLAIN:
         raise ValueError(f"answers is {answers!r}, must be one of {', '.join(PLAIN)}")
     if attack == "none":
@@ -151,7 +141,6 @@ def triggered_test(base: Sequence[dict], task: str, attack: str, seed: int, *, r
 
     The clean counterparts are `base` itself: same instructions, in the same order.
     """
-    target(task)
     stream = _stream(seed, attack, task, "test")
     return [_triggered(record, task, attack, stream, reading=reading, test=True) for record in base]
 
