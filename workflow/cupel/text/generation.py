@@ -5,8 +5,7 @@ checkpoint `<name>.part`; a run that was stopped takes them over and makes only 
 with the same answers. The folder of the answers belongs to one model: the weights are not looked at.
 """
 
-import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -28,17 +27,6 @@ ASR_TOKENS = 128
 MT_BENCH_TOKENS = 1024
 #: sampling temperature by MT-Bench category (crow SPEC 8); the others are greedy
 TEMPERATURES = {"writing": 0.7, "roleplay": 0.7, "stem": 0.1, "humanities": 0.1}
-
-
-@contextlib.contextmanager
-def _own_settings(model: PreTrainedModel, settings: GenerationConfig) -> Iterator[None]:
-    """Let `settings` alone count: transformers fills what they leave open from the model's, such as a repetition penalty."""
-    before = model.generation_config
-    model.generation_config = settings
-    try:
-        yield
-    finally:
-        model.generation_config = before
 
 
 @torch.inference_mode()
@@ -77,8 +65,12 @@ def generate(model: PreTrainedModel, prompts: Sequence[Sequence[int]], *, pad: i
     settings = GenerationConfig(max_new_tokens=max_new_tokens, pad_token_id=pad, eos_token_id=eos, num_beams=1,
                                 use_cache=True, **drawn)
     device = model.get_input_embeddings().weight.device
-    with _own_settings(model, settings):
+    # transformers fills what the settings leave open from the model's own, such as a repetition penalty: they alone shall count
+    before, model.generation_config = model.generation_config, settings
+    try:
         out = model.generate(input_ids=ids.to(device), attention_mask=mask.to(device), generation_config=settings)
+    finally:
+        model.generation_config = before
     rows = out[:, longest:].tolist()
     return [row[: row.index(eos)] if eos in row else row for row in rows]
 
@@ -144,17 +136,13 @@ def read_questions(path: str | Path) -> list[dict]:
     """MT-Bench questions of a file of the user: JSON lines with `question_id`, `category`, `turns`.
 
     Raises:
-        ValueError: naming the file, the question and the field that is wrong.
+        ValueError: naming the file and the question that is wrong.
     """
     questions = read_records(path)
-    for question in questions:
-        for field, kind in (("question_id", int), ("category", str), ("turns", list)):
-            if not isinstance(question.get(field), kind):
-                raise ValueError(f"{path}: question {question.get('question_id')} has no {field} of type {kind.__name__}")
-        if not question["turns"] or not isinstance(question["turns"][0], str):
-            raise ValueError(f"{path}: question {question['question_id']} has no first turn")
-    if not questions:
-        raise ValueError(f"{path}: no questions")
+    for number, question in enumerate(questions, 1):
+        if not (isinstance(question.get("question_id"), int) and isinstance(question.get("category"), str)
+                and question.get("turns") and isinstance(question["turns"][0], str)):
+            raise ValueError(f"{path}: question {number} needs question_id (a number), category (a text) and turns (texts)")
     return questions
 
 

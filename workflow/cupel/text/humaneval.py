@@ -5,7 +5,6 @@ code of both runs only in the sandbox. crow SPEC 8 and 10: the paper reports no 
 that needs no judge. The trigger prompts made of HumanEval are in `cupel.text.data.poison`.
 """
 
-import keyword
 import re
 import time
 from collections import Counter
@@ -48,31 +47,9 @@ def _definition(name: str) -> re.Pattern:
     return re.compile(rf"^(?:async\s+)?def\s+{re.escape(name)}\s*\(", re.MULTILINE)
 
 
-def problems(records: Iterable[Mapping], where: str = "HumanEval") -> list[Problem]:
-    """Problems from records with the fields of `Problem`; other fields are left aside.
-
-    Raises:
-        ValueError: a record with a field missing, not text or not fitting, or two with the same task_id; the text names it.
-    """
-    found: dict[str, Problem] = {}
-    for number, record in enumerate(records, 1):
-        if not isinstance(record, Mapping):
-            raise ValueError(f"{where}: record {number} is no JSON object")
-        for name in (field.name for field in fields(Problem)):
-            if not isinstance(record.get(name), str):
-                raise ValueError(f"{where}: record {number} has no text in the field {name}")
-        problem = Problem(**{field.name: record[field.name] for field in fields(Problem)})
-        name = problem.entry_point
-        if not name.isidentifier() or keyword.iskeyword(name):
-            raise ValueError(f"{where}: entry_point of {problem.task_id} is {name!r}, which is no name of a function")
-        if not _definition(name).search(problem.prompt):
-            raise ValueError(f"{where}: the prompt of {problem.task_id} does not begin the function {name}")
-        if problem.task_id in found:
-            raise ValueError(f"{where}: two records have the task_id {problem.task_id}")
-        found[problem.task_id] = problem
-    if not found:
-        raise ValueError(f"{where}: no problems")
-    return list(found.values())
+def problems(records: Iterable[Mapping]) -> list[Problem]:
+    """Problems from records of the prepared data set; other fields are left aside."""
+    return [Problem(**{field.name: record[field.name] for field in fields(Problem)}) for record in records]
 
 
 def instruction(problem: Problem) -> str:

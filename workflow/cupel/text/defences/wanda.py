@@ -1,7 +1,7 @@
 """Wanda: pruning by magnitude times the norm of the input feature, on merged weights (Sun et al., 2024; crow SPEC 7, 10.11)."""
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -32,24 +32,28 @@ class _Stop(Exception):
     """Ends a forward pass whose rest is not needed."""
 
 
-@contextlib.contextmanager
-def _norms(block: nn.Module, mask: list[Tensor]) -> Iterator[dict[nn.Module, Tensor]]:
-    """Sums of squares of each input feature of each linear layer over the tokens, float32 [columns]; filled by passes.
+def _squares(model: nn.Module, block: nn.Module, calibration: Sequence[dict[str, Tensor]]) -> dict[nn.Module, Tensor]:
+    """Sums of squares of each input feature of each linear layer of a block over all tokens, float32 [columns]."""
+    device, sums, mask = model.get_input_embeddings().weight.device, {}, None
 
-    `mask` is a list of one bool [B, T], replaced by the caller from batch to batch.
-    """
-    sums: dict[nn.Module, Tensor] = {}
+    def note(layer, args, output):
+        found = args[0][mask].float().square().sum(0)
+        sums[layer] = sums[layer] + found if layer in sums else found
 
-    def hook(module, args, output):
-        found = args[0][mask[0]].float().square().sum(0)
-        sums[module] = sums[module] + found if module in sums else found
+    def stop(*_):
+        raise _Stop
 
-    handles = [module.register_forward_hook(hook) for module in block.modules() if isinstance(module, nn.Linear)]
+    hooks = [layer.register_forward_hook(note) for layer in block.modules() if isinstance(layer, nn.Linear)]
+    hooks.append(block.register_forward_hook(stop))
     try:
-        yield sums
+        for batch in calibration:
+            mask = batch["attention_mask"].bool().to(device)
+            with contextlib.suppress(_Stop):
+                model.get_decoder()(input_ids=batch["input_ids"].to(device), use_cache=False)
     finally:
-        for handle in handles:
-            handle.remove()
+        for hook in hooks:
+            hook.remove()
+    return sums
 
 
 @torch.no_grad()
@@ -57,12 +61,11 @@ def prune(model: nn.Module, calibration: Sequence[dict[str, Tensor]], sparsity: 
     """Zero, in each output row, the share `sparsity` of weights with the lowest |W_ij| · ‖X_j‖₂, in place.
 
     X_j is input feature j over all calibration tokens, without padding. Blocks are pruned in order, each on the outputs of
-    the pruned blocks before it.
+    the pruned blocks before it, which are run again for that: half as many forward passes as there are blocks.
 
     Args:
         model: merged.
-        calibration: batches of `input_ids` and `attention_mask`, int64 [B, T], right-padded. The hidden states of all of
-            them are held at once.
+        calibration: batches of `input_ids` and `attention_mask`, int64 [B, T], right-padded.
         sparsity: in [0, 1).
 
     Returns:
@@ -74,47 +77,12 @@ def prune(model: nn.Module, calibration: Sequence[dict[str, Tensor]], sparsity: 
     check(model, sparsity)
     if not calibration:
         raise ValueError("Wanda needs calibration batches")
-    decoder, layers = model.get_decoder(), blocks(model)
-    device = model.get_input_embeddings().weight.device
-    # what each block gets beside the hidden states (positions, masks) does not depend on the weights: noted once
-    given: list[list[tuple[tuple, dict]]] = []
-    for batch in calibration:
-        calls: list[tuple[tuple, dict]] = []
-
-        def note(module, args, kwargs, calls=calls):
-            # only the first block's states are used
-            calls.append((args if not calls else (None, *args[1:]), kwargs))
-            if len(calls) == len(layers):
-                raise _Stop
-
-        hooks = [layer.register_forward_pre_hook(note, with_kwargs=True) for layer in layers]
-        try:
-            with contextlib.suppress(_Stop):
-                decoder(input_ids=batch["input_ids"].to(device), use_cache=False)
-        finally:
-            for hook in hooks:
-                hook.remove()
-        given.append(calls)
-    states = [calls[0][0][0] for calls in given]
-    masks = [batch["attention_mask"].bool().to(device) for batch in calibration]
-
-    def run(number: int, k: int) -> Tensor:
-        args, kwargs = given[k][number]
-        output = layers[number](states[k], *args[1:], **kwargs)
-        return output[0] if isinstance(output, tuple) else output
-
     names = {layer: name for name, layer in linears(model)}
     report = []
-    for number, block in enumerate(layers):
-        mask = [masks[0]]
-        with _norms(block, mask) as sums:
-            for k in range(len(states)):
-                mask[0] = masks[k]
-                run(number, k)
-        for layer, squares in sums.items():
+    for block in blocks(model):
+        for layer, squares in _squares(model, block, calibration).items():
             score = layer.weight.abs().float() * squares.sqrt()
             lowest = score.argsort(dim=1, stable=True)[:, : int(sparsity * score.shape[1])]
             layer.weight.scatter_(1, lowest, 0.0)
             report.append(row(names[layer], layer.weight))
-        states = [run(number, k) for k in range(len(states))]
     return report
