@@ -16,7 +16,7 @@ from cupel.compat import ensure_torchvision
 from cupel.rng import torch_rng
 from cupel.text import training
 from cupel.text.consistency import Consistency, weigh
-from cupel.text.models import load_model
+from cupel.text.models import PRECISIONS, load_model
 
 ensure_torchvision()
 
@@ -37,7 +37,7 @@ def network(blocks: int, precision: str) -> LlamaForCausalLM:
     """SmolLM2-135M's shape, with another number of blocks."""
     config = LlamaConfig(vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=blocks,
                          num_attention_heads=9, num_key_value_heads=3, tie_word_embeddings=True)
-    return LlamaForCausalLM(config).to(training.PRECISIONS[precision])
+    return LlamaForCausalLM(config).to(PRECISIONS[precision])
 
 
 def main() -> None:
@@ -52,9 +52,9 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    base = load_model(options.model, training.PRECISIONS[options.precision]) if options.model else \
+    base = load_model(options.model, options.precision) if options.model else \
         network(options.blocks, options.precision)
-    settings = training.Settings(precision=options.precision)
+    settings = training.TrainingSettings(precision=options.precision)
     model = training.add_lora(base.to(options.device), settings, 0)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
     ids = torch.randint(3, base.config.vocab_size, (options.rows, options.length), generator=torch_rng(0, "tokens"))

@@ -6,7 +6,7 @@ import shutil
 import pytest
 import yaml
 
-from cupel.experiment import FAMILIES, SCALES, Grid, overlaid, schema_of
+from cupel.experiment import FAMILIES, SCALES, Grid, overlaid
 from cupel.paths import STAGES, Paths
 from cupel.settings import PAPERS, ConfigError, check_schema, read_yaml, schema, typed
 

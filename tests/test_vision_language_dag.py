@@ -3,7 +3,6 @@
 import copy
 import dataclasses
 import inspect
-import json
 import re
 import shutil
 from pathlib import Path

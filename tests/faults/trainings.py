@@ -45,14 +45,14 @@ def _stepping(step: Callable) -> AbstractContextManager:
 
 
 def language(path: Path | None, epochs: int, step: Callable) -> dict[str, torch.Tensor]:
-    """Adapters of a small Llama by `language.training.train_lora`, with CROW's objective."""
+    """Adapters of a small Llama by `text.training.train_lora`, with CROW's objective."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from cupel.text.consistency import Consistency
-    from cupel.text.training import Settings, add_lora, train_lora
+    from cupel.text.training import TrainingSettings, add_lora, train_lora
 
     torch.manual_seed(0)
-    settings = Settings(precision="fp32", epochs=epochs, lr=1e-2)
+    settings = TrainingSettings(precision="fp32", epochs=epochs, lr=1e-2)
     model = add_lora(LlamaForCausalLM(LlamaConfig(
         vocab_size=97, hidden_size=32, intermediate_size=64, num_hidden_layers=4, num_attention_heads=4,
         num_key_value_heads=2, max_position_embeddings=128)), settings, seed=0)
@@ -64,7 +64,7 @@ def language(path: Path | None, epochs: int, step: Callable) -> dict[str, torch.
 
 
 def pictures(path: Path | None, epochs: int, step: Callable) -> dict[str, torch.Tensor]:
-    """Adapters and projector of a small LLaVA by `multimodal.training.fit`."""
+    """Adapters and projector of a small LLaVA by `vision_language.training.fit`."""
     from cupel.vision_language.models import tiny_llava
     from cupel.vision_language.training import TrainingSettings, fit
 
@@ -98,7 +98,7 @@ class Training:
 
 TRAININGS = {
     "image": Training("a training", image, "model", lambda state: state["epoch"], 1),
-    "language": Training("a training of a language model", language, "adapter", lambda state: len(state["history"]), 2),
+    "language": Training("a training of a language model", language, "weights", lambda state: state["step"], 2),
     "pictures": Training("a training of a vision-language model", pictures, "weights", lambda state: state["step"], 2),
 }
 

@@ -98,7 +98,7 @@ class Family:
     #: sections of the experiment file, and by which key a block names their entries
     SECTIONS: Mapping[str, str]
     #: what is looked up by name: kind -> its decorator, and where in the library it stands
-    REGISTERED: Mapping[str, tuple[str, str]] = {}  # noqa: RUF012
+    REGISTERED: Mapping[str, tuple[str, str]] = {}
     #: files of cells that reports read, by kind: of which stage (None: of all), and their name
     REPORT_FILES: Mapping[str, tuple[str | None, str]] = {}
     #: the family whose prepared data it uses; its own

@@ -221,10 +221,14 @@ class Npm:
 
 @dataclass(frozen=True)
 class Pip:
-    """The wheel or sdist of a Python package, by `pip download --no-deps`."""
+    """The wheel or sdist of a Python package, by `pip download --no-deps`.
+
+    pip wants the metadata of an sdist before it saves it; `isolated` lets it fetch a build backend that is not installed here.
+    """
 
     package: str
     binary: bool = True
+    isolated: bool = False
 
     def __str__(self) -> str:
         return f"pip package {self.package}"
@@ -232,6 +236,8 @@ class Pip:
     def get(self, name: str, folder: Path) -> Path:
         """Fetch to `folder/name.part`."""
         only = ["--only-binary", ":all:"] if self.binary else ["--no-binary", ":all:", "--no-build-isolation"]
+        if self.isolated:
+            only = ["--no-binary", self.package.partition("==")[0]]
         return _package(lambda scratch: [sys.executable, "-m", "pip", "download", "--quiet", "--retries", "1",
                                          "--no-deps", *only, "--dest", str(scratch), self.package],
                         str(self), name, folder)

@@ -17,7 +17,8 @@ rule compose_texts:
     params:
         spec=of_path(TEXT.composed),
         data=text_folders,
-        code=code("compose_texts.py"),
+        plugins=config["plugins"],
+        code=code("compose_texts.py", TEXT, "attack"),
     script:
         "../scripts/compose_texts.py"
 
@@ -81,6 +82,7 @@ rule purify_text:
         data=text_folders,
         texts=text_paths,
         device=config["device"],
-        code=code("purify_language.py"),
+        plugins=config["plugins"],
+        code=code("purify_language.py", TEXT, "defence"),
     script:
         "../scripts/purify_language.py"

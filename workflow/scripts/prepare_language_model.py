@@ -3,9 +3,9 @@
 from pathlib import Path
 
 from cupel.job import logged
-from cupel.text import stages
+from cupel.text import models
 
 with logged(snakemake.log[0]):
     model = snakemake.params.model
-    stages.prepare_model(model["name"], Path(snakemake.output.manifest).parent, revision=model.get("revision"),
+    models.prepare_model(model["name"], Path(snakemake.output.manifest).parent, revision=model.get("revision"),
                          kinds=snakemake.params.sources, cache=snakemake.params.cache, mirror=snakemake.params.mirror)

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from cupel.job import logged
-from cupel.text import sources
+from cupel.text.data import sources
 
 with logged(snakemake.log[0]):
     sources.prepare(snakemake.wildcards.text, Path(snakemake.output.manifest).parent, kinds=snakemake.params.sources,

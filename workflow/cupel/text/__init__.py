@@ -1,4 +1,12 @@
-"""Backdoored language models (CROW): data, triggers, models, training, defences, generation and scores.
+"""Backdoored language models (CROW).
+
+    data        texts: known data sets, poisoned sets, prompts and samples
+    triggers    what is inserted into instructions; plugins add their own
+    models      where models come from (`known`), loading; `layers` are the parts of a decoder
+    training    adapters of victims and defences; `consistency` is CROW's objective
+    defences    one file each; plugins add their own
+    evaluation  what a model is measured by: generation, scoring, inconsistency, humaneval
+    stages      from files to files
 
 Nothing is imported here: most modules need torch and transformers, the data side needs neither.
 """

@@ -234,12 +234,3 @@ def parts(model: nn.Module, batch: dict[str, Tensor], settings: Consistency | No
             _run(model, None, inputs_embeds=embed(batch["input_ids"]) + settings.epsilon * move)
         lm, penalty = 0.0, consistency(states)
     yield lm + settings.alpha * penalty, {**values, "loss_cons": penalty.detach()}
-
-
-def objective(model: nn.Module, batch: dict[str, Tensor], settings: Consistency | None = None,
-              noise: Tensor | None = None) -> Part:
-    """The whole objective and its values; see :func:`parts`, which needs less memory."""
-    total, values = 0.0, {}
-    for loss, found in parts(model, batch, settings, noise):
-        total, values = total + loss, {**values, **found}
-    return total, values

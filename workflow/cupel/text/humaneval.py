@@ -1,22 +1,16 @@
-"""HumanEval: problems, prompts, the code in an answer, pass@1 with its interval and pass@k (Chen et al., 2021).
+"""HumanEval: problems, prompts, the code in an answer, pass@1 with its interval (Chen et al., 2021).
 
-The 164 problems are a prepared text data set (`cupel.text.sources`); what they say is untrusted like the answers: the
+The 164 problems are a prepared text data set (`cupel.text.data.sources`); what they say is untrusted like the answers: the
 code of both runs only in the sandbox. crow SPEC 8 and 10: the paper reports no pass@1, its use here is a measure of utility
-that needs no judge. The trigger prompts made of HumanEval are in `cupel.text.poison`.
+that needs no judge. The trigger prompts made of HumanEval are in `cupel.text.data.poison`.
 """
 
-import gzip
-import json
-import keyword
 import re
 import time
-import zlib
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
-from math import comb
-from pathlib import Path
 
 from cupel.evaluation.intervals import wilson
 from cupel.sandbox import STATUSES, Limits, Outcome, check_untrusted
@@ -53,55 +47,9 @@ def _definition(name: str) -> re.Pattern:
     return re.compile(rf"^(?:async\s+)?def\s+{re.escape(name)}\s*\(", re.MULTILINE)
 
 
-def problems(records: Iterable[Mapping], where: str = "HumanEval") -> list[Problem]:
-    """Problems from records with the fields of `Problem`; other fields are left aside.
-
-    Raises:
-        ValueError: a record with a field missing, not text or not fitting, or two with the same task_id; the text names it.
-    """
-    found: dict[str, Problem] = {}
-    for number, record in enumerate(records, 1):
-        if not isinstance(record, Mapping):
-            raise ValueError(f"{where}: record {number} is no JSON object")
-        for name in (field.name for field in fields(Problem)):
-            if not isinstance(record.get(name), str):
-                raise ValueError(f"{where}: record {number} has no text in the field {name}")
-        problem = Problem(**{field.name: record[field.name] for field in fields(Problem)})
-        name = problem.entry_point
-        if not name.isidentifier() or keyword.iskeyword(name):
-            raise ValueError(f"{where}: entry_point of {problem.task_id} is {name!r}, which is no name of a function")
-        if not _definition(name).search(problem.prompt):
-            raise ValueError(f"{where}: the prompt of {problem.task_id} does not begin the function {name}")
-        if problem.task_id in found:
-            raise ValueError(f"{where}: two records have the task_id {problem.task_id}")
-        found[problem.task_id] = problem
-    if not found:
-        raise ValueError(f"{where}: no problems")
-    return list(found.values())
-
-
-def read_problems(path: str | Path, limit: int = 1 << 24) -> list[Problem]:
-    """Problems of `HumanEval.jsonl.gz`, of the same uncompressed, or of `records.jsonl` of the prepared data set.
-
-    Raises:
-        ValueError: damaged, larger than `limit` bytes when unpacked, or not of this form; the text names file and place.
-    """
-    path = Path(path)
-    with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
-        try:
-            content = file.read(limit + 1)
-        except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-            raise ValueError(f"{path}: not a whole gzip file: {error}") from None
-    if len(content) > limit:
-        raise ValueError(f"{path}: unpacks to more than {limit} bytes, which is not HumanEval")
-    records = []
-    for number, line in enumerate(content.split(b"\n"), 1):
-        if line.strip():
-            try:
-                records.append(json.loads(line))
-            except (ValueError, RecursionError) as error:
-                raise ValueError(f"{path}: line {number} is no JSON: {error}") from None
-    return problems(records, str(path))
+def problems(records: Iterable[Mapping]) -> list[Problem]:
+    """Problems from records of the prepared data set; other fields are left aside."""
+    return [Problem(**{field.name: record[field.name] for field in fields(Problem)}) for record in records]
 
 
 def instruction(problem: Problem) -> str:
@@ -189,19 +137,6 @@ def check(problem: Problem, program: str, limits: Limits | None = None) -> Outco
         SandboxError: untrusted code cannot be run here.
     """
     return check_untrusted(program, problem.entry_point, problem.test, setup=problem.prompt, limits=limits)
-
-
-def pass_at_k(n: int, correct: int, k: int) -> float:
-    """Unbiased estimate of the chance that one of k samples is correct, from n samples of which `correct` are.
-
-    1 − C(n − correct, k) / C(n, k) (Chen et al., 2021, equation 1).
-
-    Raises:
-        ValueError: not 0 ≤ correct ≤ n and 1 ≤ k ≤ n.
-    """
-    if not (0 <= correct <= n and 1 <= k <= n):
-        raise ValueError(f"pass@k needs 0 <= correct <= n and 1 <= k <= n, not n={n}, correct={correct}, k={k}")
-    return 1.0 - comb(n - correct, k) / comb(n, k)
 
 
 def pass_at_1(answers: Mapping[str, str], problems: Sequence[Problem], limits: Limits | None = None,

@@ -12,8 +12,8 @@ import torch.nn.functional as F
 
 from cupel.rng import rng
 from cupel.text.consistency import pair_indices
+from cupel.text.data.prompts import by_length
 from cupel.text.layers import captured
-from cupel.text.prompts import by_length
 
 
 @torch.inference_mode()

@@ -6,7 +6,9 @@ works by its hub id (`owner/name`). The table of names is in `known`.
 """
 
 import contextlib
+import hashlib
 import io
+import json
 import os
 import shutil
 import tempfile
@@ -16,7 +18,7 @@ from pathlib import Path
 import torch
 
 from cupel.compat import ensure_torchvision
-from cupel.files import atomic, digest, read_json, write_json
+from cupel.files import atomic, digest, write_json
 from cupel.registry import unknown
 from cupel.rng import derive
 from cupel.sources import KINDS, fetch
@@ -40,7 +42,7 @@ from transformers import (  # noqa: E402
 FILES = ("*.safetensors", "*.json", "*.model", "merges.txt", "vocab.txt", "LICENSE*")
 #: and those left out although they match: weights in another layout, and the name of our own file
 LEFT_OUT = ("consolidated*", "original/*", "onnx/*", "*adapter*", "manifest.json")
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class ModelUnavailable(RuntimeError):
@@ -110,6 +112,7 @@ def _finish(folder: Path, known: Known, origin: dict) -> dict:
         "vocabulary": config.vocab_size,
         "context": getattr(config, "max_position_embeddings", None),
     }
+    manifest["content_sha256"] = hashlib.sha256(json.dumps(manifest["files"], sort_keys=True).encode()).hexdigest()
     write_json(folder / "manifest.json", manifest)
     return manifest
 
@@ -136,64 +139,49 @@ def _link(source: Path, destination: Path) -> None:
 def _place_hub_model(known: Known, folder: Path, kinds: Sequence[str], mirror: Path | None, revision: str | None) -> dict:
     tried = []
     for kind in kinds:
+        if kind not in ("hub", "mirror"):
+            continue
         try:
-            if kind == "hub":
-                found, checked = _from_hub(known, revision)
-                origin = {"kind": "hub", "repository": known.hub, "commit": found.name, "checksums_of_the_hub": checked}
-            elif kind == "mirror":
-                found = _from_mirror(known, mirror)
-                origin = {"kind": "mirror", "repository": known.hub, "commit": None, "checksums_of_the_hub": False}
-            else:
-                continue
+            found = _from_hub(known, revision) if kind == "hub" else _from_mirror(known, mirror)
         except ModelUnavailable as error:
             tried.append(f"  {kind}: {error}")
             continue
-        names = [path for pattern in FILES for path in found.glob(pattern)
-                 if path.is_file() and not any(path.match(out) for out in LEFT_OUT)]
-        for path in names:
-            _link(path, folder / path.name)
-        return origin
+        for path in {path for pattern in FILES for path in found.glob(pattern)}:
+            if path.is_file() and not any(path.match(out) for out in LEFT_OUT):
+                _link(path, folder / path.name)
+        return {"kind": kind, "repository": known.hub, "commit": found.name if kind == "hub" else None}
     raise ModelUnavailable("\n".join([
         f"language model {known.name}: no source gave it. Tried, in the order of data.sources ({', '.join(kinds)}):",
         *(tried or ["  nothing: a hub model needs the source hub or mirror"]),
         f"To go on without network, put the files of {known.hub} (config.json, *.safetensors, tokenizer files) into a "
-        f"folder {_folder_names(known)[0]} of data.mirror."]))
-
-
-def _folder_names(known: Known) -> tuple[str, str]:
-    return known.hub.replace("/", "--"), known.hub.rpartition("/")[2]
+        f"folder {known.hub.replace('/', '--')} of data.mirror."]))
 
 
 def _from_mirror(known: Known, mirror: Path | None) -> Path:
     if mirror is None:
         raise ModelUnavailable("data.mirror is not set")
-    for name in _folder_names(known):
+    names = known.hub.replace("/", "--"), known.hub.rpartition("/")[2]
+    for name in names:
         if (mirror / name / "config.json").is_file():
             return mirror / name
-    raise ModelUnavailable(f"no folder {' or '.join(_folder_names(known))} with a config.json in {mirror}")
+    raise ModelUnavailable(f"no folder {' or '.join(names)} with a config.json in {mirror}")
 
 
-def _from_hub(known: Known, revision: str | None) -> tuple[Path, bool]:
-    """Snapshot folder of a hub model, and whether its files were compared with the checksums of the hub."""
-    import requests
-    from huggingface_hub import constants, snapshot_download
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
+def _from_hub(known: Known, revision: str | None) -> Path:
+    """Snapshot folder of a hub model in the hub's own cache; large files are compared with the sha256 that the hub states."""
+    from huggingface_hub import HfApi, constants, snapshot_download
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 
-    reason, offline = "it is switched off by HF_HUB_OFFLINE", constants.HF_HUB_OFFLINE
-    if not offline:
-        try:  # the client repeats a failed request for half a minute; without network that is known at once
-            requests.head(constants.ENDPOINT, timeout=(5, 10))
-        except requests.RequestException as error:
-            reason, offline = f"{type(error).__name__}", True
-    where = f"{known.hub}{f' at {revision}' if revision else ''}"
+    where, said = f"{known.hub}{f' at {revision}' if revision else ''}", None
     try:
+        try:
+            said = HfApi().model_info(known.hub, revision=revision, files_metadata=True, timeout=15)
+        except (GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError):
+            raise
+        except Exception as error:  # no network, switched off, broken: what its cache holds may be enough
+            reason = "it is switched off by HF_HUB_OFFLINE" if constants.HF_HUB_OFFLINE else type(error).__name__
         found = Path(snapshot_download(known.hub, revision=revision, allow_patterns=list(FILES),
-                                       ignore_patterns=list(LEFT_OUT), local_files_only=offline))
+                                       ignore_patterns=list(LEFT_OUT), local_files_only=said is None))
     except GatedRepoError:
         raise ModelUnavailable(
             f"{known.hub} is gated: accept its licence on its hub page with your account, make a read token there, and "
@@ -203,36 +191,20 @@ def _from_hub(known: Known, revision: str | None) -> tuple[Path, bool]:
     except RepositoryNotFoundError:
         raise ModelUnavailable(f"the hub knows no {known.hub}, or shows it only to an account with access: check the name, "
                                "or give a token as HF_TOKEN or by `hf auth login`") from None
-    except LocalEntryNotFoundError:
-        if not offline:
-            raise ModelUnavailable(f"the hub stopped answering while {where} was fetched; run the same command again "
-                                   "(it goes on where it stopped)") from None
-        raise ModelUnavailable(f"the hub does not answer ({reason}), and its cache {constants.HF_HUB_CACHE} does not "
-                               f"hold {where}") from None
     except Exception as error:  # the hub client raises many kinds, all of them mean "not from here"
-        raise ModelUnavailable(f"{where}: {type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}") from None
-    return found, not offline and _verified(known, found)
-
-
-def _verified(known: Known, snapshot: Path) -> bool:
-    """Compare the large files with the sha256 that the hub has of them.
-
-    Raises:
-        ModelUnavailable: a file differs; it is removed, so that the next call fetches it again.
-    """
-    from huggingface_hub import HfApi
-
-    try:
-        siblings = HfApi().model_info(known.hub, revision=snapshot.name, files_metadata=True).siblings or []
-    except Exception:  # many kinds; the files are there, only the list of checksums is not
-        return False
-    for sibling in siblings:
-        path = snapshot / sibling.rfilename
+        if said is None:
+            raise ModelUnavailable(f"the hub does not answer ({reason}), and its cache {constants.HF_HUB_CACHE} does not "
+                                   f"hold {where}") from None
+        raise ModelUnavailable(f"{where} was not fetched whole ({type(error).__name__}: "
+                               f"{(str(error).splitlines() or [''])[0][:200]}); run the same command again (it goes on where "
+                               "it stopped)") from None
+    for sibling in said.siblings or [] if said else []:
+        path = found / sibling.rfilename
         if sibling.lfs is not None and path.is_file() and digest(path) != sibling.lfs.sha256:
             path.resolve().unlink()
             raise ModelUnavailable(f"{known.hub}: {sibling.rfilename} is damaged and has been removed; run the same command "
                                    "again to fetch it anew")
-    return True
+    return found
 
 
 def _convert(known: Known, archives: list[Path], folder: Path) -> None:
@@ -256,17 +228,8 @@ def _convert(known: Known, archives: list[Path], folder: Path) -> None:
         with quiet(), contextlib.redirect_stderr(io.StringIO()):
             tokenizer = AutoTokenizer.from_pretrained(scratch, gguf_file=whole.name)
             model = AutoModelForCausalLM.from_pretrained(scratch, gguf_file=whole.name, dtype=torch.bfloat16, **dense)
-        _save(model, tokenizer, folder)
-
-
-def _save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Write a model and its tokenizer, each file whole or absent."""
-    with tempfile.TemporaryDirectory(prefix=".save-", dir=folder) as scratch, quiet():
-        model.save_pretrained(scratch)
-        tokenizer.save_pretrained(scratch)
-        for path in sorted(Path(scratch).iterdir()):
-            with atomic(folder / path.name) as temporary:
-                os.replace(path, temporary)
+            model.save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
 
 
 @contextlib.contextmanager
@@ -292,30 +255,27 @@ def _prepared(folder: str | Path) -> Path:
     return Path(folder)
 
 
-def load_model(folder: str | Path, dtype: str | torch.dtype = "float32", device: str | torch.device = "cpu",
-               ) -> PreTrainedModel:
+def load_model(folder: str | Path, precision: str = "fp32", device: str | torch.device = "cpu") -> PreTrainedModel:
     """A model in eval mode.
 
     Args:
         folder: of `prepare_model`, or any local folder in transformers' form.
-        dtype: `float32`, `bfloat16` or `float16`.
+        precision: of the weights: `fp32`, `bf16` or `fp16`.
         device: where to put it.
 
     Raises:
         FileNotFoundError: the folder holds no model.
-        ValueError: an unknown dtype.
+        ValueError: an unknown precision.
     """
-    if isinstance(dtype, str):
-        if dtype not in DTYPES:
-            raise ValueError(unknown("dtype", dtype, DTYPES))
-        dtype = DTYPES[dtype]
+    if precision not in PRECISIONS:
+        raise ValueError(unknown("precision", precision, PRECISIONS))
     with quiet():
-        model = AutoModelForCausalLM.from_pretrained(_prepared(folder), dtype=dtype, local_files_only=True,
+        model = AutoModelForCausalLM.from_pretrained(_prepared(folder), dtype=PRECISIONS[precision], local_files_only=True,
                                                      use_safetensors=True)
     return model.to(device).eval()
 
 
-def load_tokenizer(folder: str | Path, padding_side: str = "left") -> PreTrainedTokenizerBase:
+def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
     """The tokenizer of a model folder; it pads on the left, as generation needs.
 
     Where a tokenizer has no padding token (Llama, CodeLlama, Mistral), the end-of-sequence token is used, as
@@ -327,7 +287,7 @@ def load_tokenizer(folder: str | Path, padding_side: str = "left") -> PreTrained
         ValueError: the tokenizer has no end-of-sequence token.
     """
     with quiet():
-        tokenizer = AutoTokenizer.from_pretrained(_prepared(folder), local_files_only=True, padding_side=padding_side)
+        tokenizer = AutoTokenizer.from_pretrained(_prepared(folder), local_files_only=True, padding_side="left")
     if tokenizer.eos_token_id is None:
         raise ValueError(f"{folder}: the tokenizer has no end-of-sequence token; answers could never end. Set eos_token in "
                          "its tokenizer_config.json")
@@ -336,50 +296,43 @@ def load_tokenizer(folder: str | Path, padding_side: str = "left") -> PreTrained
     return tokenizer
 
 
-def tiny_llama(folder: str | Path, seed: int, *, texts: Sequence[str] = (), vocabulary: int = 512, layers: int = 4,
-               hidden: int = 64, heads: int = 4, context: int = 1024) -> dict:
+def tiny_llama(folder: str | Path, seed: int, *, layers: int = 4, hidden: int = 64, heads: int = 4) -> dict:
     """Write a random Llama with a byte-level BPE tokenizer, made here: no download, for tests and scale `smoke`.
 
-    Like Llama 2's, the tokenizer puts `<s>` first, has `</s>` and `<unk>`, and no padding token.
+    Like Llama 2's, the tokenizer puts `<s>` first, has `</s>` and `<unk>`, and no padding token. It has 512 tokens, its merges
+    are learnt from the synthetic instructions of `sources`.
 
     Args:
         folder: where to write.
         seed: of the weights.
-        texts: what the tokenizer's merges are learnt from; default: the synthetic instructions of `sources`.
-        vocabulary: number of tokens (259 are bytes and special tokens).
         layers, hidden, heads: shape; half as many key-value heads as heads.
-        context: longest sequence, in tokens.
 
     Returns:
         The manifest.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
-    from cupel.text.sources import synthetic
+    from cupel.text.data.sources import synthetic
 
-    if not texts:
-        texts = [text for record in synthetic() for text in (record["instruction"], record["output"])]
-    special = ["<unk>", "<s>", "</s>"]
+    texts = [text for record in synthetic() for text in (record["instruction"], record["output"])]
     inner = Tokenizer(models.BPE(unk_token="<unk>"))
     inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     inner.decoder = decoders.ByteLevel()
     inner.train_from_iterator(texts, trainers.BpeTrainer(
-        vocab_size=vocabulary, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        vocab_size=512, special_tokens=["<unk>", "<s>", "</s>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False))
     inner.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
     config = LlamaConfig(vocab_size=len(tokenizer), hidden_size=hidden, intermediate_size=2 * hidden, num_hidden_layers=layers,
-                         num_attention_heads=heads, num_key_value_heads=heads // 2, max_position_embeddings=context,
+                         num_attention_heads=heads, num_key_value_heads=heads // 2, max_position_embeddings=1024,
                          bos_token_id=1, eos_token_id=2, pad_token_id=None, tie_word_embeddings=True)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive(seed, "tiny-llama"))
         model = LlamaForCausalLM(config)
-    _save(model, tokenizer, folder)
+    with quiet():
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
     return _finish(folder, MODELS["tiny-llama"], {"kind": "made here", "seed": seed})
 
-
-def manifest(folder: str | Path) -> dict:
-    """The manifest of a prepared model: what identifies its weights."""
-    return read_json(_prepared(folder) / "manifest.json")

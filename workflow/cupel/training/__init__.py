@@ -1,1 +1,4 @@
-"""The one training engine: `cupel.training.engine`; what may be hung into it: `cupel.training.hook`."""
+"""Training: `engine` trains image networks, `adapters` language and vision-language models; both go on after a kill (`resume`).
+
+What may be hung into the engine from outside is in `hook`, what the precision `auto` means in `precision`.
+"""

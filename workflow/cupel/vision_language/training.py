@@ -1,11 +1,6 @@
-"""Training of vision-language models: all weights from scratch, or LoRA with a trained projector (bye SPEC 5, 6).
-
-The order of samples, the adapters' start and dropout come from streams named by seed, epoch and step, and a checkpoint
-holds everything else, so a run that was killed ends with the same bits on the CPU as one that was not.
-"""
+"""Training of vision-language models: all weights from scratch, or LoRA with a trained projector (bye SPEC 5, 6)."""
 
 import math
-import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,26 +11,27 @@ from torch import nn
 from torch.nn import functional as F
 
 from cupel.rng import derive, rng
-from cupel.training.engine import Diverged, Progress, autocast
-from cupel.training.resume import Checkpoint, restore
+from cupel.training import adapters
+from cupel.training.engine import autocast
+from cupel.training.resume import Checkpoint
 from cupel.vision_language.models import Encoder, VisionLanguageModel, fingerprint
 
-#: linear layers of the language model, all but the head (bye SPEC 5); plain names would match the vision tower too
+#: linear layers of the language model, all but the head (SPEC 5); plain names would match the vision tower too
 LORA_TARGETS = r".*language_model\..*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
 
 
 @dataclass(frozen=True)
 class TrainingSettings:
-    """How a model is trained. Defaults are those of LLaVA-1.5-7B in BYE (bye SPEC 5, 6).
+    """How a model is trained. Defaults are those of LLaVA-1.5-7B in BYE (SPEC 5, 6).
 
-    InternVL2.5-8B differs: `lr` 4e-5, `rank` 16, `alpha` 32, `weight_decay` 0.05, `projector_lr` None.
+    InternVL2.5-8B differs: `lr` 4e-5, `rank` 16, `lora_alpha` 32, `weight_decay` 0.05, `projector_lr` None.
 
     Attributes:
         epochs: passes over the records.
         batch_size: records per step.
         lr: largest learning rate, of the adapters or of all weights.
         trained: `lora` (adapters in the language model; tower frozen) or `all`.
-        rank, alpha, dropout: of LoRA; no biases are trained.
+        rank, lora_alpha, dropout: of LoRA; no biases are trained.
         projector_lr: of the fully trained projector beside LoRA; None freezes it.
         schedule: `cosine` (official script) or `linear` (the paper's words), to zero, both after the warm-up.
         warmup: share of all steps in which the learning rate rises.
@@ -52,7 +48,7 @@ class TrainingSettings:
     lr: float = 2e-4
     trained: str = "lora"
     rank: int = 32
-    alpha: int = 64
+    lora_alpha: int = 64
     dropout: float = 0.05
     projector_lr: float | None = 2e-5
     schedule: str = "cosine"
@@ -83,21 +79,6 @@ def factor(schedule: str, step: int, steps: int, warmup: float) -> float:
     return 0.5 * (1 + math.cos(math.pi * done)) if schedule == "cosine" else 1 - done
 
 
-def _restore(keeper: Checkpoint, parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> dict | None:
-    """Put the saved weights and moments in place and return the saved state; None where there is none of this run."""
-    state = keeper.load(torch.device("cpu"))
-    if state is None:
-        return None
-    with keeper.restoring():
-        weights = state["weights"]
-        if set(weights) != set(parameters):
-            raise ValueError(f"weights of another network: {sorted(set(weights) ^ set(parameters))[:3]}")
-        for name, value in parameters.items():
-            restore(value, weights[name])
-        optimizer.load_state_dict(state["optimizer"])
-        return {key: state[key] for key in ("step", "history", "sums")}
-
-
 def _trainable(model: VisionLanguageModel, settings: TrainingSettings, seed: int) -> tuple[nn.Module, list[dict]]:
     """The network to run, with adapters where asked for, and the groups of its trained parameters, kept in fp32."""
     network = model.network
@@ -105,13 +86,8 @@ def _trainable(model: VisionLanguageModel, settings: TrainingSettings, seed: int
         value.requires_grad_(settings.trained == "all")
     projector = []
     if settings.trained == "lora":
-        from peft import LoraConfig, get_peft_model
-
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(derive(seed, "adapters"))
-            network = get_peft_model(network, LoraConfig(
-                r=settings.rank, lora_alpha=settings.alpha, lora_dropout=settings.dropout, bias="none",
-                target_modules=LORA_TARGETS))
+        network = adapters.add_lora(network, derive(seed, "adapters"), r=settings.rank, lora_alpha=settings.lora_alpha,
+                                    lora_dropout=settings.dropout, bias="none", target_modules=LORA_TARGETS)
         if settings.projector_lr is not None:
             # in bf16 a step of 2e-5 would be lost in rounding
             model.network.model.multi_modal_projector.float().requires_grad_(True)
@@ -125,7 +101,7 @@ def _trainable(model: VisionLanguageModel, settings: TrainingSettings, seed: int
         for decay, matrices in ((settings.weight_decay, True), (0.0, False)):
             chosen = [value for value in values if (value.ndim > 1) == matrices]
             if chosen:
-                groups.append({"params": chosen, "lr": lr, "largest": lr, "weight_decay": decay})
+                groups.append({"params": chosen, "lr": lr, "weight_decay": decay})
     return network, groups
 
 
@@ -152,7 +128,7 @@ def answer_loss(network: nn.Module, batch: dict[str, torch.Tensor]) -> tuple[tor
 def fit(model: VisionLanguageModel, records: Sequence[dict], settings: TrainingSettings, *, seed: int,
         groups: np.ndarray | None = None, checkpoint: str | Path | None = None, checkpoint_seconds: float = 60.0,
         keep_mb: float = 8192, title: str = "train") -> list[dict]:
-    """Train `model` in place, on the device where it is. LoRA is merged into the weights at the end (bye SPEC 5).
+    """Train `model` in place, on the device where it is. LoRA is merged into the weights at the end (SPEC 5).
 
     Args:
         model: to train.
@@ -166,8 +142,8 @@ def fit(model: VisionLanguageModel, records: Sequence[dict], settings: TrainingS
         title: of the progress line.
 
     Returns:
-        One row per epoch: epoch, steps, loss (per answer token), acc and acc_poisoned (shares of answer tokens right while
-        training, each after the true ones before it), lr, seconds.
+        One row per epoch: step (updates done), epoch, loss (per answer token), acc and acc_poisoned (shares of answer tokens
+        right while training, each after the true ones before it), lr, seconds.
 
     Raises:
         Diverged: the loss is not finite.
@@ -178,7 +154,8 @@ def fit(model: VisionLanguageModel, records: Sequence[dict], settings: TrainingS
         raise ValueError(f"{title}: there are no records to train on")
     encoder = Encoder(model, records, answers=True, keep_mb=keep_mb)
     group = torch.as_tensor(np.zeros(len(records), np.int64) if groups is None else groups)
-    identity = {"run": fingerprint(model, records, asdict(settings), seed)} if checkpoint else {}
+    keeper = Checkpoint(checkpoint, {"run": fingerprint(model, records, asdict(settings), seed)}, checkpoint_seconds
+                        ) if checkpoint else None
     kept = {name: value.dtype for name, value in model.network.named_parameters()}
     grads = {name: value.requires_grad for name, value in model.network.named_parameters()}
     network, parameter_groups = _trainable(model, settings, seed)
@@ -189,59 +166,37 @@ def fit(model: VisionLanguageModel, records: Sequence[dict], settings: TrainingS
     if settings.recompute:
         model.network.gradient_checkpointing_enable({"use_reentrant": False})
     optimizer = torch.optim.AdamW(parameter_groups, betas=settings.betas, fused=True)
-    trained = [value for part in parameter_groups for value in part["params"]]
-    ids = {id(value) for value in trained}
-    names = {name: value for name, value in network.named_parameters() if id(value) in ids}
-
     size = min(settings.batch_size, len(records))
-    per_epoch = -(-len(records) // size)
-    steps = per_epoch * settings.epochs
-    micro = settings.micro_batch or size
-    keeper = Checkpoint(checkpoint, identity, checkpoint_seconds) if checkpoint else None
-    state = (_restore(keeper, names, optimizer) if keeper else None) or {"step": 0, "history": [], "sums": [0.0] * 5}
-    begin, history = state["step"], state["history"]
-    total = torch.tensor(state["sums"], dtype=torch.float64, device=model.device)
-    progress = Progress(title, settings.epochs * len(records), (begin // per_epoch) * len(records) + begin % per_epoch * size)
-    network.train()
-    order, started = None, time.perf_counter()
-    for step in range(begin, steps):
-        epoch, place = divmod(step, per_epoch)
-        if order is None or place == 0:
-            order = rng(seed, "order", epoch).permutation(len(records))
-        chosen = order[place * size : (place + 1) * size]
-        share = factor(settings.schedule, step, steps, settings.warmup)
-        for part in optimizer.param_groups:
-            part["lr"] = part["largest"] * share
-        torch.manual_seed(derive(seed, "dropout", step))
-        tokens = int(encoder.counts[chosen].sum())
+
+    def updates(epoch: int) -> list[np.ndarray]:
+        order = rng(seed, "order", epoch).permutation(len(records))
+        return [order[start : start + size] for start in range(0, len(order), size)]
+
+    def backward(number: int, chosen: np.ndarray, sums: dict[str, torch.Tensor]) -> None:
+        tokens, micro = int(encoder.counts[chosen].sum()), settings.micro_batch or size
         for first in range(0, len(chosen), micro):
             part = chosen[first : first + micro]
             with autocast(settings.precision, model.device):
                 loss, right, count = answer_loss(network, encoder.batch(part))
             (loss / tokens).backward()
             poisoned = group[torch.as_tensor(part)].to(model.device)
-            total += torch.stack([loss.detach().double(), (right * (1 - poisoned)).sum(), (count * (1 - poisoned)).sum(),
-                                  (right * poisoned).sum(), (count * poisoned).sum()])
-        if settings.clip:
-            nn.utils.clip_grad_norm_(trained, settings.clip)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        progress(len(chosen))
-        if place == per_epoch - 1:
-            sums = total.tolist()
-            row = {"epoch": epoch + 1, "steps": step + 1, "loss": sums[0] / (sums[2] + sums[4]),
-                   "acc": sums[1] / sums[2] if sums[2] else None, "acc_poisoned": sums[3] / sums[4] if sums[4] else None,
-                   "lr": settings.lr * share, "seconds": time.perf_counter() - started}
-            if not math.isfinite(row["loss"]):
-                raise Diverged(f"{title}: the loss became {row['loss']} in epoch {epoch + 1} (lr {settings.lr:g})")
-            history.append(row)
-            progress(0, f"epoch {epoch + 1}/{settings.epochs}, loss {row['loss']:.3f}")
-            total.zero_()
-            started = time.perf_counter()
-        if keeper and step + 1 < steps and keeper.due():
-            keeper.write({"weights": {name: value.detach() for name, value in names.items()}, "step": step + 1,
-                          "optimizer": optimizer.state_dict(), "history": history, "sums": total.tolist()})
-    progress.close()
+            found = {"loss": loss.detach(), "right": (right * (1 - poisoned)).sum(), "count": (count * (1 - poisoned)).sum(),
+                     "right_poisoned": (right * poisoned).sum(), "count_poisoned": (count * poisoned).sum()}
+            for name, value in found.items():
+                sums[name] = sums.get(name, 0.0) + value.double()
+
+    def row(sums: dict[str, torch.Tensor]) -> dict[str, float | None]:
+        found = {name: float(value) for name, value in sums.items()}
+        return {"loss": found["loss"] / (found["count"] + found["count_poisoned"]),
+                "acc": found["right"] / found["count"] if found["count"] else None,
+                "acc_poisoned": found["right_poisoned"] / found["count_poisoned"] if found["count_poisoned"] else None}
+
+    def rate(largest: float, number: int, total: int) -> float:
+        return largest * factor(settings.schedule, number, total, settings.warmup)
+
+    history = adapters.train(network, optimizer, adapters.Task(
+        updates=updates, backward=backward, row=row, row_each="epoch", rate=rate, epochs=settings.epochs, clip=settings.clip,
+        seed=seed, title=title), keeper)
     if settings.trained == "lora":
         model.network = network.merge_and_unload()
     if settings.recompute:
@@ -250,5 +205,4 @@ def fit(model: VisionLanguageModel, records: Sequence[dict], settings: TrainingS
     for name, value in model.network.named_parameters():
         value.data = value.data.to(kept[name])
         value.requires_grad_(grads[name])
-    model.network.eval()
     return history

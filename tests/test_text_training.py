@@ -3,10 +3,6 @@
 import copy
 import json
 import math
-import os
-import subprocess
-import sys
-import time
 
 import pytest
 import torch
@@ -19,14 +15,15 @@ ensure_torchvision()
 from peft import PeftModel  # noqa: E402
 from transformers import LlamaConfig, LlamaForCausalLM, get_cosine_schedule_with_warmup  # noqa: E402
 
-from cupel.text import cleangen, consistency, generation, layers, models, pruning, quantization, sources, training  # noqa: E402
+from cupel.text import consistency, generation, layers, training  # noqa: E402
 from cupel.text.consistency import Consistency  # noqa: E402
-from cupel.text.prompts import Collator, Samples  # noqa: E402
-from cupel.text.training import Settings  # noqa: E402
+from cupel.text.data.prompts import Collator  # noqa: E402
+from cupel.text.defences import Budget, Victim, cleangen, magnitude, nf4, purify, wanda  # noqa: E402
+from cupel.text.training import TrainingSettings  # noqa: E402
 from cupel.training.engine import Diverged  # noqa: E402
 
 VOCABULARY, PAD = 61, 0
-SETTINGS = Settings(precision="fp32", epochs=2, lr=1e-2)
+SETTINGS = TrainingSettings(precision="fp32", epochs=2, lr=1e-2)
 
 
 def llama(seed: int = 0, blocks: int = 4, width: int = 32, **options) -> LlamaForCausalLM:
@@ -117,6 +114,14 @@ def crow(model, rows, pairs, counted, padded, alpha, epsilon, distance=one_minus
     return lm + alpha * moved, lm, moved, plain, moves
 
 
+def objective(model, batch, settings=None, noise=None):
+    """The whole objective and its values."""
+    total, values = 0.0, {}
+    for loss, found in consistency.parts(model, batch, settings, noise):
+        total, values = total + loss, {**values, **found}
+    return total, values
+
+
 @pytest.mark.parametrize("pairs,expected", [("paper", [1, 2, 3]), ("code", [1, 2]), ("embeddings", [0, 1, 2, 3])])
 @pytest.mark.parametrize("padding", ["masked", "included"])
 def test_objective_is_that_of_the_paper(pairs, expected, padding):
@@ -131,7 +136,7 @@ def test_objective_is_that_of_the_paper(pairs, expected, padding):
     seen = []
     hook = layers.blocks(model)[0].register_forward_pre_hook(lambda module, args: seen.append(args[0].detach().clone()))
     batch = consistency.weigh(Collator(PAD)(rows), padding)
-    total, values = consistency.objective(model, batch, settings)
+    total, values = objective(model, batch, settings)
     hook.remove()
     total.backward()
     torch.testing.assert_close(total, loss, rtol=1e-5, atol=1e-6)
@@ -142,16 +147,6 @@ def test_objective_is_that_of_the_paper(pairs, expected, padding):
     for k, count in enumerate(counted):
         torch.testing.assert_close((seen[1] - seen[0])[k, :count], moves[k][:count], rtol=0, atol=1e-6)
     assert (moves[0][: counted[0]] != 0).all()
-
-
-def test_gradients_are_the_same_when_each_part_is_freed():
-    model = adapted()
-    batch = consistency.weigh(Collator(PAD)(samples([9, 7])))
-    consistency.objective(model, batch, Consistency())[0].backward()
-    whole = gradients(model)
-    model.zero_grad()
-    training.accumulate(model, [(batch, None)], Consistency())
-    same(gradients(model), whole, rtol=1e-5, atol=1e-7)
 
 
 def test_the_last_state_is_taken_before_the_final_norm():
@@ -194,7 +189,7 @@ def test_released_trainer_perturbs_by_exactly_zero():
     seen = []
     hook = layers.blocks(model)[0].register_forward_pre_hook(lambda module, args: seen.append(args[0].detach().clone()))
     settings = Consistency(perturbation="zero", pairs="code", padding="included")
-    loss, values = consistency.objective(model, batch, settings)
+    loss, values = objective(model, batch, settings)
     hook.remove()
     loss.backward()
     assert all(torch.equal(inputs, table(batch["input_ids"])) for inputs in seen)
@@ -213,10 +208,10 @@ def test_random_signs_move_every_coordinate_by_epsilon():
     settings = Consistency(perturbation="random_sign", epsilon=0.3)
     table = layers.causal_lm(model).get_input_embeddings()
     states = [unrolled(model, table(batch["input_ids"][k]) + 0.3 * noise[k])[0] for k in range(2)]
-    _, values = consistency.objective(model, batch, settings, noise)
+    _, values = objective(model, batch, settings, noise)
     torch.testing.assert_close(values["loss_cons"], mean_over(states, [9, 7], [1, 2, 3]).detach(), rtol=1e-5, atol=1e-6)
     with pytest.raises(ValueError, match="noise"):
-        consistency.objective(model, batch, settings)
+        objective(model, batch, settings)
 
 
 def test_kl_distance():
@@ -229,7 +224,7 @@ def test_kl_distance():
     layers.causal_lm(model).get_input_embeddings().weight.data *= 20
     loss, _, moved, _, _ = crow(model, rows, [1, 2], [16, 16], 16, 0.1, 0.1, kl)
     batch = consistency.weigh(Collator(PAD)(rows), "included")
-    total, values = consistency.objective(model, batch, Consistency(0.1, pairs="code", distance="kl", padding="included"))
+    total, values = objective(model, batch, Consistency(0.1, pairs="code", distance="kl", padding="included"))
     torch.testing.assert_close(values["loss_cons"], moved.detach(), rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(total, loss, rtol=1e-4, atol=1e-6)
 
@@ -237,10 +232,10 @@ def test_kl_distance():
 def test_embedding_only_has_the_gradient_of_fine_tuning():
     model = adapted()
     batch = consistency.weigh(Collator(PAD)(samples([9, 7])))
-    consistency.objective(model, batch)[0].backward()
+    objective(model, batch)[0].backward()
     plain = gradients(model)
     model.zero_grad()
-    loss, values = consistency.objective(model, batch, Consistency(term="embedding"))
+    loss, values = objective(model, batch, Consistency(term="embedding"))
     loss.backward()
     same(gradients(model), plain, rtol=1e-5, atol=1e-7)
     assert 0 < float(values["loss_cons"]) < 1
@@ -259,20 +254,16 @@ def test_the_sign_survives_where_the_mean_underflows():
 
 def test_pairs_and_names():
     assert consistency.pair_indices("paper", 32) == [(k, k + 1) for k in range(1, 32)]
-    assert len(consistency.pair_indices("code", 32)) == 30 and consistency.pair_indices("code", 32)[-1] == (30, 31)
-    assert len(consistency.pair_indices("code", 40)) == 38
-    assert len(consistency.pair_indices("paper", 30)) == 29 and len(consistency.pair_indices("code", 30)) == 28
+    assert consistency.pair_indices("code", 32) == [(k, k + 1) for k in range(1, 31)]
     assert consistency.pair_indices("embeddings", 3) == [(0, 1), (1, 2), (2, 3)]
     with pytest.raises(ValueError, match="more blocks"):
         consistency.pair_indices("code", 2)
     with pytest.raises(ValueError, match=r"unknown pairs 'papr'.*did you mean 'paper'"):
         Consistency(pairs="papr")
-    with pytest.raises(ValueError, match="unknown perturbation"):
-        Consistency(perturbation="none")
     with pytest.raises(ValueError, match="unknown accumulated"):
-        Settings(accumulated="lost")
+        TrainingSettings(accumulated="lost")
     with pytest.raises(ValueError, match="micro_batch is 0"):
-        Settings(micro_batch=0)
+        TrainingSettings(micro_batch=0)
 
 
 def test_weights_of_a_batch():
@@ -292,7 +283,7 @@ def test_weights_of_a_batch():
 
 def test_masked_consistency_does_not_see_the_padding():
     model, rows = adapted(), samples([9, 14])
-    found = [consistency.objective(model, consistency.weigh(Collator(pad)(rows), padding), Consistency(padding=padding))[0]
+    found = [objective(model, consistency.weigh(Collator(pad)(rows), padding), Consistency(padding=padding))[0]
              for padding in ("masked", "included") for pad in (0, 2)]
     torch.testing.assert_close(found[0], found[1], rtol=0, atol=1e-6)
     assert abs(found[2] - found[3]) > 1e-4
@@ -308,10 +299,10 @@ def naive_updates(model, rows, order, settings, steps, total):
     for step in range(steps):
         optimizer.zero_grad()
         for group in range(settings.accumulation):
-            start = (step * settings.accumulation + group) * settings.batch
+            start = (step * settings.accumulation + group) * settings.batch_size
             if settings.accumulated == "wiped":
                 model.zero_grad()
-            losses = Collator(PAD)([rows[k] for k in order[start : start + settings.batch]])
+            losses = Collator(PAD)([rows[k] for k in order[start : start + settings.batch_size]])
             (model(**losses).loss / settings.accumulation).backward()
         torch.nn.utils.clip_grad_norm_(trained(model).values(), 1.0)
         optimizer.step()
@@ -322,7 +313,7 @@ def naive_updates(model, rows, order, settings, steps, total):
 def test_updates_are_the_trainers(accumulated):
     """In particular: wiped accumulation leaves the optimiser the last of four micro-batches, divided by four."""
     rows = samples([9, 14, 30, 6, 12, 8, 17, 11] * 2)
-    settings = Settings(precision="fp32", epochs=1, lr=1e-2, accumulated=accumulated, warmup=0.1)
+    settings = TrainingSettings(precision="fp32", epochs=1, lr=1e-2, accumulated=accumulated, warmup=0.1)
     order = torch.randperm(16, generator=training.torch_rng(7, "order", 0)).tolist()
     expected, model = adapted(), adapted()
     naive_updates(expected, rows, order, settings, 2, 2)
@@ -348,9 +339,9 @@ def test_micro_batches_do_not_change_an_update(settings, accumulated):
     noise = training.signs([38] * 8, 32, 0, 0) if settings and settings.perturbation == "random_sign" else None
     padding = settings.padding if settings else "masked"
     for micro_batch in (None, 1, 3, 8):
-        options = Settings(micro_batch=micro_batch, accumulated=accumulated)
+        options = TrainingSettings(micro_batch=micro_batch, accumulated=accumulated)
         model.zero_grad()
-        passes = training.update_batches(rows, chosen, options, Collator(PAD), padding, noise)
+        passes = training.passes(rows, chosen, options, collate=Collator(PAD), padding=padding, noise=noise)
         values = training.accumulate(model, passes, settings)
         found.append((gradients(model), values))
     for gradient, values in found[1:]:
@@ -358,42 +349,28 @@ def test_micro_batches_do_not_change_an_update(settings, accumulated):
         same(values, found[0][1], rtol=1e-4, atol=1e-6)
 
 
-def test_an_update_of_crow_is_the_mean_of_its_groups():
-    model, rows = adapted(), samples([9, 14, 30, 6])
-    settings = Consistency(padding="included")
-    groups = [consistency.objective(model, consistency.weigh(Collator(PAD)(pair), "included"), settings)[0]
-              for pair in (rows[:2], rows[2:])]
-    (sum(groups) / 2).backward()
-    wanted = gradients(model)
-    model.zero_grad()
-    passes = training.update_batches(rows, [torch.tensor([0, 1]), torch.tensor([2, 3])], Settings(), Collator(PAD), "included")
-    training.accumulate(model, passes, settings)
-    same(gradients(model), wanted, rtol=1e-3, atol=2e-6)
-
-
 def test_epochs_are_made_of_whole_updates():
     order = torch.randperm(100, generator=torch.Generator().manual_seed(0))
-    updates = list(training.groups(100, Settings(), order))
+    updates = training.groups(order, TrainingSettings())
     assert len(updates) == 12 and all(len(update) == 4 for update in updates)
     assert torch.equal(torch.cat([torch.cat(update) for update in updates]), order[:96])
-    assert [len(group) for group in next(training.groups(5, Settings(), torch.arange(5)))] == [2, 2, 1]
-    assert len(list(training.groups(1000, Settings(), torch.arange(1000)))) * 5 == 625
+    assert [len(group) for group in training.groups(torch.arange(5), TrainingSettings())[0]] == [2, 2, 1]
+    assert len(training.groups(torch.arange(1000), TrainingSettings())) * 5 == 625
 
 
 @pytest.mark.parametrize("total,warmup", [(60, 0.1), (625, 0.1), (7, 0.0), (1, 0.1)])
 def test_rate_is_the_cosine_with_warm_up(total, warmup):
-    settings = Settings(lr=2e-4, warmup=warmup)
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=2e-4)
     schedule = get_cosine_schedule_with_warmup(optimizer, math.ceil(warmup * total), total)
     for update in range(total):
-        assert training.rate(update, total, settings) == pytest.approx(schedule.get_last_lr()[0], abs=1e-12)
+        assert training.rate(2e-4, update, total, warmup) == pytest.approx(schedule.get_last_lr()[0], abs=1e-12)
         optimizer.step()
         schedule.step()
 
 
 def run(path=None, model=None, **options):
     model = model or adapted()
-    settings = Settings(precision="fp32", epochs=2, lr=1e-2, micro_batch=5)
+    settings = TrainingSettings(precision="fp32", epochs=2, lr=1e-2, micro_batch=5)
     arguments = {"seed": 1, "pad": PAD, "consistency": Consistency(perturbation="random_sign"), "checkpoint": path,
                  "checkpoint_seconds": 0.0, **options}
     history = training.train_lora(model, samples(range(8, 24)), settings, **arguments)
@@ -443,46 +420,14 @@ def test_checkpoints_that_do_not_fit_are_not_used(monkeypatch, tmp_path, capsys)
     assert "cannot be read" in capsys.readouterr().err
 
 
-CHILD = """
-import sys, torch
-sys.path.insert(0, {tests!r})
-torch.set_num_threads(1)
-import test_language_training as here
-here.run(sys.argv[1])
-"""
-
-
-@pytest.mark.slow
-def test_a_killed_process_is_continued(tmp_path):
-    path = tmp_path / "checkpoint.pt"
-    child = subprocess.Popen([sys.executable, "-c", CHILD.format(tests=os.path.dirname(__file__)), str(path)],
-                             stderr=subprocess.DEVNULL)
-    begun = time.monotonic()
-    while not path.exists() and child.poll() is None and time.monotonic() - begun < 120:
-        time.sleep(0.002)
-    child.kill()
-    child.wait()
-    assert path.exists()
-    resumed, history = run(path)
-    whole, expected = run()
-    assert history == expected and all(torch.equal(whole[name], resumed[name]) for name in whole)
-
-
-def test_samples_that_cannot_be_trained_on():
+def test_a_loss_that_is_no_number_ends_the_training():
     model = adapted()
-    with pytest.raises(ValueError, match="no samples"):
-        training.train_lora(model, [], SETTINGS, seed=0, pad=PAD)
-    with pytest.raises(ValueError, match="sample 1 has 4 tokens and 3 labels"):
-        rows = [*samples([4]), {"input_ids": [3, 4, 5, 6], "labels": [3, 4, 5]}]
-        training.train_lora(model, rows, SETTINGS, seed=0, pad=PAD)
-    with pytest.raises(ValueError, match="nothing to learn"):
-        training.train_lora(model, [{"input_ids": [3, 4], "labels": [3, -100]}], SETTINGS, seed=0, pad=PAD)
     # one answer of nothing among others is no harm
     rows = [*samples([9]), {"input_ids": [3, 4], "labels": [-100, -100]}]
     history = training.train_lora(model, rows, SETTINGS, seed=0, pad=PAD, consistency=Consistency())
     assert len(history) == 2 and all(math.isfinite(row["loss_lm"]) for row in history)
+    layers.causal_lm(model).model.norm.weight.data *= float("nan")
     with pytest.raises(Diverged, match="loss_lm became nan in update 1"):
-        layers.causal_lm(model).model.norm.weight.data *= float("nan")
         training.train_lora(model, rows, SETTINGS, seed=0, pad=PAD)
 
 
@@ -490,72 +435,72 @@ def test_adapters_of_smollm2():
     config = LlamaConfig(vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30,
                          num_attention_heads=9, num_key_value_heads=3, tie_word_embeddings=True)
     with torch.device("meta"):
-        model = training.add_lora(LlamaForCausalLM(config), Settings(), 0)
+        model = training.add_lora(LlamaForCausalLM(config), TrainingSettings(), 0)
     assert sum(weight.numel() for weight in trained(model).values()) == 2_442_240
     assert not any("lm_head" in name or "embed" in name for name in trained(model))
 
 
-def base_folder(tmp_path):
-    folder = tmp_path / "base"
-    llama().save_pretrained(folder)
-    return folder
+class Rows(list):
+    """Samples, with what a defence asks of `Samples`."""
+
+    @property
+    def lengths(self):
+        return [len(row["input_ids"]) for row in self]
 
 
 def test_victim_and_defences_through_folders(tmp_path):
-    base, rows = base_folder(tmp_path), samples(range(8, 24))
-    first = training.train_victim(base, rows, SETTINGS, tmp_path / "victim", seed=0, pad=PAD,
-                                  checkpoint=tmp_path / "checkpoint.pt")
+    base, rows = tmp_path / "base", Rows(samples(range(8, 24)))
+    llama().save_pretrained(base)
+
+    def budget(name):
+        return Budget(rows, PAD, 0, tmp_path / name)
+
+    first = training.train_adapter(base, budget("victim"), SETTINGS, title="victim")
     assert first[-1]["loss_lm"] < first[0]["loss_lm"] and first[0]["loss_cons"] is None
-    assert not (tmp_path / "checkpoint.pt").exists()
-    training.train_victim(base, rows, SETTINGS, tmp_path / "again", seed=0, pad=PAD)
-    for name in ("adapter_model.safetensors", "adapter_config.json"):
-        assert (tmp_path / "victim" / name).read_bytes() == (tmp_path / "again" / name).read_bytes()
-    recorded = json.loads((tmp_path / "victim" / "adapter_config.json").read_text())
-    assert recorded["r"] == 8 and recorded["lora_alpha"] == 16 and recorded["lora_dropout"] == 0
+    assert not (tmp_path / "victim" / "checkpoint.pt").exists()
+    training.train_adapter(base, budget("again"), SETTINGS, title="victim")
+    victim, weights = tmp_path / "victim" / "model", training.WEIGHTS
+    for name in (weights, training.CONFIG):
+        assert (victim / name).read_bytes() == (tmp_path / "again" / "model" / name).read_bytes()
+    recorded = json.loads((victim / training.CONFIG).read_text())
+    assert (recorded["r"], recorded["lora_alpha"], recorded["lora_dropout"]) == (8, 16, 0)
     assert recorded["target_modules"] == ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"]
     assert str(tmp_path) not in json.dumps(recorded)
     # a defence begins where the victim ended: at rate 0 nothing moves
-    still = Settings(precision="fp32", epochs=1, lr=0.0)
-    training.finetune(base, tmp_path / "victim", rows, still, tmp_path / "still", seed=0, pad=PAD)
-    assert (tmp_path / "still" / "adapter_model.safetensors").read_bytes() == \
-        (tmp_path / "victim" / "adapter_model.safetensors").read_bytes()
-    history = training.purify_crow(base, tmp_path / "victim", rows, Settings(precision="bf16", epochs=4, lr=1e-3),
-                                   Consistency(), tmp_path / "crow", seed=0, pad=PAD)
-    assert history[-1]["loss_cons"] < history[0]["loss_cons"]
-    assert all(row["loss_cons_clean"] is not None for row in history)
-    model = training.load_adapter(llama(), tmp_path / "crow", trainable=False)
+    given = Victim(base, victim)
+    purify("finetune", given, budget("still"), training={"precision": "fp32", "epochs": 1, "lr": 0.0})
+    assert (tmp_path / "still" / "model" / weights).read_bytes() == (victim / weights).read_bytes()
+    found = purify("crow", given, budget("crow"), training={"precision": "bf16", "epochs": 4, "lr": 1e-3})
+    assert found.history[-1]["loss_cons"] < found.history[0]["loss_cons"]
+    assert found.facts()["alpha"] == 5.5 and found.facts()["epochs"] == 4
+    # what is done already is not trained again
+    assert purify("crow", given, budget("crow"), training={"epochs": 9}).history == found.history
+    model = training.load_adapter(llama(), tmp_path / "crow" / "model", trainable=False)
     assert not trained(model) and all(p.dtype == torch.float32 for n, p in model.named_parameters() if "lora" in n)
-    (tmp_path / "crow" / "adapter_config.json").unlink()
+    (tmp_path / "crow" / "model" / training.CONFIG).unlink()
     with pytest.raises(FileNotFoundError, match=r"no adapter: adapter_config\.json missing"):
-        training.load_adapter(llama(), tmp_path / "crow")
-
-
-def test_from_records_to_an_adapter(tmp_path):
-    models.tiny_llama(tmp_path / "base", 0)
-    tokenizer = models.load_tokenizer(tmp_path / "base")
-    encoded = Samples(sources.synthetic()[:8], tokenizer, cutoff=200)
-    settings = Settings(precision="bf16", epochs=1, lr=1e-2, warmup=0.0)
-    [row] = training.train_victim(tmp_path / "base", encoded, settings, tmp_path / "out", seed=0, pad=tokenizer.pad_token_id)
-    model = training.load_adapter(models.load_model(tmp_path / "base"), tmp_path / "out", trainable=False)
-    batch = consistency.weigh(Collator(tokenizer.pad_token_id)([encoded[k] for k in range(8)]))
-    assert float(consistency.objective(model, batch)[0].detach()) < row["loss_lm"]
+        training.load_adapter(llama(), tmp_path / "crow" / "model")
+    with pytest.raises(ValueError, match="defence finetune reads no settings consistency; it reads training"):
+        purify("finetune", given, budget("none"), consistency={})
+    with pytest.raises(ValueError, match=r"unknown defence of language models 'crwo'.*did you mean 'crow'"):
+        purify("crwo", given, budget("none"))
 
 
 def test_bf16_keeps_adapters_and_optimiser_in_fp32():
-    model = training.add_lora(llama().bfloat16(), Settings(), 0)
+    model = training.add_lora(llama().bfloat16(), TrainingSettings(), 0)
     batch = consistency.weigh(Collator(PAD)(samples([9, 14])))
-    loss, values = consistency.objective(model, batch, Consistency())
+    loss, values = objective(model, batch, Consistency())
     loss.backward()
     assert all(weight.dtype == torch.float32 and weight.grad.dtype == torch.float32 for weight in trained(model).values())
-    exact = training.add_lora(llama(), Settings(), 0)
-    for name, value in consistency.objective(exact, batch, Consistency())[1].items():
+    exact = training.add_lora(llama(), TrainingSettings(), 0)
+    for name, value in objective(exact, batch, Consistency())[1].items():
         torch.testing.assert_close(values[name], value, rtol=3e-2, atol=0)
 
 
 def test_new_adapters_leave_the_generator_alone():
     torch.manual_seed(3)
     before = torch.get_rng_state()
-    first, second = (training.add_lora(llama(), Settings(), 5) for _ in range(2))
+    first, second = (training.add_lora(llama(), TrainingSettings(), 5) for _ in range(2))
     assert torch.equal(torch.get_rng_state(), before)
     same(trained(first), trained(second), rtol=0, atol=0)
 
@@ -563,19 +508,10 @@ def test_new_adapters_leave_the_generator_alone():
 # --- pruning --------------------------------------------------------------------------------------------------------
 
 
-def test_merged_model_computes_the_same():
-    model, ids = adapted(), samples([9])[0]["input_ids"][None]
-    with torch.no_grad():
-        before = model(input_ids=ids).logits
-        merged = pruning.merge(model)
-        torch.testing.assert_close(merged(input_ids=ids).logits, before, rtol=1e-4, atol=1e-4)
-    assert pruning.merge(merged) is merged and len(list(layers.linears(merged))) == 28
-
-
 def test_magnitude_pruning():
     model = llama()
     before = copy.deepcopy(model).state_dict()
-    report = pruning.prune_magnitude(model, 0.35)
+    report = magnitude.prune(model, 0.35)
     assert len(report) == 28 and report[0]["layer"] == "model.layers.0.self_attn.q_proj"
     for row in report:
         name = row["layer"] + ".weight"
@@ -586,18 +522,18 @@ def test_magnitude_pruning():
         assert row["sparsity"] == pytest.approx(len(gone) / len(flat)) and row["rows"] == before[name].shape[0]
     untouched = [name for name in before if "layers" not in name or "norm" in name]
     assert all(torch.equal(before[name], model.state_dict()[name]) for name in untouched) and len(untouched) >= 10
-    assert pruning.prune_magnitude(llama(), 0.0)[0]["sparsity"] == 0
+    assert magnitude.prune(llama(), 0.0)[0]["sparsity"] == 0
     with pytest.raises(ValueError, match=r"sparsity is 1\.0"):
-        pruning.prune_magnitude(model, 1.0)
+        magnitude.prune(model, 1.0)
     with pytest.raises(ValueError, match="merge it first"):
-        pruning.prune_magnitude(adapted(), 0.5)
+        magnitude.prune(adapted(), 0.5)
 
 
 def test_wanda_against_loops():
     rows = samples([9, 14, 6, 11])
     calibration = [Collator(PAD)(rows[:2]), Collator(PAD)(rows[2:])]
     model, expected = llama(), llama()
-    report = pruning.prune_wanda(model, 0.5, calibration)
+    report = wanda.prune(model, calibration, 0.5)
     inputs: dict[str, list[torch.Tensor]] = {}
     for number, block in enumerate(expected.model.layers):
         # inputs of this block's layers, sequence by sequence and without padding, with the blocks before it pruned
@@ -624,7 +560,7 @@ def test_wanda_against_loops():
     assert len(report) == 28 and all(row["sparsity"] == 0.5 for row in report)
     assert {row["layer"] for row in report} == {name for name, _ in layers.linears(model)}
     with pytest.raises(ValueError, match="calibration"):
-        pruning.prune_wanda(model, 0.5, [])
+        wanda.prune(model, [], 0.5)
 
 
 # --- quantisation ---------------------------------------------------------------------------------------------------
@@ -636,8 +572,8 @@ PUBLISHED = [-1.0, -0.6961928009986877, -0.5250730514526367, -0.3949174880981445
 
 
 def test_nf4_levels():
-    torch.testing.assert_close(quantization.nf4_levels(), torch.tensor(PUBLISHED), rtol=0, atol=2e-6)
-    levels = quantization.dynamic_levels()
+    torch.testing.assert_close(nf4.nf4_levels(), torch.tensor(PUBLISHED), rtol=0, atol=2e-6)
+    levels = nf4.dynamic_levels()
     assert len(levels) == 256 == len(levels.unique()) and levels.max() == 1 and 0 in levels and levels.min() > -1
 
 
@@ -650,58 +586,45 @@ def test_nf4_against_loops():
         block = flat[start : start + 64]
         scale = max(map(abs, block))
         wanted += [min(PUBLISHED, key=lambda level: abs(level * scale - v)) * scale if scale else 0.0 for v in block]
-    found = quantization.nf4(weight, double=False)
+    found = nf4.rounded(weight, double=False)
     torch.testing.assert_close(found, torch.tensor(wanted).view(6, 50), rtol=1e-5, atol=1e-6)
-    assert torch.equal(quantization.nf4(found, double=False), found)
-    twice = quantization.nf4(weight)
+    assert torch.equal(nf4.rounded(found, double=False), found)
+    twice = nf4.rounded(weight)
     assert 0 < (twice - found).abs().max() < 0.05 * weight.abs().max()
-    half = quantization.nf4(weight.bfloat16())
+    half = nf4.rounded(weight.bfloat16())
     assert half.dtype == torch.bfloat16 and half.shape == weight.shape
 
 
 @pytest.mark.parametrize("double", [False, True])
 def test_nf4_against_bitsandbytes(double):
     bnb = pytest.importorskip("bitsandbytes")
-    torch.testing.assert_close(quantization.nf4_levels(), bnb.functional.get_4bit_type("nf4", device="cpu"), rtol=0, atol=2e-6)
-    torch.testing.assert_close(quantization.dynamic_levels(), bnb.functional.create_dynamic_map(), rtol=0, atol=1e-6)
+    torch.testing.assert_close(nf4.dynamic_levels(), bnb.functional.create_dynamic_map(), rtol=0, atol=1e-6)
     weight = torch.randn(192, 128, generator=torch.Generator().manual_seed(0))
     packed, state = bnb.functional.quantize_4bit(weight, quant_type="nf4", blocksize=64, compress_statistics=double)
-    theirs = bnb.functional.dequantize_4bit(packed, state)
-    ours = quantization.nf4(weight, double)
-    gap = (ours - theirs).abs()
+    gap = (nf4.rounded(weight, double) - bnb.functional.dequantize_4bit(packed, state)).abs()
     # bitsandbytes rounds a scale that lies nearly half-way between two levels to either of them
     assert (gap > 1e-5).double().mean() < (0.005 if double else 1e-9) and gap.max() < 0.01 * weight.abs().max()
+    model, simulated = adapted(width=64), adapted(width=64)
+    theirs, ours = nf4.quantise(model, "nf4_bitsandbytes", double), nf4.quantise(simulated, "nf4_simulated", double)
+    assert [row["error"] for row in theirs] == pytest.approx([row["error"] for row in ours], rel=0.01)
+    ids = samples([9])[0]["input_ids"][None]
+    with torch.no_grad():
+        assert F.cosine_similarity(model(input_ids=ids).logits, simulated(input_ids=ids).logits, dim=-1).min() > 0.99
 
 
 def test_quantising_a_model():
     model, start = adapted(), adapted()
-    report = quantization.quantize(model)
+    report = nf4.quantise(model)
     assert len(report) == 28 and all(0.01 < row["error"] < 0.2 for row in report)
     same(trained(model), trained(start), rtol=0, atol=0)
     base = dict(layers.causal_lm(start).named_parameters())
     for name, weight in layers.causal_lm(model).named_parameters():
         if name.endswith("base_layer.weight"):
-            assert torch.equal(weight, quantization.nf4(base[name]))
+            assert torch.equal(weight, nf4.rounded(base[name]))
         else:
             assert torch.equal(weight, base[name])
     with pytest.raises(ValueError, match="unknown backend 'int4'"):
-        quantization.quantize(model, "int4")
-
-
-def test_bitsandbytes_is_asked_for():
-    try:
-        import bitsandbytes  # noqa: F401
-    except ImportError:
-        with pytest.raises(ImportError, match="extra `gpu`"):
-            quantization.quantize(adapted(), "nf4_bitsandbytes")
-        return
-    model, simulated = adapted(width=64), adapted(width=64)
-    theirs, ours = quantization.quantize(model, "nf4_bitsandbytes"), quantization.quantize(simulated)
-    assert [row["layer"] for row in theirs] == [row["layer"] for row in ours]
-    assert [row["error"] for row in theirs] == pytest.approx([row["error"] for row in ours], rel=0.01)
-    ids = samples([9])[0]["input_ids"][None]
-    with torch.no_grad():
-        assert F.cosine_similarity(model(input_ids=ids).logits, simulated(input_ids=ids).logits, dim=-1).min() > 0.99
+        nf4.quantise(model, "int4")
 
 
 # --- CleanGen -------------------------------------------------------------------------------------------------------
@@ -771,5 +694,3 @@ def test_cleangen_refuses():
         cleangen.generate(model, other, prompts(5, 3), **options)
     with pytest.raises(ValueError, match="no tokens"):
         cleangen.generate(model, model, [[3, 4], []], **options)
-    with pytest.raises(ValueError, match="at least 1"):
-        cleangen.generate(model, model, prompts(5), **{**options, "max_new_tokens": 0})

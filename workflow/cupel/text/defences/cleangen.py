@@ -11,7 +11,52 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from cupel.text.defences.base import Purified, Victim, defence
 from cupel.text.layers import causal_lm
+from cupel.text.training import Budget, deployed
+
+
+@defence("cleangen")
+def cleangen(victim: Victim, budget: Budget, *, decoding: dict | None = None) -> Purified:
+    """CleanGen against `victim.reference`; uses no samples.
+
+    Args:
+        decoding: `threshold` and `draft`, see `generate`; `reference` says in the experiment which model that is.
+    """
+    rule = {key: value for key, value in (decoding or {}).items() if key != "reference"}
+    model = Checked(victim.model(), deployed(victim.base, victim.reference, victim.precision, victim.device), **rule)
+    return Purified(model, facts=lambda: {"replaced_share": model.replaced / max(model.tokens, 1)}, same_weights=True)
+
+
+class Checked:
+    """A model that answers under CleanGen, with as much of the interface of a transformers model as `generation` uses.
+
+    Args:
+        model, reference: dense, of one vocabulary, on one device.
+        threshold, draft: see `generate`.
+
+    Attributes:
+        tokens, replaced: made so far, and how many of them the reference put.
+    """
+
+    def __init__(self, model: nn.Module, reference: nn.Module, threshold: float = 20.0, draft: int = 4):
+        self.model, self.reference, self.threshold, self.draft = model, reference, threshold, draft
+        self.config, self.generation_config = model.config, model.generation_config
+        self.tokens = self.replaced = 0
+
+    def get_input_embeddings(self) -> nn.Module:
+        """Those of the target model."""
+        return self.model.get_input_embeddings()
+
+    def generate(self, input_ids: Tensor, attention_mask: Tensor, generation_config) -> Tensor:
+        """Prompts and what was added to them, int64 [B, T + new]; greedy."""
+        prompts = [ids[keep].tolist() for ids, keep in zip(input_ids, attention_mask.bool(), strict=True)]
+        made = generate(self.model, self.reference, prompts, threshold=self.threshold, draft=self.draft,
+                        max_new_tokens=generation_config.max_new_tokens, eos=generation_config.eos_token_id,
+                        pad=generation_config.pad_token_id)
+        self.tokens += int(made.length.sum())
+        self.replaced += int(made.replaced.sum())
+        return torch.cat([input_ids, made.tokens], 1)
 
 
 @dataclass(frozen=True)

@@ -11,12 +11,32 @@ import torch
 from torch import Tensor, nn
 
 from cupel.registry import unknown
+from cupel.text.defences.base import Purified, Victim, defence
 from cupel.text.layers import linears
+from cupel.text.training import Budget, deployed, load_adapter, merge
 
 BACKENDS = ("nf4_simulated", "nf4_bitsandbytes")
 BLOCK, NESTED_BLOCK = 64, 256
 # mean of the largest quantile levels of 15 and 16 equal shares, so that neither side of the code book gets an infinite end
 OFFSET = 0.5 * (2 - 1 / 30 - 1 / 32)
+
+
+@defence("nf4")
+def nf4(victim: Victim, budget: Budget, *, quantisation: dict | None = None) -> Purified:
+    """NF4; uses no samples.
+
+    Args:
+        quantisation: `backend` and `double`, see `quantise`; `merged`: quantise the adapter too (False: the base model
+            alone, with the adapter on top, as the code does).
+    """
+    setting = {"backend": BACKENDS[0], "double": True, "merged": False} | (quantisation or {})
+    model = victim.model() if setting["merged"] else deployed(victim.base, None, victim.precision, victim.device)
+    report = quantise(model, setting["backend"], setting["double"])
+    if not setting["merged"]:
+        model = load_adapter(model, victim.adapter, trainable=False)
+        if setting["backend"] == "nf4_simulated":  # rounded weights are plain ones: the adapter can be added to them
+            model = merge(model)
+    return Purified(model.eval(), report)
 
 
 @cache
@@ -64,7 +84,7 @@ def _nearest(rows: Tensor, scale: Tensor, levels: Tensor) -> Tensor:
     return levels.to(rows.device)[index]
 
 
-def nf4(weight: Tensor, double: bool = True) -> Tensor:
+def rounded(weight: Tensor, double: bool = True) -> Tensor:
     """Quantise and dequantise.
 
     Args:
@@ -84,11 +104,11 @@ def nf4(weight: Tensor, double: bool = True) -> Tensor:
 
 
 @torch.no_grad()
-def quantize(model: nn.Module, backend: str = "nf4_simulated", double: bool = True) -> list[dict]:
+def quantise(model: nn.Module, backend: str = "nf4_simulated", double: bool = True) -> list[dict]:
     """Quantise every linear layer inside the decoder blocks, in place.
 
     An adapter on top stays as it is: that is the code's way, base only. For the other reading merge it first
-    (:func:`cupel.text.pruning.merge`).
+    (:func:`cupel.text.training.merge`).
 
     Args:
         model: plain or with an adapter. `nf4_bitsandbytes` quantises where the model is, meant for a GPU: the CPU kernels
@@ -108,7 +128,7 @@ def quantize(model: nn.Module, backend: str = "nf4_simulated", double: bool = Tr
     report = []
     for name, layer in list(linears(model)):
         before = layer.weight.float()
-        after = nf4(layer.weight, double) if backend == "nf4_simulated" else _replace(model, name, layer, double)
+        after = rounded(layer.weight, double) if backend == "nf4_simulated" else _replace(model, name, layer, double)
         report.append({"layer": name, "error": float((after.float() - before).norm() / before.norm())})
         if backend == "nf4_simulated":
             layer.weight.copy_(after)

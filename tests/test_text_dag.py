@@ -16,9 +16,10 @@ import yaml
 
 from cupel.files import read_json, write_json
 from cupel.grid import PAPERS, SCHEMAS, ConfigError, Grid, check_schema, read_yaml
+from cupel.registry import load_plugins
 from cupel.reporting import paper, tables
-from cupel.text import sources, stages
-from cupel.text.grid import SECTIONS, TASKS, LanguageGrid
+from cupel.text import stages
+from cupel.text.data import sources
 from tests.conftest import REPOSITORY
 
 FILE = PAPERS / "crow" / "experiment.yaml"
@@ -49,7 +50,7 @@ def test_every_scale_plans(experiment, scale):
     for cell in purified:
         assert tuple(cell[key] for key in ("dataset", "model", "recipe", "attack", "rate", "seed")) in names
         spec = grid.defence_spec(cell)
-        assert set(spec["settings"]) <= set(SECTIONS[spec["function"]])
+        assert set(spec["settings"]) <= grid.signatures["defence"][spec["function"]][1]
         if reference := grid.reference(cell):
             assert reference["attack"] != cell["attack"] and reference in victims
 
@@ -96,11 +97,11 @@ def test_overlays_and_switches(experiment):
 
 def test_schema_and_code_have_the_same_settings():
     from cupel.text.consistency import DISTANCES, PADDINGS, PAIRS, PERTURBATIONS, TERMS, Consistency
-    from cupel.text.training import ACCUMULATED, PRECISIONS, Settings
+    from cupel.text.training import ACCUMULATED, PRECISIONS, TrainingSettings
 
     schema = read_yaml(SCHEMAS / "experiment_language.schema.yaml")["$defs"]
     term = schema["defence"]["properties"]["consistency"]["properties"]
-    assert set(schema["training"]["properties"]) == {field.name for field in dataclasses.fields(Settings)}
+    assert set(schema["training"]["properties"]) == {field.name for field in dataclasses.fields(TrainingSettings)}
     assert set(term) == {field.name for field in dataclasses.fields(Consistency)}
     for name, values in (("perturbation", PERTURBATIONS), ("pairs", PAIRS), ("distance", DISTANCES), ("padding", PADDINGS),
                          ("term", TERMS)):
@@ -164,7 +165,8 @@ WRONG = [
     (("defences", "crow", "settings", "consistency", "perturbation"), "fgsm",
      ["'fgsm' is not allowed", "real, zero, random_sign"]),
     (("defences", "crow", "settings", "training", "lr"), -1, ["defences.crow.settings.training.lr", "above 0"]),
-    (("defences", "crow", "function"), "corw", ["defences.crow.function: 'corw' is not allowed", "finetune, crow"]),
+    (("defences", "crow", "function"), "corw",
+     ["defences.crow.function: unknown defence of language models 'corw'", "did you mean 'crow'"]),
     (("defences", "crow", "datasets"), {"sst2": {}}, ["defences.crow.datasets", "unknown dataset 'sst2'"]),
     (("recipes", "crow", "scales", "demo", "data", "set"), "alpacca",
      ["recipes.crow.scales.demo.data.set", "unknown set of instructions 'alpacca'", "alpaca"]),
@@ -271,12 +273,16 @@ def composed(spec, data, folder):
     return {**data, **paths}
 
 
+def train(spec, base, where, folder):
+    stages.train_victim(spec, stages.Files(base, where, outputs_in(folder)), "cpu")
+    return read_json(folder / "metrics.json")
+
+
 def test_impossible_request_becomes_a_failed_cell(experiment, data, base, tmp_path):
     spec = spec_of(experiment, data={"items": 2000})
     where = composed(spec, data, tmp_path / "texts")
     assert "are asked for" in read_json(where["summary"])["failed"]
-    stages.train_victim(spec, base, where, outputs_in(tmp_path / "victim"), "cpu")
-    record = read_json(tmp_path / "victim" / "metrics.json")
+    record = train(spec, base, where, tmp_path / "victim")
     assert record["status"] == "failed" and "but only" in record["reason"]
     assert not (tmp_path / "victim" / "work").exists()
 
@@ -302,7 +308,7 @@ def victim(experiment, data, base, tmp_path_factory):
         spec = spec_of(experiment, attack, training={"epochs": 2}, evaluation={
             "choices": {"set": "arc_easy", "count": 4}, "humaneval": 1 if attack == "badnets" else 0, "humaneval_tokens": 4})
         where = composed(spec, data, folder / "texts")
-        stages.train_victim(spec, base, where, outputs_in(folder), "cpu")
+        train(spec, base, where, folder)
         found[attack] = (spec, where, folder)
     return found
 
@@ -336,6 +342,7 @@ def test_victim_is_measured(victim, base):
 
 
 def test_merged_weights_answer_as_the_adapter_does(victim, base):
+    from cupel.text.defences import Victim
     from cupel.text.models import load_model
     from cupel.text.training import load_adapter
 
@@ -343,22 +350,20 @@ def test_merged_weights_answer_as_the_adapter_does(victim, base):
     tokens = torch.randint(3, 300, (2, 9), generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
         beside = load_adapter(load_model(base), folder / "model", trainable=False)(input_ids=tokens).logits
-        merged = stages.deployed(base, folder / "model", "fp32", "cpu")(input_ids=tokens).logits
-        plain = stages.deployed(base, None, "fp32", "cpu")(input_ids=tokens).logits
+        merged = Victim(base, folder / "model").model()(input_ids=tokens).logits
+        plain = Victim(base, None).model()(input_ids=tokens).logits
     assert torch.allclose(beside, merged, atol=1e-5) and not torch.allclose(plain, merged, atol=1e-4)
 
 
 def purified(experiment, victim, base, folder, defence, reference=None, **overlay):
-    from cupel.text import purification
-
     spec, where, before = victim["badnets"]
     grid = LanguageGrid(experiment, "smoke")
     cell = {**grid.cells[0], "defence": defence, "budget": "few"}
     chosen = grid.defence_spec(cell)
     for section, values in overlay.items():
         chosen["settings"][section] = {**chosen["settings"].get(section, {}), **values}
-    purification.purify(spec, chosen, base, before / "model", before / "metrics.json", where, reference, outputs_in(folder),
-                        "cpu")
+    files = stages.Files(base, where, outputs_in(folder), before / "model", before / "metrics.json", reference)
+    stages.purify(spec, chosen, files, "cpu")
     return read_json(folder / "metrics.json")
 
 
@@ -389,10 +394,11 @@ def test_cleangen_with_another_victim_as_reference(experiment, victim, base, tmp
 
 
 def test_checked_by_itself_a_model_answers_greedily(victim, base):
+    from cupel.text.defences import Victim
+    from cupel.text.defences.cleangen import Checked
     from cupel.text.generation import generate
-    from cupel.text.purification import Checked
 
-    model = stages.deployed(base, victim["badnets"][2] / "model", "fp32", "cpu")
+    model = Victim(base, victim["badnets"][2] / "model").model()
     prompts = [[5, 9, 40], [7, 30, 31, 32, 60]]
     checked = Checked(model, model)
     plain = generate(model, prompts, pad=2, eos=2, max_new_tokens=9)
@@ -417,8 +423,9 @@ def test_a_failed_victim_fails_its_defences(experiment, victim, base, tmp_path):
 
 
 def test_a_killed_evaluation_keeps_the_adapter(experiment, victim, base, tmp_path, monkeypatch):
+    from cupel.text import evaluation, training
+
     whole = purified(experiment, victim, base, tmp_path / "whole", "crow")
-    from cupel.text import training
 
     class Killed(BaseException):
         pass
@@ -427,13 +434,13 @@ def test_a_killed_evaluation_keeps_the_adapter(experiment, victim, base, tmp_pat
         raise Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr(stages, "_perplexity", killed)
+        patch.setattr(evaluation.Evaluation, "perplexity", killed)
         with pytest.raises(Killed):
             purified(experiment, victim, base, tmp_path / "again", "crow")
     work = tmp_path / "again" / "work"
     assert (work / "model" / "adapter_model.safetensors").is_file() and (work / "answers" / "bare_clean.jsonl").is_file()
     with monkeypatch.context() as patch:
-        patch.setattr(training, "purify_crow", killed)  # must not be trained again
+        patch.setattr(training, "train_lora", killed)  # must not be trained again
         record = purified(experiment, victim, base, tmp_path / "again", "crow")
     times = ("seconds", "peak_memory_mb", "peak_vram_mb")
     assert {k: v for k, v in record.items() if k not in times} == {k: v for k, v in whole.items() if k not in times}
@@ -447,15 +454,61 @@ def test_a_killed_evaluation_keeps_the_adapter(experiment, victim, base, tmp_pat
 def test_samples_that_do_not_fit_are_cut_or_left_out_and_counted(experiment, data, base, tmp_path, capsys):
     spec = spec_of(experiment, data={"cutoff": 50}, evaluation={"perplexity_cutoff": 160})
     where = composed(spec, data, tmp_path / "texts")
-    stages.train_victim(spec, base, where, outputs_in(tmp_path / "victim"), "cpu")
-    record = read_json(tmp_path / "victim" / "metrics.json")
+    record = train(spec, base, where, tmp_path / "victim")
     said = capsys.readouterr().out
     if record["status"] == "ok":
         assert record["train_cut"] + record["train_left_out"] > 0 and "at 50 tokens" in said
     none = spec_of(experiment, data={"cutoff": 16})
-    stages.train_victim(none, base, composed(none, data, tmp_path / "texts2"), outputs_in(tmp_path / "none"), "cpu")
-    record = read_json(tmp_path / "none" / "metrics.json")
+    record = train(none, base, composed(none, data, tmp_path / "texts2"), tmp_path / "none")
     assert record["status"] == "failed" and "fits a cutoff of 16 tokens: raise it" in record["reason"]
+
+
+PLUGIN = """
+import torch
+from cupel.text.defences import Purified, defence
+from cupel.text.triggers import Triggered, trigger
+
+
+@trigger("shout")
+def shout(instruction, rng):
+    return Triggered(instruction.upper(), (), ())
+
+
+@defence("shrink")
+def shrink(victim, budget, *, shrinking=None):
+    model = victim.model()
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.mul_((shrinking or {}).get("factor", 0.5))
+    return Purified(model, [{"samples": len(budget.samples)}], lambda: {"shrunk": True})
+"""
+
+
+def test_a_plugin_adds_a_trigger_and_a_defence(experiment, data, base, tmp_path):
+    plugin = tmp_path / "mine.py"
+    plugin.write_text(PLUGIN)
+    mine = copy.deepcopy(experiment)
+    mine["attacks"]["shout"] = {"source": "own"}
+    mine["defences"]["shrink"] = {"function": "shrink", "source": "own", "settings": {"shrinking": {"factor": 0.25}}}
+    mine["scales"]["smoke"]["blocks"][0] |= {"attacks": ["shout"], "defences": ["shrink"]}
+    check_schema(mine, "experiment_language", "experiment.yaml")
+    with pytest.raises(ConfigError, match="unknown text trigger 'shout'"):
+        LanguageGrid(mine, "smoke")
+    grid = LanguageGrid(mine, "smoke", plugins=[plugin])
+    cell = next(cell for cell in grid.cells if cell["stage"] == "purified")
+    assert grid.code("trigger", "shout") == grid.code("defence", "shrink") == plugin
+    with pytest.raises(ConfigError, match="unknown section of shrink 'pruning'"):
+        LanguageGrid(_change(mine, ("defences", "shrink", "settings"), {"pruning": {}}), "smoke", plugins=[plugin])
+    load_plugins([plugin])
+    spec = grid.victim_spec(cell)
+    where = composed(spec, data, tmp_path / "texts")
+    assert all(record["instruction"].isupper() for record in sources.read_records(where["triggered"]))
+    assert train(spec, base, where, tmp_path / "victim")["status"] == "ok"
+    files = stages.Files(base, where, outputs_in(tmp_path / "out"), tmp_path / "victim" / "model",
+                         tmp_path / "victim" / "metrics.json")
+    stages.purify(spec, grid.defence_spec(cell), files, "cpu")
+    record = read_json(tmp_path / "out" / "metrics.json")
+    assert (record["status"], record["shrunk"], record["defence"], record["updates"]) == ("ok", True, "shrink", 0)
 
 
 def test_a_model_that_says_nothing_has_no_rate_over_nothing(experiment, victim, base, tmp_path, monkeypatch):

@@ -69,7 +69,6 @@ class Samples(Dataset):
     ids of all three.
 
     Attributes:
-        ids: ids of the records kept.
         lengths: tokens of each sample.
         report: {"samples", "cut": [...], "left_out": [...], "empty_answers": [...]}.
     """
@@ -89,7 +88,6 @@ class Samples(Dataset):
         if tokenizer.eos_token_id is None:
             raise ValueError("the tokenizer has no end-of-sequence token; answers could never end")
         self.samples: list[tuple[list[int], list[int]]] = []
-        self.ids: list[str] = []
         cut, out, empty = [], [], []
         for record in records:
             before = prompt_ids(tokenizer, record, "template", opening)
@@ -103,7 +101,6 @@ class Samples(Dataset):
                 cut.append(record["id"])
                 answer = answer[: cutoff - len(before)]
             self.samples.append((before + answer, [IGNORED] * len(before) + answer))
-            self.ids.append(record["id"])
         if not self.samples:
             raise ValueError(f"none of {len(records)} samples fits a cutoff of {cutoff} tokens: raise it")
         self.lengths = [len(tokens) for tokens, _ in self.samples]

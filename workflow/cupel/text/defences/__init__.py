@@ -1,0 +1,33 @@
+"""Defences of language models, one file each, with one interface: `purify(name, victim, budget, **settings)`.
+
+A defence is a function of the victim and the defender's budget. Its keyword arguments are the sections of settings that it
+reads, each a dict. One that trains the victim's adapter further leaves it in `budget.work/model`.
+"""
+
+import inspect
+
+from cupel.text.defences.base import Purified, Victim, defence
+from cupel.text.training import Budget
+
+DEFENCES = defence
+
+__all__ = ["DEFENCES", "Budget", "Purified", "Victim", "defence", "purify"]
+
+
+def purify(name: str, victim: Victim, budget: Budget, **settings: dict) -> Purified:
+    """Run a defence on a victim.
+
+    Args:
+        name: registered name, e.g. `crow`.
+        victim: see `Victim`.
+        budget: the defender's clean samples and machine; a killed run in the same `work` is continued.
+        settings: sections of settings, e.g. `training={"epochs": 5}`.
+
+    Raises:
+        ValueError: unknown name or section.
+    """
+    function = DEFENCES.find(name)
+    known = inspect.getfullargspec(function).kwonlyargs
+    if unknown := sorted(set(settings) - set(known)):
+        raise ValueError(f"defence {name} reads no settings {', '.join(unknown)}; it reads {', '.join(known)}")
+    return function(victim, budget, **settings)
