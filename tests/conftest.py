@@ -1,10 +1,14 @@
 """Shared fixtures: the repository, real CIFAR-10, the optional mirror of raw files."""
 
+import importlib
 import os
 from pathlib import Path
 
 import pytest
 import torch
+
+from cupel.experiment import schema_of
+from cupel.settings import check_schema
 
 REPOSITORY = Path(__file__).parents[1]
 
@@ -23,6 +27,13 @@ def prepared(name: str, kinds: tuple[str, ...]) -> Path:
     if not (folder / "manifest.json").is_file():
         datasets.prepare(datasets.describe(name), folder, kinds=kinds)
     return folder
+
+
+def planned(content: dict, scale: str = "demo", **options):
+    """What one experiment file asks for, checked as `cupel.experiment.Grid` does."""
+    check_schema(content, schema_of(content["family"]), "experiment.yaml")
+    module = importlib.import_module(f"cupel.{content['family']}.experiment")
+    return module.Experiments({content["paper"]: content}, [content["paper"]], scale, **options)
 
 
 @pytest.fixture(scope="session")

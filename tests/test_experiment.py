@@ -81,7 +81,7 @@ def test_what_an_attack_changes_in_the_training():
 def test_every_setting_has_a_source():
     for file in sorted(PAPERS.glob("*/*.yaml")):
         content = read_yaml(file)
-        sections = schema("experiment" if "family" not in content else content["family"]).get("sections", {})
+        sections = schema(content.get("family", "experiment")).get("sections", {})
         for section in set(content) & set(sections):
             for name, entry in content[section].items():
                 assert entry["source"].strip(), f"{file}: {section}.{name}"

@@ -14,16 +14,17 @@ import pytest
 import torch
 import yaml
 
+from cupel.experiment import SCALES, Grid, schema_of
 from cupel.files import read_json, write_json
-from cupel.grid import PAPERS, SCHEMAS, ConfigError, Grid, check_schema, read_yaml
 from cupel.registry import load_plugins
 from cupel.reporting import paper, tables
+from cupel.settings import PAPERS, ConfigError, check_schema, read_yaml, schema
 from cupel.text import stages
 from cupel.text.data import sources
-from tests.conftest import REPOSITORY
+from cupel.text.experiment import TASKS
+from tests.conftest import REPOSITORY, planned
 
 FILE = PAPERS / "crow" / "experiment.yaml"
-SCALES = ("smoke", "demo", "bench", "paper")
 
 
 @pytest.fixture(scope="module")
@@ -35,13 +36,13 @@ def experiment():
 
 
 def test_the_file_has_the_form_of_its_family(experiment):
-    check_schema(experiment, "experiment_language", FILE)
-    assert Grid(["crow"], "demo").papers_of("language") == ["crow"]
+    check_schema(experiment, schema_of("text"), FILE)
+    assert Grid(["crow"], "demo").papers_of("text") == ["crow"]
 
 
 @pytest.mark.parametrize("scale", SCALES)
 def test_every_scale_plans(experiment, scale):
-    grid = LanguageGrid(experiment, scale)
+    grid = planned(experiment, scale)
     victims = [cell for cell in grid.cells if cell["stage"] == "victim"]
     purified = [cell for cell in grid.cells if cell["stage"] == "purified"]
     assert victims and purified and all(isinstance(value, str) for cell in grid.cells for value in cell.values())
@@ -49,14 +50,14 @@ def test_every_scale_plans(experiment, scale):
     assert len(names) == len(victims)
     for cell in purified:
         assert tuple(cell[key] for key in ("dataset", "model", "recipe", "attack", "rate", "seed")) in names
-        spec = grid.defence_spec(cell)
-        assert set(spec["settings"]) <= grid.signatures["defence"][spec["function"]][1]
+        spec = grid.defence(cell)
+        assert set(spec["settings"]) <= grid.parameters["defence"][spec["function"]]
         if reference := grid.reference(cell):
             assert reference["attack"] != cell["attack"] and reference in victims
 
 
 def test_paper_scale_has_the_cells_of_the_papers_tables(experiment):
-    cells = LanguageGrid(experiment, "paper", seeds=[0]).cells
+    cells = planned(experiment, "paper", seeds=[0]).cells
     table1 = {(c["model"], c["dataset"], c["attack"], c["defence"]) for c in cells if c["stage"] == "purified"}
     for model in ("llama2_7b_chat", "llama2_13b_chat", "mistral_7b_instruct"):
         for dataset in ("negsentiment", "refusal"):
@@ -71,12 +72,12 @@ def test_paper_scale_has_the_cells_of_the_papers_tables(experiment):
 
 
 def test_overlays_and_switches(experiment):
-    grid = LanguageGrid(experiment, "paper")
+    grid = planned(experiment, "paper")
     cell = {"dataset": "negsentiment", "model": "llama2_7b_chat", "recipe": "crow", "attack": "badnets", "rate": "0.5",
             "seed": "0", "budget": "alpaca100"}
 
     def settings(defence, **changes):
-        return grid.defence_spec({**cell, **changes, "defence": defence})["settings"]
+        return grid.defence({**cell, **changes, "defence": defence})["settings"]
 
     assert settings("crow")["consistency"]["alpha"] == 5.5
     assert settings("crow", dataset="refusal")["consistency"]["alpha"] == 11
@@ -99,16 +100,16 @@ def test_schema_and_code_have_the_same_settings():
     from cupel.text.consistency import DISTANCES, PADDINGS, PAIRS, PERTURBATIONS, TERMS, Consistency
     from cupel.text.training import ACCUMULATED, PRECISIONS, TrainingSettings
 
-    schema = read_yaml(SCHEMAS / "experiment_language.schema.yaml")["$defs"]
-    term = schema["defence"]["properties"]["consistency"]["properties"]
-    assert set(schema["training"]["properties"]) == {field.name for field in dataclasses.fields(TrainingSettings)}
+    form = schema("text")["$defs"]
+    term = form["defence"]["properties"]["consistency"]["properties"]
+    assert set(form["training"]["properties"]) == {field.name for field in dataclasses.fields(TrainingSettings)}
     assert set(term) == {field.name for field in dataclasses.fields(Consistency)}
     for name, values in (("perturbation", PERTURBATIONS), ("pairs", PAIRS), ("distance", DISTANCES), ("padding", PADDINGS),
                          ("term", TERMS)):
         assert term[name]["enum"] == list(values)
-    assert schema["training"]["properties"]["accumulated"]["enum"] == list(ACCUMULATED)
-    assert schema["training"]["properties"]["precision"]["enum"] == ["auto", *PRECISIONS]
-    block = schema["scale"]["properties"]["blocks"]["items"]["properties"]
+    assert form["training"]["properties"]["accumulated"]["enum"] == list(ACCUMULATED)
+    assert form["training"]["properties"]["precision"]["enum"] == ["auto", *PRECISIONS]
+    block = schema("text")["block"]["properties"]
     assert block["datasets"]["items"]["enum"] == list(TASKS)
 
 
@@ -116,7 +117,7 @@ def test_everything_has_a_source(experiment):
     for section in ("models", "recipes", "attacks", "defences", "budgets"):
         assert all(entry["source"].strip() for entry in experiment[section].values())
     claims = read_yaml(PAPERS / "crow" / "claims.yaml")
-    check_schema(claims, "claims", "claims.yaml")
+    check_schema(claims, schema("claims"), "claims.yaml")
     names = {name.partition("~")[0] for name in experiment["defences"]}
     for claim in claims["claims"]:
         for side in (claim["test"]["a"], claim["test"].get("b", {})):
@@ -149,16 +150,12 @@ def _change(content, path, value):
 
 BLOCK = ("scales", "demo", "blocks", 0)
 WRONG = [
-    ((*BLOCK, "attacks"), ["badnet"], ["scales.demo.blocks.0.attacks", "unknown attack 'badnet'", "did you mean 'badnets'?"]),
-    ((*BLOCK, "defences"), ["crwo"], ["scales.demo.blocks.0.defences", "unknown defence 'crwo'", "did you mean 'crow'?"]),
-    ((*BLOCK, "models"), ["gpt"], ["scales.demo.blocks.0.models", "unknown model 'gpt'"]),
-    ((*BLOCK, "recipe"), "crowe", ["scales.demo.blocks.0.recipe", "unknown recipe 'crowe'"]),
     ((*BLOCK, "budgets"), [], ["scales.demo.blocks.0.budgets", "at least one budget"]),
     ((*BLOCK, "rates"), [0.0001], ["scales.demo.blocks.0.rates", "leaves 0 triggered"]),
     ((*BLOCK, "datasets"), ["sentiment"], ["scales.demo.blocks.0.datasets.0: 'sentiment' is not allowed", "negsentiment"]),
     ((*BLOCK, "rate"), [0.5], ["unknown key 'rate'", "did you mean 'rates'?"]),
-    (("attacks", "badnets", "trigger"), "badword", ["attacks.badnets.trigger", "unknown text trigger 'badword'"]),
-    (("attacks", "vpi", "reading"), "paper", ["attacks.vpi.reading", "agree on the trigger vpi"]),
+    (("attacks", "badnets", "function"), "badword", ["attacks.badnets.function", "unknown text trigger 'badword'"]),
+    (("attacks", "vpi", "settings"), {"reading": "paper"}, ["attacks.vpi.settings.reading", "agree on the trigger vpi"]),
     (("defences", "finetune", "settings"), {"consistency": {"alpha": 1}},
      ["defences.finetune.settings", "unknown section of finetune 'consistency'", "training"]),
     (("defences", "crow", "settings", "consistency", "alfa"), 1, ["unknown key 'alfa'", "did you mean 'alpha'?"]),
@@ -172,7 +169,7 @@ WRONG = [
      ["recipes.crow.scales.demo.data.set", "unknown set of instructions 'alpacca'", "alpaca"]),
     (("recipes", "crow", "scales", "demo", "data", "set"), "humaneval", ["unknown set of instructions 'humaneval'"]),
     (("recipes", "crow", "scales", "demo", "data", "defence"), 20, ["budget alpaca60 takes 60 clean items", "holds 20"]),
-    (("budgets", "alpaca100", "size"), "many", ["budgets.alpaca100.size", "type integer"]),
+    (("budgets", "alpaca100", "settings", "size"), "many", ["budgets.alpaca100.settings.size", "type integer"]),
     (("recipes", "crow", "settings", "training"), {"epochs": 1}, ["training.lr is not set"]),
 ]
 
@@ -183,8 +180,7 @@ def test_wrong_experiment_is_refused(experiment, path, value, texts):
     if path == ("recipes", "crow", "settings", "training"):
         wrong["recipes"]["crow"]["scales"]["demo"]["training"] = {}
     with pytest.raises(ConfigError) as caught:
-        check_schema(wrong, "experiment_language", "experiment.yaml")
-        LanguageGrid(wrong, "demo")
+        planned(wrong, "demo")
     assert "experiment.yaml" in str(caught.value)
     for text in texts:
         assert text in str(caught.value)
@@ -196,10 +192,10 @@ def test_released_files_have_limits(experiment):
                              ("attacks", ["mtba~paper"], "have no mtba~paper"), ("rates", [0.9], "have 500 of each")):
         wrong = _change(bench, ("scales", "bench", "blocks", 0, key), value)
         with pytest.raises(ConfigError, match=text):
-            LanguageGrid(wrong, "bench")
-    grid = LanguageGrid(experiment, "bench")
+            planned(wrong, "bench")
+    grid = planned(experiment, "bench")
     with pytest.raises(ConfigError, match="unknown model 'nobody'"):
-        grid.victim_spec({**grid.cells[0], "model": "nobody"})
+        grid.victim({**grid.cells[0], "model": "nobody"})
 
 
 # ----------------------------------------------------------------------------------------------------- texts of a victim
@@ -224,8 +220,8 @@ def data(tmp_path_factory):
 
 
 def spec_of(experiment, attack="badnets", dataset="negsentiment", **changes):
-    grid = LanguageGrid(experiment, "smoke")
-    spec = grid.victim_spec({**grid.cells[0], "attack": attack, "dataset": dataset})
+    grid = planned(experiment, "smoke")
+    spec = grid.victim({**grid.cells[0], "attack": attack, "dataset": dataset})
     for section, values in changes.items():
         spec["settings"][section] = {**spec["settings"][section], **values}
     return spec
@@ -357,9 +353,9 @@ def test_merged_weights_answer_as_the_adapter_does(victim, base):
 
 def purified(experiment, victim, base, folder, defence, reference=None, **overlay):
     spec, where, before = victim["badnets"]
-    grid = LanguageGrid(experiment, "smoke")
+    grid = planned(experiment, "smoke")
     cell = {**grid.cells[0], "defence": defence, "budget": "few"}
-    chosen = grid.defence_spec(cell)
+    chosen = grid.defence(cell)
     for section, values in overlay.items():
         chosen["settings"][section] = {**chosen["settings"].get(section, {}), **values}
     files = stages.Files(base, where, outputs_in(folder), before / "model", before / "metrics.json", reference)
@@ -491,22 +487,21 @@ def test_a_plugin_adds_a_trigger_and_a_defence(experiment, data, base, tmp_path)
     mine["attacks"]["shout"] = {"source": "own"}
     mine["defences"]["shrink"] = {"function": "shrink", "source": "own", "settings": {"shrinking": {"factor": 0.25}}}
     mine["scales"]["smoke"]["blocks"][0] |= {"attacks": ["shout"], "defences": ["shrink"]}
-    check_schema(mine, "experiment_language", "experiment.yaml")
     with pytest.raises(ConfigError, match="unknown text trigger 'shout'"):
-        LanguageGrid(mine, "smoke")
-    grid = LanguageGrid(mine, "smoke", plugins=[plugin])
+        planned(mine, "smoke")
+    grid = planned(mine, "smoke", plugins=[plugin])
     cell = next(cell for cell in grid.cells if cell["stage"] == "purified")
-    assert grid.code("trigger", "shout") == grid.code("defence", "shrink") == plugin
+    assert grid.code("attack", "shout") == f"{plugin}:shout" and grid.code("defence", "shrink") == f"{plugin}:shrink"
     with pytest.raises(ConfigError, match="unknown section of shrink 'pruning'"):
-        LanguageGrid(_change(mine, ("defences", "shrink", "settings"), {"pruning": {}}), "smoke", plugins=[plugin])
+        planned(_change(mine, ("defences", "shrink", "settings"), {"pruning": {}}), "smoke", plugins=[plugin])
     load_plugins([plugin])
-    spec = grid.victim_spec(cell)
+    spec = grid.victim(cell)
     where = composed(spec, data, tmp_path / "texts")
     assert all(record["instruction"].isupper() for record in sources.read_records(where["triggered"]))
     assert train(spec, base, where, tmp_path / "victim")["status"] == "ok"
     files = stages.Files(base, where, outputs_in(tmp_path / "out"), tmp_path / "victim" / "model",
                          tmp_path / "victim" / "metrics.json")
-    stages.purify(spec, grid.defence_spec(cell), files, "cpu")
+    stages.purify(spec, grid.defence(cell), files, "cpu")
     record = read_json(tmp_path / "out" / "metrics.json")
     assert (record["status"], record["shrunk"], record["defence"], record["updates"]) == ("ok", True, "shrink", 0)
 

@@ -12,15 +12,16 @@ import pandas as pd
 import pytest
 from sklearn.metrics import precision_recall_fscore_support, roc_auc_score
 
+from cupel.experiment import SCALES, Grid
 from cupel.files import read_json, write_json
-from cupel.grid import PAPERS, SCHEMAS, ConfigError, Grid, check_schema, read_yaml
 from cupel.registry import load_plugins
 from cupel.reporting import tables
+from cupel.settings import PAPERS, ConfigError, check_schema, read_yaml, schema
 from cupel.vision_language import detection, filters, purification, stages, triggers
 from cupel.vision_language.datasets import load, shapes
 from cupel.vision_language.inputs import Inputs
 from cupel.vision_language.poison import poison, truth
-from tests.conftest import REPOSITORY
+from tests.conftest import REPOSITORY, planned
 from tests.test_workflow import Folder, jobs
 
 FILE = PAPERS / "bye" / "experiment.yaml"
@@ -31,16 +32,20 @@ def experiment() -> dict:
     return copy.deepcopy(CONTENT)
 
 
-def plan(scale="smoke", content=None, **settings) -> Plan:
-    return Plan("bye", content or experiment(), FILE, scale, **settings)
+def plan(scale="smoke", content=None, **settings):
+    return planned(content or experiment(), scale, **settings)
+
+
+def cell(dataset, model, recipe, attack, rate, seed):
+    return {"dataset": dataset, "model": model, "recipe": recipe, "attack": attack, "rate": rate, "seed": seed}
 
 
 # --------------------------------------------------------------------------------------------------------------------- grid
 
 
 def test_every_scale_plans_and_every_entry_has_a_source():
-    assert Grid(["bye"], "demo").experiments["bye"]["family"] == "multimodal"
-    for scale in ("smoke", "demo", "bench", "paper"):
+    assert Grid(["bye"], "demo").experiments["bye"]["family"] == "vision_language"
+    for scale in SCALES:
         cells = plan(scale).cells
         assert {"victim", "filtered", "purified"} == {cell["stage"] for cell in cells}
         assert all(isinstance(value, str) for cell in cells for value in cell.values())
@@ -65,48 +70,46 @@ def test_schema_knows_the_settings_of_training_and_of_models():
     from cupel.vision_language import models
     from cupel.vision_language.training import TrainingSettings
 
-    schema = read_yaml(SCHEMAS / "experiment_multimodal.schema.yaml")
+    form = schema("vision_language")
     fields = {field.name for field in dataclasses.fields(TrainingSettings)}
-    assert set(schema["$defs"]["training"]["properties"]) == fields | {"questions"}
-    entry = schema["properties"]["models"]["additionalProperties"]["properties"]
+    assert set(form["$defs"]["training"]["properties"]) == fields | {"questions"}
+    entry = form["sections"]["models"]["properties"]
     arguments = {name for function in (models.tiny_llava, models.smollm2_llava)
                  for name, value in inspect.signature(function).parameters.items() if value.kind is value.KEYWORD_ONLY}
-    assert set(entry["parameters"]["properties"]) == arguments - {"seed"}
-    recipe = experiment()["recipes"]["llava_lora"]["settings"]
+    assert set(entry["settings"]["properties"]) == arguments - {"seed"}
+    recipe = experiment()["recipes"]["llava_lora"]["settings"]["training"]
     settings, questions = stages.settings_of(recipe, "cpu")
-    assert questions == 1 and (settings.epochs, settings.lr, settings.rank, settings.alpha) == (3, 2e-4, 32, 64)
+    assert questions == 1 and (settings.epochs, settings.lr, settings.rank, settings.lora_alpha) == (3, 2e-4, 32, 64)
 
 
 @pytest.mark.parametrize(("place", "value", "message"), [
     ("datasets.easy_vqa.dataset", "easyvqa", "unknown dataset 'easyvqa'.*did you mean 'easy_vqa'"),
     ("datasets.easy_vqa.train", 40000, r"train and pretrain ask for 64000 samples, but split train has 38575"),
     ("datasets.easy_vqa.excerpt", True, "no excerpt of easy_vqa is known; set it to false"),
-    ("datasets.shapes_tiny", {"dataset": "shapes", "test": 4, "source": "x"}, "say how many samples with train"),
+    ("datasets.shapes_tiny", {"dataset": "shapes", "test": 4, "target": "x", "source": "x"}, "say how many samples with train"),
     ("models.micro_llava.hub", "a/b", "exactly one of built, hub and folder"),
     ("models.micro_llava.language_model", "smollm2-135m", "belongs to built: smollm2_llava"),
-    ("models.smol_llava.parameters", {"width": 3}, "unknown parameter of smollm2_llava 'width'"),
-    ("models.micro_llava.parameters.patch_size", 7, "32 is no multiple of patch_size 7"),
+    ("models.smol_llava.settings", {"width": 3}, "unknown parameter of smollm2_llava 'width'"),
+    ("models.micro_llava.settings.patch_size", 7, "32 is no multiple of patch_size 7"),
     ("models.micro_llava.pretraining.trained", "lora", "pretraining trains all weights"),
-    ("models.llava_1_5_7b.parameters", {}, "belongs to models that are built here"),
-    ("attacks.square.function", "circle", "unknown trigger 'circle'"),
-    ("attacks.square.parameters", {"size": 3}, "unknown parameter of square 'size'"),
-    ("defences.bye.hyperparameters.tua", 2.0, "unknown hyperparameter of bye 'tua'.*did you mean 'tau'"),
-    ("defences.bye.hyperparameters.rule", "root", "'root' is not allowed; allowed are rss"),
-    ("defences.oracle.hyperparameters.recall", 90, "90 should be a fraction"),
-    ("defences.fixed_threshold.hyperparameters.threshold", "some", "a number of nats, or scaled"),
+    ("models.llava_1_5_7b.settings", {}, "belongs to models that are built here"),
+    ("attacks.square.function", "circle", "unknown attack 'circle'"),
+    ("attacks.square.settings", {"size": 3}, "unknown setting of square 'size'"),
+    ("defences.bye.settings.tua", 2.0, "unknown setting of bye 'tua'.*did you mean 'tau'"),
+    ("defences.bye.settings.rule", "root", "'root' is not allowed; allowed are rss"),
+    ("defences.oracle.settings.recall", 90, "90 should be a fraction"),
+    ("defences.fixed_threshold.settings.threshold", "some", "a number of nats, or scaled"),
     ("defences.blur.refit_from", "base", "nothing is fitted again"),
-    ("defences.blur.function", "zip", "zip needs a diffusion model|unknown hyperparameter of zip 'sigma'"),
-    ("defences.random_drop.function", "blur", "unknown defence of kind filter 'blur'"),
+    ("defences.blur.function", "zip", "zip needs a diffusion model|unknown setting of zip 'sigma'"),
+    ("defences.random_drop.function", "blur", "unknown filter 'blur'"),
     ("scales.smoke.filters", ["bye", "downsample"], "unknown filter 'downsample'"),
-    ("scales.smoke.blocks.0.recipe", "micro", "unknown recipe 'micro'"),
-    ("scales.smoke.blocks.0.attacks", ["squar"], "unknown attack 'squar'.*did you mean 'square'"),
     ("scales.smoke.blocks.0.datasets", ["rsvqa"], "give datasets.rsvqa.pretrain"),
     ("scales.smoke.blocks.0.rates", [0.001], "0.001 of 160 samples of shapes_tiny is not one sample"),
     ("scales.demo.blocks.0.defences", ["pooled5"], "pools by 5, which does not divide"),
 ])
 def test_what_can_be_known_to_be_wrong_is_refused(place, value, message):
     content = experiment()
-    pooled = {"kind": "pictures", "function": "downsample", "source": "x", "hyperparameters": {"scale": 5}}
+    pooled = {"kind": "pictures", "function": "downsample", "source": "x", "settings": {"scale": 5}}
     content["defences"]["pooled5"] = pooled
     *path, last = place.split(".")
     target = content
@@ -117,29 +120,14 @@ def test_what_can_be_known_to_be_wrong_is_refused(place, value, message):
         plan("demo" if "demo" in place else "smoke", content)
 
 
-@pytest.mark.parametrize(("place", "message"), [
-    ("recipes.llava_lora.settings.learning_rate", "recipes.llava_lora.settings.unknown key 'learning_rate'"),
-    ("scales.smoke.filter", "scales.smoke.unknown key 'filter'.*did you mean 'filters'"),
-    ("tarqet", "unknown key 'tarqet'"),
-])
-def test_misspelt_keys_are_refused(place, message):
-    content = experiment()
-    *path, last = place.split(".")
-    target = content
-    for key in path:
-        target = target[key]
-    target[last] = [0.1]
-    with pytest.raises(ConfigError, match=message):
-        check_schema(content, "experiment_multimodal", FILE)
-
-
 def test_a_variant_of_the_refit_uses_the_same_decision():
     found = plan("bench")
-    assert found.defence("bye~continued")["filter"] == "bye" and found.defence("bye~continued")["refit_from"] == "poisoned"
-    assert found.defence("bye~rss")["filter"] == "bye~rss" and found.defence("bye~rss")["refit_from"] == "base"
+    for name, decided, start in (("bye~continued", "bye", "poisoned"), ("bye~rss", "bye~rss", "base")):
+        entry = found.defence({"defence": name})
+        assert (entry["filter"], entry["refit_from"]) == (decided, start)
     assert "bye~continued" not in found.filters() and "oracle~r90" in found.filters()
     with pytest.raises(ConfigError, match="unknown defence 'by'"):
-        found.defence("by")
+        found.defence({"defence": "by"})
 
 
 def test_without_poison_one_trigger_is_enough():
@@ -150,10 +138,10 @@ def test_without_poison_one_trigger_is_enough():
 
 
 def test_specs_name_what_they_depend_on():
-    found = plan("bench").victim("easy_vqa", "smol_llava", "smol_lora", "square", "0.05", "3")
-    assert found["attack"] == {"name": "square", "function": "square", "parameters": {}}
+    found = plan("bench").victim(cell("easy_vqa", "smol_llava", "smol_lora", "square", "0.05", "3"))
+    assert found["attack"] == {"name": "square", "function": "square", "settings": {}}
     assert (found["poison_rate"], found["seed"], found["target"]) == (0.05, 3, "Backdoor Attack!")
-    assert "poison_rate" not in plan().poison("shapes_tiny", "square", "", "0")
+    assert "poison_rate" not in plan().poison({"dataset": "shapes_tiny", "attack": "square", "seed": "0"})
 
 
 def plugin(folder) -> Path:
@@ -166,23 +154,23 @@ def plugin(folder) -> Path:
 
 def test_a_plugin_adds_a_trigger_a_filter_and_a_picture_defence(chain, tmp_path):
     content = experiment()
-    content["attacks"]["band"] = {"source": "own", "parameters": {"height": 2}}
-    content["defences"] |= {"lowest": {"source": "own", "kind": "filter", "hyperparameters": {"share": 0.2}},
+    content["attacks"]["band"] = {"source": "own", "settings": {"height": 2}}
+    content["defences"] |= {"lowest": {"source": "own", "kind": "filter", "settings": {"share": 0.2}},
                             "posterise": {"source": "own", "kind": "pictures"}}
     content["scales"]["smoke"]["blocks"][0] |= {"attacks": ["band"], "defences": ["lowest", "posterise"]}
     path = plugin(tmp_path)
-    with pytest.raises(ConfigError, match="unknown trigger 'band'"):
+    with pytest.raises(ConfigError, match="unknown attack 'band'"):
         plan(content=content)
     found = plan(content=content, plugins=[path])
-    assert {cell["attack"] for cell in found.cells} == {"band"} and found.code("filter", "lowest") == path
-    assert found.code("filter", "bye").name == "bye.py"
-    content["defences"]["lowest"]["hyperparameters"] = {"part": 0.2}
-    with pytest.raises(ConfigError, match="unknown hyperparameter of lowest 'part'"):
+    assert {cell["attack"] for cell in found.cells} == {"band"} and found.code("defence", "lowest") == f"{path}:lowest"
+    assert found.code("filter", "bye").endswith("bye.py:bye")
+    content["defences"]["lowest"]["settings"] = {"part": 0.2}
+    with pytest.raises(ConfigError, match="unknown setting of lowest 'part'"):
         plan(content=content, plugins=[path])
     load_plugins([path])
     image = np.zeros((32, 32, 3), np.uint8)
     assert triggers.stamp("band", image, 0, "a", height=2).sum() == 2 * 32 * 3 * 255
-    filter_all(chain["0.1"], (), {"lowest": {"function": "lowest", "hyperparameters": {"share": 0.2}}})
+    filter_all(chain["0.1"], (), {"lowest": {"function": "lowest", "settings": {"share": 0.2}}})
     assert len(read_json(chain["0.1"]["filtered"] / "flags" / "lowest.json")["flagged"]) == 80
     assert len(np.unique(purification.purify("posterise", np.arange(3 * 256, dtype=np.uint8).reshape(1, 16, 16, 3)))) == 9
     del triggers.trigger["band"], filters.sample_filter["lowest"], purification.picture_defence["posterise"]
@@ -233,7 +221,7 @@ def make_chain(tmp_path) -> dict:
         filtered.mkdir()
         table.to_parquet(filtered / "entropies.parquet")
         write_json(filtered / "attention.json", {"image_tokens": 64, "layers": 3, "seconds": 1.0, "samples": len(table)})
-        spec = found.victim("shapes_tiny", "micro_llava", "micro_lora", "square~quarter", rate, "0")
+        spec = found.victim(cell("shapes_tiny", "micro_llava", "micro_lora", "square~quarter", rate, "0"))
         made[rate] = {"poisoned": folder, "filtered": filtered, "spec": spec, "bad": bad}
     return made
 
@@ -323,15 +311,15 @@ def test_filters_of_a_failed_victim_are_failed_cells(chain):
     write_json(made["filtered"] / "victim.json", {"status": "ok", "metrics": []})
     inputs = Inputs(before=made["filtered"] / "victim.json", flags=made["filtered"] / "flags" / "bye.json",
                     poisoned=made["poisoned"])
-    stages.refit(made["spec"], plan("smoke").defence("bye"), inputs, outputs, "cpu")
+    stages.refit(made["spec"], plan("smoke").defence({"defence": "bye"}), inputs, outputs, "cpu")
     record = read_json(outputs["metrics"])
     assert record["status"] == "failed" and "its filter failed" in record["reason"] and outputs["clean"].exists()
 
 
 def test_one_filter_that_fails_does_not_stop_the_others(chain):
     made = chain["0.1"]
-    rows = filter_all(made, (), {"bye": {"function": "bye", "hyperparameters": {"rule": "none"}},
-                                 "oracle": {"function": "oracle", "hyperparameters": {}}})["rows"]
+    rows = filter_all(made, (), {"bye": {"function": "bye", "settings": {"rule": "none"}},
+                                 "oracle": {"function": "oracle", "settings": {}}})["rows"]
     assert [row["status"] for row in rows if row["defence"] == "bye"] == ["failed"]
     assert next(row["value"] for row in rows if row["defence"] == "oracle" and row["metric"] == "f1") == 1
     assert "rule" in read_json(made["filtered"] / "flags" / "bye.json")["failed"]
@@ -348,13 +336,13 @@ def test_fitting_again_on_everything_is_the_victim(chain, tmp_path):
            **{name: tmp_path / "o" / f"answers_{name}.parquet" for name in ("clean", "triggered")}}
     made = chain["0.1"]
     inputs = Inputs(before=before, flags=flags, poisoned=made["poisoned"])
-    stages.refit(made["spec"], plan("smoke").defence("bye"), inputs, out, "cpu")
+    stages.refit(made["spec"], plan("smoke").defence({"defence": "bye"}), inputs, out, "cpu")
     record = read_json(out["metrics"])
     assert record["reused"] and (record["cp"], record["asr"], record["cp_n"]) == (0.8, 0.9, 40)
     assert (record["removed"], record["left"], record["left_share"]) == (0, 40, 0.1) and record["metrics"][:2] == ["cp", "asr"]
     assert pd.read_parquet(out["clean"]).answer[0] == "yes"
     write_json(flags, {"flagged": list(range(400)), "of": 400})
-    stages.refit(made["spec"], plan("smoke").defence("bye"), inputs, out, "cpu")
+    stages.refit(made["spec"], plan("smoke").defence({"defence": "bye"}), inputs, out, "cpu")
     assert "removed all 400 samples" in read_json(out["metrics"])["reason"]
 
 
@@ -372,7 +360,7 @@ def test_purified_pictures_keep_questions_and_sharing(tmp_path):
 
 def test_claims_ask_for_what_the_cells_have():
     content = read_yaml(PAPERS / "bye" / "claims.yaml")
-    check_schema(content, "claims", "claims.yaml")
+    check_schema(content, schema("claims"), "claims.yaml")
     measured = {*stages.MEASURED, *detection.DETECTED, *detection.HAZARDS}
     assert {claim["test"]["metric"] for claim in content["claims"]} <= measured
     ids = [claim["id"] for claim in content["claims"]]

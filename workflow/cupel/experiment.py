@@ -123,7 +123,8 @@ class Family:
         self.definitions, self.parameters = {}, {}
         for kind, (decorator, place) in self.REGISTERED.items():
             files = [*sorted(LIBRARY.glob(place)), *self.plugins]
-            self.definitions[kind], self.parameters[kind] = definitions(decorator, files), signatures(decorator, files)
+            self.definitions[kind], self.parameters[kind] = (
+                read(decorator, files, f"cupel.{self.NAME}") for read in (definitions, signatures))
         self.check()
         self.cells = [cell for paper in self.papers for cell in self._cells(paper)]
 

@@ -96,15 +96,15 @@ def load_plugins(paths: Iterable[str | Path]) -> None:
         spec.loader.exec_module(module)
 
 
-def definitions(kind: str, files: Iterable[str | Path]) -> dict[str, str]:
-    """Names registered by `@<kind>(...)` in `files`, each with `<file>:<definition>`, a root of `cupel.digest.code_digest`."""
-    return {name: f"{file}:{node.name}" for name, file, node in _registered(kind, files)}
+def definitions(kind: str, files: Iterable[str | Path], package: str = "cupel") -> dict[str, str]:
+    """Names registered as by `signatures`, each with `<file>:<definition>`, a root of `cupel.digest.code_digest`."""
+    return {name: f"{file}:{node.name}" for name, file, node in _registered(kind, files, package)}
 
 
-def signatures(kind: str, files: Iterable[str | Path]) -> dict[str, set[str]]:
-    """Names registered by the decorator `kind` (`attack`, `defence`, ...) in `files`, each with its parameter names.
+def signatures(kind: str, files: Iterable[str | Path], package: str = "cupel") -> dict[str, set[str]]:
+    """Names registered by the decorator `kind` (`attack`, `defence`, ...) of a package in `files`, each with its parameter names.
 
-    Fields of base classes count where the base is defined in `files` too.
+    A file may import the decorators of several families, under names of its own where they would be the same. Fields of base classes count where the base is defined in `files` too.
 
     Read from the syntax tree: configuration is checked in milliseconds, before any library is imported.
     """
@@ -117,14 +117,19 @@ def signatures(kind: str, files: Iterable[str | Path]) -> dict[str, set[str]]:
         return own.union(*(fields(classes[base.id]) for base in node.bases if getattr(base, "id", None) in classes))
 
     return {name: fields(node) if isinstance(node, ast.ClassDef) else {argument.arg for argument in node.args.kwonlyargs}
-            for name, _, node in _registered(kind, files)}
+            for name, _, node in _registered(kind, files, package)}
 
 
-def _registered(kind: str, files: Iterable[str | Path]) -> Iterator[tuple[str, str | Path, ast.ClassDef | ast.FunctionDef]]:
+def _registered(kind: str, files: Iterable[str | Path],
+                package: str) -> Iterator[tuple[str, str | Path, ast.ClassDef | ast.FunctionDef]]:
     for file in files:
-        for node in _tree(file).body:
+        body = _tree(file).body
+        names = {alias.asname or alias.name for node in body if isinstance(node, ast.ImportFrom)
+                 and (node.module or "").startswith(package) for alias in node.names if alias.name == kind}
+        names |= {kind for node in body if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == kind}
+        for node in body:
             for decorator in getattr(node, "decorator_list", []):
-                if isinstance(decorator, ast.Call) and getattr(decorator.func, "id", None) == kind:
+                if isinstance(decorator, ast.Call) and getattr(decorator.func, "id", None) in names:
                     yield decorator.args[0].value, file, node
 
 
