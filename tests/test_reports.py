@@ -10,8 +10,8 @@ import pytest
 from cupel.evaluation.claims import COLUMNS, judge_all
 from cupel.evaluation.intervals import wilson
 from cupel.evaluation.metrics import der
+from cupel.experiment import Grid
 from cupel.files import read_json, write_json
-from cupel.grid import LIBRARY, PAPERS, Grid, read_yaml
 from cupel.images import stages
 from cupel.images.defences import Budget
 from cupel.reporting.index import paper_section
@@ -20,6 +20,7 @@ from cupel.reporting.paper import Paper, load, read_reported, write_report
 from cupel.reporting.planning import feature_cells, notebook_file, report_file
 from cupel.reporting.tables import gather, interval_text, spread
 from cupel.reporting.zoo import victims_beside_twins
+from cupel.settings import LIBRARY, PAPERS, read_yaml
 from cupel.text import sources
 from tests import test_interpretability_dag as robust
 from tests import test_multimodal_dag as multimodal

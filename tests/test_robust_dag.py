@@ -17,18 +17,19 @@ from PIL import Image
 
 from cupel import checkpoint
 from cupel.evaluation.intervals import wilson
+from cupel.experiment import SCALES
 from cupel.files import read_json
-from cupel.grid import PAPERS, SCHEMAS, ConfigError, Grid, check_schema, read_yaml
 from cupel.images import datasets
 from cupel.images.datasets import restricted_imagenet
 from cupel.reporting.tables import gather
 from cupel.robust import aai, attacks, autoattack, measure, stages
 from cupel.robust.evaluations import Subject, evaluation
-from cupel.robust.grid import Plan
 from cupel.robust.models import NETWORKS, Chain, GapClassifier, build, initialise, load
 from cupel.robust.objectives import METHODS
+from cupel.settings import PAPERS, ConfigError, read_yaml, schema
 from cupel.sources import NoSource
 from cupel.training.engine import Recipe
+from tests.conftest import planned
 from tests.test_workflow import Folder, jobs
 
 KEY = "proper_interpretability"
@@ -42,7 +43,11 @@ def experiment():
 
 
 def plan(experiment, scale="demo", seeds=None):
-    return Plan(KEY, experiment, "experiment.yaml", scale, seeds)
+    return planned(experiment, scale, seeds=seeds)
+
+
+def network(dataset="mnist", recipe="main", defence="int", model="small"):
+    return {"dataset": dataset, "model": model, "recipe": recipe, "defence": defence, "seed": "0"}
 
 
 def tiny(seed=0, colours=1):
@@ -64,26 +69,25 @@ def subject(n=12, **settings):
 
 def test_the_experiment_file_is_sound_at_every_scale(experiment):
     started = time.perf_counter()
-    for scale in ("smoke", "demo", "bench", "paper"):
+    for scale in SCALES:
         cells = plan(experiment, scale).cells
         assert cells and len({tuple(sorted(cell.items())) for cell in cells}) == len(cells)
         assert all(isinstance(value, str) for cell in cells for value in cell.values())
-        networks = {tuple(cell[k] for k in ("dataset", "model", "recipe", "method", "seed"))
+        networks = {tuple(cell[k] for k in ("dataset", "model", "recipe", "defence", "seed"))
                     for cell in cells if cell["stage"] == "trained"}
-        attacked = [tuple(cell[k] for k in ("dataset", "model", "recipe", "method", "seed"))
+        attacked = [tuple(cell[k] for k in ("dataset", "model", "recipe", "defence", "seed"))
                     for cell in cells if cell["stage"] == "attacked"]
         assert set(attacked) <= networks
     assert time.perf_counter() - started < 2
     demo = plan(experiment).cells
-    assert [cell["method"] for cell in demo if cell["stage"] == "trained"] == ["normal", "adv", "int", "int2"]
+    assert [cell["defence"] for cell in demo if cell["stage"] == "trained"] == ["normal", "adv", "int", "int2"]
     assert {cell["seed"] for cell in plan(experiment, seeds=[3, 4]).cells} == {"3", "4"}
 
 
 def test_names_in_the_schema_are_those_of_the_library():
-    schema = read_yaml(SCHEMAS / "experiment_interpretability.schema.yaml")
-    methods = schema["properties"]["methods"]["additionalProperties"]["properties"]
-    assert set(methods["function"]["enum"]) == set(METHODS)
-    block = schema["$defs"]["scale"]["properties"]["blocks"]["items"]["properties"]
+    form = schema("robust")
+    assert set(form["sections"]["defences"]["properties"]["function"]["enum"]) == set(METHODS)
+    block = form["block"]["properties"]
     assert set(block["models"]["items"]["enum"]) == set(NETWORKS)
     assert set(block["datasets"]["items"]["enum"]) <= set(datasets.NAMES)
 
@@ -92,7 +96,7 @@ def test_schedules_are_those_of_the_released_code(experiment):
     """proper_interpretability SPEC 6, as steps of the optimiser."""
     known = plan(experiment, "paper")
     for dataset, images, epochs, per_epoch in (("mnist", 55_000, 100, 1_100), ("cifar10", 45_000, 200, 351)):
-        spec = known.training(dataset, "small", "main", "int", 0)
+        spec = known.training(network(dataset))
         assert images // spec["settings"]["training"]["batch_size"] == per_epoch
         recipe = stages.make_recipe(spec["settings"]["training"], per_epoch)
         assert (recipe.epochs, recipe.optimizer, recipe.weight_decay) == (epochs, "adam", 0)
@@ -103,20 +107,18 @@ def test_schedules_are_those_of_the_released_code(experiment):
             assert recipe.schedule == "multistep" and recipe.lr == 1e-3 and recipe.gamma == Recipe(1, 1.0).gamma == 0.1
             assert all(abs(epoch * per_epoch - step) <= per_epoch / 2
                        for epoch, step in zip(recipe.milestones, (40_000, 60_000), strict=True))
-    ramp = stages.make_objective(known.training("mnist", "small", "main", "int", 0), 1100).ramp
+    ramp = stages.make_objective(known.training(network()), 1100).ramp
     assert [ramp(step) for step in (0, 2000, 6000, 10_000, 10**5)] == pytest.approx([0, 0, 0.15, 0.3, 0.3])
-    timing = stages.make_objective(known.training("cifar10", "small", "timing", "int", 0), 351)
+    timing = stages.make_objective(known.training(network("cifar10", "timing")), 351)
     assert timing.ramp(0) == pytest.approx(8 / 255) and timing.step_size == pytest.approx(2 / 255)
 
 
 @pytest.mark.parametrize("change, message", [
-    (lambda e: e["scales"]["demo"]["blocks"][0]["methods"].append("int3"), "blocks.0.methods: unknown method 'int3'"),
-    (lambda e: e["scales"]["demo"]["blocks"][0].update(recipe="mian"), "did you mean 'main'"),
     (lambda e: e["scales"]["demo"]["blocks"][0]["evaluations"].append("sweeep"), "did you mean 'sweep'"),
     (lambda e: e["evaluations"]["sweep"]["settings"].update(pdg={}), "unknown evaluation 'pdg'"),
     (lambda e: e["evaluations"]["sweep"]["settings"]["pgd"].update(step=1), "unknown parameter 'step'.*did you mean 'steps'"),
     (lambda e: e["evaluations"]["sweep"]["datasets"]["mnist"]["pgd"].update(eps=[0, "8/0"]), "pgd.eps: '8/0' is neither"),
-    (lambda e: e["methods"]["adv"].update(parameters={"weight": 0.1}), "methods.adv.parameters.weight.*no penalty"),
+    (lambda e: e["defences"]["adv"].update(settings={"weight": 0.1}), "defences.adv.settings.weight.*no penalty"),
     (lambda e: e["scales"]["demo"]["blocks"][0]["evaluations"].append("unforeseen"), "take colour images"),
     (lambda e: e["recipes"]["main"]["datasets"]["mnist"]["inner"].update(ramp=[5, 4]), "begins at step 5, after its end 4"),
     (lambda e: e["recipes"]["main"]["datasets"]["mnist"]["inner"].update(eps="ε"), "inner.eps: 'ε' is neither"),
@@ -130,10 +132,9 @@ def test_wrong_settings_name_file_key_and_what_is_allowed(experiment, change, me
 
 
 @pytest.mark.parametrize("change, message", [
-    (lambda e: e.update(metods={}), "metods"),
     (lambda e: e["recipes"]["main"]["settings"].update(valdation=3), "recipes.main.settings.*did you mean 'validation'"),
-    (lambda e: e["methods"]["int"].update(function="inti"), "methods.int.function: 'inti' is not allowed"),
-    (lambda e: e["methods"]["int"].update(parameters={"gamma": 1}), "methods.int.parameters"),
+    (lambda e: e["defences"]["int"].update(function="inti"), "defences.int.function: 'inti' is not allowed"),
+    (lambda e: e["defences"]["int"].update(settings={"gamma": 1}), "defences.int.settings"),
     (lambda e: e["scales"]["demo"]["blocks"][0].update(models=["smalll"]), "'smalll' is not allowed"),
     (lambda e: e["recipes"]["main"]["datasets"]["mnist"]["training"].update(lr=0), "out of range"),
 ])
@@ -141,13 +142,7 @@ def test_schema_refuses_typos(experiment, change, message):
     wrong = copy.deepcopy(experiment)
     change(wrong)
     with pytest.raises(ConfigError, match=message):
-        check_schema(wrong, "experiment_interpretability", "experiment.yaml")
-
-
-def test_the_grid_knows_the_family():
-    grid = Grid([KEY], "demo")
-    assert grid.papers_of("interpretability") == [KEY] and not grid.cells()
-    check_schema(read_yaml(PAPERS / KEY / "claims.yaml"), "claims", "claims.yaml")
+        plan(wrong)
 
 
 # -------------------------------------------------------------------------------------------------- Restricted ImageNet
@@ -406,7 +401,7 @@ def outputs(folder, *names):
 
 
 def small_spec(experiment, method="int", **training):
-    spec = plan(experiment, "smoke").training("mnist", "small", "main", method, 0)
+    spec = plan(experiment, "smoke").training(network(defence=method))
     spec["settings"]["training"] = {**spec["settings"]["training"], **training}
     return spec
 
@@ -501,10 +496,10 @@ def test_changes_rerun_what_depends_on_them_only(finished):
 @pytest.mark.slow
 def test_wrong_settings_end_the_run_before_its_first_job(finished):
     file = f"workflow/papers/{KEY}/experiment.yaml"
-    finished.edit(file, "methods: [normal, int], evaluations", "methods: [normal, itn], evaluations")
+    finished.edit(file, "defences: [normal, int], evaluations", "defences: [normal, itn], evaluations")
     code, output = finished.run("-n")
-    finished.edit(file, "methods: [normal, itn], evaluations", "methods: [normal, int], evaluations")
-    assert code != 0 and "unknown method 'itn'" in output and "did you mean 'int'" in output and "Traceback" not in output
+    finished.edit(file, "defences: [normal, itn], evaluations", "defences: [normal, int], evaluations")
+    assert code != 0 and "unknown defence 'itn'" in output and "did you mean 'int'" in output and "Traceback" not in output
 
 
 @pytest.mark.slow

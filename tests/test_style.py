@@ -2,7 +2,7 @@
 
 import ast
 
-from cupel.grid import LIBRARY
+from cupel.settings import LIBRARY
 
 #: functions that still take more; packages that are being rewritten are left out as a whole
 ALLOWED = {"evaluation/features.py: entanglement", "grid.py: __init__", "plan.py: _make", "vision_language/grid.py: victim"}
