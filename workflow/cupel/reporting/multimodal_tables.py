@@ -15,7 +15,6 @@ SEVERAL = ("square", "dual", "multi")
 KINDS = ("square", "random_position", "checkerboard", "blend", "sig", "wanet")
 CLUSTERINGS = ("without_gmm", "without_gmm~nats", "two_means", "bye")
 #: the paper's Figure 4: the filter without one or both of its parts
-ABLATION = ("fixed_threshold", "without_gmm", "without_bsi", "bye")
 OWN = "BYE"  # how the sources of the paper's own numbers begin
 
 
