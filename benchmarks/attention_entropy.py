@@ -1,6 +1,6 @@
 """Attention entropy by the hook against full maps (`output_attentions=True`): samples per second and peak memory.
 
-    python benchmarks/attention_entropy.py [--grid 24] [--layers 8] [--heads 16] [--width 512] [--samples 16] [--batch 4]
+    python benchmarks/attention_entropy.py [--grid 24] [--layers 8] [--heads 16] [--width 512] [--samples 16] [--batch-size 4]
 
 A LLaVA with random weights reads the same samples in three ways, each in a process of its own, in alternating rounds:
 
@@ -72,6 +72,7 @@ class Peak:
 def child(way: str, options: argparse.Namespace) -> None:
     """Read lines, run one round for each, answer with JSON."""
     from cupel.vision_language import entropy, models
+    from cupel.vision_language.filters import matrix
 
     torch.set_num_threads(options.threads)
     words = [f"word{k}" for k in range(200)]
@@ -86,14 +87,14 @@ def child(way: str, options: argparse.Namespace) -> None:
                for k in range(options.samples)]
     encoder = models.Encoder(model, records)
     token = model.network.config.image_token_id
-    size = 1 if way == "official" else options.batch
+    size = 1 if way == "official" else options.batch_size
     if way != "hook":
         model.network.set_attn_implementation("eager")
 
     @torch.inference_mode()
     def run() -> np.ndarray:
         if way == "hook":
-            return entropy.matrix(entropy.extract(model, records, batch_size=size))
+            return matrix(entropy.extract(model, records, batch_size=size))
         rows = []
         for first in range(0, len(records), size):
             batch = encoder.batch(range(first, min(first + size, len(records))))
@@ -106,7 +107,7 @@ def child(way: str, options: argparse.Namespace) -> None:
             rows.append(entropies_of_maps(maps, batch["input_ids"], token))
         return np.concatenate(rows)
 
-    records, every = records[: options.batch], records
+    records, every = records[: options.batch_size], records
     run()  # warm
     records = every
     print(json.dumps({"parameters": model.network.num_parameters(), "length": int(encoder.lengths[0])}), flush=True)
@@ -125,7 +126,7 @@ def main() -> None:
     parser.add_argument("--heads", type=int, default=16)
     parser.add_argument("--width", type=int, default=512)
     parser.add_argument("--samples", type=int, default=16)
-    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -139,7 +140,7 @@ def main() -> None:
                                      stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) for way in ways}
     about = [json.loads(running[way].stdout.readline()) for way in ways]
     print(f"{about[0]['parameters'] / 1e6:.1f} M parameters, {options.layers} layers, {options.heads} heads, "
-          f"{about[0]['length']} tokens, {options.samples} samples, batch {options.batch}, {options.device}, "
+          f"{about[0]['length']} tokens, {options.samples} samples, batch {options.batch_size}, {options.device}, "
           f"{options.threads} threads, torch {torch.__version__}, median of {options.rounds} alternating rounds")
     results: dict = {way: [] for way in ways}
     for _ in range(options.rounds):

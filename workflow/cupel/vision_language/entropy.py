@@ -98,7 +98,7 @@ def entropy(p: torch.Tensor) -> torch.Tensor:
 
 
 def extract(model: VisionLanguageModel, records: Sequence[dict], out: str | Path | None = None, *,
-            batch_size: int | None = None, chunk: int = 2048, keep_mb: float = 1024, title: str = "entropy") -> pd.DataFrame:
+            batch_size: int | None = None, chunk: int = 2048) -> pd.DataFrame:
     """Attention entropies of all records.
 
     Args:
@@ -106,13 +106,11 @@ def extract(model: VisionLanguageModel, records: Sequence[dict], out: str | Path
         records: see `Encoder`; answers are not looked at.
         out: parquet file, written in parts and resumed (see `stream`).
         batch_size, chunk: see `stream`.
-        keep_mb: memory for prepared images.
-        title: of the progress line.
 
     Returns:
         `id` (str) and `layer_0` ... `layer_{L-1}`: nats, float32, in [0, ln T]. NaN where attention was not finite.
     """
-    encoder = Encoder(model, records, keep_mb=keep_mb)
+    encoder = Encoder(model, records, keep_mb=1024)
     identity = fingerprint(model, records, "entropy", chunk, batch_size) if out else ""
     with inference(model), attention_rows(model) as found:
         def compute(numbers: np.ndarray) -> dict[str, np.ndarray]:
@@ -120,7 +118,7 @@ def extract(model: VisionLanguageModel, records: Sequence[dict], out: str | Path
             return {f"layer_{k}": values[:, k] for k in range(values.shape[1])}
 
         return stream(encoder, [record["id"] for record in records], compute, out, identity, batch_size=batch_size,
-                      chunk=chunk, title=title)
+                      chunk=chunk, title="entropy")
 
 
 def heat_maps(model: VisionLanguageModel, records: Sequence[dict], batch_size: int = 8) -> np.ndarray:

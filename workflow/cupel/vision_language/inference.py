@@ -10,7 +10,7 @@ from cupel.vision_language.streaming import stream
 
 
 def answer(model: VisionLanguageModel, records: Sequence[dict], out: str | Path | None = None, *, max_new_tokens: int = 16,
-           batch_size: int | None = None, chunk: int = 2048, keep_mb: float = 1024, title: str = "answers") -> list[str]:
+           batch_size: int | None = None, chunk: int = 2048, title: str = "answers") -> list[str]:
     """Greedy answers, stripped, in the order of the records.
 
     Args:
@@ -19,12 +19,11 @@ def answer(model: VisionLanguageModel, records: Sequence[dict], out: str | Path 
         out: parquet file with columns `id` and `answer`, written in parts and resumed (see `stream`).
         max_new_tokens: where an answer is cut off if the model does not end it.
         batch_size, chunk: see `stream`.
-        keep_mb: memory for prepared images.
         title: of the progress line.
     """
     from transformers import GenerationConfig
 
-    encoder = Encoder(model, records, keep_mb=keep_mb)
+    encoder = Encoder(model, records, keep_mb=1024)
     ends = model.network.generation_config.eos_token_id
     ends = [] if ends is None else ends if isinstance(ends, list) else [ends]
     settings = GenerationConfig(do_sample=False, max_new_tokens=max_new_tokens, pad_token_id=model.tokenizer.pad_token_id,

@@ -63,24 +63,22 @@ def blur(images: torch.Tensor, generator: torch.Generator | None = None, *, sigm
 
 
 def zip_restore(images: torch.Tensor, noise_of: Callable[[torch.Tensor, int], torch.Tensor], projections: Sequence[Callable],
-                *, generator: torch.Generator, steps: int = 20, exponent: float = 1.0, total: int = 1000,
-                beta: tuple[float, float] = (1e-4, 0.02)) -> torch.Tensor:
+                *, generator: torch.Generator, steps: int = 20, exponent: float = 1.0) -> torch.Tensor:
     """ZIP's restoration of degraded images by a diffusion model (bye SPEC 7, [O]).
 
     Args:
         images: [B, 3, H, W] in [-1, 1].
-        noise_of: from noisy images and the time 0 ... total - 1 to the noise that the model sees in them.
+        noise_of: from noisy images and the time 0 ... 999 to the noise that the model sees in them.
         projections: A†A of each degradation; the results of all are averaged in every step.
         generator: of the noise.
-        steps: of sampling, evenly spread over `total`.
+        steps: of sampling, evenly spread over the diffusion model's linear schedule.
         exponent: c of the weight ᾱ^c with which the unguided state comes in.
-        total, beta: of the diffusion model's linear schedule.
 
     Returns:
         [B, 3, H, W] in [-1, 1].
     """
-    kept = torch.cumprod(1 - torch.linspace(*beta, total, dtype=torch.float64), 0)
-    times = np.linspace(0, total - 1, steps).round().astype(int)[::-1]
+    kept = torch.cumprod(1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64), 0)
+    times = np.linspace(0, 999, steps).round().astype(int)[::-1]
 
     def draw():
         return torch.randn(images.shape, generator=generator, dtype=images.dtype).to(images.device)

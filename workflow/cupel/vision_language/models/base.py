@@ -113,15 +113,13 @@ class VisionLanguageModel:
         return self
 
 
-def load(folder: str | Path, *, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu",
-         attention: str = "sdpa") -> VisionLanguageModel:
+def load(folder: str | Path, *, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu") -> VisionLanguageModel:
     """A model from a folder in the form of the hub (or written by `save`), in eval mode.
 
     Args:
         folder: with config.json, *.safetensors, tokenizer and processor files.
         dtype: of the weights.
         device: where to put them.
-        attention: implementation of attention; `eager` gives full maps, for comparison.
 
     Raises:
         NoModel: something is missing, or the weights are not safetensors.
@@ -135,7 +133,7 @@ def load(folder: str | Path, *, dtype: torch.dtype = torch.float32, device: str 
         raise ValueError(f"{folder}/config.json: model_type is {kind!r}, but only {' and '.join(CLASSES)} are supported")
     if not any(folder.glob("*.safetensors")):
         raise NoModel(f"{folder} has no *.safetensors; other weight formats are not read (they can run code when opened)")
-    network = CLASSES[kind].from_pretrained(folder, dtype=dtype, attn_implementation=attention, use_safetensors=True)
+    network = CLASSES[kind].from_pretrained(folder, dtype=dtype, attn_implementation="sdpa", use_safetensors=True)
     processor = AutoProcessor.from_pretrained(folder)
     source = read_json(folder / "cupel.json") if (folder / "cupel.json").is_file() else {"folder": folder.name}
     return VisionLanguageModel(network.to(device).eval(), processor, source)

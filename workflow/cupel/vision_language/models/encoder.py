@@ -166,15 +166,15 @@ class Encoder:
     def __len__(self) -> int:
         return len(self.tokens)
 
-    def batch(self, records: Sequence[int], device: str | torch.device | None = None) -> dict[str, torch.Tensor]:
-        """Tensors of some rows on the device.
+    def batch(self, records: Sequence[int]) -> dict[str, torch.Tensor]:
+        """Tensors of some rows on the model's device.
 
         Returns:
             input_ids, position_ids: int64 [B, S]; attention_mask: int64 [B, S], or additive [B, 1, S, S] where a row has
             several questions; pixel_values: [B, 3, H, W] normalised; with answers also labels int64 [B, S], -100 where no
             answer is.
         """
-        device = device if device is not None else self.model.device
+        device = self.model.device
         longest = int(self.lengths[np.asarray(records)].max())
         ids = np.full((len(records), longest), self.model.tokenizer.pad_token_id, np.int64)
         mask, part, target = np.zeros_like(ids), np.zeros_like(ids), np.zeros(ids.shape, bool)
