@@ -34,7 +34,7 @@ except ConfigError as error:
 DATA = config["data"]["folder"]
 RESULTS = f"{config['results']}/{config['scale']}"
 SCRIPTS = Path(workflow.basedir) / "workflow" / "scripts"
-TEMPLATES = sorted((LIBRARY / "reporting").glob("*.j2"))
+TEMPLATES = tuple(sorted((LIBRARY / "reporting").glob("*.j2")))
 
 VICTIM = f"{RESULTS}/victims/{{dataset}}/{{model}}/{{recipe}}/{{attack}}@{{rate}}/seed{{seed}}"
 PURIFIED = f"{RESULTS}/purified/{{dataset}}/{{model}}/{{recipe}}/{{attack}}@{{rate}}/seed{{seed}}/{{defence}}@{{budget}}"
@@ -204,6 +204,7 @@ def code(script, *kinds, also=()):
     return digest
 
 
+@functools.cache
 def named_code(script, *names, also=()):
     """Hash of what a script means, with (kind, name) of what it looks up; `clean` is no attack."""
     return code_digest(SCRIPTS / script, *filter(None, (GRID.definitions[kind].get(name) for kind, name in names)), *also)

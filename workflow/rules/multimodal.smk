@@ -226,7 +226,7 @@ rule refit:
         spec=multimodal_victim_spec,
         defence=multimodal_defence_spec,
         device=config["device"],
-        code=code("refit.py", also=[SCRIPTS / "measure_filters.py"]),
+        code=code("refit.py", also=(SCRIPTS / "measure_filters.py",)),
     script:
         "../scripts/refit.py"
 
