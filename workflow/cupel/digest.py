@@ -124,7 +124,8 @@ class Code:
     def __init__(self, library: str | Path):
         self.library = Path(library).resolve()
         self._pieces = functools.cache(lambda path: _parsed(path.read_text(encoding="utf-8")))
-        self._file, self._step, self._label = map(functools.cache, (self._file, self._step, self._label))
+        self._hashes, self._step = functools.cache(self._hashes), functools.cache(self._step)
+        self._file, self._label = functools.cache(self._file), functools.cache(self._label)
 
     def digest(self, *roots: str | Path) -> str:
         """16 hex digits over all that the roots use.
@@ -136,11 +137,15 @@ class Code:
         Raises:
             ValueError: there is no such file or definition.
         """
-        return hashlib.sha256(b"".join(sorted(self._step(place)[0] for place in self.reached(*roots)))).hexdigest()[:16]
+        found = set().union(*(self._hashes(str(root)) for root in roots))
+        return hashlib.sha256(b"".join(sorted(found))).hexdigest()[:16]
 
-    def reached(self, *roots: str | Path) -> set[Place]:
-        """All definitions that the roots use, near or far."""
-        todo, seen = {self._root(str(root)) for root in roots}, set()
+    def _hashes(self, root: str) -> set[bytes]:
+        return {self._step(place)[0] for place in self.reached(root)}
+
+    def reached(self, root: str | Path) -> set[Place]:
+        """All definitions that a root uses, near or far."""
+        todo, seen = {self._root(str(root))}, set()
         while todo:
             seen |= todo
             todo = set().union(*(self._step(place)[1] for place in todo)) - seen
