@@ -20,8 +20,10 @@ OBJECTS = {
     "fst": "cupel.images.defences.fst:fst",
     "anp": "cupel.images.defences.anp:anp",
 }
-#: scripts as they are, and jobs of image classifiers with what they look up by name
+#: scripts as they are, and jobs with what they look up by name
 JOBS = {**SCRIPTS, **{page: [f"{page}.py", "index.html.j2"] for page in PAGES}}
+JOBS["purify_language"] = ["purify_language.py", "cupel.text.defences.crow:crow"]
+JOBS["attack_network"] = ["attack_network.py", "cupel.robust.evaluations:gallery"]
 for attack in ("badnets", "wanet"):
     JOBS[f"poison {attack}"] = ["poison.py", OBJECTS[attack]]
     for model in ("resnet18", "vit"):
@@ -29,10 +31,11 @@ for attack in ("badnets", "wanet"):
         for defence in ("fst", "anp"):
             JOBS[f"purify {attack} {model} {defence}"] = ["purify.py", *map(OBJECTS.get, (attack, model, defence))]
 
+for paper in ("fst", "ims"):
+    JOBS[f"report_{paper}"] = ["report_paper.py", f"papers/{paper}/report.py"]
+
 TEXT = {"train_language_victim", "purify_language"}
-ROBUST = {"train_robust", "attack_network", "attack_released"}
-JUDGED = {"report_paper", "report_language", "report_multimodal", "report_interpretability"}
-DRAWN = {*JUDGED, "cross", "ims_inside", "released_weights", "zoo_report"}
+ROBUST = {"train_robust", "attack_network"}
 
 
 def jobs(*words: str) -> set[str]:
@@ -44,7 +47,8 @@ def jobs(*words: str) -> set[str]:
 EDITS = [
     ("robust/models.py", "Chain", ROBUST),
     ("robust/objectives.py", "Objective", {"train_robust"}),
-    ("robust/evaluations.py", "gallery", ROBUST - {"train_robust"}),  # noted by a decorator that is no registry
+    ("robust/evaluations.py", "gallery", {"attack_network"}),
+    ("robust/evaluations.py", "pgd", set()),  # an evaluation that nobody here asks for
     ("images/defences/fst.py", "fst", jobs("fst")),
     ("images/attacks/wanet.py", "WaNet", jobs("wanet")),
     ("images/models/resnet.py", "resnet18", jobs("resnet18")),
@@ -53,8 +57,9 @@ EDITS = [
     ("images/stages.py", "_leaks", jobs("purify")),
     ("images/stages.py", "prepare_trigger", {"prepare_trigger"}),
     ("text/training.py", "train_lora", TEXT),
-    ("evaluation/claims.py", "judge", JUDGED),
-    ("reporting/figures.py", "COLOURS", DRAWN),
+    ("text/defences/wanda.py", "wanda", set()),
+    ("evaluation/claims.py", "judge", {"judge_claims"}),
+    ("reporting/figures.py", "COLOURS", {"cross", "zoo_report", "report_ims"}),
     ("job.py", "logged", set(JOBS)),
     ("digest.py", "Code", set()),
 ]
@@ -107,15 +112,16 @@ def in_another_order(source: str) -> str:
 def copy(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("copy") / "workflow"
     shutil.copytree(WORKFLOW / "cupel", folder / "cupel", ignore=shutil.ignore_patterns("__pycache__"))
-    shutil.copytree(WORKFLOW / "scripts", folder / "scripts", ignore=shutil.ignore_patterns("__pycache__"))
+    for part in ("scripts", "papers"):
+        shutil.copytree(WORKFLOW / part, folder / part, ignore=shutil.ignore_patterns("__pycache__", "*.csv", "*.ipynb", "*.md"))
     return folder
 
 
 def digests(folder: Path) -> dict[str, str]:
     places = {".py": folder / "scripts", ".j2": folder / "cupel" / "reporting"}
     code = Code(folder / "cupel")
-    return {job: code.digest(*(places.get(Path(root).suffix, folder) / root if ":" not in root else root for root in roots))
-            for job, roots in JOBS.items()}
+    return {job: code.digest(*(root if ":" in root else folder / root if "/" in root else places[Path(root).suffix] / root
+                               for root in roots)) for job, roots in JOBS.items()}
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ def test_impossible_rate_becomes_a_failed_victim(tmp_path, cifar10):
         "dataset": "cifar10",
         "model": "preactresnet18",
         "recipe": "r",
-        "rate": 0.5,
+        "poison_rate": 0.5,
         "seed": 0,
         "attack": {"name": "sig", "function": "sig", "settings": {}},
         "settings": {
@@ -27,7 +27,7 @@ def test_impossible_rate_becomes_a_failed_victim(tmp_path, cifar10):
         },
     }
     data = str(cifar10.parent)
-    stages.poison(spec, data, None, tmp_path / "poison.npz")
+    stages.poison(spec, stages.Inputs(data), tmp_path / "poison.npz")
     outputs = {
         key: str(tmp_path / name)
         for key, name in (
@@ -37,7 +37,7 @@ def test_impossible_rate_becomes_a_failed_victim(tmp_path, cifar10):
             ("metrics", "metrics.json"),
         )
     }
-    stages.train_victim(spec, data, tmp_path / "poison.npz", None, outputs, "cpu")
+    stages.train_victim(spec, stages.Inputs(data, record=tmp_path / "poison.npz"), outputs, "cpu")
     record = json.loads((tmp_path / "metrics.json").read_text())
     assert record["status"] == "failed" and "the largest possible rate is 0.1" in record["reason"]
     from cupel.images import models
@@ -73,7 +73,7 @@ def test_only_a_leak_sees_a_number_of_the_test_set():
 
 def test_a_killed_block_goes_on(tmp_path, monkeypatch):
     """Finished cells of a killed job are taken over, and only those whose settings, code and inputs are the same."""
-    def purify(spec, defence, data, victim, trigger, before, outputs, device):
+    def purify(spec, defence, inputs, outputs, device):
         with open(tmp_path / "calls", "a") as file:
             file.write(defence["name"])
         if (tmp_path / "killed").exists() and defence["name"] == "b":
@@ -83,8 +83,9 @@ def test_a_killed_block_goes_on(tmp_path, monkeypatch):
 
     def run(codes="xyz"):
         (tmp_path / "calls").write_text("")
-        stages.purify_block({"dataset": "d"}, [{"name": name} for name in "abc"], list(codes), str(tmp_path), victim,
-                            victim, victim, outputs, "cpu")
+        jobs = [stages.Job({"name": name}, code, paths) for name, code, paths in zip("abc", codes, outputs, strict=True)]
+        stages.purify_block({"dataset": "d"}, jobs, stages.Inputs(str(tmp_path), trigger=victim, victim=victim, before=victim),
+                            "cpu")
 
     monkeypatch.setattr(stages, "purify", purify)
     (tmp_path / "d").mkdir()

@@ -44,6 +44,6 @@ rule attack_network:
         evaluation=of_path(ROBUST.evaluation),
         data=image_data,
         device=config["device"],
-        code=code("attack_network.py"),
+        code=of_path(lambda cell: code_digest(SCRIPTS / "attack_network.py", *ROBUST.evaluation_code(cell))),
     script:
         "../scripts/attack_network.py"

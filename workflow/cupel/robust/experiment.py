@@ -11,8 +11,8 @@ from fractions import Fraction
 from cupel.experiment import Family, layers, overlaid
 from cupel.images.datasets import describe
 from cupel.paths import Paths
-from cupel.registry import signatures, unknown
-from cupel.settings import LIBRARY, ConfigError
+from cupel.registry import unknown
+from cupel.settings import ConfigError
 
 POINTS = {"count", "seed", "batch_size"}
 WITHOUT_PENALTY = ("normal", "adv")
@@ -36,11 +36,12 @@ class Experiments(Family):
 
     NAME = "robust"
     SECTIONS = {"recipes": "recipe", "defences": "defences", "evaluations": "evaluations"}  # noqa: RUF012
+    REGISTERED = {"kind": ("evaluation", "robust/evaluations.py")}  # noqa: RUF012
     DATA, FIRST = "images", "trained"
     REPORT_FILES = {"arrays": ("attacked", "evaluation.npz")}  # noqa: RUF012
 
     def check(self) -> None:
-        known = signatures("evaluation", [LIBRARY / "robust" / "evaluations.py"])
+        known = self.parameters["kind"]
         for name, entry in self.entries["defences"].items():
             if "weight" in (entry.get("settings") or {}) and self.function("defences", name) in WITHOUT_PENALTY:
                 raise self.wrong("defences", name, "settings.weight", f"objective {self.function('defences', name)!r} has no "
@@ -98,6 +99,10 @@ class Experiments(Family):
     def evaluation(self, cell: Mapping) -> dict:
         """Settings of an evaluation for a data set: points, and parameters by kind."""
         return self.settings("evaluations", cell["evaluation"], cell)
+
+    def evaluation_code(self, cell: Mapping) -> list[str]:
+        """Where the kinds of an evaluation are defined: roots of a digest."""
+        return [self.definitions["kind"][kind] for kind in self.evaluation(cell) if kind != "points"]
 
     def released(self, dataset: str) -> dict:
         """Evaluation of the authors' own networks, and the ε of their training: the same at every scale."""

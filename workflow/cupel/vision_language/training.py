@@ -16,13 +16,13 @@ from cupel.training.engine import autocast
 from cupel.training.resume import Checkpoint
 from cupel.vision_language.models import Encoder, VisionLanguageModel, fingerprint
 
-#: linear layers of the language model, all but the head (SPEC 5); plain names would match the vision tower too
+#: linear layers of the language model, all but the head (bye SPEC 5); plain names would match the vision tower too
 LORA_TARGETS = r".*language_model\..*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
 
 
 @dataclass(frozen=True)
 class TrainingSettings:
-    """How a model is trained. Defaults are those of LLaVA-1.5-7B in BYE (SPEC 5, 6).
+    """How a model is trained. Defaults are those of LLaVA-1.5-7B in BYE (bye SPEC 5, 6).
 
     InternVL2.5-8B differs: `lr` 4e-5, `rank` 16, `lora_alpha` 32, `weight_decay` 0.05, `projector_lr` None.
 
@@ -128,7 +128,7 @@ def answer_loss(network: nn.Module, batch: dict[str, torch.Tensor]) -> tuple[tor
 def fit(model: VisionLanguageModel, records: Sequence[dict], settings: TrainingSettings, *, seed: int,
         groups: np.ndarray | None = None, checkpoint: str | Path | None = None, checkpoint_seconds: float = 60.0,
         keep_mb: float = 8192, title: str = "train") -> list[dict]:
-    """Train `model` in place, on the device where it is. LoRA is merged into the weights at the end (SPEC 5).
+    """Train `model` in place, on the device where it is. LoRA is merged into the weights at the end (bye SPEC 5).
 
     Args:
         model: to train.

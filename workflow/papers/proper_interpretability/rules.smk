@@ -21,13 +21,15 @@ rule attack_released:
     params:
         spec=ROBUST.released("mnist"),
         device=config["device"],
-        code=code_digest(RELEASED_SCRIPTS / "attack_released.py"),
+        code=code_digest(
+            RELEASED_SCRIPTS / "attack_released.py", *ROBUST.evaluation_code({"evaluation": "released", "dataset": "mnist"})
+        ),
     script:
         "scripts/attack_released.py"
 
 
 rule released_weights:
-    """The networks that the authors of proper_interpretability released, measured."""
+    """The networks that the authors of Proper Interpretability released, measured."""
     input:
         lambda wildcards: [f"{RELEASED}/{method}.json" for method in released_networks()],
     output:

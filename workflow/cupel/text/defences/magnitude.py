@@ -1,7 +1,7 @@
 """Pruning by magnitude, on merged weights (crow SPEC 7).
 
 It is unstructured and per linear layer inside the decoder blocks; embeddings and head stay. Whether it or Wanda made the
-paper's table is unclear (SPEC 10.11): the text says magnitude, the folder names of the code say Wanda.
+paper's table is unclear (crow SPEC 10.11): the text says magnitude, the folder names of the code say Wanda.
 """
 
 import torch

@@ -41,7 +41,7 @@ def word_tokenizer(texts: Sequence[str], special: Sequence[str] = ()) -> PreTrai
                                    clean_up_tokenization_spaces=False)
 
 
-#: LLaVA's form of a turn (BYE SPEC 4) without a system prompt
+#: LLaVA's form of a turn (BYE bye SPEC 4) without a system prompt
 PLAIN_TEMPLATE = ("{% for message in messages %}USER: {% for part in message['content'] %}"
                   "{% if part['type'] == 'image' %}<image> {% else %}{{ part['text'] }}{% endif %}{% endfor %}"
                   "{% endfor %}{% if add_generation_prompt %} ASSISTANT:{% endif %}")
