@@ -27,7 +27,7 @@ def test_impossible_rate_becomes_a_failed_victim(tmp_path, cifar10):
         },
     }
     data = str(cifar10.parent)
-    stages.poison(spec, stages.Inputs(data), tmp_path / "poison.npz")
+    stages.poison(spec, data, None, tmp_path / "poison.npz")
     outputs = {
         key: str(tmp_path / name)
         for key, name in (
