@@ -1,6 +1,7 @@
 """Reports: what each paper draws from fabricated cells, what a paper without files of its own gets, and who is named where."""
 
 import ast
+import dataclasses
 import re
 
 import numpy as np
@@ -21,9 +22,10 @@ from cupel.reporting.planning import feature_cells, notebook_file, report_file
 from cupel.reporting.tables import gather, interval_text, spread
 from cupel.reporting.zoo import victims_beside_twins
 from cupel.settings import LIBRARY, PAPERS, read_yaml
-from cupel.text import sources
+from cupel.text.data import sources
 from tests import test_interpretability_dag as robust
 from tests import test_multimodal_dag as multimodal
+from tests.conftest import REPOSITORY
 
 PI = "proper_interpretability"
 KEYS = ("fst", "ims", "crow", PI, "bye")
@@ -385,6 +387,14 @@ def test_tables_of_image_papers(reports):
     kinds = [name.partition("_")[0] for name in paper.captions]
     assert kinds == ["scatter", "asr", "acc", "ra", "families", "recovery", "budgets", "training"]
     assert [name.partition("_")[0] for name in reports("fst").captions] == ["scatter", "asr", "acc", "ra", "training"]
+
+
+def test_the_report_of_the_documentation(tmp_path, reports):
+    (text,) = re.findall(r"```py\n(.*?)```", (REPOSITORY / "docs" / "extending.md").read_text(), re.DOTALL)
+    (tmp_path / "report.py").write_text(text)
+    paper = dataclasses.replace(reports("fst"), out=tmp_path / "out", captions={})
+    write_report(paper, tmp_path / "report.py")
+    assert "badnets" in table(paper, "mine") and list(paper.captions) == list(reports("fst").captions)
 
 
 def test_the_reach_of_the_inner_step(tmp_path):

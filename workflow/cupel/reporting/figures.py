@@ -32,6 +32,13 @@ def styles(labels: Iterable[str]) -> dict[str, tuple[str, str]]:
     return {label: (COLOURS[i % len(COLOURS)], marker(i // len(COLOURS))) for i, label in enumerate(labels)}
 
 
+def palette(names: Iterable[str]) -> dict[str, str]:
+    """A colour for each name: those that stay apart for all readers, where they are enough."""
+    names = list(dict.fromkeys(names))
+    many = plt.get_cmap("tab20")
+    return {name: COLOURS[k] if len(names) <= len(COLOURS) else many(k % 20) for k, name in enumerate(names)}
+
+
 def marker(number: int) -> str:
     """One of the markers, round and round."""
     return MARKERS[number % len(MARKERS)]
@@ -119,17 +126,94 @@ def bars(table: pd.DataFrame, order: Sequence[str], metric: str):
     return figure
 
 
-def training_curves(histories: dict[str, pd.DataFrame]):
-    """Loss, accuracy on clean and success on poisoned training samples against the epoch, a line per victim."""
-    figure, axes = plt.subplots(1, 3, figsize=(10.5, 3), layout="constrained")
-    for colour, (name, rows) in zip(COLOURS * 9, histories.items(), strict=False):
-        for axis, column in zip(axes, ("loss", "acc", "acc_poisoned"), strict=True):
-            if column in rows and rows[column].notna().any():
-                axis.plot(rows.epoch, rows[column], color=colour, label=name, marker=".", lw=1.2)
-    for axis, title in zip(axes, ("training loss", "accuracy, clean training samples", "target hit, poisoned training samples"),
-                           strict=True):
-        axis.set(title=title, xlabel="epoch")
-    axes[1].set_ylim(0, 1)
-    axes[2].set_ylim(0, 1.02)
-    axes[0].legend(fontsize=7)
+def key(figure, colours: dict[str, str], marks: dict[str, str], lines: bool = False) -> None:
+    """Beside the panels: what colours and, where they say something else, markers stand for."""
+    alike = list(colours) == list(marks)
+    handles = [handle(name, color=colour, marker=marks[name] if alike else "" if lines else "o", ls="-" if lines else "")
+               for name, colour in colours.items()]
+    handles += [] if alike else [handle(name, color="grey", marker=mark, ls="") for name, mark in marks.items()]
+    figure.legend(handles=handles, loc="outside right upper", fontsize=8)
+
+
+def lines(table: pd.DataFrame, x: str, metrics: dict[str, str], colour: str, marked: str | None = None, *,
+          ticks: dict[float, str] | None = None, **axes_settings):
+    """Metrics against a number, a panel each, with 95 % intervals.
+
+    Args:
+        table: columns metric, value, low, high, and those named here.
+        x: column of the number.
+        metrics: title of the panel by metric.
+        colour, marked: columns that tell lines apart, by colour and by marker.
+        ticks: texts at values of x; None: the numbers.
+        axes_settings: of every panel, as `xlabel`.
+    """
+    figure, axes = panels(len(metrics), len(metrics), 3.4 if len(metrics) > 1 else 4.6, 3.4, extra=1.8)
+    colours = palette(table[colour])
+    marks = {name: marker(k) for k, name in enumerate(dict.fromkeys(table[marked or colour]))}
+    ticks = ticks or {value: f"{value:g}" for value in sorted(set(table[x]))}
+    for axis, (metric, title) in zip(axes[0], metrics.items(), strict=True):
+        part = table[table.metric == metric].sort_values(x)
+        for name, rows in part.groupby([colour, marked or colour], sort=False):
+            axis.errorbar(rows[x], rows.value, yerr=errors(rows), color=colours[name[0]], marker=marks[name[1]], ms=5, lw=1.2,
+                          capsize=2)
+        if part.value.max() <= 1:
+            axis.set_ylim(-0.02, 1.02)
+        axis.set(**{"title": title, "xlabel": x, "xscale": "log", **axes_settings})
+        axis.set_xticks(list(ticks), list(ticks.values()))
+        axis.minorticks_off()
+    key(figure, colours, marks, lines=True)
     return figure
+
+
+def scatter(table: pd.DataFrame, x: str, y: str, panel: str, order: Sequence[str], **axes_settings):
+    """One metric against another with 95 % intervals: a colour per defence, a marker per attack.
+
+    Args:
+        table: columns attack, label, `panel`, and `x` and `y` each with `_low` and `_high`.
+        x, y: metrics.
+        panel: column of the title of the panel.
+        order: labels of the defences, in the order of the legend.
+        axes_settings: of every panel, as `xlabel`.
+    """
+    parts = table.groupby(panel, sort=False)
+    figure, axes = panels(parts.ngroups, parts.ngroups, 4.2, 3.7, extra=2.0, sharex=True, sharey=True)
+    colours = palette([*(label for label in order if label in set(table.label)), *table.label])
+    marks = {attack: marker(k) for k, attack in enumerate(dict.fromkeys(table.attack))}
+    for axis, (title, part) in zip(axes[0], parts, strict=True):
+        for (label, attack), rows in part.groupby(["label", "attack"], sort=False):
+            axis.errorbar(rows[x], rows[y], xerr=errors(rows, x), yerr=errors(rows, y), color=colours[label],
+                          marker=marks[attack], ls="", ms=7, lw=0.8, mec="white")
+        axis.set(title=title, **axes_settings)
+    axes[0, 0].set_ylabel(axes_settings.get("ylabel", y))
+    key(figure, colours, marks)
+    return figure
+
+
+def histories(runs: dict[str, pd.DataFrame], x: str, columns: dict[str, str], shares: Iterable[str] = ()):
+    """What training wrote down, a panel per column, a line per run.
+
+    Args:
+        runs: history by name of the run.
+        x: column of the epoch or update.
+        columns: title by column.
+        shares: columns that lie between 0 and 1.
+    """
+    figure, axes = panels(len(columns), len(columns), 3.5, 3.0, extra=2.4)
+    colours = palette(runs)
+    for name, rows in runs.items():
+        style = {"color": colours[name], "marker": "." if len(rows) < 20 else "", "lw": 1.2, "label": name}
+        for axis, column in zip(axes[0], columns, strict=True):
+            if column in rows and rows[column].notna().any():
+                axis.plot(rows[x], rows[column], **style)
+    for axis, (column, title) in zip(axes[0], columns.items(), strict=True):
+        axis.set(title=title, xlabel=x)
+        if column in shares:
+            axis.set_ylim(0, 1.02)
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right upper", fontsize=7)
+    return figure
+
+
+def training_curves(runs: dict[str, pd.DataFrame]):
+    """Loss, accuracy on clean and success on poisoned training samples against the epoch, a line per victim."""
+    return histories(runs, "epoch", {"loss": "training loss", "acc": "accuracy, clean training samples",
+                                     "acc_poisoned": "target hit, poisoned training samples"}, ("acc", "acc_poisoned"))

@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 
 from cupel.reporting import figures, tables
-from cupel.reporting.figures import COLOURS, errors, handle, marker, plt, styles
+from cupel.reporting.figures import COLOURS, handle, plt
 from cupel.reporting.paper import Paper, victim_histories
 from cupel.rng import rng
 
@@ -34,8 +34,12 @@ def draw(paper: Paper) -> None:
             _tables(paper, part, order, budget)
         present = [label for label in order if label in set(part.label)]
         purified = part[part.method != "victim"].assign(kind=part.method.map(paper.facts["kinds"]))
-        shown = {"scatter": (acc_asr_scatter(part, present),
-                             "Clean accuracy against attack success: good defences stand top left.")}
+        sides = tables.sideways(part, ["poison_rate", "attack", "label"], METRICS)
+        sides = sides.sort_values("poison_rate", ascending=False, kind="stable").assign(
+            panel=lambda rows: "poison rate " + (100 * rows.poison_rate).map("{:g} %".format))
+        scatter = figures.scatter(sides, "asr", "acc", "panel", present, xlabel="ASR (lower is better)",
+                                  ylabel="ACC (higher is better)")
+        shown = {"scatter": (scatter, "Clean accuracy against attack success: good defences stand top left.")}
         for metric, text in (("asr", "Attack success rate by defence and poison rate."),
                              ("acc", "Clean accuracy by defence and poison rate."),
                              ("ra", "Recovery: triggered images that are given their true class again.")):
@@ -68,36 +72,6 @@ def _tables(paper: Paper, part: pd.DataFrame, order: list[str], budget: str) -> 
             ("means", tables.means(part, order), "means over attacks and rates", "defence"),
             ("settings", tables.by_setting(part, order), "every setting with 95 % intervals", "setting: defence")):
         paper.table(f"{kind}_{stem}", grid, f"{paper.title}: {text} {settings}", index)
-
-
-def acc_asr_scatter(table: pd.DataFrame, order: list[str]):
-    """ACC against ASR, a panel per poison rate, a colour per defence, a marker per attack; bars are 95 % intervals.
-
-    Args:
-        table: `cupel.reporting.tables.summary`.
-        order: labels, in the order of the legend.
-    """
-    rates = sorted(table.poison_rate.unique(), reverse=True)
-    attacks = list(dict.fromkeys(table.attack))
-    colours = styles(order)
-    figure, axes = figures.panels(len(rates), len(rates), 3.9, 3.8, extra=1.6, sharex=True, sharey=True)
-    for axis, rate in zip(axes[0], rates, strict=True):
-        part = table[table.poison_rate == rate]
-        sides = part.pivot_table(index=["attack", "label"], columns="metric", values=["value", "low", "high"])
-        for (attack, label), row in sides.iterrows():
-            if label not in colours:
-                continue
-            (x, x_errors), (y, y_errors) = ((row["value"][metric], [[max(0, row["value"][metric] - row["low"][metric])],
-                                                                    [max(0, row["high"][metric] - row["value"][metric])]])
-                                            for metric in ("asr", "acc"))
-            axis.errorbar(x, y, xerr=x_errors, yerr=y_errors, color=colours[label][0], marker=marker(attacks.index(attack)),
-                          ms=7, lw=0.8, mec="white")
-        axis.set(title=f"poison rate {100 * rate:g} %", xlabel="ASR (lower is better)", xlim=(-0.04, 1.04))
-    axes[0, 0].set_ylabel("ACC (higher is better)")
-    handles = [handle(label, color=colours[label][0], marker="o", ls="") for label in order]
-    handles += [handle(attack, color="grey", marker=marker(i), ls="") for i, attack in enumerate(attacks)]
-    figure.legend(handles=handles, loc="outside right upper")
-    return figure
 
 
 def _mean(values: np.ndarray, name: str) -> tuple[float, float, float]:
@@ -162,28 +136,13 @@ def recovery(table: pd.DataFrame):
 
 
 def budget_curves(table: pd.DataFrame, sizes: dict[str, float]):
-    """ASR, ACC and RA against the number of clean samples, a line per defence and attack.
+    """ASR, ACC and RA against the number of clean samples, a colour per defence, a marker per attack and rate.
 
     Args:
         table: as in `families`.
         sizes: clean samples by name of the budget.
     """
-    part = table.assign(samples=table.budget.map(sizes))
-    several = part.groupby(["label", "attack", "poison_rate"]).samples.transform("nunique") > 1
-    part = part[several].sort_values("samples")
-    figure, axes = plt.subplots(1, 3, figsize=(10.5, 3.2), layout="constrained")
-    colours = {label: colour for label, (colour, _) in styles(dict.fromkeys(part.label)).items()}
-    lines = list(part[["attack", "poison_rate"]].drop_duplicates().itertuples(index=False, name=None))
-    counts = sorted(set(part.samples))
-    for axis, metric in zip(axes, METRICS, strict=True):
-        for (label, attack, rate), rows in part[part.metric == metric].groupby(["label", "attack", "poison_rate"], sort=False):
-            axis.errorbar(rows.samples, rows.value, yerr=errors(rows), color=colours[label], capsize=2, lw=1.2,
-                          marker=marker(lines.index((attack, rate))), ms=5)
-        axis.set(xscale="log", xlabel="clean samples", title=metric.upper(), ylim=(-0.02, 1.02))
-        axis.set_xticks(counts, [f"{count:g}" for count in counts])
-        axis.xaxis.set_minor_formatter("")
-    handles = [handle(label, color=colour) for label, colour in colours.items()]
-    handles += [handle(f"{attack} {100 * rate:g} %", color="grey", marker=marker(k), ls="")
-                for k, (attack, rate) in enumerate(lines)]
-    figure.legend(handles=handles, loc="outside right upper", fontsize=8)
-    return figure
+    part = table.assign(samples=table.budget.map(sizes), setting=[tables.setting_name(row) for row in table.itertuples()])
+    several = part.groupby(["label", "setting"]).samples.transform("nunique") > 1
+    return figures.lines(part[several], "samples", {metric: metric.upper() for metric in METRICS}, "label", "setting",
+                         xlabel="clean samples")

@@ -118,6 +118,16 @@ def spread(rows: pd.DataFrame, index: str, columns: str | list[str], order: Iter
     return grid.fillna("")
 
 
+def sideways(rows: pd.DataFrame, keys: list[str], metrics: Iterable[str]) -> pd.DataFrame:
+    """One row per `keys`, which are columns, with columns `<metric>`, `<metric>_low` and `<metric>_high`; means where there
+    are several, and only where the first two metrics are known."""
+    names = {(kind, metric): f"{metric}{end}" for metric in metrics
+             for kind, end in (("value", ""), ("low", "_low"), ("high", "_high"))}
+    grid = rows.pivot_table(index=keys, columns="metric", values=["value", "low", "high"], sort=False)
+    grid = grid.reindex(columns=list(names)).set_axis(list(names.values()), axis=1)
+    return grid.dropna(subset=list(metrics)[:2]).reset_index()
+
+
 def wide(table: pd.DataFrame, order: list[str], metrics: tuple[str, ...] = ("acc", "asr")) -> pd.DataFrame:
     """Rows: defence; columns: setting and metric; entries in percent as text, `failed` where a cell failed."""
     rows = table[table.metric.isin(metrics)]

@@ -7,7 +7,7 @@ from pathlib import Path
 import pandas as pd
 
 from cupel.files import write_text
-from cupel.reporting.figures import errors, plt, save, styles
+from cupel.reporting.figures import lines, save
 from cupel.reporting.page import write_page
 from cupel.reporting.paper import record
 from cupel.reporting.provenance import git_commit, processor, versions
@@ -34,23 +34,6 @@ def victims_beside_twins(cells: pd.DataFrame) -> pd.DataFrame:
     return table.assign(acc_loss=table.acc_twin - table.acc)[[*named, *columns, "acc_twin", "acc_loss", "path"]]
 
 
-def asr_against_epochs(points: pd.DataFrame):
-    """ASR against the length of training, a line per attack.
-
-    Args:
-        points: columns attack, epochs, asr, asr_low, asr_high.
-    """
-    figure, axis = plt.subplots(figsize=(6.4, 3.4), layout="constrained")
-    looks = styles(dict.fromkeys(points.attack))
-    for attack, part in points.sort_values("epochs").groupby("attack", sort=False):
-        colour, marker = looks[attack]
-        axis.errorbar(part.epochs, part.asr, yerr=errors(part, "asr"), color=colour, marker=marker, label=attack, lw=1.2,
-                      capsize=2)
-    axis.set(xlabel="epochs", ylabel="ASR", ylim=(-0.02, 1.02), xticks=sorted(points.epochs.unique()))
-    figure.legend(loc="outside right upper", fontsize=8)
-    return figure
-
-
 def write_zoo(cells: list[dict], sheets: Iterable[str], out: Mapping[str, str], *, scale: str, root: str | Path) -> None:
     """Write the table of victims, the figure of ASR by epochs, and the page that shows them with the triggers.
 
@@ -64,7 +47,8 @@ def write_zoo(cells: list[dict], sheets: Iterable[str], out: Mapping[str, str], 
     table = victims_beside_twins(gather(cells))
     epochs = table.path.map({path: record(path).get("epochs") for path in table.path})
     write_text(out["table"], table.to_csv(index=False))
-    save(asr_against_epochs(table.assign(epochs=epochs).query("status == 'ok'")), out["figure"])
+    points = table.assign(epochs=epochs, metric="asr").rename(columns={"asr": "value", "asr_low": "low", "asr_high": "high"})
+    save(lines(points[points.status == "ok"], "epochs", {"asr": "ASR"}, "attack", xscale="linear"), out["figure"])
     made = {"commit": git_commit(root), "processor": processor(), "versions": versions()}
     write_page(out["page"], "zoo.html.j2", scale=scale, rows=table.to_dict("records"), made=made,
                sheets=[os.path.relpath(path, Path(out["page"]).parent) for path in sheets])

@@ -9,11 +9,11 @@ import pandas as pd
 
 from cupel.evaluation.intervals import wilson
 from cupel.files import read_json, write_text
+from cupel.reporting import figures, tables
 from cupel.reporting import paper as papers
-from cupel.reporting import tables
-from cupel.reporting.figures import COLOURS, errors, handle, marker, panels, plt
+from cupel.reporting.figures import COLOURS, errors, marker, panels
 from cupel.reporting.paper import Paper
-from cupel.reporting.tables import interval_text, spread
+from cupel.reporting.tables import interval_text, sideways, spread
 from cupel.text.sources import read_records
 
 #: a victim below the first or above the second is marked (crow SPEC 11.3); both under the template, over all answers
@@ -354,8 +354,13 @@ def _figures(paper: Paper, pool: pd.DataFrame, records: pd.DataFrame, who: str, 
     if len(bars):
         paper.figure(f"asr_{model}", asr_bars(bars, order), f"{who}attack success by defence, under both prompts and "
                      "denominators, with 95 % intervals.")
-    if len(both := both_sides(pool)):
-        paper.figure(f"trade_off_{model}", trade_off(both, order), f"{who}attack success against perplexity of held-out "
+    if {"asr_template_all", "perplexity"} <= set(pool.metric[pool.value.notna()]):
+        sides = sideways(pool.assign(attack=pool.attack_label), [*SETTING, "attack", "method", "label"],
+                         ("perplexity", "asr_template_all"))
+        log = "log" if sides.perplexity.max() > 3 * sides.perplexity.min() else "linear"
+        drawn = figures.scatter(sides, "perplexity", "asr_template_all", "dataset", order, xscale=log, ylim=(-0.03, 1.03),
+                                xlabel="perplexity of held-out answers (lower is better)", ylabel="ASR, template, all answers")
+        paper.figure(f"trade_off_{model}", drawn, f"{who}attack success against perplexity of held-out "
                      "answers; good defences stand bottom left.")
     if len(curves := first_curves(records)):
         shown = ["base model", "no defence", *[label for label in order if label in set(curves.label) - {"no defence"}]]
@@ -365,15 +370,22 @@ def _figures(paper: Paper, pool: pd.DataFrame, records: pd.DataFrame, who: str, 
                      "consistent than clean ones.")
     for column in ("alpha", "epsilon"):
         if len(table := sweep_table(pool, records, column)):
-            paper.figure(f"{column}_{model}", sweep(table, column), f"{who}CROW over {column} (Tables 5 and 6), with 95 % "
+            drawn = figures.lines(table, column, {"asr_template_all": "ASR, template, all answers",
+                                                  "perplexity": "perplexity, held-out"}, "setting")
+            paper.figure(f"{column}_{model}", drawn, f"{who}CROW over {column} (Tables 5 and 6), with 95 % "
                          "intervals.")
     victims = records[records.stage == "victim"]
     runs = records[records.seed.isin(victims.seed[:1])]
     beside = runs.dataset.isin(victims.dataset[:1]) & runs.attack_key.isin(victims.attack_key[:1])
     runs = runs[(runs.stage == "victim") | beside & runs.method.isin(["crow", "crow~code", "finetune"])]
     histories = {f"{row.dataset}, {row.attack_label}: {row.label}": history_of(row.path) for row in runs.itertuples()}
-    if histories := {name: history for name, history in histories.items() if len(history)}:
-        paper.figure(f"losses_{model}", losses(histories), f"{who}losses of the victims and of the tuning defences on the "
+    # the loss of single updates is noise: a moving mean is shown
+    histories = {name: rows.assign(loss_lm=rows.loss_lm.rolling(max(1, len(rows) // 20), min_periods=1).mean())
+                 for name, rows in histories.items() if len(rows)}
+    if histories:
+        drawn = figures.histories(histories, "step", {"loss_lm": "L_LM (moving mean)",
+                                                      "loss_cons": "L_cons at the perturbed embeddings"})
+        paper.figure(f"losses_{model}", drawn, f"{who}losses of the victims and of the tuning defences on the "
                      "first of them (Figure 3).")
 
 
@@ -394,15 +406,6 @@ def square_means(pool: pd.DataFrame, square: pd.DataFrame) -> tuple[pd.DataFrame
     over.loc[rates, ["low", "high"]] = [wilson(round(row.value * row.n), row.n) for row in over[rates].itertuples()]
     return (over[over.method.isin(switches.index)].join(switches, on="method"),
             over[over.method.isin(["victim", "finetune", "finetune~lr1e3"])])
-
-
-def both_sides(pool: pd.DataFrame) -> pd.DataFrame:
-    """One row per setting and method that has both ASR and perplexity."""
-    keys = [*SETTING, "attack_label", "method", "label"]
-    sides = [pool[(pool.metric == metric) & pool.value.notna()][[*keys, "value", "low", "high"]].rename(
-        columns={"value": name, "low": f"{name}_low", "high": f"{name}_high"})
-        for metric, name in (("asr_template_all", "asr"), ("perplexity", "perplexity"))]
-    return sides[0].merge(sides[1], on=keys)
 
 
 def first_curves(records: pd.DataFrame) -> pd.DataFrame:
@@ -505,70 +508,4 @@ def layer_curves(curves: pd.DataFrame, order: list[str]):
         axis.set(title=panel, xlabel="pair of layers (0: embeddings)")
     axes[0, 0].set_ylabel("cosine, clean − triggered (%)")
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right upper", fontsize=8)
-    return figure
-
-
-def sweep(table: pd.DataFrame, column: str):
-    """ASR and perplexity against a setting of CROW, a line per task and attack.
-
-    Args:
-        table: columns setting (text), metric, value, low, high and `column`, above zero.
-        column: alpha or epsilon.
-    """
-    figure, axes = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
-    titles = ("ASR, template, all answers", "perplexity, held-out")
-    for axis, metric, title in zip(axes, ("asr_template_all", "perplexity"), titles, strict=True):
-        for k, setting in enumerate(dict.fromkeys(table.setting)):
-            part = table[(table.setting == setting) & (table.metric == metric)].sort_values(column)
-            axis.errorbar(part[column], part.value, yerr=errors(part), color=COLOURS[k % len(COLOURS)], marker=marker(k),
-                          lw=1.2, capsize=2, label=setting)
-        axis.set(title=title, xlabel=column, xscale="log")
-        values = sorted(table[column].unique())
-        axis.set_xticks(values, [f"{value:g}" for value in values])
-        axis.minorticks_off()
-    axes[0].set_ylim(-0.02, 1.02)
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right upper", fontsize=8)
-    return figure
-
-
-def trade_off(table: pd.DataFrame, order: list[str]):
-    """ASR against perplexity, a colour per defence, a marker per attack, a panel per task; bars are 95 % intervals.
-
-    Args:
-        table: columns dataset, attack_label, label, and asr, asr_low, asr_high, perplexity, perplexity_low, perplexity_high.
-        order: labels, in the order of the legend.
-    """
-    tasks, attacks = table.groupby("dataset", sort=False), list(dict.fromkeys(table.attack_label))
-    figure, axes = panels(tasks.ngroups, tasks.ngroups, 4.6, 3.6, extra=2.4, sharey=True)
-    colours = {label: plt.get_cmap("tab20")(k % 20) for k, label in enumerate(order)}
-    for axis, (dataset, rows) in zip(axes[0], tasks, strict=True):
-        for k, row in enumerate(rows.itertuples()):
-            axis.errorbar(row.perplexity, row.asr, xerr=errors(rows[k:k + 1], "perplexity"), yerr=errors(rows[k:k + 1], "asr"),
-                          lw=0.8, ms=7, mec="white", color=colours[row.label], marker=marker(attacks.index(row.attack_label)))
-        axis.set(title=dataset, xlabel="perplexity of held-out answers (lower is better)", ylim=(-0.03, 1.03))
-        if table.perplexity.max() > 3 * table.perplexity.min():
-            axis.set_xscale("log")
-    axes[0, 0].set_ylabel("ASR, template, all answers")
-    handles = [handle(label, color=colours[label], marker="o", ls="") for label in order if label in set(table.label)]
-    if len(attacks) > 1:
-        handles += [handle(attack, color="grey", marker=marker(k), ls="") for k, attack in enumerate(attacks)]
-    figure.legend(handles=handles, loc="outside right upper", fontsize=7)
-    return figure
-
-
-def losses(histories: dict[str, pd.DataFrame]):
-    """L_LM and L_cons against the update (Figure 3), a line per run.
-
-    Args:
-        histories: name of a run to its history: step, loss_lm, loss_cons.
-    """
-    figure, axes = plt.subplots(1, 2, figsize=(10, 3.2), layout="constrained")
-    for k, (name, rows) in enumerate(histories.items()):
-        style = {"color": plt.get_cmap("tab20")(k % 20), "lw": 1.1, "label": name}
-        axes[0].plot(rows.step, rows.loss_lm.rolling(max(1, len(rows) // 20), min_periods=1).mean(), **style)
-        if "loss_cons" in rows and rows.loss_cons.notna().any():
-            axes[1].plot(rows.step, rows.loss_cons, **style)
-    axes[0].set(title="L_LM (moving mean)", xlabel="update")
-    axes[1].set(title="L_cons at the perturbed embeddings", xlabel="update")
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right upper", fontsize=7)
     return figure

@@ -3,7 +3,7 @@
 import pandas as pd
 
 from cupel.reporting import images
-from cupel.reporting.figures import COLOURS, errors, marker, plt
+from cupel.reporting.figures import lines
 from cupel.reporting.paper import Paper, history
 
 
@@ -14,14 +14,15 @@ def draw(paper: Paper) -> None:
              if entry["function"] == "ims"}
     own, table = images.prepared(paper)
     runs = own[(own.metric == "asr") & own.method.isin(reach) & (own.status == "ok")]
-    flips = pd.DataFrame({"attack": runs.attack, "dataset": runs.dataset, "model": runs.model,
-                          "reach": runs.method.map(reach), "flips": map(flip_rate, runs.path)})
-    for (dataset, model), part in table[table.method.isin(reach)].groupby(["dataset", "model"], sort=False):
-        steps = part.assign(reach=part.method.map(reach))
-        if steps.reach.nunique() > 2:
-            same = flips[(flips.dataset == dataset) & (flips.model == model)]
-            paper.figure(f"reach_{dataset}_{model}", reach_curves(steps, same), "The inner problem of IMS: how far its steps "
-                         f"can move a pixel, what is left of the backdoor, and how often they change the victim's prediction. "
+    flips = runs.assign(metric="flips", value=[flip_rate(path) for path in runs.path], low=float("nan"), high=float("nan"))
+    rows = pd.concat([table[table.method.isin(reach)], flips])
+    shown = {"asr": "ASR", "ra": "RA", "acc": "ACC", "flips": "predictions flipped by δ"}
+    for (dataset, model), part in rows.assign(reach=rows.method.map(reach)).groupby(["dataset", "model"], sort=False):
+        if part.reach.nunique() > 2:
+            figure = lines(part, "reach", shown, "attack", xlabel="step × number of steps")
+            figure.axes[0].axvline(0.02, color="grey", ls=":", lw=1)  # of the released settings
+            paper.figure(f"reach_{dataset}_{model}", figure, "The inner problem of IMS: how far its steps can move a pixel, "
+                         "what is left of the backdoor, and how often they change the victim's prediction. "
                          f"({dataset}, {model})")
 
 
@@ -33,27 +34,3 @@ def reach_of(hyperparameters: dict) -> float:
 def flip_rate(folder: str) -> float:
     """How often the perturbations of a run changed the victim's prediction, mean over the rounds that have any."""
     return history(folder).get("flip_rate", pd.Series(dtype=float)).mean()
-
-
-def reach_curves(table: pd.DataFrame, flips: pd.DataFrame):
-    """ASR, RA, ACC and the share of flipped predictions against the reach of the perturbations, a line per attack.
-
-    Args:
-        table: `cupel.reporting.tables.summary` with a column `reach` (pixels in [0, 1]).
-        flips: columns attack, reach, flips.
-    """
-    figure, axes = plt.subplots(1, 4, figsize=(13, 3.1), sharey=True, layout="constrained")
-    for k, attack in enumerate(dict.fromkeys(table.attack)):
-        style = {"color": COLOURS[k % len(COLOURS)], "marker": marker(k), "label": attack, "lw": 1.2}
-        for axis, metric in zip(axes, ("asr", "ra", "acc"), strict=False):
-            rows = table[(table.attack == attack) & (table.metric == metric)].sort_values("reach")
-            axis.errorbar(rows.reach, rows.value, yerr=errors(rows), capsize=2, **style)
-            axis.set_title(metric.upper())
-        rows = flips[flips.attack == attack].sort_values("reach")
-        axes[3].plot(rows.reach, rows.flips, **style)
-    axes[3].set_title("predictions flipped by δ")
-    for axis in axes:
-        axis.set(xscale="log", xlabel="reach: step × number of steps", ylim=(-0.02, 1.02))
-    axes[0].axvline(0.02, color="grey", ls=":", lw=1)
-    axes[0].legend(fontsize=7)
-    return figure

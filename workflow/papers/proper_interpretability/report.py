@@ -159,16 +159,15 @@ class Report:
         self.table("ata_steps", ata[ata.steps > 0].sort_values(["eps_value", "steps"]),
                    lambda row: (at_eps(row), f"{row.steps} steps"),
                    "accuracy in percent under PGD by number of steps; k steps reach no further than 0.01 k")
-        self.figure("ata", curves(last, "eps_value", self.order, xlabel="ε of the attack", ylabel="accuracy under PGD",
-                                  mark=train_eps, ylim=(-0.02, 1.02), ticks=dict(zip(last.eps_value, last.eps, strict=True))),
+        self.figure("ata", curves(last, "eps_value", self.order, xlabel="ε of the attack", title="accuracy under PGD",
+                                  mark=train_eps, ticks=dict(zip(last.eps_value, last.eps, strict=True))),
                     f"Accuracy under {last.steps.max()}-step PGD against ε; bands are 95 % intervals of {self.points} points")
         beyond = ata[(ata.eps_value > train_eps) & (ata.steps > 0)]
         for kind, rows in (("steps", ata[np.isclose(ata.eps_value, train_eps)]),
                            ("steps_beyond", beyond[beyond.eps_value == beyond.eps_value.max()])):
             if rows.value.notna().any() and len(steps) > 1:
-                self.figure(kind, curves(rows, "steps", self.order, xlabel="steps of PGD", logarithmic=True,
-                                         ylabel=f"accuracy, ε = {rows.eps.iloc[0]}", ylim=(-0.02, 1.02),
-                                         ticks={count: str(count) for count in steps}),
+                self.figure(kind, curves(rows, "steps", self.order, xlabel="steps of PGD", xscale="log",
+                                         title=f"accuracy, ε = {rows.eps.iloc[0]}"),
                             f"Accuracy against the number of PGD steps at ε = {rows.eps.iloc[0]}")
 
     def stronger(self) -> None:
@@ -196,7 +195,7 @@ class Report:
             self.table("tau", tau, at_eps, "Kendall's τ between clean and attacked class activation map "
                        "(attack against interpretability, top 8), over the points that keep their prediction; empty where none "
                        "does", percent=False, digits=3)
-            self.figure("tau", curves(tau, "eps_value", self.order, xlabel="ε of the attack", ylabel="Kendall's τ",
+            self.figure("tau", curves(tau, "eps_value", self.order, xlabel="ε of the attack", title="Kendall's τ",
                                       mark=fraction(self.train_eps), ticks=dict(zip(tau.eps_value, tau.eps, strict=True))),
                         "Rank correlation of clean and attacked class activation maps under the attack against "
                         "interpretability; higher is more robust")
@@ -297,7 +296,9 @@ class Report:
         first = trained.drop_duplicates("label").set_index("label").path
         past = {label: rows for label in self.order if label in first and len(rows := history(first[label]))}
         if any(len(rows) > 1 for rows in past.values()):
-            self.figure("training", training(past), "Training: loss, and accuracy at the images (clean or attacked) at which "
+            drawn = figures.histories(past, "epoch", {"loss": "training loss",
+                                                      "acc": "accuracy under the loss's cross-entropy"}, ("acc",))
+            self.figure("training", drawn, "Training: loss, and accuracy at the images (clean or attacked) at which "
                         "the loss takes its cross-entropy")
 
 
@@ -347,47 +348,28 @@ def report_released(records: dict[str, str], labels: dict[str, str], table: str 
                        f"The authors' released networks, measured here: accuracy under {last.steps.max()}-step PGD, and "
                        "Kendall's τ under the attack against interpretability, at the published 200 points (seed 99). These "
                        "are not numbers of the paper.", index="method")
-    drawn = curves(last, "eps_value", list(dict.fromkeys(last.label)), xlabel="ε of the attack", ylabel="accuracy under PGD",
-                   ylim=(-0.02, 1.02), ticks=dict(zip(last.eps_value, last.eps, strict=True)))
+    drawn = curves(last, "eps_value", list(dict.fromkeys(last.label)), xlabel="ε of the attack", title="accuracy under PGD",
+                   ticks=dict(zip(last.eps_value, last.eps, strict=True)))
     figures.save(drawn, figure)
 
 
 # ------------------------------------------------------------------------------------------------------------------ figures
 
 
-def curves(table: pd.DataFrame, x: str, order: Sequence[str], *, xlabel: str, ylabel: str, mark: float | None = None,
-           logarithmic: bool = False, ylim: tuple | None = None, ticks: dict[float, str]):
-    """A metric against a number, one line per method, with its 95 % interval where there is one.
+def curves(table: pd.DataFrame, x: str, order: Sequence[str], *, title: str, mark: float | None = None, **settings):
+    """A metric against a number, one line per method; at `mark` a dotted line says "ε of the training".
 
     Args:
         table: columns label, `x`, value, low, high.
-        x: column on the axis.
+        x, settings: see `cupel.reporting.figures.lines`.
         order: labels, in the order of the legend.
-        xlabel, ylabel, ylim: of the axes.
-        mark: where a dotted line says "ε of the training".
-        logarithmic: scale of the x axis.
-        ticks: text at values of x.
     """
-    figure, axis = plt.subplots(figsize=(6.4, 3.7), layout="constrained")
-    for label, (colour, mark_of) in styles(order).items():
-        part = table[table.label == label].sort_values(x)
-        if part.empty:
-            continue
-        axis.plot(part[x], part.value, color=colour, marker=mark_of, ms=4, lw=1.4, label=label)
-        if part.low.notna().all():
-            axis.fill_between(part[x], part.low, part.high, color=colour, alpha=0.10, lw=0)
+    rows = table.assign(metric=title).sort_values("label", key=lambda labels: labels.map(list(order).index), kind="stable")
+    figure = figures.lines(rows, x, {title: title}, "label", **{"xscale": "linear", **settings})
     if mark is not None:
-        axis.axvline(mark, color="grey", ls=":", lw=1)
-        axis.text(mark, 1.0, " ε of the training", transform=axis.get_xaxis_transform(), va="bottom", ha="center", fontsize=7,
-                  color="grey")
-    if logarithmic:
-        axis.set_xscale("log")
-    axis.set_xticks(list(ticks), list(ticks.values()))
-    axis.minorticks_off()
-    axis.set(xlabel=xlabel, ylabel=ylabel)
-    if ylim:
-        axis.set_ylim(*ylim)
-    figure.legend(loc="outside right upper", fontsize=8)
+        figure.axes[0].axvline(mark, color="grey", ls=":", lw=1)
+        figure.axes[0].annotate("ε of the training", (mark, 1), xycoords=("data", "axes fraction"), va="top", rotation=90,
+                                fontsize=7, color="grey")
     return figure
 
 
@@ -491,20 +473,11 @@ def gamma_curves(table: pd.DataFrame, reference: dict[str, float]):
         table: columns gamma, train_eps (text), kind (`clean` or `attacked`), value, low, high.
         reference: accuracy under attack of Adv by ε of the training.
     """
-    figure, axes = plt.subplots(1, 2, figsize=(8.4, 3.2), sharey=True, layout="constrained")
-    looks = styles(dict.fromkeys(table.train_eps))
-    gammas = sorted(set(table.gamma))
-    for axis, kind in zip(axes, ("clean", "attacked"), strict=True):
-        for name, (colour, _) in looks.items():
-            part = table[(table.kind == kind) & (table.train_eps == name)].sort_values("gamma")
-            axis.plot(part.gamma, part.value, color=colour, marker="o", ms=4, label=f"trained at ε = {name}")
-            axis.fill_between(part.gamma, part.low, part.high, color=colour, alpha=0.1, lw=0)
-            if kind == "attacked" and name in reference:
-                axis.axhline(reference[name], color=colour, ls="--", lw=1)
-        axis.set_xticks(gammas, [f"{gamma:g}" for gamma in gammas])
-        axis.set(title=kind, xlabel="γ")
-    axes[0].set(ylabel="accuracy", ylim=(-0.02, 1.02))
-    axes[0].legend(fontsize=8)
+    rows = table.assign(metric=table.kind, trained="trained at ε = " + table.train_eps)
+    figure = figures.lines(rows, "gamma", {"clean": "clean", "attacked": "attacked"}, "trained", xscale="linear", xlabel="γ")
+    for name, colour in figures.palette(table.train_eps).items():
+        if name in reference:
+            figure.axes[1].axhline(reference[name], color=colour, ls="--", lw=1)
     return figure
 
 
@@ -551,19 +524,4 @@ def neurons(shown: dict[str, np.ndarray], names: Sequence[str]):
             _picture(axis, image)
     for axis, name in zip(axes[0], names, strict=True):
         axis.set_title(f"for {name}", fontsize=8)
-    return figure
-
-
-def training(histories: dict[str, pd.DataFrame]):
-    """Loss and accuracy of the training batches against the epoch, a line per method."""
-    figure, axes = plt.subplots(1, 2, figsize=(8.2, 3), layout="constrained")
-    looks = styles(histories)
-    for label, rows in histories.items():
-        colour, mark = looks[label]
-        for axis, column in zip(axes, ("loss", "acc"), strict=True):
-            axis.plot(rows.epoch, rows[column], color=colour, marker=mark if len(rows) < 20 else "", ms=4, lw=1.2, label=label)
-    for axis, title in zip(axes, ("training loss", "accuracy under the loss's cross-entropy"), strict=True):
-        axis.set(title=title, xlabel="epoch")
-    axes[1].set_ylim(0, 1.02)
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right upper", fontsize=8)
     return figure
