@@ -113,7 +113,7 @@ def copy(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("copy") / "workflow"
     shutil.copytree(WORKFLOW / "cupel", folder / "cupel", ignore=shutil.ignore_patterns("__pycache__"))
     for part in ("scripts", "papers"):
-        shutil.copytree(WORKFLOW / part, folder / part, ignore=shutil.ignore_patterns("__pycache__", "*.csv", "*.ipynb", "*.md"))
+        shutil.copytree(WORKFLOW / part, folder / part, ignore=shutil.ignore_patterns("__pycache__", "*.csv", "*.ipynb"))
     return folder
 
 

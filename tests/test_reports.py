@@ -15,6 +15,7 @@ from cupel.experiment import Grid
 from cupel.files import read_json, write_json
 from cupel.images import stages
 from cupel.images.defences import Budget
+from cupel.paths import Paths
 from cupel.reporting.index import paper_section
 from cupel.reporting.notebook import write_card
 from cupel.reporting.paper import Paper, load, read_reported, write_report
@@ -23,8 +24,8 @@ from cupel.reporting.tables import gather, interval_text, spread
 from cupel.reporting.zoo import victims_beside_twins
 from cupel.settings import LIBRARY, PAPERS, read_yaml
 from cupel.text.data import sources
-from tests import test_interpretability_dag as robust
-from tests import test_multimodal_dag as multimodal
+from tests import test_robust_dag as robust
+from tests import test_vision_language_dag as multimodal
 from tests.conftest import REPOSITORY
 
 PI = "proper_interpretability"
@@ -85,12 +86,8 @@ def image_cells(key, scale, folder):
 
 
 def image_report(key, scale, folder):
-    grid = Grid([key], scale)
-    names = dict.fromkeys(cell["defence"] for cell in grid.cells("purified", key))
-    entries = {name: grid.entries["defences"][name] for name in names}
-    facts = {"kinds": {name: entry.get("kind", "") for name, entry in entries.items()},
-             "defences": {name: grid.defence(name, "cifar10") for name in names}}
-    labels = {"defences": {name: entry.get("label", name) for name, entry in entries.items()}}
+    family, paths = Grid([key], scale).families["images"], Paths("results", scale, "data")
+    labels, facts = family.report_labels(key), family.facts(key, paths)
     return made(key, scale, image_cells(key, scale, folder / "cells"), folder / "out", labels=labels, facts=facts)
 
 
@@ -215,7 +212,7 @@ def robust_cells(folder, seeds=(0, 1)):
 
 def robust_parts(scale):
     plan = robust.plan(read_yaml(PAPERS / PI / "experiment.yaml"), scale)
-    return plan, {"labels": {"methods": plan.labels()}, "facts": plan.facts()}
+    return plan, {"labels": {"defences": plan.labels("defences")}, "facts": plan.facts(PI, Paths("results", scale, "data"))}
 
 
 def robust_report(folder):
@@ -230,10 +227,10 @@ def multimodal_cell(folder, spec, stage="victim", defence="", **numbers):
         flat |= {name: value, f"{name}_n": n, f"{name}_low": max(value - 0.02, 0), f"{name}_high": min(value + 0.02, 1)}
     same = {name: spec[name] for name in ("dataset", "model", "recipe")}
     write_json(folder / "metrics.json", {
-        **same, "stage": stage, "attack": attack, "attack_variant": kind, "poison_rate": spec["rate"], "defence": method,
+        **same, "stage": stage, "attack": attack, "attack_variant": kind, "poison_rate": spec["poison_rate"], "defence": method,
         "variant": variant, "budget": "", "seed": spec["seed"], "status": "ok", "metrics": list(numbers), "seconds": 1.0,
         **flat})
-    return {**same, "paper": "bye", "stage": stage, "attack": spec["attack"]["name"], "rate": f"{spec['rate']:g}",
+    return {**same, "paper": "bye", "stage": stage, "attack": spec["attack"]["name"], "rate": f"{spec['poison_rate']:g}",
             "seed": str(spec["seed"]), "defence": defence, "folder": str(folder)}
 
 
@@ -241,7 +238,7 @@ def multimodal_parts(data):
     plan = multimodal.plan("smoke")
     labels = {section: plan.labels(section) for section in ("defences", "attacks")}
     attacks = {name: plan.attack(name) for name in labels["attacks"]}
-    return {"labels": labels, "facts": {"attacks": attacks, "target": plan.target,
+    return {"labels": labels, "facts": {"attacks": attacks, "targets": {"shapes_tiny": "Backdoor Attack!"},
                                         "datasets": {"shapes_tiny": str(data / "shapes_tiny")}}}
 
 
@@ -401,9 +398,8 @@ def test_the_reach_of_the_inner_step(tmp_path):
     report = load(report_file("ims"))
     assert report.reach_of({}) == pytest.approx(0.02) and report.reach_of({"lr_perturb": 0.03}) == pytest.approx(0.6)
     key = read_yaml(PAPERS / "ims_inner_step" / "experiment.yaml")["report"]
-    grid = Grid(["ims_inner_step"], "demo")
     cells = image_cells("ims_inner_step", "demo", tmp_path / "cells")
-    facts = {"kinds": {}, "defences": {c["defence"]: grid.defence(c["defence"], "cifar10") for c in grid.cells("purified")}}
+    facts = Grid(["ims_inner_step"], "demo").families["images"].facts("ims_inner_step", Paths("results", "demo", "data"))
     found = gather(cells)
     paper = Paper("ims_inner_step", "T", "demo", found, {"defences": {}}, facts, pd.DataFrame(), {}, tmp_path / "out")
     write_report(paper, report_file(key))
@@ -433,16 +429,16 @@ def test_what_a_defence_keeps_lies_beside_its_model(tmp_path, monkeypatch):
     paths = {name: tmp_path / "cell" / name for name in ("model", "history", "metrics", "details")}
     asked = []
 
-    def child(function, spec, defence, data, victim, trigger, before, files, device):
+    def child(function, spec, defence, inputs, files, device):
         asked.append(defence)
         for name, file in files.items():
             if name != "details" or defence["keeps"]:
                 file.write_text(str(defence))
 
     monkeypatch.setattr(stages, "separately", child)
+    inputs = stages.Inputs(str(tmp_path), **{name: str(tmp_path / name) for name in ("victim", "trigger", "before")})
     for defence, jobs in (({"keeps": True}, 1), ({"keeps": True}, 1), ({"keeps": False}, 2), ({"keeps": False}, 2)):
-        stages.purify_block({"dataset": "d"}, [defence], ["code"], str(tmp_path), *(str(tmp_path / name) for name in (
-            "victim", "trigger", "before")), [paths], "cpu")
+        stages.purify_block({"dataset": "d"}, [stages.Job(defence, "code", paths)], inputs, "cpu")
         assert len(asked) == jobs and paths["details"].exists() == defence["keeps"]
         assert paths["model"].read_text() == str(defence)
 
@@ -564,7 +560,7 @@ def test_robust_networks_without_pictures_or_results(tmp_path):
 def test_ablation_takes_the_main_nets_of_the_sweep(tmp_path):
     report, (_, parts) = load(report_file(PI)), robust_parts("paper")
     facts = parts["facts"]
-    found = report.ablation(report.prepared(gather(robust_cells(tmp_path, seeds=(0,))), parts["labels"]["methods"]),
+    found = report.ablation(report.prepared(gather(robust_cells(tmp_path, seeds=(0,))), parts["labels"]["defences"]),
                             facts["gammas"], facts["train_eps"]["mnist"])
     assert facts["gammas"] == {"int": 0.01, "int~gamma_001": 0.001, "int~gamma_005": 0.005, "int~gamma_015": 0.015,
                                "int~gamma_020": 0.02}

@@ -102,9 +102,10 @@ def definitions(kind: str, files: Iterable[str | Path], package: str = "cupel") 
 
 
 def signatures(kind: str, files: Iterable[str | Path], package: str = "cupel") -> dict[str, set[str]]:
-    """Names registered by the decorator `kind` (`attack`, `defence`, ...) of a package in `files`, each with its parameter names.
+    """Names registered by a package's decorator `kind` (`attack`, `defence`, ...) in `files`, each with its parameter names.
 
-    A file may import the decorators of several families, under names of its own where they would be the same. Fields of base classes count where the base is defined in `files` too.
+    A file may import the decorators of several families, under names of its own where they would be the same. Fields of
+    base classes count where the base is defined in `files` too.
 
     Read from the syntax tree: configuration is checked in milliseconds, before any library is imported.
     """

@@ -16,7 +16,7 @@ def penultimate(model, images: np.ndarray, batch_size: int = 500) -> np.ndarray:
                       for k in range(0, len(images), batch_size)]).numpy()
 
 
-def entanglement(clean: np.ndarray, labels: np.ndarray, triggered: np.ndarray, true: np.ndarray, target: int,
+def entanglement(clean: np.ndarray, labels: np.ndarray, triggered: np.ndarray, true: np.ndarray, target: int, *,
                  neighbours: int = 10) -> dict[str, float]:
     """Among whom triggered images lie: shares of their nearest clean images (cosine) that are of the target class, and
     of their own true class.

@@ -224,8 +224,8 @@ def quality_against_cost(cross: pd.DataFrame):
         count = int(means.settings.iloc[0])
         note = f"{title}, mean over {count} settings" if count > 1 else f"{title}, one setting"
         shown = means.assign(acc_loss=100 * means.acc_loss, asr=100 * means.asr)
-        _front(row[0], shown, "seconds", "der", "front_cost", looks)
-        _front(row[1], shown, "asr", "acc_loss", "front_loss", looks)
+        _front(row[0], shown, "seconds", "der", front="front_cost", looks=looks)
+        _front(row[1], shown, "asr", "acc_loss", front="front_loss", looks=looks)
         row[0].set(xscale="log", xlabel="seconds (lower is better)", ylabel="DER (higher is better)", title=note)
         row[0].xaxis.set_major_formatter("{x:g}")
         row[0].xaxis.set_minor_formatter(LogFormatter(minor_thresholds=(2, 0.5)))
@@ -238,7 +238,7 @@ def quality_against_cost(cross: pd.DataFrame):
     return figure
 
 
-def _front(axis, means: pd.DataFrame, x: str, y: str, front: str, looks: dict) -> None:
+def _front(axis, means: pd.DataFrame, x: str, y: str, *, front: str, looks: dict) -> None:
     for row in means.itertuples():
         colour, marker = looks[row.label]
         axis.plot(getattr(row, x), getattr(row, y), marker, color=colour, ms=7, mfc="none" if row.failed else colour,

@@ -1,6 +1,5 @@
 """The first page of a run: claims, tables, figures, failed cells, provenance."""
 
-import hashlib
 import json
 import os
 from collections.abc import Iterable, Mapping
@@ -45,8 +44,7 @@ def write_index(papers: Iterable[dict], cells: pd.DataFrame, run: dict, out: Map
     papers, page = list(papers), Path(out["page"])
     claims = pd.concat([pd.read_csv(Path(paper["folder"]) / "claims.csv") for paper in papers], ignore_index=True)
     config = json.loads(json.dumps(run["config"], default=str))
-    made = provenance(run["root"], config, hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest(), run["data"],
-                      run["datasets"], run["seeds"])
+    made = provenance(run["root"], config, run["data"], names=run["datasets"], seeds=run["seeds"])
     write_json(out["provenance"], made)
     write_text(out["claims"], claims.to_csv(index=False))
     triggers = [{"path": os.path.relpath(path, page.parent),

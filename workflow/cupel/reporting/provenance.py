@@ -1,6 +1,8 @@
 """What made a set of results: commit, versions, machine, seeds, data, time per rule."""
 
 import contextlib
+import hashlib
+import json
 import platform
 import subprocess
 import sys
@@ -49,9 +51,9 @@ def rule_times(folder: str | Path) -> pd.DataFrame:
                                      memory_mb=("memory_mb", "max")).reset_index()
 
 
-def provenance(root: str | Path, config: dict, config_hash: str, data: str | Path, names: list[str],
-               seeds: list[int]) -> dict:
+def provenance(root: str | Path, config: dict, data: str | Path, *, names: list[str], seeds: list[int]) -> dict:
     """One flat-ish record for `provenance.json`."""
+    config_hash = hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
     manifests = {name: read_json(Path(data) / name / "manifest.json") for name in names}
     return {
         "commit": git_commit(root), "config": config, "config_sha256": config_hash, "versions": versions(),

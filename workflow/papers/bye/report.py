@@ -12,8 +12,7 @@ from cupel.files import read_json
 from cupel.reporting import figures, tables
 from cupel.reporting.figures import COLOURS, bare, errors, marker, panels, plt, side_title
 from cupel.reporting.paper import Paper, victim_histories
-from cupel.vision_language import data as prepared
-from cupel.vision_language import triggers
+from cupel.vision_language import prepared, triggers
 
 VICTIM = "victim"
 MAIN_RATE = 0.1  # of the paper, "unless otherwise stated"

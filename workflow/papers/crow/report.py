@@ -14,7 +14,7 @@ from cupel.reporting import paper as papers
 from cupel.reporting.figures import COLOURS, errors, marker, panels
 from cupel.reporting.paper import Paper
 from cupel.reporting.tables import interval_text, sideways, spread
-from cupel.text.sources import read_records
+from cupel.text.data.sources import read_records
 
 #: a victim below the first or above the second is marked (crow SPEC 11.3); both under the template, over all answers
 GATE = {"asr": 0.8, "false": 0.05}
