@@ -7,7 +7,7 @@
     snakemake --cores all zoo             one victim of every attack beside its clean twin, and their gallery
     snakemake --cores all released_weights  the networks that the authors of proper_interpretability released, measured
     snakemake --cores all crate           the run as an RO-Crate: code, settings, results, checksums
-    snakemake --cores all PATH            one cell, e.g. results/demo/victims/cifar10/.../metrics.json
+    snakemake --cores all PATH            one cell, e.g. results/demo/images/victims/cifar10/.../metrics.json
 
 The chain: data -> poison -> victim -> purify -> cells (one tidy table) -> tables, figures, claims -> index.html
 """

@@ -20,7 +20,7 @@ from tests.conftest import REPOSITORY
 from tests.test_workflow import Folder, jobs
 
 CELLS = "results/smoke/cells.parquet"
-VICTIM = "results/smoke/victims/cifar10/preactresnet18/fst/badnets@0.05/seed0/metrics.json"
+VICTIM = "results/smoke/images/victims/cifar10/preactresnet18/fst/badnets@0.05/seed0/metrics.json"
 STORED = ["--default-storage-provider", "s3", "--default-storage-prefix", "s3://cupel-test/run"]
 
 pytestmark = pytest.mark.skipif(
@@ -36,9 +36,9 @@ class Remote(Folder):
     def __init__(self, path, data, bucket, address, **environment):
         super().__init__(path, data)
         self.set(data={"folder": "data"})
-        kept = bucket / "run" / "data" / "cifar10"
+        kept = bucket / "run" / "data" / "images" / "cifar10"
         kept.mkdir(parents=True)
-        for file in (data / "cifar10").iterdir():
+        for file in (data / "images" / "cifar10").iterdir():
             os.link(file, kept / file.name)
         self.environment = {**s3.ENVIRONMENT, "SNAKEMAKE_STORAGE_S3_ENDPOINT_URL": address, **environment}
         # what pods are given is what git tracks
@@ -130,7 +130,7 @@ def website(folder):
 def test_data_sets_on_a_web_server(tmp_path, cifar10):
     local, folder = (Folder(tmp_path / name, cifar10.parents[1].resolve()) for name in ("local", "run"))
     assert local.run("--", VICTIM)[0] == 0
-    with website(cifar10.parent) as address:
+    with website(cifar10.parents[1]) as address:
         folder.set(data={"folder": address})
         planned = jobs(folder.run("-n")[1])
         assert "prepare_dataset" not in planned and planned["index"] == 1
