@@ -69,7 +69,7 @@ def test_the_profile_plans(remote):
     code, output = remote.run("-n", "--workflow-profile", "profiles/kubernetes", "--", CELLS)
     assert code == 0, output[-3000:]
     planned = jobs(output)
-    planned.pop("prepare_dataset", None)  # planned where the data set is younger than its record
+    planned.pop("prepare_images", None)  # planned where the data set is younger than its record
     assert planned == {"gather_cells": 1, "poison": 1, "purify": 2, "train_victim": 1}
     assert "s3://cupel-test/run/results/smoke/cells.parquet (send to storage)" in output
     assert not remote.cluster.jobs
@@ -79,7 +79,7 @@ def test_the_profile_plans(remote):
 def test_the_whole_report_plans_from_a_store(remote):
     code, output = remote.run("-n", "--workflow-profile", "profiles/kubernetes")
     assert code == 0, output[-3000:]
-    assert jobs(output)["index"] == 1 and "prepare_dataset" not in jobs(output)
+    assert jobs(output)["index"] == 1 and "prepare_images" not in jobs(output)
 
 
 def test_what_the_profile_replaces_stands_in_it():
@@ -133,7 +133,7 @@ def test_data_sets_on_a_web_server(tmp_path, cifar10):
     with website(cifar10.parents[1]) as address:
         folder.set(data={"folder": address})
         planned = jobs(folder.run("-n")[1])
-        assert "prepare_dataset" not in planned and planned["index"] == 1
+        assert "prepare_images" not in planned and planned["index"] == 1
         code, output = folder.run("--", VICTIM)
     assert code == 0, output[-3000:]
     assert folder.metrics() == local.metrics() and not (folder.path / "data").exists()
