@@ -417,7 +417,7 @@ def test_zip_restores_what_the_degradation_took(monkeypatch):
 # --------------------------------------------------------------------------------------------------------------- training
 
 
-FAST = TrainingSettings(epochs=2, batch_size=4, lr=1e-2, rank=4, alpha=8, projector_lr=1e-3, precision="fp32", dropout=0.1)
+FAST = TrainingSettings(epochs=2, batch_size=4, lr=1e-2, rank=4, lora_alpha=8, projector_lr=1e-3, precision="fp32", dropout=0.1)
 
 
 def test_schedule_by_hand():

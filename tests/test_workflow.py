@@ -242,7 +242,7 @@ def test_plugins_of_the_documentation(finished, tmp_path):
     folder.edit("workflow/papers/fst/experiment.yaml", "defences:\n  ft:\n",
                 "defences:\n  shrink: {source: own, settings: {lr: 0.1}}\n  ft:\n")
     code, output = folder.run("-n")
-    assert code != 0 and "unknown parameter of defence shrink 'lr'" in output
+    assert code != 0 and "unknown setting of shrink 'lr'" in output
 
 
 def test_killed_run_ends_with_identical_metrics(finished, tmp_path):
