@@ -162,7 +162,8 @@ def jobs(output):
 def test_no_path_is_of_two_rules(tmp_path, cifar10, scale):
     """Every function of every rule that could make a path is called, and none of them complains."""
     folder = Folder(tmp_path / "strict", cifar10.parents[1].resolve())
-    code, output = folder.run("-n", "--quiet", "rules", "--strict-dag-evaluation", "functions", "--config", FIVE, f"scale={scale}")
+    strict = ("--strict-dag-evaluation", "functions", "--quiet", "rules")
+    code, output = folder.run("-n", *strict, "--config", FIVE, f"scale={scale}")
     assert code == 0 and not re.search("Exception|Traceback|Error", output), output[-3000:]
 
 

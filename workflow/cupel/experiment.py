@@ -153,15 +153,16 @@ class Family:
         Raises:
             ConfigError: one of them is wrong.
         """
-        for section, (name, entry) in ((section, item) for section in sections for item in self.entries[section].items()):
-            kind, function = self.kind(section, name), self.function(section, name)
-            if function not in self.parameters[kind]:
-                raise self.wrong(section, name, "function", unknown(kind, function, self.parameters[kind]))
-            for place, settings in layers(entry):
-                for key in settings:
-                    if key not in self.parameters[kind][function]:
-                        raise self.wrong(section, name, place,
-                                         unknown(f"setting of {function}", key, self.parameters[kind][function]))
+        for section in sections:
+            for name, entry in self.entries[section].items():
+                kind, function = self.kind(section, name), self.function(section, name)
+                known = self.parameters[kind]
+                if function not in known:
+                    raise self.wrong(section, name, "function", unknown(kind, function, known))
+                for place, settings in layers(entry):
+                    for key in settings:
+                        if key not in known[function]:
+                            raise self.wrong(section, name, place, unknown(f"setting of {function}", key, known[function]))
 
     def check_block(self, where: str, block: Mapping) -> None:
         """What the schema cannot say of a block beside that its names are known.
