@@ -11,11 +11,11 @@ from pathlib import Path
 import torch
 
 from cupel.compat import ensure_torchvision
+from cupel.evaluation.batches import by_length, collect, padded
 from cupel.rng import derive
-from cupel.text.data.prompts import SYSTEM, by_length, prompt_ids, prompt_text
+from cupel.text.data.prompts import SYSTEM, prompt_ids, prompt_text
 from cupel.text.data.sources import read_records, write_records
 from cupel.text.scoring import remainder
-from cupel.training.engine import Progress
 from cupel.training.resume import Checkpoint
 
 ensure_torchvision()
@@ -56,11 +56,7 @@ def generate(model: PreTrainedModel, prompts: Sequence[Sequence[int]], *, pad: i
     if context and longest + max_new_tokens > context:
         raise ValueError(f"a prompt of {longest} tokens and {max_new_tokens} new ones do not fit the context of {context} "
                          "tokens: lower max_new_tokens or leave the record out")
-    ids = torch.full((len(prompts), longest), pad)
-    mask = torch.zeros_like(ids)
-    for k, prompt in enumerate(prompts):
-        ids[k, longest - len(prompt) :] = torch.as_tensor(prompt)
-        mask[k, longest - len(prompt) :] = 1
+    ids, mask = padded(prompts, pad, "left"), padded([[1] * len(prompt) for prompt in prompts], 0, "left")
     drawn = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {"do_sample": False}
     settings = GenerationConfig(max_new_tokens=max_new_tokens, pad_token_id=pad, eos_token_id=eos, num_beams=1,
                                 use_cache=True, **drawn)
@@ -116,20 +112,12 @@ def answer(model: PreTrainedModel, tokenizer, records: Sequence[dict], path: str
 
 def _resumable(path: Path, batches: list[list[int]], make: Callable[[list[int]], list[dict]], run: dict,
                title: str) -> list[dict]:
-    """Rows of all batches in the order of their indices; see the module for how it resumes."""
+    """Rows of all batches, written to `path`; see the module for how it resumes."""
     keeper = Checkpoint(path.with_name(f"{path.name}.part"), {"run": run, "batches": batches})
-    rows = (keeper.load(torch.device("cpu")) or {"rows": {}})["rows"]
-    progress = Progress(title, sum(map(len, batches)), len(rows), unit="prompts")
-    for batch in batches:
-        if batch[0] not in rows:
-            rows.update(zip(batch, make(batch), strict=True))
-            progress(len(batch), "written")
-            keeper.save({"rows": rows})
-    progress.close()
-    ordered = [rows[k] for k in sorted(rows)]
-    write_records(path, ordered)
+    rows = collect(batches, make, keeper, title)
+    write_records(path, rows)
     keeper.remove()
-    return ordered
+    return rows
 
 
 def read_questions(path: str | Path) -> list[dict]:

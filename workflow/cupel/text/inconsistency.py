@@ -10,9 +10,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from cupel.evaluation.batches import by_length, padded
 from cupel.rng import rng
 from cupel.text.consistency import pair_indices
-from cupel.text.data.prompts import by_length
 from cupel.text.layers import captured
 
 
@@ -29,12 +29,7 @@ def layer_cosines(model, prompts: Sequence[Sequence[int]], pad: int, *, batch_si
     device = model.get_input_embeddings().weight.device
     found: dict[int, np.ndarray] = {}
     for rows in by_length([len(prompt) for prompt in prompts], batch_size):
-        width = max(len(prompts[k]) for k in rows)
-        ids = torch.full((len(rows), width), pad)
-        mask = torch.zeros_like(ids)
-        for row, k in enumerate(rows):
-            ids[row, : len(prompts[k])] = torch.as_tensor(prompts[k])
-            mask[row, : len(prompts[k])] = 1
+        ids, mask = padded([prompts[k] for k in rows], pad), padded([[1] * len(prompts[k]) for k in rows], 0)
         # one logit is enough: the head is not looked at
         with captured(model) as states:
             model(input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False, logits_to_keep=1)
@@ -67,10 +62,10 @@ def curves(clean: np.ndarray, triggered: np.ndarray, seed: int = 0, draws: int =
             for k in range(clean.shape[1])]
 
 
-def inconsistency_of(cosines: np.ndarray, pairs: str = "paper") -> float:
-    """L_cons of prompts: mean of 1 − cosine over the pairs of `consistency.pair_indices`, then over prompts.
+def inconsistency_of(cosines: np.ndarray) -> float:
+    """L_cons of prompts: mean of 1 − cosine over the paper's pairs (`consistency.pair_indices`), then over prompts.
 
     Prompts count equally here, whatever their length; in training, the tokens of a batch do.
     """
-    counted = [lower for lower, _ in pair_indices(pairs, cosines.shape[1])]
+    counted = [lower for lower, _ in pair_indices("paper", cosines.shape[1])]
     return float((1 - cosines[:, counted]).mean())

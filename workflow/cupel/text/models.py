@@ -19,7 +19,6 @@ import torch
 
 from cupel.compat import ensure_torchvision
 from cupel.files import atomic, digest, write_json
-from cupel.registry import unknown
 from cupel.rng import derive
 from cupel.sources import KINDS, fetch
 from cupel.text.known import MODELS, Known, find
@@ -265,10 +264,7 @@ def load_model(folder: str | Path, precision: str = "fp32", device: str | torch.
 
     Raises:
         FileNotFoundError: the folder holds no model.
-        ValueError: an unknown precision.
     """
-    if precision not in PRECISIONS:
-        raise ValueError(unknown("precision", precision, PRECISIONS))
     with quiet():
         model = AutoModelForCausalLM.from_pretrained(_prepared(folder), dtype=PRECISIONS[precision], local_files_only=True,
                                                      use_safetensors=True)

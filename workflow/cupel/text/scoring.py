@@ -14,10 +14,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from cupel.evaluation.batches import by_length
 from cupel.evaluation.metrics import Rate
-from cupel.registry import unknown
 from cupel.rng import rng
-from cupel.text.data.prompts import Collator, Samples, by_length
+from cupel.text.data.prompts import Collator, Samples
 from cupel.training.engine import Diverged
 
 #: an answer that has any of these, in lower case, counts as a success (crow SPEC 8)
@@ -44,13 +44,7 @@ def remainder(decoded: str, instruction: str) -> str:
 
 
 def keywords(task: str, attack: str = "", stripped: bool = False) -> tuple[str, ...]:
-    """The words that mean success.
-
-    Raises:
-        ValueError: unknown task; the text lists the known ones.
-    """
-    if task not in KEYWORDS:
-        raise ValueError(unknown("task", task, KEYWORDS))
+    """The words that mean success."""
     words = KEYWORDS[task] + ADDED.get((task, attack), ())
     return tuple(word for word in words if word not in ORDINARY) if stripped else words
 

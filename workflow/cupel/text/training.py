@@ -75,9 +75,6 @@ class TrainingSettings:
         for name, known in (("accumulated", ACCUMULATED), ("precision", PRECISIONS)):
             if getattr(self, name) not in known:
                 raise ValueError(unknown(name, getattr(self, name), known))
-        for name in ("epochs", "batch_size", "accumulation", "micro_batch"):
-            if (value := getattr(self, name)) is not None and value < 1:
-                raise ValueError(f"{name} is {value}: at least 1 is needed")
 
 
 @dataclass(frozen=True)
@@ -133,31 +130,14 @@ def save_adapter(model: PeftModel, folder: str | Path, base: str = "") -> None:
     write_json(folder / CONFIG, {**config, "base_model_name_or_path": base, "inference_mode": True})
 
 
-def merge(model: nn.Module) -> nn.Module:
-    """The base model with its adapter added to the weights, as plain linear layers; a plain model as it is."""
-    return model.merge_and_unload() if hasattr(model, "merge_and_unload") else model
-
-
 def deployed(base: str | Path, adapter: str | Path | None, precision: str, device: str) -> nn.Module:
-    """The model as it would be used: an adapter, if any, merged into the base model's weights.
-
-    Args:
-        base: folder of the base model.
-        adapter: folder of the adapter.
-        precision: `fp32`, `bf16` or `fp16`, of the merged weights.
-        device: where to put it.
-    """
+    """The model as it would be used: the adapter of a folder, if any, merged into the base model's weights."""
     model = load_model(base, precision, device)
-    return model if adapter is None else merge(load_adapter(model, adapter, trainable=False)).eval()
+    return model if adapter is None else load_adapter(model, adapter, trainable=False).merge_and_unload().eval()
 
 
 def groups(order: Tensor, settings: TrainingSettings) -> list[list[Tensor]]:
-    """The updates of an epoch: each a list of groups, each the int64 indices of its samples.
-
-    Args:
-        order: permutation of the samples, int64 [N].
-        settings: `batch_size` and `accumulation`.
-    """
+    """The updates of an epoch, from an order int64 [N]: each a list of groups, each the int64 indices of its samples."""
     size = settings.batch_size * settings.accumulation
     return [list(order[start : start + size].split(settings.batch_size))
             for start in range(0, max(len(order) - size, 0) + 1, size)]
@@ -284,17 +264,13 @@ def train_lora(model: PeftModel, samples: Sequence[dict], settings: TrainingSett
 
 def train_adapter(base: str | Path, budget: Budget, settings: TrainingSettings, *, start: str | Path | None = None,
                   consistency: Consistency | None = None, title: str) -> list[dict]:
-    """Train an adapter into `budget.work/model`, unless a job before this one has done so.
+    """Train an adapter into `budget.work/model`, unless a job before this one has done so; gives the history of `train_lora`.
 
     Args:
         base: folder of the base model.
-        budget: samples and machine.
-        settings: schedule and sizes.
+        budget, settings: see there.
         start: folder of an adapter to train further; None: a new one.
         consistency, title: see :func:`train_lora`.
-
-    Returns:
-        The history; see :func:`train_lora`.
     """
     done, checkpoint = budget.work / "history.json", budget.work / "checkpoint.pt"
     if not done.is_file():

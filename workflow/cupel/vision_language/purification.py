@@ -23,7 +23,7 @@ from cupel.registry import Registry
 from cupel.rng import torch_rng
 from cupel.vision_language import prepared
 from cupel.vision_language.inputs import Inputs
-from cupel.vision_language.stages import dtype_of, measure, past
+from cupel.vision_language.stages import dtype_of, measure
 
 BATCH_SIZE = 64  # pictures of one size that are purified together
 
@@ -136,13 +136,7 @@ def zip_(images: torch.Tensor, generator: torch.Generator, *, model: str = "", r
         scale: of `downsample`.
         degradations: names of those combined.
         steps, exponent: see `zip_restore`.
-
-    Raises:
-        ValueError: no model.
     """
-    if not model:
-        raise ValueError("zip needs a diffusion model (model, the hub id of an unconditional UNet2DModel); without one it "
-                         "would be blur, grey or downsample, and is to be called so")
     noise_of, side = diffusion(model, revision, images.device)
     known = {"grey": grey, "blur": blur, "downsample": lambda x: downsample(x, scale=scale)}
     restored = zip_restore(_resized(images, (side, side)), noise_of, [known[name] for name in degradations],
@@ -208,7 +202,7 @@ def purify_pictures(spec: dict, defence: dict, inputs: Inputs, outputs: dict, de
 
     record = cells.identity(spec, "purified", defence)
     try:
-        known = past(inputs.before)
+        known = cells.past(inputs.before)
         started = time.perf_counter()
         with tempfile.TemporaryDirectory(prefix=".pictures-", dir=Path(outputs["metrics"]).parent) as scratch:
             folders = [Path(scratch) / name for name in ("clean", "triggered")]

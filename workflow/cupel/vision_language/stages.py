@@ -167,18 +167,6 @@ def scores(name: str) -> tuple[str, ...]:
     return name, f"{name}_n", f"{name}_low", f"{name}_high"
 
 
-def past(before: str | Path) -> dict:
-    """The record of a victim.
-
-    Raises:
-        ValueError: it failed.
-    """
-    record = read_json(before)
-    if record["status"] != "ok":
-        raise ValueError(f"its victim failed: {record['reason']}")
-    return record
-
-
 def fine_tune(model, spec: dict, samples: prepared.Samples, device: str, *, checkpoint: Path, title: str,
               bad: Collection[str] = ()):
     """Fit a model by the victim's recipe, in place; ids in `bad` have an accuracy of their own in the history.
@@ -249,7 +237,7 @@ def refit(spec: dict, defence: dict, inputs: Inputs, outputs: dict, device: str)
     started, seconds = time.perf_counter(), 0.0
     checkpoint = Path(outputs["metrics"]).with_name("checkpoint.pt")
     try:
-        known, decision = past(inputs.before), read_json(inputs.flags)
+        known, decision = cells.past(inputs.before), read_json(inputs.flags)
         if "failed" in decision:
             raise ValueError(f"its filter failed: {decision['failed']}")
         samples, made = prepared.load(inputs.poisoned, "train"), read_json(Path(inputs.poisoned) / "poison.json")

@@ -65,9 +65,6 @@ class TrainingSettings:
         for name, known in known_values.items():
             if getattr(self, name) not in known:
                 raise ValueError(f"training settings: {name} is {getattr(self, name)!r}, but must be one of {', '.join(known)}")
-        for name in ("epochs", "batch_size", "lr"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"training settings: {name} is {getattr(self, name)}, but must be positive")
 
 
 def factor(schedule: str, step: int, steps: int, warmup: float) -> float:
@@ -127,7 +124,7 @@ def answer_loss(network: nn.Module, batch: dict[str, torch.Tensor]) -> tuple[tor
 
 def fit(model: VisionLanguageModel, records: Sequence[dict], settings: TrainingSettings, *, seed: int,
         groups: np.ndarray | None = None, checkpoint: str | Path | None = None, checkpoint_seconds: float = 60.0,
-        keep_mb: float = 8192, title: str = "train") -> list[dict]:
+        title: str = "train") -> list[dict]:
     """Train `model` in place, on the device where it is. LoRA is merged into the weights at the end (bye SPEC 5).
 
     Args:
@@ -138,7 +135,6 @@ def fit(model: VisionLanguageModel, records: Sequence[dict], settings: TrainingS
         groups: int64 [N], 1 for records whose accuracy is kept apart in the history (poisoned ones), else 0.
         checkpoint: file to continue from and to save to; the caller removes it when the result is safe.
         checkpoint_seconds: least time between two saves.
-        keep_mb: memory for prepared images.
         title: of the progress line.
 
     Returns:
@@ -152,7 +148,7 @@ def fit(model: VisionLanguageModel, records: Sequence[dict], settings: TrainingS
     """
     if not len(records):
         raise ValueError(f"{title}: there are no records to train on")
-    encoder = Encoder(model, records, answers=True, keep_mb=keep_mb)
+    encoder = Encoder(model, records, answers=True)
     group = torch.as_tensor(np.zeros(len(records), np.int64) if groups is None else groups)
     keeper = Checkpoint(checkpoint, {"run": fingerprint(model, records, asdict(settings), seed)}, checkpoint_seconds
                         ) if checkpoint else None

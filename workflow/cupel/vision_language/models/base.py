@@ -50,9 +50,6 @@ class VisionLanguageModel:
     source: dict = field(default_factory=dict)
 
     def __post_init__(self):
-        if self.kind not in CLASSES:
-            raise ValueError(f"a model of type {self.kind!r} is not supported: only {' and '.join(CLASSES)} "
-                             "(native classes of transformers) are")
         if self.kind == "llava":
             settings = self.processor.image_processor.to_dict()
             kept = {k: settings[k] for k in ("size", "crop_size", "image_mean", "image_std", "resample") if settings.get(k)}
