@@ -946,7 +946,6 @@ def test_layer_cosines_by_hand(model, tokenizer, asked):
             assert value == pytest.approx(cosine.mean(), abs=1e-5)
     by_hand = 1 - found[:, 1:].mean()
     assert inconsistency.inconsistency_of(found) == pytest.approx(by_hand)
-    assert inconsistency.inconsistency_of(found, "code") == pytest.approx(1 - found[:, 1:3].mean())
 
 
 def test_curves_are_clean_minus_triggered():

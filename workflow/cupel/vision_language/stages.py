@@ -60,8 +60,6 @@ def settings_of(entry: dict, device: str):
 
     entry = settled(entry, device)
     questions = entry.pop("questions", 1)
-    if "betas" in entry:
-        entry["betas"] = tuple(entry["betas"])
     return TrainingSettings(**entry), questions
 
 

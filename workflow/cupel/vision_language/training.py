@@ -36,7 +36,6 @@ class TrainingSettings:
         schedule: `cosine` (official script) or `linear` (the paper's words), to zero, both after the warm-up.
         warmup: share of all steps in which the learning rate rises.
         weight_decay: of AdamW, on matrices only.
-        betas: of AdamW.
         clip: largest norm of the gradient; None for no limit. 1.0 is what transformers' trainer does; no source names it.
         precision: `fp32` or `bf16` (autocast; trained weights and their optimiser stay fp32).
         micro_batch: records per forward pass where a step does not fit into memory; None for whole steps.
@@ -54,7 +53,6 @@ class TrainingSettings:
     schedule: str = "cosine"
     warmup: float = 0.03
     weight_decay: float = 0.0
-    betas: tuple[float, float] = (0.9, 0.999)
     clip: float | None = 1.0
     precision: str = "bf16"
     micro_batch: int | None = None
@@ -161,7 +159,7 @@ def fit(model: VisionLanguageModel, records: Sequence[dict], settings: TrainingS
         model.network.set_attn_implementation("eager")
     if settings.recompute:
         model.network.gradient_checkpointing_enable({"use_reentrant": False})
-    optimizer = torch.optim.AdamW(parameter_groups, betas=settings.betas, fused=True)
+    optimizer = torch.optim.AdamW(parameter_groups, fused=True)
     size = min(settings.batch_size, len(records))
 
     def updates(epoch: int) -> list[np.ndarray]:
