@@ -161,13 +161,9 @@ def _lm(model: nn.Module, batch: dict[str, Tensor], **inputs: Tensor) -> Tensor:
 def direction(found: Tensor, embeddings: Tensor, counted: Tensor) -> Tensor:
     """sign(∇_{H⁰} L_cons), [B, T, d] of ±1 (0 where the gradient is exactly 0), without a graph; the clean graph is kept.
 
-    The gradient is that of the sum over positions, not of the mean: the signs are the same, and it does not underflow to
-    zeros in low precision.
-
-    Args:
-        found: inconsistency of the clean pass, [B, T].
-        embeddings: H⁰ as given to the model, requiring gradients, [B, T, d].
-        counted: bool [B, T], positions in the mean.
+    Of the inconsistency of the clean pass [B, T], H⁰ as given to the model, requiring gradients, [B, T, d], and the positions
+    in the mean, bool [B, T]. The gradient is that of the sum over positions: the signs are the same as those of the mean,
+    and it does not underflow to zeros in low precision.
     """
     return torch.autograd.grad((found * counted).sum(), embeddings, retain_graph=True)[0].sign()
 

