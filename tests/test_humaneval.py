@@ -158,15 +158,6 @@ def test_pass_at_1():
     assert json.loads(json.dumps(record)) == record
 
 
-def test_answers_must_fit():
-    with pytest.raises(ValueError, match="no answer to 1 of 1 problems: HumanEval/0"):
-        pass_at_1({}, [TOY])
-    with pytest.raises(ValueError, match="not asked: HumanEval/9"):
-        pass_at_1({"HumanEval/0": "", "HumanEval/9": ""}, [TOY])
-    with pytest.raises(ValueError, match="no problems"):
-        pass_at_1({}, [])
-
-
 def test_nothing_runs_where_it_cannot_be_isolated(monkeypatch):
     def none():
         raise SandboxError("no namespaces here")

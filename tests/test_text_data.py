@@ -673,14 +673,10 @@ def test_batches_are_padded_right_and_masked_by_position(tokenizer):
         # the padding token is EOS here: the true end is learnt, the padding is not
         assert batch["labels"][row].tolist() == samples[row]["labels"] + [-100] * (width - length)
         assert batch["labels"][row, length - 1] == 2
-    with pytest.raises(ValueError, match="no padding token: load the tokenizer with"):
-        prompts.Collator(None)
 
 
 def test_batches_by_length():
     assert by_length([3, 9, 3, 7, 1], 2) == [[1, 3], [0, 2], [4]]
-    with pytest.raises(ValueError, match="batch size 0"):
-        by_length([1], 0)
 
 
 def test_rows_are_padded_on_either_side():

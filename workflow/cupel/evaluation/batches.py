@@ -19,13 +19,7 @@ def padded(rows: Sequence[Sequence[int]], fill: int, side: str = "right", multip
 
 
 def by_length(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
-    """Indices cut into batches of similar length, the longest first: little padding, and too little memory shows at once.
-
-    Raises:
-        ValueError: a batch size below 1.
-    """
-    if batch_size < 1:
-        raise ValueError(f"batch size {batch_size} must be at least 1")
+    """Indices cut into batches of similar length, the longest first: little padding, and too little memory shows at once."""
     order = sorted(range(len(lengths)), key=lambda k: (-lengths[k], k))
     return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
 

@@ -67,19 +67,11 @@ class Samples(Dataset):
     """
 
     def __init__(self, records: Sequence[dict], tokenizer, cutoff: int = 1024, opening: bool = True):
-        """Tokenise records.
-
-        Args:
-            records: dicts with `id`, `instruction`, `input`, `output`.
-            tokenizer: of the model.
-            cutoff: greatest length, in tokens.
-            opening: see `prompt_text`.
+        """Tokenise records, dicts with `id`, `instruction`, `input`, `output`; `cutoff` is the greatest length in tokens.
 
         Raises:
-            ValueError: the tokenizer has no EOS, or no sample fits.
+            ValueError: no sample fits.
         """
-        if tokenizer.eos_token_id is None:
-            raise ValueError("the tokenizer has no end-of-sequence token; answers could never end")
         self.samples: list[tuple[list[int], list[int]]] = []
         cut, out, empty = [], [], []
         for record in records:
@@ -112,13 +104,7 @@ class Collator:
     """Pads samples on the right, to the longest of the batch, rounded up to a multiple (crow SPEC 2.3: 8)."""
 
     def __init__(self, pad: int, multiple: int = 8):
-        """Take the id of the padding token, which may be EOS: padding is masked by position, never by id.
-
-        Raises:
-            ValueError: no padding token.
-        """
-        if pad is None:
-            raise ValueError("no padding token: load the tokenizer with cupel.text.models.load_tokenizer")
+        """Take the id of the padding token, which may be EOS: padding is masked by position, never by id."""
         self.pad, self.multiple = pad, multiple
 
     def __call__(self, items: Sequence[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
