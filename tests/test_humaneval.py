@@ -1,6 +1,5 @@
-"""HumanEval: problems, code out of answers, pass@1."""
+"""HumanEval: code out of answers, pass@1."""
 
-import gzip
 import json
 import textwrap
 
@@ -9,6 +8,7 @@ import pytest
 
 from cupel import sandbox
 from cupel.sandbox import Limits, SandboxError, refusal
+from cupel.text.data import sources
 from cupel.text.humaneval import STOP, Problem, check, extract, instruction, pass_at_1, problems
 
 sandboxed = pytest.mark.skipif(bool(refusal()), reason=f"untrusted code cannot be isolated: {refusal()}")
@@ -39,9 +39,10 @@ WHOLE = TOY.prompt + BODY
 
 
 @pytest.fixture(scope="module")
-def real(mirror):
-    with gzip.open(mirror / "humaneval" / "HumanEval.jsonl.gz") as file:
-        return problems(map(json.loads, file))
+def real(mirror, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("humaneval")
+    sources.prepare("humaneval", folder, kinds=("mirror",), mirror=mirror)
+    return problems(sources.load(folder))
 
 
 def test_problems_are_those_of_the_paper(real):
@@ -112,8 +113,8 @@ def test_stop_sequences_end_what_follows():
 @sandboxed
 def test_ten_canonical_solutions_pass(real):
     chosen = [real[k] for k in (0, 10, 32, 33, 38, 50, 53, 64, 115, 163)]  # with helpers, imports, random tests
-    record = pass_at_1({problem.task_id: problem.canonical_solution for problem in chosen}, chosen, workers=2)
-    assert record["passed"] == record["n"] == 10, record["outcomes"]
+    record = pass_at_1({problem.task_id: problem.canonical_solution for problem in chosen}, chosen)
+    assert record["n"] == 10, record["outcomes"]
     assert (record["value"], record["low"], record["high"]) == pytest.approx((1, 0.7225, 1), abs=1e-4)
 
 
@@ -126,15 +127,15 @@ def test_all_canonical_solutions_pass(real, form):
              "fence": lambda p: f"Sure:\n```python\n{p.prompt}{p.canonical_solution}```\n",
              "fence with dedented body": lambda p: f"```\n{textwrap.dedent(p.canonical_solution)}```",
              "whole in prose": lambda p: f"Sure.\n\n{p.prompt}{p.canonical_solution}\n\nThis works.\n"}
-    record = pass_at_1({problem.task_id: forms[form](problem) for problem in real}, real, workers=2)
-    assert (record["passed"], record["n"]) == (164, 164), [o for o in record["outcomes"] if o["status"] != "passed"]
+    record = pass_at_1({problem.task_id: forms[form](problem) for problem in real}, real)
+    assert (record["value"], record["n"]) == (1, 164), [o for o in record["outcomes"] if o["status"] != "passed"]
 
 
 @sandboxed
 @pytest.mark.slow
 def test_no_empty_answer_passes(real):
-    record = pass_at_1({problem.task_id: "    pass" for problem in real}, real, workers=2)
-    assert record["passed"] == 0 and record["n"] == 164
+    record = pass_at_1({problem.task_id: "    pass" for problem in real}, real)
+    assert record["value"] == 0 and record["n"] == 164
 
 
 @sandboxed
@@ -145,26 +146,16 @@ def test_pass_at_1():
     asked = [other(k) for k in range(6)]
     given = {"HumanEval/0": BODY, "HumanEval/1": "    return items", "HumanEval/2": "", "HumanEval/3": "    while True: pass",
              "HumanEval/4": "    import os\n    os._exit(0)", "HumanEval/5": "    import socket\n    socket.socket()"}
-    record = pass_at_1(given, asked, Limits(cpu=1, seconds=5), workers=3)
+    record = pass_at_1(given, asked, Limits(cpu=1, seconds=5))
     assert [outcome["task_id"] for outcome in record["outcomes"]] == [problem.task_id for problem in asked]
     statuses = [outcome["status"] for outcome in record["outcomes"]]
     assert statuses == ["passed", "failed", "failed", "timeout", "failed", "failed"]
-    assert record["statuses"] == {"passed": 1, "failed": 4, "timeout": 1}
     # Wilson's interval, as the two solutions p of (p̂ − p)² = z² p (1 − p) / n
     z, n = 1.959963984540054, 6
     low, high = sorted(np.roots([1 + z**2 / n, -(2 / n + z**2 / n), 1 / n**2]).real)
     assert (record["low"], record["high"]) == pytest.approx((low, high))
-    assert (record["metric"], record["value"], record["passed"], record["n"]) == ("pass_at_1", 1 / 6, 1, 6)
+    assert (record["value"], record["n"]) == (1 / 6, 6)
     assert json.loads(json.dumps(record)) == record
-
-
-def test_answers_must_fit():
-    with pytest.raises(ValueError, match="no answer to 1 of 1 problems: HumanEval/0"):
-        pass_at_1({}, [TOY])
-    with pytest.raises(ValueError, match="not asked: HumanEval/9"):
-        pass_at_1({"HumanEval/0": "", "HumanEval/9": ""}, [TOY])
-    with pytest.raises(ValueError, match="no problems"):
-        pass_at_1({}, [])
 
 
 def test_nothing_runs_where_it_cannot_be_isolated(monkeypatch):

@@ -19,7 +19,6 @@ import torch
 
 from cupel.compat import ensure_torchvision
 from cupel.files import atomic, digest, write_json
-from cupel.registry import unknown
 from cupel.rng import derive
 from cupel.sources import KINDS, fetch
 from cupel.text.known import MODELS, Known, find
@@ -256,19 +255,11 @@ def _prepared(folder: str | Path) -> Path:
 
 
 def load_model(folder: str | Path, precision: str = "fp32", device: str | torch.device = "cpu") -> PreTrainedModel:
-    """A model in eval mode.
-
-    Args:
-        folder: of `prepare_model`, or any local folder in transformers' form.
-        precision: of the weights: `fp32`, `bf16` or `fp16`.
-        device: where to put it.
+    """A model in eval mode, of `prepare_model` or of any local folder in transformers' form; `precision` is of the weights.
 
     Raises:
         FileNotFoundError: the folder holds no model.
-        ValueError: an unknown precision.
     """
-    if precision not in PRECISIONS:
-        raise ValueError(unknown("precision", precision, PRECISIONS))
     with quiet():
         model = AutoModelForCausalLM.from_pretrained(_prepared(folder), dtype=PRECISIONS[precision], local_files_only=True,
                                                      use_safetensors=True)
@@ -300,15 +291,7 @@ def tiny_llama(folder: str | Path, seed: int, *, layers: int = 4, hidden: int = 
     """Write a random Llama with a byte-level BPE tokenizer, made here: no download, for tests and scale `smoke`.
 
     Like Llama 2's, the tokenizer puts `<s>` first, has `</s>` and `<unk>`, and no padding token. It has 512 tokens, its merges
-    are learnt from the synthetic instructions of `sources`.
-
-    Args:
-        folder: where to write.
-        seed: of the weights.
-        layers, hidden, heads: shape; half as many key-value heads as heads.
-
-    Returns:
-        The manifest.
+    are learnt from the synthetic instructions of `sources`. Half as many key-value heads as heads. Gives the manifest.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
