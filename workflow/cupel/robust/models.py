@@ -163,22 +163,14 @@ def initialise(model: GapClassifier, seed: int = 99) -> GapClassifier:
     return model
 
 
-def small(in_channels: int) -> Chain:
-    """Three convolutions; map of a quarter of the side, 100 channels (MNIST, CIFAR-10)."""
-    return Chain(in_channels, [(16, 4, 2), (32, 4, 2), (100, 7, 1)])
-
-
-def pool(in_channels: int) -> Chain:
-    """Two convolutions, each followed by a maximum (MNIST)."""
-    return Chain(in_channels, [(32, 5, 1), (64, 5, 1)], pooled=True)
-
-
-def wresnet(in_channels: int) -> Residual:
-    """31 convolutions of 16, 32 and 64 channels; in spite of its name it is not widened (CIFAR-10, R-ImageNet)."""
-    return Residual(in_channels)
-
-
-NETWORKS = {"small": small, "pool": pool, "wresnet": wresnet}
+NETWORKS = {
+    # map of a quarter of the side, 100 channels (MNIST, CIFAR-10)
+    "small": lambda in_channels: Chain(in_channels, [(16, 4, 2), (32, 4, 2), (100, 7, 1)]),
+    # each convolution is followed by a maximum (MNIST)
+    "pool": lambda in_channels: Chain(in_channels, [(32, 5, 1), (64, 5, 1)], pooled=True),
+    # 31 convolutions of 16, 32 and 64 channels; in spite of its name it is not widened (CIFAR-10, R-ImageNet)
+    "wresnet": Residual,
+}
 
 
 def blank(name: str, num_classes: int, in_channels: int) -> GapClassifier:
@@ -196,17 +188,7 @@ def blank(name: str, num_classes: int, in_channels: int) -> GapClassifier:
 
 
 def build(name: str, *, num_classes: int = 10, in_channels: int = 3, seed: int = 99) -> GapClassifier:
-    """A freshly initialised float32 network.
-
-    Args:
-        name: `small`, `pool` or `wresnet`.
-        num_classes: K; 10, or 9 on Restricted ImageNet.
-        in_channels: of the images; 1 on MNIST.
-        seed: of the initial weights; 99 as released.
-
-    Raises:
-        ValueError: an unknown name.
-    """
+    """A freshly initialised float32 network, see :func:`blank` and :func:`initialise`."""
     return initialise(blank(name, num_classes, in_channels), seed)
 
 

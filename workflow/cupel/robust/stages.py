@@ -15,7 +15,6 @@ from cupel.evaluation.intervals import wilson
 from cupel.files import write_json
 from cupel.images import datasets
 from cupel.images.datasets import Dataset, splits
-from cupel.images.stages import test_subset
 from cupel.job import peak_memory
 from cupel.rng import derive, rng
 from cupel.robust.experiment import fraction
@@ -83,7 +82,7 @@ def train_network(spec: dict, data: str, outputs: dict, device: str) -> None:
             torch.cuda.reset_peak_memory_stats()
         history = fit(model, train.images, train.labels, recipe, seed=derive(seed, "training"), device=device,
                       objective=objective, hook=objective, checkpoint=begun, title=spec["method"])
-        test = test_subset(datasets.load(f"{data}/{spec['dataset']}", "test"), settings.get("test_size"))
+        test = splits.test_subset(datasets.load(f"{data}/{spec['dataset']}", "test"), settings.get("test_size"))
         right = predict(model, test.images, device=device).argmax(1) == test.labels
     except METHOD_ERRORS as error:
         fail(error, {**base, "metrics": ["acc"]}, outputs)
