@@ -45,7 +45,7 @@ def rates(clean_predictions: np.ndarray, clean_labels: np.ndarray, triggered_pre
     }
 
 
-def effects(before: dict, after: dict, stream: np.random.Generator, draws: int = 2000) -> dict[str, float]:
+def effects(before: dict, after: dict, stream: np.random.Generator) -> dict[str, float]:
     """DER, ARR and RDR of a purified model, each with a 95 % interval.
 
     The interval is a parametric bootstrap over the finite test sets: every rate is drawn again as a binomial of its n.
@@ -53,15 +53,14 @@ def effects(before: dict, after: dict, stream: np.random.Generator, draws: int =
 
     Args:
         before, after: records (`Rate.record`) of the victim and of the purified model, with acc, asr, ra and their n.
-        stream: of the draws.
-        draws: of the bootstrap.
+        stream: of 2000 draws.
 
     Returns:
         `der`, `der_low`, `der_high`, `der_n` (of the smallest sample), and so on.
     """
     def drawn(record: dict, name: str) -> np.ndarray:
         n = record[f"{name}_n"]
-        return stream.binomial(n, record[name], draws) / n
+        return stream.binomial(n, record[name], 2000) / n
 
     acc = drawn(before, "acc"), drawn(after, "acc")
     asr = drawn(before, "asr"), drawn(after, "asr")

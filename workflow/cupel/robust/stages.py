@@ -64,10 +64,9 @@ def train_network(spec: dict, data: str, outputs: dict, device: str) -> None:
     """Train a network with an objective, and measure its clean accuracy on the whole test set.
 
     Args:
-        spec: dataset, model, recipe, method, function, parameters, seed, settings (`Plan.training`).
+        spec: of `Experiments.training`.
         data: folder of prepared data sets.
         outputs: paths `model`, `history`, `metrics`.
-        device: `cpu` or `cuda`.
     """
     started, base = time.perf_counter(), identity(spec, "trained")
     settings, seed = settled(spec["settings"], device), spec["seed"]

@@ -15,6 +15,7 @@ every step ends on the border. Images are RGB in [0, 1]. JPEG differs from the r
 first of the 200 sees v scaled by ε. Fog is scaled over the whole batch; the paper's are of 40.
 """
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -29,7 +30,6 @@ from cupel.training.adversarial import descend
 ITERATIONS = 200
 EPSILONS = {"fog": 2048.0, "gabor": 400.0, "snow": 2.0, "jpeg_linf": 0.25, "jpeg_l2": 8.0, "jpeg_l1": 256.0}
 """ε on CIFAR-10; on Restricted ImageNet `jpeg_linf` has 0.062."""
-
 
 Update = Callable[[Tensor, Tensor, int], Tensor]
 
@@ -257,34 +257,33 @@ def frank_wolfe(v: Tensor, gradient: Tensor, eps: float, bound: float = 2.0) -> 
     return torch.zeros_like(v).scatter(1, order, torch.minimum(room, left)) * gradient.sign()
 
 
-def _jpeg(norm: str):
-    def attack(x: Tensor, aim: Aim, rng: np.random.Generator) -> Tensor:
-        (height, width), eps, step_size = x.shape[-2:], aim.eps, aim.step_size
-        clean = encode(x)
-        shape = tuple(clean.shape)
+def jpeg(x: Tensor, aim: Aim, rng: np.random.Generator, norm: str) -> Tensor:
+    """See the module; `norm` is `linf`, `l2` or `l1`."""
+    (height, width), eps, step_size = x.shape[-2:], aim.eps, aim.step_size
+    clean = encode(x)
+    shape = tuple(clean.shape)
+    if norm == "linf":
+        start = rng.uniform(-1, 1, shape)
+    elif norm == "l2":
+        start = rng.normal(size=shape)
+        start *= rng.random((shape[0], 1)) ** (1 / shape[1]) / np.linalg.norm(start, axis=1, keepdims=True)
+    else:
+        start = rng.exponential(size=shape) * rng.choice([-1, 1], shape)
+        start /= np.abs(start).sum(1, keepdims=True) + rng.exponential(size=(shape[0], 1))
+
+    def update(v: Tensor, gradient: Tensor, number: int) -> Tensor:
         if norm == "linf":
-            start = rng.uniform(-1, 1, shape)
-        elif norm == "l2":
-            start = rng.normal(size=shape)
-            start *= rng.random((shape[0], 1)) ** (1 / shape[1]) / np.linalg.norm(start, axis=1, keepdims=True)
-        else:
-            start = rng.exponential(size=shape) * rng.choice([-1, 1], shape)
-            start /= np.abs(start).sum(1, keepdims=True) + rng.exponential(size=(shape[0], 1))
+            return (v + step_size * gradient.sign()).clamp(-eps, eps)
+        if norm == "l1":
+            return v + (frank_wolfe(v, gradient, eps) - v) / (number + 1)
+        v = v + step_size * gradient / gradient.norm(dim=1, keepdim=True).clamp(min=1e-30)
+        return (v * (eps / v.norm(dim=1, keepdim=True)).clamp(max=1)).clamp(-2, 2)
 
-        def update(v: Tensor, gradient: Tensor, number: int) -> Tensor:
-            if norm == "linf":
-                return (v + step_size * gradient.sign()).clamp(-eps, eps)
-            if norm == "l1":
-                return v + (frank_wolfe(v, gradient, eps) - v) / (number + 1)
-            v = v + step_size * gradient / gradient.norm(dim=1, keepdim=True).clamp(min=1e-30)
-            return (v * (eps / v.norm(dim=1, keepdim=True)).clamp(max=1)).clamp(-2, 2)
-
-        return aim.reach(lambda v: decode(clean + v / 2, height, width), _like(x, eps * start), update)
-
-    return attack
+    return aim.reach(lambda v: decode(clean + v / 2, height, width), _like(x, eps * start), update)
 
 
-ATTACKS = {"fog": fog, "gabor": gabor, "snow": snow, **{f"jpeg_{norm}": _jpeg(norm) for norm in ("linf", "l2", "l1")}}
+ATTACKS = {"fog": fog, "gabor": gabor, "snow": snow,
+           **{f"jpeg_{norm}": functools.partial(jpeg, norm=norm) for norm in ("linf", "l2", "l1")}}
 
 
 def attack(name: str, model: nn.Module, x: Tensor, target: Tensor, *, rng: np.random.Generator,
@@ -292,16 +291,12 @@ def attack(name: str, model: nn.Module, x: Tensor, target: Tensor, *, rng: np.ra
     """Run one of the six.
 
     Args:
-        name: `fog`, `gabor`, `snow`, `jpeg_linf`, `jpeg_l2` or `jpeg_l1`.
+        name: a key of `ATTACKS`.
         model: pixels in [0, 1] to logits.
         x, target: float [B, 3, s, s] in [0, 1], s a multiple of 32; wrong classes int64 [B]. The attack has won where
             the prediction is not the true class, whether or not it is the target.
         rng: of the kernels and starts.
         eps: None: that of `EPSILONS`; the step is ε / √200 whatever `iterations`.
-        iterations: 200 as released.
-
-    Returns:
-        x', as `x`.
 
     Raises:
         ValueError: an unknown name, or images of another shape.

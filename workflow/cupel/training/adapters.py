@@ -28,12 +28,9 @@ from peft import LoraConfig, PeftModel, get_peft_model  # noqa: E402
 
 
 def add_lora(network: nn.Module, seed: int, **settings) -> PeftModel:
-    """New adapters on a network: B is zero, A drawn from `seed`. The generator's own state is left as it is.
+    """New adapters on a network, by settings of peft's `LoraConfig`: B is zero, A drawn from `seed`.
 
-    Args:
-        network: of transformers.
-        seed: of the weights.
-        settings: of peft's `LoraConfig`.
+    The generator's own state is left as it is.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

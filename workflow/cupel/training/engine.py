@@ -5,6 +5,7 @@ epoch's number, so a run continued from a checkpoint sees the very same batches,
 """
 
 import contextlib
+import functools
 import hashlib
 import sys
 import time
@@ -75,13 +76,10 @@ class Recipe:
     compile: bool = False
 
 
-def cross_entropy(smoothing: float = 0.0) -> Objective:
-    """The plain objective: (loss, logits)."""
-    def objective(model, x, y):
-        logits = model(x)
-        return F.cross_entropy(logits, y, label_smoothing=smoothing), logits
-
-    return objective
+def cross_entropy(model: nn.Module, x: torch.Tensor, y: torch.Tensor, smoothing: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """The plain objective."""
+    logits = model(x)
+    return F.cross_entropy(logits, y, label_smoothing=smoothing), logits
 
 
 def descend(optimizer: torch.optim.Optimizer, closure: Callable) -> tuple[torch.Tensor, torch.Tensor]:
@@ -194,7 +192,8 @@ def fit(model: nn.Module, images: np.ndarray | torch.Tensor, labels: np.ndarray 
     data = images if torch.is_tensor(images) else upload(images, device)
     target = torch.as_tensor(labels, device=device)
     group = torch.as_tensor(groups if groups is not None else np.zeros(len(target), np.int64), device=device)
-    objective = objective or cross_entropy(recipe.label_smoothing)
+    objective = objective or functools.partial(cross_entropy, smoothing=recipe.label_smoothing)
+    hook = hook or Hook()
     trained = list(parameters if parameters is not None else model.parameters())
     optimizer = make_optimizer(trained, recipe)
     size = min(recipe.batch_size, len(target))
@@ -221,10 +220,9 @@ def fit(model: nn.Module, images: np.ndarray | torch.Tensor, labels: np.ndarray 
             model.load_state_dict(state["model"])
             optimizer.load_state_dict(state["optimizer"])
             scheduler.load_state_dict(state["scheduler"])
-            if hook:
-                hook.load_state_dict(state["hook"])
+            hook.load_state_dict(state["hook"])
             history, begin = state["history"], state["epoch"]
-    elif hook:
+    else:
         hook.start(model, data, target)
 
     frozen = [(p, p.requires_grad) for p in model.parameters()]
@@ -238,8 +236,7 @@ def fit(model: nn.Module, images: np.ndarray | torch.Tensor, labels: np.ndarray 
         draws = Draws.draw(len(target), recipe.crop, recipe.flip, torch_rng(seed, "augmentation", number), device)
         noise = torch_rng(seed, "noise", number)
         torch.manual_seed(derive(seed, "dropout", number))
-        if hook:
-            hook.epoch(number)
+        hook.epoch(number)
         lr = optimizer.param_groups[0]["lr"]
         # sums stay on the device: reading them every step would make the device wait for the host
         total = torch.zeros(5, device=device, dtype=torch.float64)
@@ -250,24 +247,20 @@ def fit(model: nn.Module, images: np.ndarray | torch.Tensor, labels: np.ndarray 
             def change(batch, index=index, draws=draws):
                 return augment(batch, recipe.crop, draws.flip[index], draws.shift[index])
 
-            if hook:
-                hook.groups = g
-                x, y, found = hook.batch(x, y, change, noise)
-                g = g if found is None else found
-            else:
-                x = change(x)
+            hook.groups = g
+            x, y, found = hook.batch(x, y, change, noise)
+            g = g if found is None else found
 
             def closure(x=x, y=y):
                 with autocast(recipe.precision, device):
                     loss, logits = objective(run, x, y)
-                    extra = hook.loss(model, x, y, logits) if hook else None
+                    extra = hook.loss(model, x, y, logits)
                 return loss if extra is None else loss + extra, logits
 
             loss, logits = step(optimizer, closure)
             if after_step:
                 after_step(model)
-            if hook:
-                hook.after_step()
+            hook.after_step()
             if recipe.schedule == "onecycle":
                 scheduler.step()
             right = logits.argmax(1) == y
@@ -288,7 +281,7 @@ def fit(model: nn.Module, images: np.ndarray | torch.Tensor, labels: np.ndarray 
             scheduler.step()
         if keeper:
             keeper.save({"model": model.state_dict(), "optimizer": optimizer.state_dict(),
-                         "scheduler": scheduler.state_dict(), "hook": hook.state_dict() if hook else {},
+                         "scheduler": scheduler.state_dict(), "hook": hook.state_dict(),
                          "history": history, "epoch": number + 1}, last=number + 1 == recipe.epochs)
     progress.close()
     for p, grad in frozen:
