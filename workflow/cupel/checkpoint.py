@@ -46,7 +46,6 @@ def load(path: str | os.PathLike[str], rebuild: Callable[[dict, list[dict]], nn.
     """Rebuild the network that :func:`save` wrote: same weights bit for bit, on the CPU, in training mode.
 
     Args:
-        path: of the file.
         rebuild: the network of a ``spec`` and its attachments; called under the meta device, its weights are not used.
 
     Raises:

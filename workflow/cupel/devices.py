@@ -126,7 +126,6 @@ def claim(vram_mb: int = 0, count: int = 1) -> list[Device]:
 
     Args:
         vram_mb: memory of each device that the job will use, in MB; 0 means all of it, and so does more than it has.
-        count: number of devices.
 
     Returns:
         The devices; none where there are none.

@@ -35,7 +35,6 @@ def path_gradients(function: Callable[[Tensor], Tensor], start: Tensor, end: Ten
     Args:
         function: F, from [B, C, H, W] to [B, S]; each sample's value must depend on that sample alone.
         start, end: float [B, C, H, W].
-        points: m.
         differentiable: keep the graph, so that the result can be differentiated once more.
 
     Returns:

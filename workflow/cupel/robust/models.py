@@ -47,7 +47,6 @@ class Chain(nn.Module):
     """Convolutions one after the other (Small, Pool).
 
     Args:
-        in_channels: of the images.
         layers: (channels, kernel, stride) of each convolution.
         pooled: 2x2 maximum of stride 2 behind each.
     """
@@ -87,7 +86,6 @@ class Residual(nn.Module):
     """A 3x3 convolution and stages of pre-activation blocks; every stage but the first begins with stride 2 (WResNet).
 
     Args:
-        in_channels: of the images.
         widths: channels of the stages; the first is that of the convolution in front too.
         depth: blocks per stage.
     """

@@ -167,7 +167,6 @@ class Objective(Hook):
     Args:
         method: a key of `METHODS`; the schema knows no others.
         inner_steps, step_size: PGD steps and α, which does not shrink with ε (40 x 0.01 on MNIST).
-        steps_per_epoch: batches in an epoch.
         seed: of the stream `inner` that draws the start x + U(−ε, ε).
         weight: γ, or the weight of KL or IG; None: 0.01 for the Int family, else 1.
         as_released: IG penalties as the released code computes them (over the batch size; `intig` without classes),

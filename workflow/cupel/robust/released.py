@@ -95,7 +95,7 @@ def load(path: str | os.PathLike[str], name: str) -> GapClassifier:
 
     Args:
         path: e.g. networks/mnist_smallgap_int_100.pkl of the authors' repository.
-        name: `small` (there: smallgap), `pool` or `wresnet`; channels and classes are read from the file.
+        name: e.g. `small` (there: smallgap); channels and classes are read from the file.
 
     Raises:
         FileNotFoundError: no such file.

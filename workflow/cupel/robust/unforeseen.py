@@ -181,10 +181,8 @@ def snowfall(flakes: Tensor, kernels: Tensor) -> Tensor:
     """Snow, float [B, 1, s, s], of flakes [B, 7, s/4, s/4] on seven shifted grids and kernels [7, 13, 13]."""
     side = 4 * flakes.shape[-1]
     grids = flakes.new_zeros(len(flakes), 7, side, side)
-    for k in range(4):
-        grids[:, k, ::4, k::4] = flakes[:, k] ** 4
-    for k in range(3):
-        grids[:, k + 4, k + 1 :: 4, ::4] = flakes[:, k + 4] ** 4
+    for k, (row, column) in enumerate([(0, 0), (0, 1), (0, 2), (0, 3), (1, 0), (2, 0), (3, 0)]):
+        grids[:, k, row::4, column::4] = flakes[:, k] ** 4
     return F.conv2d(grids, kernels[None], padding=kernels.shape[-1] // 2)
 
 

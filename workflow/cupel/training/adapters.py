@@ -69,9 +69,7 @@ def train(network: nn.Module, optimizer: torch.optim.Optimizer, task: Task, keep
     """Train what the optimiser holds, in place; the network ends in eval mode.
 
     Args:
-        network: to run, on its device.
         optimizer: of trained parameters; the rate of each of its groups is the largest one.
-        task: see `Task`.
         keeper: checkpoint to continue from and to save to; removed by the caller when the result is safe.
 
     Returns:

@@ -164,19 +164,14 @@ def fit(model: nn.Module, images: np.ndarray | torch.Tensor, labels: np.ndarray 
         model: takes float pixels [B, C, H, W] in [0, 1], gives logits [B, K].
         images: uint8 [N, H, W, C].
         labels: int64 [N].
-        recipe: schedule, optimiser, augmentation, precision.
         seed: of the streams `order`, `augmentation` and `noise`, each per epoch.
-        device: where to train.
         objective: (model, x, y) to (loss, logits); default cross-entropy.
         step: (optimizer, closure) to (loss, logits); default one gradient step. Sharpness-aware steps replace it.
         after_step: called with the model after each update, e.g. a projection.
-        hook: see `Hook`.
         groups: int64 [N], 1 for samples whose accuracy is kept apart in the history (poisoned ones), else 0.
         parameters: those to train; default all. The others keep their values, but the network stays in train mode.
         checkpoint: file to continue from and to save to; removed by the caller when the result is safe. A `Resume`, of
-            which this training is a part, has its own time between two saves.
-        checkpoint_seconds: least time between two saves.
-        title: of the progress line.
+            which this training is a part, has its own time between two saves, others have `checkpoint_seconds`.
 
     Returns:
         One row per epoch: epoch, loss, accuracy, accuracy of group 1, lr, seconds. Accuracies are those of the
