@@ -39,8 +39,6 @@ def points(labels: np.ndarray, num_classes: int, *, count: int = 200, seed: int 
 
     Args:
         labels: int64 [N], of the whole test set.
-        num_classes: K.
-        count: n; 200 as in the paper.
         seed: 99 as released (ISA on CAM: 123).
 
     Raises:

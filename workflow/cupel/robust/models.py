@@ -127,7 +127,6 @@ class GapClassifier(nn.Module):
 
         Raises:
             TypeError: integer pixels.
-            ValueError: another number of channels.
         """
         if not x.is_floating_point():
             raise TypeError(f"pixels must be float in [0, 1], not {x.dtype}: divide uint8 images by 255")

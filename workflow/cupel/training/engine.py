@@ -23,7 +23,7 @@ from tqdm import tqdm
 from cupel.rng import derive, torch_rng
 from cupel.training.augment import Draws, augment, to_pixels
 from cupel.training.hook import Hook
-from cupel.training.resume import EVERY, Checkpoint, Resume
+from cupel.training.resume import EVERY, Checkpoint, Resume, Training
 
 Objective = Callable[[nn.Module, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 
@@ -202,7 +202,7 @@ def fit(model: nn.Module, images: np.ndarray | torch.Tensor, labels: np.ndarray 
                 "labels": hashlib.sha256(target.cpu().numpy().tobytes()).hexdigest(),
                 "pixels": int(data.sum(dtype=torch.int64))}
     if isinstance(checkpoint, Resume):
-        keeper = checkpoint.training(model, identity)
+        keeper = Training(checkpoint, model, identity)
     else:
         keeper = Checkpoint(checkpoint, identity, checkpoint_seconds) if checkpoint else None
     if keeper and keeper.finished is not None:
