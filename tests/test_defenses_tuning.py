@@ -13,10 +13,11 @@ from torch import nn
 
 import cupel.images.datasets as datasets
 from cupel.images.attacks.blended import Blended
-from cupel.images.defences import Budget, adversarial, bti_dbf, ft_sam, i_bau, mm_bd, nad, nc, npd, pbe, purify, sau
+from cupel.images.defences import Budget, bti_dbf, ft_sam, i_bau, mm_bd, nad, nc, npd, pbe, purify, sau
 from cupel.images.models import NotACheckpoint, build, load, save
 from cupel.images.models.attachments import attach
 from cupel.rng import rng
+from cupel.training import adversarial
 from cupel.training.engine import Recipe, fit, predict
 
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.247, 0.243, 0.261)

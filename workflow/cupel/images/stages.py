@@ -58,13 +58,6 @@ def training_split(train: Dataset, settings: dict, seed: int) -> splits.Split:
                         remove=settings.get("remove_held_out", True))
 
 
-def test_subset(test: Dataset, size: int | None) -> Dataset:
-    """The test set, or a fixed class-stratified part of it (the same for all cells, seeds and defences)."""
-    if size is None or size >= len(test):
-        return test
-    return test.take(splits.stratified(test.labels, np.arange(len(test)), size, rng(0, "test_subset")))
-
-
 def make_attack(spec: dict, tensors: dict[str, np.ndarray] | None = None) -> Attack | None:
     """The attack of a cell, None for clean training. `smaller` is a setting of the preparation, not of the attack."""
     if spec["function"] == "none":
@@ -162,7 +155,7 @@ def train_victim(spec: dict, inputs: Inputs, outputs: dict, device: str) -> None
                       groups=groups, checkpoint=checkpoint, title=f"{spec['attack']['name']}@{spec['poison_rate']:g}")
         if hook is not None:
             attack = make_attack(spec["attack"], hook.tensors() or read_tensors(inputs.trigger))
-        test = test_subset(datasets.load(f"{inputs.data}/{spec['dataset']}", "test"), settings.get("test_size"))
+        test = splits.test_subset(datasets.load(f"{inputs.data}/{spec['dataset']}", "test"), settings.get("test_size"))
         measured = evaluate(model, test, attack, target, device)
     except METHOD_ERRORS as error:
         fail(error, base, outputs)
@@ -239,7 +232,7 @@ def purify(spec: dict, defence: dict, inputs: Inputs, outputs: dict, device: str
         model, history = defences.purify(defence["function"], network, budget, stream, **_leaks(defence, past))
         seconds = time.perf_counter() - started
         attack = make_attack(spec["attack"], read_tensors(inputs.trigger))
-        test = test_subset(datasets.load(f"{inputs.data}/{spec['dataset']}", "test"), settings.get("test_size"))
+        test = splits.test_subset(datasets.load(f"{inputs.data}/{spec['dataset']}", "test"), settings.get("test_size"))
         measured = evaluate(model, test, attack, target, device)
     except METHOD_ERRORS as error:
         fail(error, base, {name: path for name, path in outputs.items() if name != "details"})

@@ -17,10 +17,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cupel.images.defences.adversarial import in_l2, perturb
 from cupel.images.defences.base import defence
 from cupel.images.defences.passes import stage
 from cupel.images.models.attachments import attach
+from cupel.training.adversarial import in_l2, perturb
 from cupel.training.engine import fit
 
 #: convolution behind the polarizer: the released places (ims SPEC 7); for resnet18 the one that corresponds

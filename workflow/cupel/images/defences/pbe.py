@@ -9,9 +9,9 @@ import copy
 import torch
 import torch.nn.functional as F
 
-from cupel.images.defences.adversarial import in_linf, perturb
 from cupel.images.defences.base import defence
 from cupel.images.defences.passes import stage
+from cupel.training.adversarial import in_linf, perturb
 from cupel.training.engine import fit
 from cupel.training.hook import Hook
 

@@ -22,8 +22,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cupel.images.defences.adversarial import in_linf, perturb
 from cupel.images.defences.base import defence
+from cupel.training.adversarial import in_linf, perturb
 from cupel.training.engine import descend, fit
 
 
