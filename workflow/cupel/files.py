@@ -1,16 +1,12 @@
-"""Files that are whole or absent: atomic writes, checksums, extraction of single named members."""
+"""Files that are whole or absent: atomic writes, checksums, work that a killed job leaves to the next."""
 
 import contextlib
 import hashlib
 import json
-import lzma
 import os
 import re
 import shutil
-import tarfile
 import tempfile
-import zipfile
-import zlib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -134,39 +130,6 @@ def write_json(path: str | Path, content: Any) -> None:
 def read_json(path: str | Path) -> Any:
     """Read a JSON file."""
     return json.loads(Path(path).read_text(encoding="utf-8"))
-
-
-def extract(archive: str | Path, member: str, destination: str | Path, limit: int = 1 << 32) -> Path:
-    """Copy one regular member of a tar or zip archive to `destination`, atomically.
-
-    Only the bytes of the member named are taken: its path, mode, owner and links play no part.
-
-    Raises:
-        ValueError: the archive is damaged, has no such regular file, or it is larger than `limit` bytes.
-    """
-    try:
-        with contextlib.ExitStack() as stack:
-            if zipfile.is_zipfile(archive):
-                pack = stack.enter_context(zipfile.ZipFile(archive))
-                if member not in pack.namelist():
-                    raise ValueError(f"{archive}: no member {member}")
-                size, source = pack.getinfo(member).file_size, stack.enter_context(pack.open(member))
-            else:
-                pack = stack.enter_context(tarfile.open(archive))
-                try:
-                    info = pack.getmember(member)
-                except KeyError:
-                    raise ValueError(f"{archive}: no member {member}") from None
-                if not info.isreg():
-                    raise ValueError(f"{archive}: member {member} is not a regular file")
-                size, source = info.size, stack.enter_context(pack.extractfile(info))
-            if size > limit:
-                raise ValueError(f"{archive}: member {member} has {size} bytes, more than the {limit} expected")
-            with atomic(destination) as temporary, open(temporary, "wb") as file:
-                shutil.copyfileobj(source, file, 1 << 20)
-    except (zipfile.BadZipFile, tarfile.TarError, zlib.error, lzma.LZMAError, EOFError, RuntimeError) as error:
-        raise ValueError(f"{archive}: damaged, encrypted or no archive: {type(error).__name__}: {error}") from None
-    return Path(destination)
 
 
 def noted(path: Path) -> Any:

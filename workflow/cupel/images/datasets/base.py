@@ -1,14 +1,14 @@
 """The form in which every image dataset is kept: memory-mapped uint8 arrays and a manifest."""
 
 import hashlib
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from cupel.files import atomic, read_json, scratch, write_json
+from cupel.files import read_json, scratch
+from cupel.prepared import begin, finish, opened
 from cupel.sources import Source, fetch
 
 FILES = ("train_images.npy", "train_labels.npy", "test_images.npy", "test_labels.npy", "manifest.json")
@@ -207,31 +207,24 @@ def prepare(description: Description, folder: str | Path, *, kinds: Sequence[str
             check(description, arrays, excerpt)
 
         source, _ = fetch(description.name, sources, kinds=kinds, cache=cache, mirror=mirror, accept=accept)
-        (folder / "manifest.json").unlink(missing_ok=True)  # from here to its return the folder is no dataset
-        for key in arrays:
-            with atomic(folder / f"{key}.npy") as path:
-                os.replace(workspace / f"{key}.npy", path)
-    last = max(int(arrays[f"{split}_labels"].max()) for split in ("train", "test"))
-    classes = description.classes[: last + 1] if excerpt else description.classes
-    manifest = {
-        "name": description.name,
-        "classes": list(classes),
-        "licence": description.licence,
-        "notes": description.notes,
-        "excerpt": excerpt,
-        "source": {"kind": source.kind,
-                   "files": [{"name": raw.name, "checksum": raw.checksum, "origin": str(raw.origin or "mirror")}
-                             for raw in source.files]},
-        "content_sha256": content_digest(arrays),
-        "mean": list(description.mean),
-        "std": list(description.std),
-        "normalisation_source": description.published,
-        "flip": description.flip,
-        "counts": {split: np.bincount(arrays[f"{split}_labels"], minlength=len(classes)).tolist()
-                   for split in ("train", "test")},
-    }
-    write_json(folder / "manifest.json", manifest)
-    return manifest
+        last = max(int(arrays[f"{split}_labels"].max()) for split in ("train", "test"))
+        classes = description.classes[: last + 1] if excerpt else description.classes
+        manifest = {
+            "name": description.name,
+            "classes": list(classes),
+            "licence": description.licence,
+            "notes": description.notes,
+            "excerpt": excerpt,
+            "source": source.said(),
+            "content_sha256": content_digest(arrays),
+            "mean": list(description.mean),
+            "std": list(description.std),
+            "normalisation_source": description.published,
+            "flip": description.flip,
+            "counts": {split: np.bincount(arrays[f"{split}_labels"], minlength=len(classes)).tolist()
+                       for split in ("train", "test")},
+        }
+        return finish(begin(folder), manifest, workspace)
 
 
 def load(folder: str | Path, split: str) -> Dataset:
@@ -241,10 +234,7 @@ def load(folder: str | Path, split: str) -> Dataset:
         FileNotFoundError: the folder is not a prepared dataset.
         DamagedDataset: a file of it is not what `prepare` wrote.
     """
-    folder = Path(folder)
-    if not (folder / "manifest.json").is_file():
-        raise FileNotFoundError(f"{folder} is no prepared dataset; "
-                                f"make it with: snakemake --cores 1 {folder}/manifest.json")
+    folder = opened(folder)
     try:
         manifest = read_json(folder / "manifest.json")
         images = np.load(folder / f"{split}_images.npy", mmap_mode="r", allow_pickle=False)
