@@ -263,7 +263,7 @@ def test_sources_that_are_not_there_are_told(tmp_path):
 def test_records_are_checked():
     def content(**changes):
         record = {"id": "a", "picture": "p", "question": "q?", "answer": "yes"}
-        return {"train": [record | changes], "test": [record | {"id": "b"}], "picture": None}
+        return {"train": [record | changes], "test": [record | {"id": "b"}], "pictures": None}
 
     base.check(replace(easy_vqa.DESCRIPTION, published={}), content())
     for changes, message in (({"answer": " "}, "a has an empty text"), ({"id": "b"}, "id b occurs twice")):
