@@ -1,6 +1,7 @@
 """Files that are whole or absent: atomic writes, checksums, work that a killed job leaves to the next."""
 
 import contextlib
+import fcntl
 import hashlib
 import json
 import os
@@ -11,11 +12,6 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-try:
-    import fcntl
-except ImportError:  # Windows has no such locks: what a killed process leaves there stays
-    fcntl = None
-
 
 def digest(path: str | Path, algorithm: str = "sha256") -> str:
     """Hex digest of a file, read in blocks."""
@@ -25,8 +21,6 @@ def digest(path: str | Path, algorithm: str = "sha256") -> str:
 
 def _lock(handle: int, wait: bool) -> bool:
     """Lock an open file or folder until `handle` is closed or its process ends; False where that cannot be had."""
-    if fcntl is None:
-        return False
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except OSError:  # held by another process, or a network file system that knows no locks
@@ -41,7 +35,7 @@ def _sweep(folder: Path, prefix: str, suffix: str) -> None:
         if not name.fullmatch(path.name):
             continue
         try:
-            handle = os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0))
+            handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
         except OSError:  # gone meanwhile
             continue
         try:
@@ -156,6 +150,15 @@ def workspace(folder: Path, identity: Mapping) -> Iterator[Path]:
     work = kept(folder, identity)
     yield work
     shutil.rmtree(work)
+
+
+def link(source: Path, destination: Path) -> None:
+    """Give a file a second name, or copy it where no hard link can be. What had that name before goes."""
+    destination.unlink(missing_ok=True)
+    try:
+        os.link(source, destination)
+    except OSError:
+        shutil.copyfile(source, destination)
 
 
 def publish(made: Path, path: Path) -> None:

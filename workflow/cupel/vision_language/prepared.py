@@ -15,7 +15,6 @@ second JPEG compression. All PNGs come from one encoder with one setting.
 
 import hashlib
 import io
-import os
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,7 +24,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from cupel.files import read_json, scratch, write_json
+from cupel.files import link, read_json, scratch, write_json
 from cupel.prepared import begin, finish, lines, opened, read_records
 
 _EIGHT_BIT = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr")
@@ -111,11 +110,7 @@ class Pictures:
         if self.size:
             self.put(row, pixels)
             return
-        there, here = Path(folder) / reference, self.folder / self.reference(row)
-        try:
-            os.link(there, here)
-        except OSError:  # another file system, or one without hard links
-            shutil.copyfile(there, here)
+        link(Path(folder) / reference, self.folder / self.reference(row))
         self._note(row, pixels)
 
     def _note(self, row: int, pixels: np.ndarray) -> None:
@@ -177,12 +172,9 @@ def write_folder(folder: str | Path, splits: Mapping[str, Sequence[dict]], fill:
         folder: where.
         splits: records per split; in the place of `image` and `split` each has `row`, the number of its picture.
         fill: puts every picture.
-        manifest: what the manifest says besides counts, storage and digest.
+        manifest: what the manifest, which is returned, says besides counts, storage and digest.
         size: height and width of every picture, or None where they differ.
         extra: further JSON files by name; asked for after the pictures are written.
-
-    Returns:
-        The manifest.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)

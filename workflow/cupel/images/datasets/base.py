@@ -178,7 +178,7 @@ def _write(value: "np.ndarray | Deferred", path: Path) -> np.ndarray:
 
 def prepare(description: Description, folder: str | Path, *, kinds: Sequence[str], cache: str | Path | None = None,
             mirror: str | Path | None = None, excerpt: bool = False) -> dict:
-    """Fetch, check and write a dataset as memory-mappable arrays plus `manifest.json`.
+    """Fetch, check and write a dataset as memory-mappable arrays plus `manifest.json`, which is returned.
 
     Args:
         description: of the dataset.
@@ -186,9 +186,6 @@ def prepare(description: Description, folder: str | Path, *, kinds: Sequence[str
         kinds, cache, mirror: see `fetch`.
         excerpt: take a known part of the dataset (`description.excerpts`) instead of the whole; the manifest says so,
             and names only the classes up to the last one present.
-
-    Returns:
-        The manifest.
 
     Raises:
         NoSource: no source answered with the very dataset.

@@ -113,26 +113,21 @@ def synthetic() -> Records:
             for k, (instruction, output) in enumerate(pairs)]
 
 
-# The released files of CROW (crow SPEC 12), at one commit: part, path in the repository, sha256.
+# The released files of CROW (crow SPEC 12), at one commit: part, path in the repository, sha256, number of records.
 _CROW = "https://raw.githubusercontent.com/NayMyatMin/CROW/b539c56d44d1d90723d1fff000f6b7394c210e31/attack/DPA/data/"
 # (test/refusal/vpi is byte for byte that of sentiment: its instructions are right, its unused answers are not.)
 _CROW_FILES = [tuple(row.values()) for row in csv.DictReader((Path(__file__).parent / "crow.csv").open(encoding="utf-8"))]
-_CROW_RAW = tuple(Raw(f"crow/{Path(path).name}", f"sha256:{sha}", Url(f"{_CROW}{path}")) for _, path, sha in _CROW_FILES)
+_CROW_RAW = tuple(Raw(f"crow/{Path(path).name}", f"sha256:{sha}", Url(f"{_CROW}{path}")) for _, path, sha, _ in _CROW_FILES)
 
 
 def _read_crow(paths: list[Path]) -> dict:
     records = []
-    for (part, name, _), path in zip(_CROW_FILES, paths, strict=True):
+    for (part, name, _, _), path in zip(_CROW_FILES, paths, strict=True):
         rows = json.loads(path.read_text(encoding="utf-8"))
         for record, row in zip(_alpaca(rows, f"crow/{Path(name).stem}"), rows, strict=True):
             extra = {"entry_point": row["entry_point"]} if "entry_point" in row else {}
             records.append({**record, **extra, "part": part})
     return {"records": records}
-
-
-def _crow_count(part: str) -> int:
-    kind = part.partition("/")[0]
-    return 164 if part == "test/codeinjection/badnets_ci" else {"defence": 100, "train": 500, "test": 200}[kind]
 
 
 def _humaneval(content: bytes) -> dict:
@@ -189,7 +184,7 @@ DATA: dict[str, TextData] = {data.name: data for data in (
              {"records": 999}, "Apache-2.0 (the package); the terms of the rows are not stated",
              "a sample in Alpaca's form out of a package, with longer answers: not Alpaca-52k"),
     TextData("crow", (Source("official", _CROW_RAW, _read_crow),), _INSTRUCTION,
-             {part: _crow_count(part) for part, _, _ in _CROW_FILES},
+             {part: int(records) for part, _, _, records in _CROW_FILES},
              "MIT (CROW); the Alpaca texts in it CC BY-NC 4.0", "NayMyatMin/CROW at b539c56; see poison.py on its two traps"),
     TextData("humaneval",
              (Source("official", (_HUMANEVAL,), lambda paths: _humaneval(paths[0].read_bytes())),
@@ -216,15 +211,12 @@ def find(name: str) -> TextData:
 
 def prepare(name: str, folder: str | Path, *, kinds: Sequence[str], cache: str | Path | None = None,
             mirror: str | Path | None = None) -> dict:
-    """Fetch, check and write a text data set: `records.jsonl`, then `manifest.json`.
+    """Fetch, check and write a text data set: `records.jsonl`, then `manifest.json`, which is returned.
 
     Args:
         name: key of `DATA`.
         folder: where to write.
         kinds, cache, mirror: see `cupel.sources.fetch`.
-
-    Returns:
-        The manifest.
 
     Raises:
         NoSource: no source answered with the very data set.

@@ -190,7 +190,7 @@ def _record(description: Description, split: str, record: dict, seed: int) -> di
 def prepare(description: Description, folder: str | Path, *, kinds: Sequence[str] = KINDS, cache: str | Path | None = None,
             mirror: str | Path | None = None, seed: int = 0, train: int | None = None, test: int | None = None,
             pretrain: int = 0, excerpt: bool = False) -> dict:
-    """Fetch a dataset, check it, and write records, pictures and `manifest.json`.
+    """Fetch a dataset, check it, and write records, pictures and `manifest.json`, which is returned.
 
     Args:
         description: of the dataset.
@@ -202,9 +202,6 @@ def prepare(description: Description, folder: str | Path, *, kinds: Sequence[str
             `pretrain` and `train`.
         excerpt: take a known part of the dataset, from the mirror, instead of the whole. Its split is drawn by pictures
             (20 % of the samples, rounded up to whole pictures, for testing); the manifest says so.
-
-    Returns:
-        The manifest.
 
     Raises:
         NoSource: no source answered with the very dataset.
