@@ -338,7 +338,7 @@ def fetch(name: str, sources: Sequence[Source], *, kinds: Sequence[str] = KINDS,
 
     Args:
         name: of the dataset, for messages.
-        sources: those known, each of one kind.
+        sources: those known.
         kinds: which kinds to try, in this order (`data.sources` of config.yaml).
         cache: folder of downloaded files; default `default_cache()`.
         mirror: folder of the user, searched for the raw files by name (`data.mirror`).

@@ -59,7 +59,6 @@ def prepare_model(name: str, folder: str | Path, *, kinds: Sequence[str] = KINDS
 
     Args:
         name: key of `MODELS`, or a hub id.
-        folder: where to write.
         kinds, cache, mirror: see `cupel.sources.fetch`; a hub model knows the kinds `hub` and `mirror`.
         revision: commit of a hub model, before the one of `MODELS`.
 

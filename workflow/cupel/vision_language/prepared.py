@@ -6,7 +6,7 @@ A prepared folder holds
     images.npy      uint8 [M, H, W, 3], memory-mapped, where all pictures have one size; the image of a record is then
                     `images.npy#<row>`
     images/         otherwise: one PNG per picture, the image of a record is `images/<row>.png`
-    manifest.json   written last; without it the folder is no dataset
+    manifest.json   see `cupel.prepared`
 
 `question` is the whole text of the user's turn (body and suffix, bye SPEC 4) without chat template and image token.
 Pictures are kept lossless, as decoded from the source: whatever is painted on some of them later leaves no trace of a
@@ -221,8 +221,6 @@ def copy_test(source: str | Path, folder: str | Path, fill: Callable[[Pictures, 
     """Write the test split of a prepared folder with other pictures. Samples that share a picture share its copy.
 
     Args:
-        source: the prepared folder.
-        folder: where to write.
         fill: puts, as number k, what becomes of the picture `names[k]` of `source`, of the same size.
         extra: see `write_folder`.
     """

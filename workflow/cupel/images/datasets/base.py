@@ -121,12 +121,7 @@ def moments(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def check(description: Description, arrays: dict[str, np.ndarray], excerpt: bool = False) -> None:
-    """Compare prepared arrays with what is published of the dataset.
-
-    Args:
-        description: of the dataset.
-        arrays: the four arrays.
-        excerpt: only types, image shape and label range are compared, not what holds for the whole alone.
+    """Compare prepared arrays with what is published of the dataset; of an excerpt only types, image shape and label range.
 
     Raises:
         ValueError: naming the quantity, what was found and what was expected.
@@ -181,9 +176,7 @@ def prepare(description: Description, folder: str | Path, *, kinds: Sequence[str
     """Fetch, check and write a dataset as memory-mappable arrays plus `manifest.json`, which is returned.
 
     Args:
-        description: of the dataset.
-        folder: where to write.
-        kinds, cache, mirror: see `fetch`.
+        kinds, cache, mirror: see `cupel.sources.fetch`.
         excerpt: take a known part of the dataset (`description.excerpts`) instead of the whole; the manifest says so,
             and names only the classes up to the last one present.
 

@@ -1,9 +1,8 @@
 """Text data sets: instructions, the released CROW files, HumanEval, multiple choice; fetched, checked, written as records.
 
-A prepared set is a folder with `records.jsonl` (one JSON object a line, each with an `id`) and `manifest.json` (source,
-licence, sha256 of the content, counts). Sources are those of `cupel.sources`: tried in the order of the
-configuration, every file verified by its checksum. Instructions have `instruction`, `input`, `output` (those of CROW also
-`part`, see `poison.released`), multiple choice has `question`, `choices`, `answer` (an index).
+A prepared set is a folder with `records.jsonl` (one JSON object a line, each with an `id`) and `manifest.json`.
+Instructions have `instruction`, `input`, `output` (those of CROW also `part`, see `poison.released`), multiple choice has
+`question`, `choices`, `answer` (an index).
 """
 
 import csv
@@ -213,10 +212,7 @@ def prepare(name: str, folder: str | Path, *, kinds: Sequence[str], cache: str |
             mirror: str | Path | None = None) -> dict:
     """Fetch, check and write a text data set: `records.jsonl`, then `manifest.json`, which is returned.
 
-    Args:
-        name: key of `DATA`.
-        folder: where to write.
-        kinds, cache, mirror: see `cupel.sources.fetch`.
+    `kinds`, `cache` and `mirror` are those of `cupel.sources.fetch`.
 
     Raises:
         NoSource: no source answered with the very data set.

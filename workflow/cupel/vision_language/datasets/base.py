@@ -95,11 +95,7 @@ def from_files(folder: Path) -> Callable[[Sequence[str]], Iterator[tuple[int, by
 
 
 def verified_tree(folder: Path, expected: str) -> list[Path]:
-    """All files of an excerpt, in the order of their names.
-
-    Args:
-        folder: of the excerpt.
-        expected: sha256 over the names, relative to `folder`, and contents.
+    """All files of an excerpt, in the order of their names; `expected` is the sha256 over relative names and contents.
 
     Raises:
         ValueError: a file is missing, was added or differs.
@@ -193,8 +189,6 @@ def prepare(description: Description, folder: str | Path, *, kinds: Sequence[str
     """Fetch a dataset, check it, and write records, pictures and `manifest.json`, which is returned.
 
     Args:
-        description: of the dataset.
-        folder: where to write.
         kinds, cache, mirror: see `cupel.sources.fetch`.
         seed: of the draws: which samples, which caption, and the split of an excerpt.
         train, test: how many samples to draw uniformly from the split; default as in the paper, or all.
