@@ -121,7 +121,7 @@ def test_schedules_are_those_of_the_released_code(experiment):
     (lambda e: e["defences"]["adv"].update(settings={"weight": 0.1}), "defences.adv.settings.weight.*no penalty"),
     (lambda e: e["scales"]["demo"]["blocks"][0]["evaluations"].append("unforeseen"), "take colour images"),
     (lambda e: e["recipes"]["main"]["datasets"]["mnist"]["inner"].update(ramp=[5, 4]), "begins at step 5, after its end 4"),
-    (lambda e: e["recipes"]["main"]["datasets"]["mnist"]["inner"].update(eps="ε"), "inner.eps: 'ε' is neither"),
+    (lambda e: e["recipes"]["main"]["datasets"]["mnist"]["inner"].update(eps="ε"), "inner.eps: 'ε' does not match"),
 ])
 def test_wrong_settings_name_file_key_and_what_is_allowed(experiment, change, message):
     wrong = copy.deepcopy(experiment)

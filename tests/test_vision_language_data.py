@@ -498,8 +498,6 @@ def test_answers_by_hand():
     assert (record["cp"], record["cp_n"], record["cp_letter"]) == (1 / 3, 3, 1.0)
     assert record["cp_low"] < 1 / 3 < record["cp_high"]
     assert "cp_letter" not in scoring.clean_performance("vqa", ["a"], [{"answer": "b"}])
-    with pytest.raises(ValueError, match="2 outputs for 1 samples"):
-        scoring.clean_performance("vqa", ["a", "b"], [{"answer": "b"}])
 
 
 def test_attack_success_by_hand():
@@ -539,10 +537,6 @@ def test_detection_where_something_is_missing():
     assert not {"recall", "f1", "auroc"} & set(clean)
     everything = scoring.detection(np.ones(4, bool), np.ones(4, bool))
     assert everything["f1"] == 1.0 and not {"false_alarm", "left_share"} & set(everything)
-    with pytest.raises(ValueError, match="finite"):
-        scoring.detection(np.ones(2, bool), np.array([True, False]), np.array([0.0, np.nan]))
-    with pytest.raises(ValueError, match=r"both should be \[N\]"):
-        scoring.detection(np.ones(2, bool), np.ones(3, bool))
 
 
 def test_cider_is_that_of_the_package(mirror):

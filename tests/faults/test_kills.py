@@ -29,8 +29,8 @@ CHAIN = 5   # kills before a run is let finish
 LANES = min(2, os.cpu_count() or 1)
 
 CELL = ("model.safetensors", "history.csv", "metrics.json")
-DATA = tuple(f"data/images/cifar10/{name}" for name in ("train_images.npy", "train_labels.npy", "test_images.npy", "test_labels.npy",
-                                                  "manifest.json"))
+DATA = tuple(f"data/images/cifar10/{name}" for name in (
+    "train_images.npy", "train_labels.npy", "test_images.npy", "test_labels.npy", "manifest.json"))
 # outputs of each stage; the last one is asked for
 STAGES = {
     "prepare data": DATA,

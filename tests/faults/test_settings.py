@@ -41,7 +41,7 @@ EXPERIMENTS = [
      ["experiment.yaml", "datasets: unknown dataset 'cifar11'", "cifar10"]),
     ("rates: [0.05],", "rates: [1.5],", [f"{SMOKE}.rates.0: 1.5", "below 1"]),
     ("heads: last}\n    datasets", "headz: last}\n    datasets",
-     ["defences.fst.settings: unknown parameter of defence fst 'headz'", "known are"]),
+     ["defences.fst.settings: unknown setting of fst 'headz'", "known are"]),
     ("schedule: cosine, t_max: 100", "schedule: cosin, t_max: 100",
      ["recipes.fst.settings.training.schedule: 'cosin'", "constant, cosine, multistep, plateau, onecycle"]),
     ("hold_out_order: first", "hold_out_order: last", ["recipes.fst.settings.hold_out_order: 'last'", "first, random"]),

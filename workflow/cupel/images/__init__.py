@@ -11,9 +11,11 @@
 import importlib
 
 #: what stands at hand under this package, and where it lives; nothing is imported before it is asked for
-_AT_HAND = {"Dataset": "datasets:Dataset", "load": "datasets:load", "prepare": "datasets:prepare", "describe": "datasets:describe",
-            "attack": "attacks:build", "build": "models:build", "load_model": "models:load", "save_model": "models:save",
-            "Budget": "defences:Budget", "purify": "defences:purify", "evaluate": "stages:evaluate"}
+_AT_HAND = {
+    "Dataset": "datasets:Dataset", "load": "datasets:load", "prepare": "datasets:prepare", "describe": "datasets:describe",
+    "attack": "attacks:build", "build": "models:build", "load_model": "models:load", "save_model": "models:save",
+    "Budget": "defences:Budget", "purify": "defences:purify", "evaluate": "stages:evaluate",
+}
 
 __all__ = sorted(_AT_HAND)
 

@@ -19,7 +19,6 @@ from cupel import archives
 from cupel.compat import ensure_torchvision
 from cupel.files import digest, link
 from cupel.prepared import begin, finish
-from cupel.registry import unknown
 from cupel.rng import derive
 from cupel.sources import KINDS, fetch
 from cupel.text.known import MODELS, Known, find
@@ -233,14 +232,11 @@ def _prepared(folder: str | Path) -> Path:
 
 
 def load_model(folder: str | Path, precision: str = "fp32", device: str | torch.device = "cpu") -> PreTrainedModel:
-    """The model of a folder in transformers' form, in eval mode; its weights have the given precision (`PRECISIONS`).
+    """A model in eval mode, of `prepare_model` or of any local folder in transformers' form; `precision` is of the weights.
 
     Raises:
         FileNotFoundError: the folder holds no model.
-        ValueError: an unknown precision.
     """
-    if precision not in PRECISIONS:
-        raise ValueError(unknown("precision", precision, PRECISIONS))
     with quiet():
         model = AutoModelForCausalLM.from_pretrained(_prepared(folder), dtype=PRECISIONS[precision], local_files_only=True,
                                                      use_safetensors=True)
@@ -272,9 +268,7 @@ def tiny_llama(folder: str | Path, seed: int, *, layers: int = 4, hidden: int = 
     """Write a random Llama with a byte-level BPE tokenizer, made here: no download, for tests and scale `smoke`.
 
     Like Llama 2's, the tokenizer puts `<s>` first, has `</s>` and `<unk>`, and no padding token. It has 512 tokens, its merges
-    are learnt from the synthetic instructions of `sources`.
-
-    There are half as many key-value heads as heads. Returns the manifest.
+    are learnt from the synthetic instructions of `sources`. Half as many key-value heads as heads. Gives the manifest.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
