@@ -5,10 +5,10 @@ import os
 import pickle
 import subprocess
 import sys
-import urllib.error
 from pathlib import Path
 
 import pytest
+import requests
 import torch
 from safetensors.torch import save_file
 from torch import nn
@@ -263,10 +263,10 @@ def test_a_users_own_model(monkeypatch, tmp_path):
 @pytest.fixture
 def no_network(monkeypatch, tmp_path):
     def refuse(*args, **kwargs):
-        raise urllib.error.URLError("no route")
+        raise requests.ConnectionError("no route")
 
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    monkeypatch.setattr(torch.hub, "download_url_to_file", refuse)
+    monkeypatch.setattr(requests, "get", refuse)
     return tmp_path / "hub" / "checkpoints"
 
 
