@@ -16,9 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cupel.images.attacks._batch import CountingHook, initialised
+from cupel.images.attacks._batch import initialised
 from cupel.images.attacks.badnets import BadNets
-from cupel.images.attacks.base import attack
+from cupel.images.attacks.base import AttackHook, attack
 from cupel.images.attacks.blended import Blended
 from cupel.rng import derive
 
@@ -42,7 +42,7 @@ def statistics_kept(model: nn.Module):
             norm.track_running_stats = True
 
 
-class BypassHook(CountingHook):
+class BypassHook(AttackHook):
     """The discriminator and the victim's second term.
 
     The engine says in `groups` (int64 [B], 1 for poisoned samples) which samples the next batch holds.

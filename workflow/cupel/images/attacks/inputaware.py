@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cupel.images.attacks._batch import BatchHook, initialised, learned, others, stamp_pixels
+from cupel.images.attacks._batch import BatchHook, initialised, others, stamp_pixels, stored
 from cupel.images.attacks.base import Attack, attack
 from cupel.rng import derive, torch_rng
 from cupel.training.augment import Draws, augment, to_pixels
@@ -225,12 +225,7 @@ class InputAware(Attack):
         return InputAwareHook(self, poison_rate, target, classes, seed)
 
     def stamp(self, images: np.ndarray) -> np.ndarray:
-        tensors, channels = learned(self), images.shape[3]
-        networks = []
-        for name, outputs in (("generator", channels), ("mask", 1)):
-            network = initialised(lambda outputs=outputs: Hourglass(channels, outputs, self.width), 0)
-            network.load_state_dict({key.removeprefix(f"{name}."): torch.from_numpy(np.array(value))
-                                     for key, value in tensors.items() if key.startswith(f"{name}.")})
-            networks.append(network.eval())
-        pattern, mask = networks
+        channels = images.shape[3]
+        pattern = stored(self, "generator", lambda: Hourglass(channels, channels, self.width))
+        mask = stored(self, "mask", lambda: Hourglass(channels, 1, self.width))
         return stamp_pixels(images, lambda x: blend(x, pattern(x), mask(x)))

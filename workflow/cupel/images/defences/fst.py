@@ -21,5 +21,5 @@ def fst(victim, budget, rng, *, alpha=0.2, lr=0.01, epochs=10, batch_size=128, m
         projected: keep the constraint; without it the penalty is unbounded below (ablation).
         heads: `last` as released; `all` linear layers of the classifier, as in the IMS port for VGG and MobileNet.
     """
-    return tune(victim, budget, rng, fresh_head=True, train_head=True, train_extractor=True, lr=lr, epochs=epochs,
-                batch_size=batch_size, momentum=momentum, projected=projected, alpha=alpha, heads=heads)
+    return tune(victim, budget, rng, lr=lr, epochs=epochs, batch_size=batch_size, momentum=momentum, projected=projected,
+                fresh_head=True, alpha=alpha, heads=heads)
