@@ -127,13 +127,6 @@ def others(first: int, count: int, size: int, generator: torch.Generator) -> Ten
     return (torch.arange(first, first + count) + torch.randint(1, max(size, 2), (count,), generator=generator)) % size
 
 
-def initialised(build: Callable[[], nn.Module], seed: int) -> nn.Module:
-    """The network that `build` makes, its weights drawn from `seed` on the CPU; global generators stay as they are."""
-    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
-        torch.default_generator.manual_seed(seed)
-        return build()
-
-
 def stored(attack: Attack, name: str, build: Callable[[], nn.Module]) -> nn.Module:
     """The network that `build` makes, in eval mode, with its weights in `attack.tensors` under `<name>.`.
 

@@ -16,11 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cupel.images.attacks._batch import initialised
 from cupel.images.attacks.badnets import BadNets
 from cupel.images.attacks.base import AttackHook, attack
 from cupel.images.attacks.blended import Blended
-from cupel.rng import derive
+from cupel.rng import derive, seeded
 
 
 def discriminator(inputs: int) -> nn.Sequential:
@@ -64,7 +63,8 @@ class BypassHook(AttackHook):
 
     def build(self, inputs: int, device: torch.device) -> None:
         """A fresh discriminator of features [B, inputs]."""
-        self.discriminator = initialised(lambda: discriminator(inputs), derive(self.seed, "bypass")).to(device)
+        with seeded(derive(self.seed, "bypass")):
+            self.discriminator = discriminator(inputs).to(device)
         self.optimizer = torch.optim.SGD(self.discriminator.parameters(), self.lr, self.momentum)
 
     def epoch(self, number):

@@ -24,9 +24,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cupel.images.attacks._batch import BatchHook, initialised, others, stamp_pixels, stored
+from cupel.images.attacks._batch import BatchHook, others, stamp_pixels, stored
 from cupel.images.attacks.base import Attack, attack
-from cupel.rng import derive, torch_rng
+from cupel.rng import derive, seeded, torch_rng
 from cupel.training.augment import Draws, augment, to_pixels
 from cupel.training.engine import Progress
 
@@ -96,10 +96,10 @@ class InputAwareHook(BatchHook):
         """Fresh networks for images of `channels` channels, and G's optimiser."""
         width = self.attack.width
         self.channels = channels
-        self.pattern = initialised(lambda: Hourglass(channels, channels, width),
-                                   derive(self.seed, "inputaware", "generator")).to(device)
-        self.mask = initialised(lambda: Hourglass(channels, 1, width),
-                                derive(self.seed, "inputaware", "mask")).to(device)
+        with seeded(derive(self.seed, "inputaware", "generator")):
+            self.pattern = Hourglass(channels, channels, width).to(device)
+        with seeded(derive(self.seed, "inputaware", "mask")):
+            self.mask = Hourglass(channels, 1, width).to(device)
         self.optimizer = torch.optim.Adam(self.pattern.parameters(), self.attack.lr_generator,
                                           tuple(self.attack.betas))
 

@@ -22,7 +22,7 @@ from cupel.images.attacks._batch import stamp_pixels, stored
 from cupel.images.attacks._preparation import share
 from cupel.images.attacks.base import Attack, attack
 from cupel.images.datasets import Dataset
-from cupel.rng import derive, rng, torch_rng
+from cupel.rng import derive, rng, seeded, torch_rng
 from cupel.training.augment import to_pixels
 from cupel.training.engine import upload
 
@@ -139,8 +139,7 @@ class SSBA(Attack):
     def train(self, dataset: Dataset, seed: int, device: str, smaller: float) -> tuple[Encoder, Decoder]:
         """Encoder and decoder, trained together."""
         size, channels = dataset.image_size, dataset.images.shape[-1]
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(derive(seed, "ssba", "initial"))
+        with seeded(derive(seed, "ssba", "initial")):
             encoder = Encoder(self.bits, channels, self.width).to(device)
             decoder = Decoder(self.bits, channels, self.width, size).to(device)
         steps = share(self.epochs * -(-len(dataset) // self.batch_size), smaller)

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from cupel.images.defences.base import defence
 from cupel.images.defences.passes import batches, stage, train
-from cupel.rng import derive
+from cupel.rng import derive, seeded
 
 
 def _double(inputs: int, outputs: int) -> nn.Sequential:
@@ -116,8 +116,7 @@ def bti_dbf(victim, budget, rng, *, rounds=5, pretrain_epochs=50, mask_epochs=20
     # weights ask for gradients in the unlearning only, where `fit` turns them on
     model = copy.deepcopy(victim).to(device).eval().requires_grad_(False)
     seed = int(rng.integers(2**62))
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(derive(seed, "generator"))
+    with seeded(derive(seed, "generator")):
         generator = UNet(copy.deepcopy(model.normalize).cpu(), generator_width)
         masks = nn.ModuleList(FeatureMask(start) for start in torch.randn(rounds, model.head.in_features))
     found = {}
