@@ -18,11 +18,8 @@ class BatchHook(AttackHook):
     """Poisons the first samples of each batch; the order of an epoch is random, so these are random samples.
 
     Args:
-        attack: whose parameters it uses.
         poison_rate: share p of each batch to poison. int(p·B) of B samples are poisoned; where p·B < 1, one sample with
             probability p·B (backdoorbench SPEC 4).
-        target: the target label.
-        classes: K, the number of classes.
         cover: share of each batch that is changed and keeps its label.
 
     Raises:

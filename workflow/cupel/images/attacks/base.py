@@ -155,9 +155,6 @@ class Attack:
         Args:
             dataset: the victim's training set, clean.
             model: `cupel.images.models.Classifier` trained on `dataset`, or None where `needs` does not ask for one.
-            target: the target label.
-            seed: of all random draws.
-            device: where to compute.
             smaller: share of the stated work (iterations, epochs) to do, for small scales; 1 is as published.
         """
         return {}

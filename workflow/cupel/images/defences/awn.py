@@ -33,7 +33,6 @@ def awn(victim, budget, rng, *, lr=0.01, gamma=0.9, epochs=20, trigger_norm=1000
 
     Args:
         lr: of SGD (no momentum) on M, times `gamma` after each epoch.
-        gamma: see `lr`.
         epochs: of the alternation.
         trigger_norm: bound of ‖d‖₁, in normalised units.
         trigger_lr: of the gradient ascent on d, in normalised units.

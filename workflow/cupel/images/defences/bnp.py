@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from cupel.images.defences.base import defence
-from cupel.images.defences.masks import layers, outliers, scale_batchnorms
+from cupel.images.defences.masks import layers, prune_outliers
 from cupel.images.defences.passes import batches, watched
 
 
@@ -62,7 +62,5 @@ def bnp(victim, budget, rng, *, u=3.0, batch_size=256, log_weight=0.5):
     for name, (mean, var) in input_statistics(model, norms, x).items():
         norm = norms[name]
         values = divergence(mean, var, norm.running_mean.double(), norm.running_var.double(), log_weight)
-        pruned, threshold = outliers(values, u)
-        scale_batchnorms(model, {name: ~pruned}, {name: ~pruned})
-        history.append({"layer": name, "channels": len(pruned), "pruned": int(pruned.sum()), "threshold": threshold})
+        history.append({"layer": name, **prune_outliers(model, name, values, u)})
     return model.eval(), history

@@ -37,8 +37,7 @@ def channel_accuracies(model: nn.Module, layer: nn.Conv2d, z: torch.Tensor, star
     Args:
         model: in eval mode.
         z, start: x and x₀, normalised [B, C, H, W].
-        y: labels [B].
-        eps, clamp, precision: see `fmp`.
+        eps, clamp: see `fmp`.
     """
     with torch.no_grad(), autocast(precision, z.device):
         clean = feature_map(model, layer, denormalise(model, z))

@@ -74,7 +74,6 @@ def ft_sam(victim, budget, rng, *, rho=2.0, label_smoothing=0.1, lr=0.01, epochs
     Args:
         rho: ρ; BackdoorBench's files say 8 for GTSRB and Tiny-ImageNet, which its parser default of 2 overrides.
         label_smoothing: of the cross-entropy.
-        lr, epochs, batch_size, momentum, weight_decay: of the tuning.
         t_max: period of the cosine.
         schedule_per: what the period counts: `epoch`, or `batch` as in the released code, where the learning rate
             falls and rises again as soon as there are more than t_max batches.

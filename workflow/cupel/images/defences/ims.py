@@ -363,10 +363,6 @@ def ims_vit(victim, budget, rng, *, temperature=20.0, l1_weight=0.0, norm_bound=
     The returned network has the victim's weights and, behind each block, an attachment of kind `scale` whose frozen
     factor is the mask (`cupel.images.models.attachments`); `cupel.images.models.save` and `load` keep them.
 
-    Args:
-        temperature, l1_weight, norm_bound, lr_mask, lr_perturb, steps_perturb, rounds_initial, rounds_minimise,
-        patience, improvement, batch_size: see `ims`.
-
     Raises:
         ValueError: the network is no torchvision vision transformer.
     """

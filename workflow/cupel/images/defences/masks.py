@@ -113,14 +113,16 @@ class MaskedBatchNorms(nn.Module):
         self.mask.clamp_(max=1).clamp_(min=low)
 
 
-def outliers(values: torch.Tensor, u: float) -> tuple[torch.Tensor, float]:
-    """bool [C] of the channels above mean + u·std of their layer (std with C − 1), and that threshold.
+def prune_outliers(model: nn.Module, name: str, values: torch.Tensor, u: float) -> dict:
+    """Zero γ and β of the channels of BatchNorm `name` whose values [C] are above mean + u·std of the layer (std with C − 1).
 
     No value can be more than (C − 1)/√C deviations above the mean: at u = 3 a layer of ten channels or fewer is never
     pruned.
     """
     threshold = values.mean() + u * values.std()
-    return values > threshold, float(threshold)
+    keep = ~(values > threshold)
+    scale_batchnorms(model, {name: keep}, {name: keep})
+    return {"channels": len(keep), "pruned": int((~keep).sum()), "threshold": float(threshold)}
 
 
 def accuracy(model: nn.Module, budget: Budget) -> float:

@@ -36,7 +36,6 @@ def tune(victim, budget: Budget, rng, *, lr: float, epochs: int, batch_size: int
     """The family of fst SPEC 2.
 
     Args:
-        victim, budget, rng: see `cupel.images.defences.purify`.
         fresh_head: re-initialise the head first.
         train_head, train_extractor: which parameters are trained. Frozen parts stay in train mode, so running
             statistics of BatchNorm move all the same, as they do in the released code.
