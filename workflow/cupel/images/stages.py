@@ -122,7 +122,6 @@ def train_victim(spec: dict, inputs: Inputs, outputs: dict, device: str) -> None
         spec: dataset, model, recipe, attack, poison_rate, seed, settings.
         inputs: `data`, `record`, and `trigger` where the attack has one prepared.
         outputs: paths `model`, `trigger`, `history`, `metrics`.
-        device: `cpu` or `cuda`.
     """
     from cupel.training.engine import Recipe, fit
     from cupel.training.precision import settled
@@ -197,11 +196,9 @@ def purify(spec: dict, defence: dict, inputs: Inputs, outputs: dict, device: str
     """Run a defence on a victim and measure the result.
 
     Args:
-        spec: of the victim.
         defence: name, function, hyperparameters, budget.
         inputs: `data`, `victim`, `trigger`, `before`.
         outputs: paths `model`, `history`, `metrics`, and `details`: arrays that the defence keeps, if it keeps any.
-        device: `cpu` or `cuda`.
     """
     import torch
 
@@ -255,10 +252,6 @@ def purify_block(spec: dict, jobs: Sequence[Job], inputs: Inputs, device: str) -
     Snakemake deletes the outputs of a job before it runs it again. So cells are made in folders `work` beside their outputs
     and are linked to their names when all are there. The next job takes over those that are finished and whole, each by itself,
     if settings, code and inputs are the same: after a kill, after a defence was added, or where one cell was removed.
-
-    Args:
-        spec, inputs, device: see `purify`.
-        jobs: one for each cell.
 
     Raises:
         RuntimeError: a child failed; it has printed its traceback.
