@@ -22,7 +22,7 @@ OBJECTS = {
 }
 #: scripts as they are, and jobs with what they look up by name
 JOBS = {**SCRIPTS, **{page: [f"{page}.py", "index.html.j2"] for page in PAGES}}
-JOBS["purify_language"] = ["purify_language.py", "cupel.text.defences.crow:crow"]
+JOBS["purify_text"] = ["purify_text.py", "cupel.text.defences.crow:crow"]
 JOBS["attack_network"] = ["attack_network.py", "cupel.robust.evaluations:gallery"]
 for attack in ("badnets", "wanet"):
     JOBS[f"poison {attack}"] = ["poison.py", OBJECTS[attack]]
@@ -34,7 +34,7 @@ for attack in ("badnets", "wanet"):
 for paper in ("fst", "ims"):
     JOBS[f"report_{paper}"] = ["report_paper.py", f"papers/{paper}/report.py"]
 
-TEXT = {"train_language_victim", "purify_language"}
+TEXT = {"train_text_victim", "purify_text"}
 ROBUST = {"train_robust", "attack_network"}
 
 

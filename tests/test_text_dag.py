@@ -553,7 +553,7 @@ def test_smoke_ends_with_the_report(folder):
     file = folder / "workflow" / "papers" / "crow" / "experiment.yaml"
     file.write_text(file.read_text().replace("&term {alpha: 5.5, ", "&term {alpha: 5.6, "))
     planned = start(folder, "-n").stdout.split("Job stats:")[1]
-    assert "train_language_victim" not in planned and "purify_language               2" in planned
+    assert "train_text_victim" not in planned and "purify_text               2" in planned
 
 
 @pytest.mark.slow

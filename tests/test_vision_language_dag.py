@@ -413,7 +413,7 @@ def test_a_setting_of_one_filter_fits_nothing_again_unless_its_decision_changes(
     assert "Nothing to be done" in finished.run("-n")[1]
     finished.edit(file, "recall: 1.0}", "recall: 0.9}")  # only detection asks for the oracle here
     planned = jobs(finished.run("-n")[1])
-    assert planned["measure_filters"] == 1 and "train_multimodal" not in planned and "read_attention" not in planned
+    assert planned["measure_filters"] == 1 and "train_vision_language_victim" not in planned and "read_attention" not in planned
     code, output = finished.run("--", "results/smoke/cells.parquet")
     assert code == 0, output[-3000:]
     assert "rule measure_filters" in output and "rule refit" not in output  # the decisions of BYE are what they were

@@ -182,7 +182,7 @@ def _keys(wildcards: frozenset) -> list[tuple[int, frozenset]]:
     """What a time is looked up by, from fine to coarse."""
     kept = [[pair for pair in wildcards if pair[0] not in left_out]
             for left_out in (["seed"], ["seed", "rate"], ["seed", "rate", "attack"])]
-    kept += [[pair for pair in wildcards if pair[0] in ("dataset", "text", "model")]]
+    kept += [[pair for pair in wildcards if pair[0] in ("dataset", "model")]]
     return list(enumerate(map(frozenset, kept)))
 
 

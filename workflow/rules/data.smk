@@ -21,7 +21,7 @@ rule prepare_images:
     params:
         **SOURCES,
     script:
-        "../scripts/prepare_dataset.py"
+        "../scripts/prepare_images.py"
 
 
 rule prepare_text:
@@ -81,4 +81,4 @@ rule prepare_vision_language:
         **SOURCES,
         spec=of_path(VISION_LANGUAGE.source),
     script:
-        "../scripts/prepare_multimodal.py"
+        "../scripts/prepare_vision_language.py"

@@ -50,9 +50,9 @@ rule train_text_victim:
         data=text_folders,
         texts=text_paths,
         device=config["device"],
-        code=code("train_language_victim.py"),
+        code=code("train_text_victim.py"),
     script:
-        "../scripts/train_language_victim.py"
+        "../scripts/train_text_victim.py"
 
 
 rule purify_text:
@@ -86,6 +86,6 @@ rule purify_text:
         texts=text_paths,
         device=config["device"],
         plugins=config["plugins"],
-        code=code("purify_language.py", TEXT, "defence"),
+        code=code("purify_text.py", TEXT, "defence"),
     script:
-        "../scripts/purify_language.py"
+        "../scripts/purify_text.py"

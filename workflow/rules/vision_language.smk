@@ -82,9 +82,9 @@ rule train_vision_language_victim:
     params:
         spec=of_path(VISION_LANGUAGE.victim),
         device=config["device"],
-        code=code("train_multimodal.py"),
+        code=code("train_vision_language_victim.py"),
     script:
-        "../scripts/train_multimodal.py"
+        "../scripts/train_vision_language_victim.py"
 
 
 rule read_attention:
