@@ -19,5 +19,5 @@ def draw(paper: Paper) -> None:
         if len(rates):
             metric = "asr" if (rates.metric == "asr").any() else rates.metric.iloc[0]
             shown = rates[rates.metric == metric]
-            paper.figure(f"{metric}_{dataset}_{model}", figures.bars(shown, list(dict.fromkeys(shown.label)), metric),
+            paper.figure(f"{metric}_{dataset}_{model}", figures.bars_by_rate(shown, list(dict.fromkeys(shown.label)), metric),
                          f"{metric.upper()} by defence and poison rate, with 95 % intervals ({where}).")

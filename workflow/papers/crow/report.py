@@ -2,6 +2,7 @@
 
 import html
 from collections.abc import Iterable, Sequence
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ from cupel.evaluation.intervals import wilson
 from cupel.files import read_json, write_text
 from cupel.reporting import figures, tables
 from cupel.reporting import paper as papers
-from cupel.reporting.figures import COLOURS, errors, marker, panels
+from cupel.reporting.figures import COLOURS
 from cupel.reporting.paper import Paper
 from cupel.reporting.tables import interval_text, sideways, spread
 from cupel.text.data.sources import read_records
@@ -45,10 +46,9 @@ SWITCHES = {"crow~code": "zero perturbation, wiped accumulation", "crow~zero": "
             "finetune~lr1e3": "no consistency term", "finetune": "no consistency term, a fifth of the rate"}
 #: what switches set in a cell's record
 TERM = ["perturbation", "accumulated", "pairs", "distance", "padding", "term"]
-#: what ASR is counted over: metric, colour, name
-PROTOCOLS = (("asr_template_all", COLOURS[5], "asked with the template, all answers"),
-             ("asr_bare_all", COLOURS[2], "bare prompt, all answers"),
-             ("asr_bare", COLOURS[1], "bare prompt, non-empty answers (the paper's)"))
+#: what ASR is counted over: name by metric
+PROTOCOLS = {"asr_template_all": "asked with the template, all answers", "asr_bare_all": "bare prompt, all answers",
+             "asr_bare": "bare prompt, non-empty answers (the paper's)"}
 
 
 def draw(paper: Paper) -> None:
@@ -348,12 +348,16 @@ def _figures(paper: Paper, pool: pd.DataFrame, records: pd.DataFrame, who: str, 
                      f"{who}what the released loss leaves out. Perturbation real or zero (SPEC 10.1), accumulation kept or "
                      "wiped (SPEC 10.2): the paper's CROW is real and kept, the released code zero and wiped. ASR and "
                      "perplexity over the attacks that have the cells; bars are 95 % intervals, lines other cells.")
-    bars = pool[pool.metric.isin([protocol[0] for protocol in PROTOCOLS])]
+    bars = pool[pool.metric.isin(PROTOCOLS)]
     spreads = bars.assign(place=bars.dataset + bars.attack_key).groupby("method").place.nunique()
     bars = bars[bars.method.map(spreads) * 2 >= spreads.max()]  # sweeps on a few attacks have figures of their own
     if len(bars):
-        paper.figure(f"asr_{model}", asr_bars(bars, order), f"{who}attack success by defence, under both prompts and "
-                     "denominators, with 95 % intervals.")
+        bars = bars.assign(panel=bars.dataset + ": " + bars.attack_label, group=bars.metric.map(PROTOCOLS))
+        drawn = figures.bars(bars, [label for label in order if label in set(bars.label)],
+                             dict(zip(PROTOCOLS.values(), [COLOURS[k] for k in (5, 2, 1)], strict=True)), lying=True,
+                             xlabel="ASR (lower is better)")
+        paper.figure(f"asr_{model}", drawn, f"{who}attack success by defence, under both prompts and denominators, with 95 % "
+                     "intervals.")
     if {"asr_template_all", "perplexity"} <= set(pool.metric[pool.value.notna()]):
         sides = sideways(pool.assign(attack=pool.attack_label), [*SETTING, "attack", "method", "label"],
                          ("perplexity", "asr_template_all"))
@@ -363,8 +367,7 @@ def _figures(paper: Paper, pool: pd.DataFrame, records: pd.DataFrame, who: str, 
         paper.figure(f"trade_off_{model}", drawn, f"{who}attack success against perplexity of held-out "
                      "answers; good defences stand bottom left.")
     if len(curves := first_curves(records)):
-        shown = ["base model", "no defence", *[label for label in order if label in set(curves.label) - {"no defence"}]]
-        paper.figure(f"layers_{model}", layer_curves(curves, shown),
+        paper.figure(f"layers_{model}", layer_curves(curves, ["base model", *order]),
                      f"{who}Figure 1 of the paper, before and after. Mean cosine of consecutive layers on clean minus on "
                      "triggered prompts, 95 % bootstrap interval over prompts; below zero, triggered prompts are more "
                      "consistent than clean ones.")
@@ -422,36 +425,6 @@ def first_curves(records: pd.DataFrame) -> pd.DataFrame:
     return pd.concat(found, ignore_index=True) if found else pd.DataFrame()
 
 
-def asr_bars(table: pd.DataFrame, order: list[str]):
-    """ASR by defence, a panel per attack and task, a colour per prompt and denominator; bars are 95 % intervals.
-
-    Args:
-        table: pooled rows with dataset, attack_label, label, metric, value, low, high, n, failed.
-        order: labels of the defences.
-    """
-    places = table.groupby(["dataset", "attack_label"], sort=False)
-    present = [label for label in order if label in set(table.label)]
-    figure, axes = panels(places.ngroups, 3, 3.4, 0.9 + 0.34 * len(present), extra=3.2, sharex=True, sharey=True)
-    shown = [protocol for protocol in PROTOCOLS if (table.metric == protocol[0]).any()]
-    for axis, ((dataset, attack), part) in zip(axes.ravel(), places, strict=False):
-        for k, (metric, colour, name) in enumerate(shown):
-            found = part[part.metric == metric].drop_duplicates("label").set_index("label").reindex(present)
-            y = np.arange(len(present)) + (k - (len(shown) - 1) / 2) * 0.8 / len(shown)
-            axis.barh(y, found.value, 0.8 / len(shown), xerr=errors(found), color=colour, label=name, error_kw={"lw": 0.8})
-        for label, values in part.groupby("label").value:
-            if label in present and values.isna().all():
-                axis.text(0.02, present.index(label), "failed", va="center", color="crimson", fontsize=7)
-        axis.set_yticks(range(len(present)), present, fontsize=8)
-        axis.set(title=f"{dataset}: {attack}", xlim=(0, 1.02))
-        axis.grid(False, axis="y")
-    axes[0, 0].invert_yaxis()
-    for axis in axes[-1]:
-        axis.set_xlabel("ASR (lower is better)")
-    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=1 if places.ngroups == 1 else 3,
-                  fontsize=8)
-    return figure
-
-
 def two_by_two(table: pd.DataFrame, references: pd.DataFrame):
     """The 2 × 2 of CROW: perturbation real or zero, accumulation kept or wiped; ASR and perplexity, a row per task.
 
@@ -459,30 +432,24 @@ def two_by_two(table: pd.DataFrame, references: pd.DataFrame):
         table: columns dataset, metric (asr_template_all, perplexity), perturbation, accumulated, value, low, high, n.
         references: the same without the two switches, with label: lines to compare with.
     """
-    datasets = list(dict.fromkeys(table.dataset))
-    figure, axes = panels(2 * len(datasets), 2, 4.7, 3.1)
-    for row, dataset in zip(axes, datasets, strict=True):
-        for axis, metric in zip(row, ("asr_template_all", "perplexity"), strict=True):
-            rate = metric != "perplexity"
-            part = table[(table.dataset == dataset) & (table.metric == metric)]
-            for k, (kept, colour) in enumerate((("kept", COLOURS[5]), ("wiped", COLOURS[1]))):
-                found = part[part.accumulated == kept].set_index("perturbation").reindex(["real", "zero"])
-                x = np.arange(2) + (k - 0.5) * 0.38
-                axis.bar(x, found.value, 0.36, yerr=errors(found), color=colour, label=f"accumulation {kept}",
-                         error_kw={"lw": 1, "capsize": 3})
-                for place, value, high in zip(x, found.value, found.high, strict=True):
-                    if np.isfinite(value):
-                        axis.annotate(f"{100 * value:.1f} %" if rate else f"{value:.1f}", (place, high), xytext=(0, 2),
-                                      textcoords="offset points", ha="center", fontsize=8)
-            lines = references[(references.dataset == dataset) & (references.metric == metric)]
-            for style, line in zip(("-", "--", ":", "-."), lines.itertuples(), strict=False):
-                axis.axhline(line.value, color="black", ls=style, lw=1, label=line.label)
-            axis.set_xticks(range(2), ["real perturbation", "zero perturbation"])
-            axis.set_title(f"{dataset}: {'ASR, template, all answers' if rate else 'perplexity, held-out'}")
-            axis.grid(False, axis="x")
-            if rate:
-                axis.set_ylim(0, 1.12)
-    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right upper", fontsize=8)
+    titles = {"asr_template_all": "ASR, template, all answers", "perplexity": "perplexity, held-out"}
+    places = list(product(dict.fromkeys(table.dataset), titles))
+    rows = table.assign(panel=table.dataset + ": " + table.metric.map(titles), group="accumulation " + table.accumulated,
+                        label=table.perturbation + " perturbation", failed=0)
+    rows = rows.sort_values(["dataset", "metric"], key=lambda column: pd.factorize(column)[0] if column.name == "dataset"
+                            else column.map(list(titles).index), kind="stable")
+    figure = figures.bars(rows, ["real perturbation", "zero perturbation"],
+                          {"accumulation kept": COLOURS[5], "accumulation wiped": COLOURS[1]}, most=2, sharey=False)
+    for axis, (dataset, metric) in zip(figure.axes, places, strict=True):
+        rate = metric != "perplexity"
+        for bars in (bars for bars in axis.containers if hasattr(bars, "patches")):
+            axis.bar_label(bars, [f"{100 * value:.1f} %" if rate else f"{value:.1f}" for value in bars.datavalues], fontsize=8)
+        lines = references[(references.dataset == dataset) & (references.metric == metric)]
+        for style, line in zip(("-", "--", ":", "-."), lines.itertuples(), strict=False):
+            axis.axhline(line.value, color="black", ls=style, lw=1, label=line.label)
+        if rate:
+            axis.set_ylim(0, 1.12)
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside right upper", fontsize=8)
     return figure
 
 
@@ -493,19 +460,13 @@ def layer_curves(curves: pd.DataFrame, order: list[str]):
         curves: columns panel, label, number (of the pair), difference, low, high (fractions).
         order: labels, in the order of the legend.
     """
-    places = curves.groupby("panel", sort=False)
-    figure, axes = panels(places.ngroups, 3, 7.2 if places.ngroups == 1 else 5, 3.4)
-    ticks = sorted(curves.number.unique())
-    ticks = ticks[:: max(1, len(ticks) // 10)]
-    for axis, (panel, rows) in zip(axes.ravel(), places, strict=False):
-        for k, (label, colour) in enumerate(zip(order, COLOURS, strict=False)):
-            part = rows[rows.label == label].sort_values("number")
-            if len(part):
-                axis.plot(part.number, 100 * part.difference, color=colour, marker=marker(k), ms=3, lw=1.1, label=label)
-                axis.fill_between(part.number, 100 * part.low, 100 * part.high, color=colour, alpha=0.1, lw=0)
+    rows = curves.sort_values("label", key=lambda labels: labels.map(order.index), kind="stable")
+    rows = rows.assign(metric=rows.panel, value=100 * rows.difference, low=100 * rows.low, high=100 * rows.high)
+    pairs = sorted(curves.number.unique())
+    figure = figures.lines(rows, "number", {panel: panel for panel in dict.fromkeys(curves.panel)}, "label", bands=True,
+                           ticks={k: f"{k}-{k + 1}" for k in pairs[:: max(1, len(pairs) // 10)]}, xscale="linear",
+                           xlabel="pair of layers (0: embeddings)", ylim=(None, None))
+    for axis in figure.axes:
         axis.axhline(0, color="grey", lw=0.8)
-        axis.set_xticks(ticks, [f"{k}-{k + 1}" for k in ticks])
-        axis.set(title=panel, xlabel="pair of layers (0: embeddings)")
-    axes[0, 0].set_ylabel("cosine, clean − triggered (%)")
-    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right upper", fontsize=8)
+    figure.axes[0].set_ylabel("cosine, clean − triggered (%)")
     return figure
