@@ -80,7 +80,7 @@ def picture_rows(rows: Iterable[tuple[str, Sequence[np.ndarray]]], width: float,
     """
     rows = list(rows)
     count = max(len(images) for _, images in rows)
-    figure, axes = panels(len(rows) * count, count, width, height, extra=1.4)
+    figure, axes = panels(len(rows) * count, count, width, height, extra=1.0)
     bare(axes)
     for line, (title, images) in zip(axes, rows, strict=True):
         for axis, image in zip(line, images, strict=False):
@@ -134,7 +134,7 @@ def bars(table: pd.DataFrame, order: Sequence[str], colours: dict[str, str], *, 
         lying: whether bars go from left to right.
         most: panels in a row.
         sharey: whether panels have one scale.
-        axes_settings: of every panel, as `ylabel`.
+        axes_settings: of every panel, as `xlabel`.
     """
     parts = table.groupby("panel", sort=False)
     size = (3.4, 0.9 + 0.34 * len(order)) if lying else (4.4, 3.3)
@@ -165,7 +165,7 @@ def bars(table: pd.DataFrame, order: Sequence[str], colours: dict[str, str], *, 
         axes[0, 0].invert_yaxis()
     if len(colours) > 1:
         figure.legend(handles=[handle(group, color=colour, lw=5) for group, colour in colours.items()], fontsize=8,
-                      loc="outside lower center", ncols=min(parts.ngroups, 3))
+                      loc="outside lower center", ncols=3 if parts.ngroups > 1 else 1)
     return figure
 
 
@@ -181,7 +181,9 @@ def bars_by_rate(table: pd.DataFrame, order: Sequence[str], metric: str):
     rows["group"] = "poison rate " + (100 * rows.poison_rate).map("{:g} %".format)
     groups = rows.sort_values("poison_rate", ascending=False).group.unique()
     colours = dict(zip(groups, [COLOURS[k] for k in (5, 1, 3, 6, 2, 7)], strict=False))
-    return bars(rows, order, colours, most=rows.attack.nunique(), ylabel=metric.upper())
+    figure = bars(rows, order, colours, most=rows.attack.nunique())
+    figure.axes[0].set_ylabel(metric.upper())
+    return figure
 
 
 def key(figure, colours: dict[str, str], marks: dict[str, str], lines: bool = False) -> None:
@@ -220,7 +222,7 @@ def lines(table: pd.DataFrame, x: str, metrics: dict[str, str], colour: str, mar
                 axis.fill_between(rows[x], rows.low, rows.high, color=colours[name[0]], alpha=0.1, lw=0)
             else:
                 axis.errorbar(rows[x], rows.value, yerr=errors(rows), ms=5, capsize=2, **style)
-        if "ylim" not in axes_settings and part.value.max() <= 1:
+        if not bands and part.value.max() <= 1:
             axis.set_ylim(-0.02, 1.02)
         axis.set(**{"title": title, "xlabel": x, "xscale": "log", **axes_settings})
         if ticks:

@@ -395,9 +395,9 @@ def _victim_figures(paper: Paper, numbers: Numbers, main: Setting, looked: dict[
 
 def _comparison_figures(paper: Paper, numbers: Numbers) -> None:
     """Filters beside each other."""
-    points = [{"panel": setting.name("dataset", "model"), "label": numbers.labels[method], "group": name, "failed": 0,
+    points = [{"panel": setting.name("dataset", "model"), "label": numbers.labels[method], "group": FOUND[metric], "failed": 0,
                "value": numbers.value(setting, "filtered", method, metric)}
-              for setting in numbers.mains for method in numbers.methods("filtered", [setting]) for metric, name in FOUND.items()]
+              for setting in numbers.mains for method in numbers.methods("filtered", [setting]) for metric in FOUND]
     if points:
         order = [numbers.labels[name] for name in numbers.methods("filtered", numbers.mains)]
         colours = {"F1": CLEAN, "precision": COLOURS[2], "recall": COLOURS[1]}

@@ -465,7 +465,7 @@ def layer_curves(curves: pd.DataFrame, order: list[str]):
     pairs = sorted(curves.number.unique())
     figure = figures.lines(rows, "number", {panel: panel for panel in dict.fromkeys(curves.panel)}, "label", bands=True,
                            ticks={k: f"{k}-{k + 1}" for k in pairs[:: max(1, len(pairs) // 10)]}, xscale="linear",
-                           xlabel="pair of layers (0: embeddings)", ylim=(None, None))
+                           xlabel="pair of layers (0: embeddings)")
     for axis in figure.axes:
         axis.axhline(0, color="grey", lw=0.8)
     figure.axes[0].set_ylabel("cosine, clean − triggered (%)")
