@@ -40,14 +40,7 @@ def cross_table(cells: pd.DataFrame, labels: dict[str, str]) -> pd.DataFrame:
     Args:
         cells: the tidy table (`cupel.reporting.tables.gather`).
         labels: names for people, by defence.
-
-    Raises:
-        ValueError: the tidy table lacks a column.
     """
-    lacking = [c for c in [*SETTING, *COSTS, "stage", "seed", "path", "paper", "metric", "value", "status", "reason"]
-               if c not in cells]
-    if lacking:
-        raise ValueError(f"the tidy table lacks the columns {', '.join(lacking)}: make cells.parquet again")
     once = cells.drop_duplicates("path").set_index("path")
     values = cells.drop_duplicates(["path", "metric"]).pivot(index="path", columns="metric", values="value")
     once = once.drop(columns=["metric", "value"]).join(values.reindex(columns=list(METRICS)))
@@ -142,12 +135,6 @@ def ranks(cross: pd.DataFrame, metric: str = "der", *, rng: np.random.Generator,
     A defence that failed in a setting, with any seed, ranks below all that did not; several share the last ranks. The
     interval is a bootstrap over settings, in which settings of one victim (its budgets) stay together; it is NaN for one
     victim, of which nothing can be said about others.
-
-    Args:
-        cross: `cross_table`.
-        metric: a key of `BETTER`.
-        rng: for the bootstrap.
-        draws: of the bootstrap.
     """
     block = comparable(cross, metric)
     grid = block.pivot(index=SETTING, columns="method", values=metric) * BETTER[metric]
@@ -321,13 +308,9 @@ def _heat_grid(part: pd.DataFrame, metric: str) -> tuple[pd.DataFrame, pd.DataFr
 
 
 def write_cross(cells: pd.DataFrame, labels: dict[str, str], scale: str, out: Mapping[str, str | Path]) -> None:
-    """Write the cross table (CSV), its figures and the page that shows them; the page says so when there is nothing.
+    """Write the cross table, its figures and the page that shows them; the page says so when there is nothing.
 
-    Args:
-        cells: the tidy table.
-        labels: see `cross_table`.
-        scale: name.
-        out: paths `page` (HTML), and in its folder `table` (CSV) and `figures` (a folder).
+    `out` has the paths `page` (HTML), and in its folder `table` (CSV) and `figures` (a folder).
     """
     table, figures = Path(out["table"]), Path(out["figures"])
     cross = cross_table(cells, labels)

@@ -170,13 +170,7 @@ def bars(table: pd.DataFrame, order: Sequence[str], colours: dict[str, str], *, 
 
 
 def bars_by_rate(table: pd.DataFrame, order: Sequence[str], metric: str):
-    """A metric by defence and poison rate, a panel per attack.
-
-    Args:
-        table: `cupel.reporting.tables.summary`.
-        order: labels of the defences.
-        metric: name.
-    """
+    """A metric of `cupel.reporting.tables.summary` by defence and poison rate, a panel per attack."""
     rows = table[table.metric == metric].assign(panel=table.attack)
     rows["group"] = "poison rate " + (100 * rows.poison_rate).map("{:g} %".format)
     groups = rows.sort_values("poison_rate", ascending=False).group.unique()
@@ -257,14 +251,8 @@ def scatter(table: pd.DataFrame, x: str, y: str, panel: str, order: Sequence[str
 
 
 def histories(runs: dict[str, pd.DataFrame], x: str, columns: dict[str, str], shares: Iterable[str] = ()):
-    """What training wrote down, a panel per column, a line per run.
-
-    Args:
-        runs: history by name of the run.
-        x: column of the epoch or update.
-        columns: title by column.
-        shares: columns that lie between 0 and 1.
-    """
+    """What training wrote down against x, its column of the epoch or update: a panel per column (titles by name), a line
+    per run. The columns `shares` lie between 0 and 1."""
     figure, axes = panels(len(columns), len(columns), 3.5, 3.0, extra=2.4)
     colours = palette(runs)
     for name, rows in runs.items():

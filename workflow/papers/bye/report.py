@@ -13,6 +13,7 @@ from cupel.files import read_json
 from cupel.reporting import figures, tables
 from cupel.reporting.figures import COLOURS, panels, plt
 from cupel.reporting.paper import Paper, victim_histories
+from cupel.reporting.tables import frame
 from cupel.vision_language import prepared, triggers
 
 VICTIM = "victim"
@@ -213,14 +214,6 @@ def _tables(paper: Paper, numbers: Numbers, records: list) -> None:
     paper.table("table9_rates", rates_table(numbers),
                 f"By poison rate, in percent, {place}. At 0 % every removed sample is a false alarm.", "setting")
     paper.table("table9_recipes", recipes_table(numbers), f"By recipe of fine-tuning, in percent, {place}.", "setting")
-
-
-def frame(rows: dict[str, dict]) -> pd.DataFrame:
-    """A wide table from row label to column to text; columns without any entry are left out."""
-    filled = {column for row in rows.values() for column, text in row.items() if text != ""}
-    columns = [column for column in dict.fromkeys(column for row in rows.values() for column in row) if column in filled]
-    return pd.DataFrame([[row.get(column, "") for column in columns] for row in rows.values()], index=list(rows),
-                        columns=pd.MultiIndex.from_tuples(columns) if columns and isinstance(columns[0], tuple) else columns)
 
 
 def answers_table(numbers: Numbers, settings: list[Setting]) -> pd.DataFrame:
@@ -451,14 +444,7 @@ def map_rows(folder: Path, count: int, title: str = "") -> list[dict]:
 
 
 def trigger_sheet(folder: str | Path, paper: Paper, used: set[str], count: int = 5):
-    """The triggers on test pictures, those of the grid first; None where the pictures differ in size.
-
-    Args:
-        folder: of the prepared data set.
-        paper: with labels and facts of its attacks.
-        used: triggers of the grid.
-        count: pictures.
-    """
+    """The triggers on test pictures, those `used` in the grid first; None where the pictures differ in size."""
     samples = prepared.load(folder, "test")
     firsts: dict[str, int] = {}
     for k, record in enumerate(samples.records):
@@ -539,12 +525,8 @@ def entropy_histograms(shown: list[dict], columns: int = 4):
 
 
 def layer_separation(settings: dict[str, list[dict]], tau: float):
-    """Separation of the two components in every layer, by both formulas, and how well low entropy tells poisoned samples.
-
-    Args:
-        settings: title to one dict per layer with `layer`, `bsi_rss`, `bsi_sum` and `auroc` (or None).
-        tau: threshold of both tests.
-    """
+    """Separation of the two components in every layer, by both formulas, and how well low entropy tells poisoned samples;
+    by title of the setting one dict per layer with `layer`, `bsi_rss`, `bsi_sum` and `auroc` (or None)."""
     figure, axes = panels(2 * len(settings), 2, 4.5, 2.6)
     for (left, right), (title, layers) in zip(axes, settings.items(), strict=True):
         x = np.array([layer["layer"] for layer in layers])
@@ -565,11 +547,8 @@ def layer_separation(settings: dict[str, list[dict]], tau: float):
 
 
 def dose_response(points: pd.DataFrame):
-    """ASR against the poisoned samples that are left for fine-tuning: a line through the oracle's doses, marks for the rest.
-
-    Args:
-        points: columns setting, label, oracle (bool), left, asr, asr_low, asr_high.
-    """
+    """ASR against the poisoned samples that are left for fine-tuning (`dose_points`): a line through the oracle's doses,
+    marks for the rest."""
     names = points.label.mask(points.oracle, "oracle, by recall")
     rows = points.assign(label=names, metric=points.setting, value=points.asr, low=points.asr_low, high=points.asr_high)
     rows = rows.sort_values("oracle", ascending=False, kind="stable")

@@ -14,7 +14,7 @@ from cupel.reporting import figures, tables
 from cupel.reporting import paper as papers
 from cupel.reporting.figures import COLOURS
 from cupel.reporting.paper import Paper
-from cupel.reporting.tables import interval_text, sideways, spread
+from cupel.reporting.tables import frame, interval_text, sideways, spread, with_texts
 from cupel.text.data.sources import read_records
 
 #: a victim below the first or above the second is marked (crow SPEC 11.3); both under the template, over all answers
@@ -83,16 +83,17 @@ def draw(paper: Paper) -> None:
     for column, number in (("epsilon", 5), ("alpha", 6)):
         table = sweep_table(pool, records, column)
         table = table[table.metric.isin(["asr_template_all", "asr_bare", "perplexity"])].sort_values(["setting", column])
-        table = table.assign(text=texts(table), row=[f"{row.setting}, {column} {getattr(row, column):g}"
-                                                     for row in table.itertuples()])
+        names = [f"{row.setting}, {column} {getattr(row, column):g}" for row in table.itertuples()]
+        table = with_texts(table).assign(row=names)
         paper.table(f"table{number}_{column}", spread(table, "row", "metric"),
                     f"CROW over {column} (Table {number}); rates in percent. {scale}", "setting")
     paper.table("tuning", tuning_table(records), "Tuning defences: settings, losses at the first and last update, and cost "
                 f"(RQ4). {scale}", "cell")
     used = {name: read_json(path) for name, path in paper.facts["manifests"].items()}
-    paper.table("sources", grid_of({name: [made.get("name", ""), made["source"]["kind"], made["content_sha256"][:16],
-                                           made.get("licence", "")] for name, made in used.items()},
-                                   ["name", "source", "sha256 (first 16)", "licence"]),
+    sources = {name: {"name": made.get("name", ""), "source": made["source"]["kind"],
+                      "sha256 (first 16)": made["content_sha256"][:16], "licence": made.get("licence", "")}
+               for name, made in used.items()}
+    paper.table("sources", frame(sources, ["name", "source", "sha256 (first 16)", "licence"]),
                 f"Models and texts that were used. {scale}", "folder")
 
 
@@ -196,28 +197,15 @@ def sweep_table(pool: pd.DataFrame, records: pd.DataFrame, column: str) -> pd.Da
 # ------------------------------------------------------------------------------------------------------------------- tables
 
 
-def texts(rows: pd.DataFrame) -> list[str]:
-    """Values with intervals."""
-    return [interval_text(row) for row in rows.itertuples()]
-
-
-def grid_of(rows: dict[str, list], columns: Sequence[str]) -> pd.DataFrame:
-    """A table from its rows by name."""
-    return pd.DataFrame.from_dict(rows, orient="index", columns=columns)
-
-
 def asr_table(pool: pd.DataFrame, metric: str, order: Sequence[str], reported: pd.DataFrame | None = None) -> pd.DataFrame:
     """Rows: attacks, their average, then the paper's own numbers for its models; columns: defences.
 
-    Args:
-        pool: of one task and model.
-        metric: name.
-        order: labels of the defences.
-        reported: rows of reported/*.csv with `model_label`, `attack_label`, `label`, in percent.
+    `pool` is of one task and model; `reported` has rows of reported/*.csv with `model_label`, `attack_label`, `label`, in
+    percent.
     """
     part = pool[pool.metric == metric]
     last = part.drop_duplicates(["attack_label", "label"], keep="last")
-    grid = spread(last.assign(text=texts(last)), "attack_label", "label", across=order)
+    grid = spread(with_texts(last), "attack_label", "label", across=order)
     if len(grid) > 1:
         means = part.groupby("label").value.agg(["mean", "count"]).loc[grid.columns]
         grid.loc["average"] = [f"{100 * row['mean']:.1f} ({row['count']:.0f} attacks)" if row["count"] else "failed"
@@ -234,7 +222,7 @@ def asr_table(pool: pd.DataFrame, metric: str, order: Sequence[str], reported: p
 def metric_table(pool: pd.DataFrame, columns: dict[str, str], order: Sequence[str]) -> pd.DataFrame:
     """Rows: attack and defence; columns: metrics, as far as there are any, by their headings."""
     rows = pool[pool.metric.isin(list(columns))].drop_duplicates(["attack_label", "label", "metric"], keep="last")
-    rows = rows.assign(text=texts(rows), row=rows.attack_label + ": " + rows.label, heading=rows.metric.map(columns))
+    rows = with_texts(rows).assign(row=rows.attack_label + ": " + rows.label, heading=rows.metric.map(columns))
     index = [f"{attack}: {label}" for attack in dict.fromkeys(pool.attack_label) for label in order]
     return spread(rows, "row", "heading", index, columns.values())
 
@@ -244,35 +232,39 @@ def victim_table(rows: pd.DataFrame) -> pd.DataFrame:
     bad, grid = missed(rows), {}
     shown = {"asr_template_all": "ASR, template, all", "false_template_all": "false triggering",
              "perplexity_base": "perplexity, base model", "perplexity": "perplexity, victim"}
+    gate = f"passes the gate (ASR ≥ {100 * GATE['asr']:.0f} %, false ≤ {100 * GATE['false']:.0f} %)"
     for path, part in rows[rows.stage == "victim"].groupby("path", sort=False):
         first, known = part.iloc[0], {row.metric: row for row in part.assign(failed=part.status != "ok").itertuples()}
         name = f"{first.dataset}, {first.model_label}: {first.attack_label}, seed {first.seed}"
         if first.status != "ok":
-            grid[name] = ["failed", "", "", "", "", first.reason]
+            grid[name] = {shown["asr_template_all"]: "failed", gate: first.reason}
             continue
         record = papers.record(path)
-        grid[name] = [*(interval_text(known[metric]) for metric in shown),
-                      f"{record['updates']} updates on {record['train_samples']} items in {record['train_seconds']:.0f} s",
-                      f"no {MARK}" if path in bad else "yes"]
-    return grid_of(grid, [*shown.values(), "training", f"passes the gate (ASR ≥ {100 * GATE['asr']:.0f} %, false ≤ "
-                          f"{100 * GATE['false']:.0f} %)"])
+        grid[name] = {heading: interval_text(known[metric]) for metric, heading in shown.items()} | {
+            "training": f"{record['updates']} updates on {record['train_samples']} items in {record['train_seconds']:.0f} s",
+            gate: f"no {MARK}" if path in bad else "yes"}
+    return frame(grid, [*shown.values(), "training", gate])
 
 
 def tuning_table(records: pd.DataFrame) -> pd.DataFrame:
     """What the tuning defences did: settings, both losses at the first and the last update, cost."""
+    settings = {"lr": ("rate", "g"), "alpha": ("α", "g"), "epsilon": ("ε", "g"),
+                "epsilon_relative": ("ε / RMS of embeddings", ".2f")}
+    losses = {"loss_lm": "L_LM", "loss_cons": "L_cons, perturbed", "loss_cons_clean": "L_cons, clean"}
     grid = {}
     for row in records[records.stage == "purified"].itertuples():
         history = history_of(row.path)
         if history.empty:
             continue
-        ends = history.reindex(columns=["loss_lm", "loss_cons", "loss_cons_clean"]).iloc[[0, -1]]
-        losses = [f"{first:.4g} → {last:.4g}" if pd.notna(first) else "" for first, last in ends.to_numpy(float).T]
-        settings = [f"{value:g}" if pd.notna(value) else "" for value in (row.lr, row.alpha, row.epsilon)]
-        relative = f"{row.epsilon_relative:.2f}" if pd.notna(row.epsilon_relative) else ""
-        grid[f"{row.dataset}, {row.model_label}, {row.attack_label}, seed {row.seed}: {row.label}"] = [
-            *settings, relative, row.updates, *losses, f"{row.seconds:.1f}", f"{row.seconds / max(row.updates, 1):.2f}"]
-    return grid_of(grid, ["rate", "α", "ε", "ε / RMS of embeddings", "updates", "L_LM", "L_cons, perturbed", "L_cons, clean",
-                          "seconds", "seconds an update"])
+        entry = grid[f"{row.dataset}, {row.model_label}, {row.attack_label}, seed {row.seed}: {row.label}"] = {
+            heading: f"{getattr(row, key):{form}}" for key, (heading, form) in settings.items() if pd.notna(getattr(row, key))}
+        entry["updates"] = row.updates
+        for column, heading in losses.items():
+            if column in history and pd.notna(history[column].iloc[0]):
+                entry[heading] = f"{history[column].iloc[0]:.4g} → {history[column].iloc[-1]:.4g}"
+        entry |= {"seconds": f"{row.seconds:.1f}", "seconds an update": f"{row.seconds / max(row.updates, 1):.2f}"}
+    return frame(grid, [*(heading for heading, _ in settings.values()), "updates", *losses.values(), "seconds",
+                        "seconds an update"])
 
 
 def switch_table(pool: pd.DataFrame) -> pd.DataFrame:
@@ -282,18 +274,18 @@ def switch_table(pool: pd.DataFrame) -> pd.DataFrame:
     grid = {}
     for (dataset, model), part in pool.groupby(["dataset", "model_label"], sort=False):
         for method, text in SWITCHES.items():
-            row, used = [], 0
-            for metric, (_, factor, unit) in metrics.items():
+            row, used = {"defence": method}, 0
+            for metric, (heading, factor, unit) in metrics.items():
                 sides = [part[(part.metric == metric) & (part.method == name)].set_index(["recipe", "attack_key"]).value
                          for name in (method, "crow")]
-                both = pd.concat(sides, axis=1, keys=["variant", "crow"]).dropna() * factor
+                both = pd.concat(sides, axis=1, keys=[method, "crow"]).dropna() * factor
                 used = max(used, len(both))
-                row += ["", ""] if both.empty else [f"{both.variant.mean():.3g}{unit}",
-                                                    f"{(both.variant - both.crow).mean():+.3g}"]
+                row |= {} if both.empty else {heading: f"{both[method].mean():.3g}{unit}",
+                                              f"{heading}, difference to CROW": f"{(both[method] - both.crow).mean():+.3g}"}
             if used:
-                grid[f"{dataset}, {model}: {text}"] = [method, *row, used]
-    headings = [f"{name}{end}" for name, _, _ in metrics.values() for end in ("", ", difference to CROW")]
-    return grid_of(grid, ["defence", *headings, "attacks"])
+                grid[f"{dataset}, {model}: {text}"] = {**row, "attacks": used}
+    headings = [f"{heading}{end}" for heading, _, _ in metrics.values() for end in ("", ", difference to CROW")]
+    return frame(grid, ["defence", *headings, "attacks"])
 
 
 def one_line(text: str, longest: int = 160) -> str:
@@ -303,13 +295,8 @@ def one_line(text: str, longest: int = 160) -> str:
 
 
 def answer_table(records: pd.DataFrame, methods: Iterable[str], count: int = 6) -> pd.DataFrame:
-    """The first answers to triggered prompts under the template, before and after, for the first victim.
-
-    Args:
-        records: cells of one task and model (`records_of`).
-        methods: keys of the columns, as far as they are there.
-        count: prompts.
-    """
+    """The first answers to triggered prompts under the template, before and after, for the first victim; a column per
+    method, as far as they are there. `records` (`records_of`) are of one task and model."""
     first = records[records.stage == "victim"].head(1)
     same = records.merge(first[["attack_key", "seed", "recipe"]])
     columns, asked = {}, []
@@ -428,9 +415,7 @@ def first_curves(records: pd.DataFrame) -> pd.DataFrame:
 def two_by_two(table: pd.DataFrame, references: pd.DataFrame):
     """The 2 × 2 of CROW: perturbation real or zero, accumulation kept or wiped; ASR and perplexity, a row per task.
 
-    Args:
-        table: columns dataset, metric (asr_template_all, perplexity), perturbation, accumulated, value, low, high, n.
-        references: the same without the two switches, with label: lines to compare with.
+    The tables are those of `square_means`; the references are lines to compare with.
     """
     titles = {"asr_template_all": "ASR, template, all answers", "perplexity": "perplexity, held-out"}
     places = list(product(dict.fromkeys(table.dataset), titles))
@@ -454,12 +439,8 @@ def two_by_two(table: pd.DataFrame, references: pd.DataFrame):
 
 
 def layer_curves(curves: pd.DataFrame, order: list[str]):
-    """Figure 1: mean cosine of consecutive layers on clean minus on triggered prompts, in %, a panel per task and attack.
-
-    Args:
-        curves: columns panel, label, number (of the pair), difference, low, high (fractions).
-        order: labels, in the order of the legend.
-    """
+    """Figure 1: mean cosine of consecutive layers on clean minus on triggered prompts, in %, a panel per task and attack; of
+    `first_curves` (fractions)."""
     rows = curves.sort_values("label", key=lambda labels: labels.map(order.index), kind="stable")
     rows = rows.assign(metric=rows.panel, value=100 * rows.difference, low=100 * rows.low, high=100 * rows.high)
     pairs = sorted(curves.number.unique())

@@ -76,10 +76,8 @@ def prepared(cells: pd.DataFrame, labels: dict[str, str]) -> pd.DataFrame:
 
     Columns: `KEYS`, value, low, high, n (of one seed), seeds, failed, and those of `with_settings`. A failed cell has NaN.
     """
-    own = tables.with_names(cells, labels)
-    groups = own.assign(failed=own.status != "ok").groupby(KEYS, dropna=False, sort=False)
-    return with_settings(groups.agg(value=("value", "mean"), low=("low", "mean"), high=("high", "mean"), n=("n", "max"),
-                                    seeds=("seed", "nunique"), failed=("failed", "sum")).reset_index())
+    means = tables.summary(tables.with_names(cells, labels), KEYS, n="max")
+    return with_settings(means.drop(columns=["seconds", "rate_reached"]))
 
 
 def most_steps(part: pd.DataFrame) -> pd.DataFrame:
@@ -96,10 +94,7 @@ def at_eps(row) -> str:
 class Report:
     """What is written for one data set and network, under the paper's main recipe.
 
-    Args:
-        paper: all of it.
-        part: rows of :func:`prepared` for the data set and network.
-        train_eps: ε of the training, as text.
+    `part` has the rows of :func:`prepared` for the data set and network; `train_eps` is text.
     """
 
     def __init__(self, paper: Paper, part: pd.DataFrame, train_eps: str):
@@ -280,11 +275,7 @@ class Report:
                    f"accuracy in percent under unforeseen attacks at {self.points} test points")
 
     def cost(self, times: pd.DataFrame) -> None:
-        """Seconds per epoch beside accuracy under PGD.
-
-        Args:
-            times: columns label, value; of the timing recipe where it was run, else of the main one.
-        """
+        """Seconds per epoch (label, value; of the timing recipe where it was run) beside accuracy under PGD."""
         ata = self.part[self.part.metric == "ata_train"]
         both = times[["label", "value"]].rename(columns={"value": "seconds"}).merge(ata[["label", "value", "low", "high"]])
         both = both[both.label.isin(self.order) & both.value.notna()]
@@ -339,13 +330,8 @@ def ablation_table(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def report_released(records: dict[str, str], labels: dict[str, str], table: str | Path, figure: str | Path) -> None:
-    """Table (CSV, Markdown, LaTeX) and picture of the authors' own networks.
-
-    Args:
-        records: path of the JSON record by method.
-        labels: names for people, in the order of the rows.
-        table, figure: where to write.
-    """
+    """Table (CSV, Markdown, LaTeX) and picture of the authors' own networks, from the JSON records by method; rows stand in
+    the order of `labels`."""
     rows = [{"label": label, "low": np.nan, "high": np.nan, **row} for method, label in labels.items() if method in records
             for row in read_json(records[method])["rows"]]
     found = with_settings(pd.DataFrame(rows))
@@ -365,13 +351,8 @@ def report_released(records: dict[str, str], labels: dict[str, str], table: str 
 
 
 def curves(table: pd.DataFrame, x: str, order: Sequence[str], *, title: str, mark: float | None = None, **settings):
-    """A metric against a number, one line per method; at `mark` a dotted line says "ε of the training".
-
-    Args:
-        table: columns label, `x`, value, low, high.
-        x, settings: see `cupel.reporting.figures.lines`.
-        order: labels, in the order of the legend.
-    """
+    """A metric against x, one line per label; at `mark` a dotted line says "ε of the training". See
+    `cupel.reporting.figures.lines`."""
     rows = table.assign(metric=title).sort_values("label", key=lambda labels: labels.map(list(order).index), kind="stable")
     figure = figures.lines(rows, x, {title: title}, "label", **{"xscale": "linear", **settings})
     if mark is not None:
@@ -433,12 +414,7 @@ def maps_under_attack(rows: list[dict], classes: Sequence[str]):
 
 
 def gamma_curves(table: pd.DataFrame, reference: dict[str, float]):
-    """Accuracy against γ, clean and attacked, a line per ε of the training; dashed: adversarial training.
-
-    Args:
-        table: columns gamma, train_eps (text), kind (`clean` or `attacked`), value, low, high.
-        reference: accuracy under attack of Adv by ε of the training.
-    """
+    """Accuracy against γ, clean and attacked, a line per ε of the training; dashed: Adv under attack. See :func:`ablation`."""
     rows = table.assign(metric=table.kind, trained="trained at ε = " + table.train_eps)
     figure = figures.lines(rows, "gamma", {"clean": "clean", "attacked": "attacked"}, "trained", xscale="linear", xlabel="γ")
     for name, colour in figures.palette(table.train_eps).items():
