@@ -492,15 +492,14 @@ def attention_maps(rows: list[dict], layers: list[int]):
     return figure
 
 
-def entropy_histograms(shown: list[dict], columns: int = 4):
+def entropy_histograms(shown: list[dict]):
     """Entropies of training samples, clean and poisoned by the truth, with the fitted mixture.
 
     Args:
         shown: dicts with `title`, `values` float [N], `poisoned` bool [N] and `mixture`: a record with mean, sd and weight of
             two components, or None.
-        columns: panels in a row.
     """
-    figure, axes = panels(len(shown), columns, 3.1, 2.5)
+    figure, axes = panels(len(shown), 4, 3.1, 2.5)
     for axis, panel in zip(axes.ravel(), shown, strict=False):
         values, poisoned = panel["values"], panel["poisoned"]
         edges = np.histogram_bin_edges(values, 60)

@@ -2,7 +2,6 @@
 
 import html
 from collections.abc import Iterable, Sequence
-from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -137,16 +136,19 @@ def prepared(cells: pd.DataFrame, labels: dict[str, str], attacks: dict[str, str
                       model_label=own.model.map(lambda key: models.get(key, key)))
 
 
+def pooled_value(rows: pd.DataFrame) -> tuple[float, float, float, int]:
+    """Value, bounds and n of several cells: a rate over all their answers together, with its Wilson interval; anything else
+    as the mean, with the means of the bounds. Cells without a value do not count."""
+    known = rows[rows.value.notna()]
+    n = int(known.n.sum())
+    value = float((known.value * known.n).sum() / n) if n else float(known.value.mean()) if len(known) else np.nan
+    return value, *(wilson(round(value * n), n) if n else (known.low.mean(), known.high.mean())), n
+
+
 def pooled(rows: pd.DataFrame) -> pd.DataFrame:
-    """One row per setting, method and metric: rates over the answers of all seeds together, with Wilson intervals; others
-    as means over seeds, with the means of their bounds. `failed` counts cells without a value."""
-    found = []
-    for key, part in rows.groupby([*KEYS, "metric"], dropna=False, sort=False):
-        known = part[part.value.notna()]
-        n = int(known.n.sum())
-        value = float((known.value * known.n).sum() / n) if n else float(known.value.mean()) if len(known) else np.nan
-        low, high = wilson(round(value * n), n) if n else (known.low.mean(), known.high.mean())
-        found.append((*key, value, low, high, n, known.seed.nunique(), int((part.status != "ok").sum()), part.seconds.mean()))
+    """One row per setting, method and metric, over all seeds. `failed` counts cells without a value."""
+    found = [(*key, *pooled_value(part), part.seed[part.value.notna()].nunique(), int((part.status != "ok").sum()),
+              part.seconds.mean()) for key, part in rows.groupby([*KEYS, "metric"], dropna=False, sort=False)]
     return pd.DataFrame(found, columns=[*KEYS, "metric", "value", "low", "high", "n", "seeds", "failed", "seconds"])
 
 
@@ -386,14 +388,9 @@ def square_means(pool: pd.DataFrame, square: pd.DataFrame) -> tuple[pd.DataFrame
     kept = has[has == has.groupby("dataset").transform("max")].reset_index()[SETTING]
     chosen = pool.merge(kept, on=SETTING)
     chosen = chosen[chosen.metric.isin(["asr_template_all", "perplexity"])]
-    weight = chosen.n.clip(lower=1)
-    over = (chosen.assign(weighted=chosen.value * weight, weight=weight)
-            .groupby(["dataset", "metric", "method", "label"], sort=False)
-            .agg(weighted=("weighted", "sum"), weight=("weight", "sum"), n=("n", "sum"), low=("low", "mean"),
-                 high=("high", "mean")).reset_index())
-    over["value"] = over.weighted / over.weight
-    rates = over.n > 0
-    over.loc[rates, ["low", "high"]] = [wilson(round(row.value * row.n), row.n) for row in over[rates].itertuples()]
+    keys = ["dataset", "metric", "method", "label"]
+    over = pd.DataFrame([(*key, *pooled_value(part)) for key, part in chosen.groupby(keys, sort=False)],
+                        columns=[*keys, "value", "low", "high", "n"])
     return (over[over.method.isin(switches.index)].join(switches, on="method"),
             over[over.method.isin(["victim", "finetune", "finetune~lr1e3"])])
 
@@ -418,19 +415,16 @@ def two_by_two(table: pd.DataFrame, references: pd.DataFrame):
     The tables are those of `square_means`; the references are lines to compare with.
     """
     titles = {"asr_template_all": "ASR, template, all answers", "perplexity": "perplexity, held-out"}
-    places = list(product(dict.fromkeys(table.dataset), titles))
-    rows = table.assign(panel=table.dataset + ": " + table.metric.map(titles), group="accumulation " + table.accumulated,
-                        label=table.perturbation + " perturbation", failed=0)
-    rows = rows.sort_values(["dataset", "metric"], key=lambda column: pd.factorize(column)[0] if column.name == "dataset"
-                            else column.map(list(titles).index), kind="stable")
-    figure = figures.bars(rows, ["real perturbation", "zero perturbation"],
+    table, references = (rows.assign(panel=rows.dataset + ": " + rows.metric.map(titles)) for rows in (table, references))
+    table = table.assign(group="accumulation " + table.accumulated, label=table.perturbation + " perturbation", failed=0)
+    figure = figures.bars(table, ["real perturbation", "zero perturbation"],
                           {"accumulation kept": COLOURS[5], "accumulation wiped": COLOURS[1]}, most=2, sharey=False)
-    for axis, (dataset, metric) in zip(figure.axes, places, strict=True):
-        rate = metric != "perplexity"
+    for axis, (panel, part) in zip(figure.axes, table.groupby("panel", sort=False), strict=True):
+        rate = part.metric.iloc[0] != "perplexity"
         for bars in (bars for bars in axis.containers if hasattr(bars, "patches")):
             axis.bar_label(bars, [f"{100 * value:.1f} %" if rate else f"{value:.1f}" for value in bars.datavalues], fontsize=8)
-        lines = references[(references.dataset == dataset) & (references.metric == metric)]
-        for style, line in zip(("-", "--", ":", "-."), lines.itertuples(), strict=False):
+        lines = references[references.panel == panel].itertuples()
+        for style, line in zip(("-", "--", ":", "-."), lines, strict=False):
             axis.axhline(line.value, color="black", ls=style, lw=1, label=line.label)
         if rate:
             axis.set_ylim(0, 1.12)
