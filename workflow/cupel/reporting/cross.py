@@ -40,7 +40,14 @@ def cross_table(cells: pd.DataFrame, labels: dict[str, str]) -> pd.DataFrame:
     Args:
         cells: the tidy table (`cupel.reporting.tables.gather`).
         labels: names for people, by defence.
+
+    Raises:
+        ValueError: the tidy table lacks a column.
     """
+    lacking = [c for c in [*SETTING, *COSTS, "stage", "seed", "path", "paper", "metric", "value", "status", "reason"]
+               if c not in cells]
+    if lacking:
+        raise ValueError(f"the tidy table lacks the columns {', '.join(lacking)}: make cells.parquet again")
     once = cells.drop_duplicates("path").set_index("path")
     values = cells.drop_duplicates(["path", "metric"]).pivot(index="path", columns="metric", values="value")
     once = once.drop(columns=["metric", "value"]).join(values.reindex(columns=list(METRICS)))
