@@ -208,7 +208,7 @@ def lines(table: pd.DataFrame, x: str, metrics: dict[str, str], colour: str, mar
     if ticks is None:
         ticks = {value: f"{value:g}" for value in sorted(set(table[x]))}
     for axis, (metric, title) in zip(axes.ravel(), metrics.items(), strict=False):
-        part = table[table.metric == metric].sort_values(x)
+        part = table[table.metric == metric].sort_values(x, kind="stable")
         for name, rows in part.groupby([colour, marked or colour], sort=False):
             style = {"color": colours[name[0]], "marker": marks[name[1]], "lw": 1.2}
             if bands:
@@ -216,7 +216,7 @@ def lines(table: pd.DataFrame, x: str, metrics: dict[str, str], colour: str, mar
                 axis.fill_between(rows[x], rows.low, rows.high, color=colours[name[0]], alpha=0.1, lw=0)
             else:
                 axis.errorbar(rows[x], rows.value, yerr=errors(rows), ms=5, capsize=2, **style)
-        if not bands and part.value.max() <= 1:
+        if not bands and "ylim" not in axes_settings and part.value.max() <= 1:
             axis.set_ylim(-0.02, 1.02)
         axis.set(**{"title": title, "xlabel": x, "xscale": "log", **axes_settings})
         if ticks:
