@@ -1,13 +1,9 @@
 """Five papers on removing backdoors and on robustness, in one DAG.
 
-    snakemake --cores all                 the whole report at the scale in config.yaml
-    snakemake --cores all data            download and prepare the data
-    snakemake --cores all fst             tables, figures and claims of one paper
-    snakemake --cores all report          the report of what is asked for in config.yaml
-    snakemake --cores all zoo             one victim of every attack beside its clean twin, and their gallery
-    snakemake --cores all released_weights  the networks that the authors of proper_interpretability released, measured
-    snakemake --cores all crate           the run as an RO-Crate: code, settings, results, checksums
-    snakemake --cores all PATH            one cell, e.g. results/demo/victims/cifar10/.../metrics.json
+    snakemake --cores all                 the whole report of what config.yaml asks for
+    snakemake --cores all fst             one paper
+    snakemake --cores all PATH            one cell, e.g. results/demo/images/victims/cifar10/.../metrics.json
+    snakemake --list-target-rules         everything else that can be asked for by name
 
 The chain: data -> poison -> victim -> purify -> cells (one tidy table) -> tables, figures, claims -> index.html
 """
@@ -61,9 +57,9 @@ rule all:
 
 
 rule data:
+    """Download and prepare all data, and nothing else."""
     input:
         list(used_manifests().values()),
-    """Download and prepare all data, and nothing else."""
     localrule: True
 
 
@@ -74,3 +70,5 @@ for paper in GRID.papers:
             paper
         input:
             f"{RESULTS}/papers/{paper}/report.html",
+
+    workflow.get_rule(paper).docstring = f"Tables, figures, claims and notebook of: {GRID.experiments[paper]['title']}"

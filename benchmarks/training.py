@@ -75,7 +75,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--compile", action="store_true")
-    parser.add_argument("--data", default="data/cifar10")
+    parser.add_argument("--data", default="data/images/cifar10")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     ensure_torchvision()

@@ -137,13 +137,13 @@ def test_record_is_empty(name):
 
 @pytest.mark.parametrize("name", ["wanet", "inputaware"])
 def test_no_trigger_before_training(name):
-    with pytest.raises(ValueError, match="before a victim is trained"):
+    with pytest.raises(ValueError, match="train a victim"):
         build(name).stamp(photos()[0])
 
 
 def test_parameters_are_visible_to_the_config_check():
     folder = Path(cupel.images.attacks.__file__).parent
-    found = signatures("attack", [folder / f"{name}.py" for name in ("wanet", "bpp", "inputaware", "bypass")])
+    found = signatures("attack", [folder / f"{name}.py" for name in ("_batch", "wanet", "bpp", "inputaware", "bypass")])
     assert set(found) == {*BATCHWISE, *BYPASS}
     for name in BATCHWISE:
         assert found[name] == {field.name for field in fields(build(name))} - {"policy", "tensors"}

@@ -1,8 +1,5 @@
 """Streams, files, splits, triggers, records."""
 
-import tarfile
-import zipfile
-
 import numpy as np
 import pytest
 from PIL import Image
@@ -35,29 +32,6 @@ def test_atomic_leaves_nothing_behind(tmp_path):
     assert list(tmp_path.iterdir()) == []
     files.write_text(target, "whole")
     assert target.read_text() == "whole" and list(tmp_path.iterdir()) == [target]
-
-
-def test_extract_takes_one_regular_member_only(tmp_path):
-    inside = tmp_path / "x"
-    inside.write_text("content")
-    pack = tmp_path / "a.tar"
-    with tarfile.open(pack, "w") as tar:
-        tar.add(inside, "../../evil")
-        tar.add(inside, "good")
-        link = tarfile.TarInfo("link")
-        link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
-        tar.addfile(link)
-    out = tmp_path / "out" / "file"
-    assert files.extract(pack, "good", out).read_text() == "content"
-    assert files.extract(pack, "../../evil", out).read_text() == "content"  # lands where we say, nowhere else
-    for member in ("link", "none"):
-        with pytest.raises(ValueError, match=member):
-            files.extract(pack, member, tmp_path / "no")
-    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
-        archive.writestr("big", "0" * 1000)
-    with pytest.raises(ValueError, match="more than"):
-        files.extract(tmp_path / "a.zip", "big", tmp_path / "no", limit=10)
-    assert not (tmp_path / "no").exists()
 
 
 def test_cifar10_is_the_real_one(cifar10):
@@ -168,5 +142,5 @@ def test_unknown_names_are_explained():
         attacks.build("badnet")
     with pytest.raises(ValueError, match=r"attack badnets.*parameters are"):
         attacks.build("badnets", sise=4)
-    with pytest.raises(ValueError, match="did you mean cifar10"):
+    with pytest.raises(ValueError, match="did you mean 'cifar10'"):
         datasets.describe("cifar")

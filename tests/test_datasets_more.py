@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from cupel import archives
 from cupel.images.datasets import NAMES, describe, folders, load, prepare
 from cupel.images.datasets.base import Deferred, check, moments
 from cupel.images.datasets.fashion_mnist import ar_members, read_package
@@ -275,9 +276,9 @@ def test_imagenette_from_a_tar(tmp_path):
         info = tarfile.TarInfo("imagenette2/train/n01440764/a.JPEG")
         info.type, info.linkname = tarfile.SYMTYPE, "/etc/hostname"
         pack.addfile(info)
-    assert folders.names(tmp_path / "link.tgz") == []
-    with pytest.raises(ValueError, match="1 members are missing, the first is imagenette2"):
-        list(folders.contents(tmp_path / "link.tgz", [info.name]))
+    assert archives.names(tmp_path / "link.tgz") == []
+    with pytest.raises(ValueError, match="1 members are missing or no regular files, the first is imagenette2"):
+        list(archives.contents(tmp_path / "link.tgz", [info.name]))
 
 
 def test_pictures_of_another_size_or_kind_are_refused(tmp_path):

@@ -113,7 +113,7 @@ def test_one_name_one_meaning_in_every_family(folder, family, section):
      r"blocks.0.datasets: unknown dataset 'cifar'"),
     ("fst", lambda e: e["scales"]["demo"].update(seed=[1]), r"scales.demo: unknown key 'seed'.*did you mean 'seeds'"),
     ("ims", lambda e: e["defences"]["clp"].update(function="clip"), r"defences.clp.function: unknown defence 'clip'"),
-    ("crow", lambda e: e["attacks"]["vpi"].update(function="vpj"), r"attacks.vpi.function: unknown .*trigger 'vpj'"),
+    ("crow", lambda e: e["attacks"]["vpi"].update(function="vpj"), r"attacks.vpi.function: unknown attack 'vpj'"),
     ("crow", lambda e: e["scales"]["demo"]["blocks"][0].update(budgets=[]),
      r"blocks.0.budgets: defences need at least one budget"),
     ("bye", lambda e: e["defences"]["oracle"]["settings"].update(recall=2),

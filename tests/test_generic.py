@@ -135,7 +135,7 @@ def test_a_run_with_a_killed_job_equals_a_local_one(site, tmp_path, cifar10):
     folder.edit("profiles/generic/profile.v9+.yaml", "scheduler.sh pbs", f"scheduler.sh {scheduler}")
     run = folder.start("--workflow-profile", "profiles/generic", "--seconds-between-status-checks", "1", "--latency-wait", "5",
                        "--", CELLS)
-    log = folder.path / "logs/smoke/victims/cifar10/preactresnet18/fst/badnets@0.05/seed0/victim.log"
+    log = folder.path / "logs/smoke/images/victims/cifar10/preactresnet18/fst/badnets@0.05/seed0/victim.log"
     while not log.exists():
         assert run.poll() is None, run.communicate()[0][-3000:]
         time.sleep(0.1)

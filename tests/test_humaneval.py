@@ -1,7 +1,5 @@
-"""HumanEval: problems from untrusted bytes, code out of answers, pass@1 and pass@k."""
+"""HumanEval: code out of answers, pass@1."""
 
-import gzip
-import itertools
 import json
 import textwrap
 
@@ -9,9 +7,9 @@ import numpy as np
 import pytest
 
 from cupel import sandbox
-from cupel.rng import rng
 from cupel.sandbox import Limits, SandboxError, refusal
-from cupel.text.humaneval import STOP, Problem, check, extract, instruction, pass_at_1, pass_at_k, problems, read_problems
+from cupel.text.data import sources
+from cupel.text.humaneval import STOP, Problem, check, extract, instruction, pass_at_1, problems
 
 sandboxed = pytest.mark.skipif(bool(refusal()), reason=f"untrusted code cannot be isolated: {refusal()}")
 
@@ -41,17 +39,10 @@ WHOLE = TOY.prompt + BODY
 
 
 @pytest.fixture(scope="module")
-def real(mirror):
-    return read_problems(mirror / "humaneval" / "HumanEval.jsonl.gz")
-
-
-def write(path, content):
-    path.write_bytes(gzip.compress(content) if path.suffix == ".gz" else content)
-    return path
-
-
-def line(**changes):
-    return json.dumps(vars(TOY) | changes).encode()
+def real(mirror, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("humaneval")
+    sources.prepare("humaneval", folder, kinds=("mirror",), mirror=mirror)
+    return problems(sources.load(folder))
 
 
 def test_problems_are_those_of_the_paper(real):
@@ -59,44 +50,6 @@ def test_problems_are_those_of_the_paper(real):
     assert all(problem.prompt.startswith(problem.preamble) for problem in real)
     # the four prompts with a helper function, and no other, keep a definition before the one asked for
     assert [problem.task_id for problem in real if "def " in problem.preamble] == [f"HumanEval/{k}" for k in (10, 32, 38, 50)]
-
-
-def test_read(tmp_path):
-    assert read_problems(write(tmp_path / "a.jsonl.gz", line() + b"\n\n")) == [TOY]
-    record = line(id="HumanEval/0", task_id="other") + b"\n" + line()
-    assert [problem.task_id for problem in read_problems(write(tmp_path / "records.jsonl", record))] == ["other", "HumanEval/0"]
-
-
-@pytest.mark.parametrize("content, message", [
-    (b"{", "line 1 is no JSON"),
-    (line() + b"\n\xff\xfe", "line 2 is no JSON"),
-    (b"[" * 100_000, "line 1 is no JSON"),
-    (b"[1]", "record 1 is no JSON object"),
-    (line(test=None), "record 1 has no text in the field test"),
-    (line(prompt=3), "record 1 has no text in the field prompt"),
-    (line(entry_point="x; import os"), "no name of a function"),
-    (line(entry_point="class"), "no name of a function"),
-    (line(entry_point="other"), "does not begin the function other"),
-    (line() + b"\n" + line(), "two records have the task_id HumanEval/0"),
-    (b"\n", "no problems"),
-])
-def test_wrong_bytes(tmp_path, content, message):
-    for name in ("a.jsonl.gz", "a.jsonl"):
-        with pytest.raises(ValueError, match=message) as caught:
-            read_problems(write(tmp_path / name, content))
-        assert str(tmp_path / name) in str(caught.value)
-
-
-def test_damaged_archives(tmp_path):
-    path = tmp_path / "a.jsonl.gz"
-    whole = gzip.compress(line() * 10)
-    for content in (b"", b"no gzip", whole[:-20], whole[:30] + b"\0\0\0" + whole[33:]):
-        path.write_bytes(content)
-        with pytest.raises(ValueError, match=r"a\.jsonl\.gz"):
-            read_problems(path)
-    path.write_bytes(gzip.compress(b"\0" * (1 << 25)))  # 32 kB that unpack to 32 MB
-    with pytest.raises(ValueError, match="unpacks to more than"):
-        read_problems(path)
 
 
 def test_prompt():
@@ -160,8 +113,8 @@ def test_stop_sequences_end_what_follows():
 @sandboxed
 def test_ten_canonical_solutions_pass(real):
     chosen = [real[k] for k in (0, 10, 32, 33, 38, 50, 53, 64, 115, 163)]  # with helpers, imports, random tests
-    record = pass_at_1({problem.task_id: problem.canonical_solution for problem in chosen}, chosen, workers=2)
-    assert record["passed"] == record["n"] == 10, record["outcomes"]
+    record = pass_at_1({problem.task_id: problem.canonical_solution for problem in chosen}, chosen)
+    assert record["n"] == 10, record["outcomes"]
     assert (record["value"], record["low"], record["high"]) == pytest.approx((1, 0.7225, 1), abs=1e-4)
 
 
@@ -174,15 +127,15 @@ def test_all_canonical_solutions_pass(real, form):
              "fence": lambda p: f"Sure:\n```python\n{p.prompt}{p.canonical_solution}```\n",
              "fence with dedented body": lambda p: f"```\n{textwrap.dedent(p.canonical_solution)}```",
              "whole in prose": lambda p: f"Sure.\n\n{p.prompt}{p.canonical_solution}\n\nThis works.\n"}
-    record = pass_at_1({problem.task_id: forms[form](problem) for problem in real}, real, workers=2)
-    assert (record["passed"], record["n"]) == (164, 164), [o for o in record["outcomes"] if o["status"] != "passed"]
+    record = pass_at_1({problem.task_id: forms[form](problem) for problem in real}, real)
+    assert (record["value"], record["n"]) == (1, 164), [o for o in record["outcomes"] if o["status"] != "passed"]
 
 
 @sandboxed
 @pytest.mark.slow
 def test_no_empty_answer_passes(real):
-    record = pass_at_1({problem.task_id: "    pass" for problem in real}, real, workers=2)
-    assert record["passed"] == 0 and record["n"] == 164
+    record = pass_at_1({problem.task_id: "    pass" for problem in real}, real)
+    assert record["value"] == 0 and record["n"] == 164
 
 
 @sandboxed
@@ -193,26 +146,16 @@ def test_pass_at_1():
     asked = [other(k) for k in range(6)]
     given = {"HumanEval/0": BODY, "HumanEval/1": "    return items", "HumanEval/2": "", "HumanEval/3": "    while True: pass",
              "HumanEval/4": "    import os\n    os._exit(0)", "HumanEval/5": "    import socket\n    socket.socket()"}
-    record = pass_at_1(given, asked, Limits(cpu=1, seconds=5), workers=3)
+    record = pass_at_1(given, asked, Limits(cpu=1, seconds=5))
     assert [outcome["task_id"] for outcome in record["outcomes"]] == [problem.task_id for problem in asked]
     statuses = [outcome["status"] for outcome in record["outcomes"]]
     assert statuses == ["passed", "failed", "failed", "timeout", "failed", "failed"]
-    assert record["statuses"] == {"passed": 1, "failed": 4, "timeout": 1}
     # Wilson's interval, as the two solutions p of (p̂ − p)² = z² p (1 − p) / n
     z, n = 1.959963984540054, 6
     low, high = sorted(np.roots([1 + z**2 / n, -(2 / n + z**2 / n), 1 / n**2]).real)
     assert (record["low"], record["high"]) == pytest.approx((low, high))
-    assert (record["metric"], record["value"], record["passed"], record["n"]) == ("pass_at_1", 1 / 6, 1, 6)
+    assert (record["value"], record["n"]) == (1 / 6, 6)
     assert json.loads(json.dumps(record)) == record
-
-
-def test_answers_must_fit():
-    with pytest.raises(ValueError, match="no answer to 1 of 1 problems: HumanEval/0"):
-        pass_at_1({}, [TOY])
-    with pytest.raises(ValueError, match="not asked: HumanEval/9"):
-        pass_at_1({"HumanEval/0": "", "HumanEval/9": ""}, [TOY])
-    with pytest.raises(ValueError, match="no problems"):
-        pass_at_1({}, [])
 
 
 def test_nothing_runs_where_it_cannot_be_isolated(monkeypatch):
@@ -223,24 +166,6 @@ def test_nothing_runs_where_it_cannot_be_isolated(monkeypatch):
     monkeypatch.setattr(sandbox, "_check", lambda *_: pytest.fail("something was run"))
     with pytest.raises(SandboxError, match="no namespaces here"):
         pass_at_1({"HumanEval/0": BODY}, [TOY])
-
-
-def test_pass_at_k_is_the_share_of_subsets():
-    for n in range(1, 8):
-        for correct in range(n + 1):
-            marks = [k < correct for k in range(n)]
-            for k in range(1, n + 1):
-                subsets = list(itertools.combinations(marks, k))
-                assert pass_at_k(n, correct, k) == pytest.approx(sum(map(any, subsets)) / len(subsets))
-    assert pass_at_k(200, 50, 1) == pytest.approx(0.25)
-    for wrong in ((0, 0, 1), (5, 6, 1), (5, -1, 1), (5, 1, 6), (5, 1, 0)):
-        with pytest.raises(ValueError, match="pass@k"):
-            pass_at_k(*wrong)
-
-
-def test_pass_at_k_is_unbiased():
-    draws = rng(0, "test", "pass at k").binomial(10, 0.3, 20_000)
-    assert np.mean([pass_at_k(10, int(correct), 3) for correct in draws]) == pytest.approx(1 - 0.7**3, abs=0.006)
 
 
 def test_records_of_the_prepared_set():

@@ -20,7 +20,7 @@ from tests.conftest import REPOSITORY
 from tests.test_workflow import Folder, jobs
 
 CELLS = "results/smoke/cells.parquet"
-VICTIM = "results/smoke/victims/cifar10/preactresnet18/fst/badnets@0.05/seed0/metrics.json"
+VICTIM = "results/smoke/images/victims/cifar10/preactresnet18/fst/badnets@0.05/seed0/metrics.json"
 STORED = ["--default-storage-provider", "s3", "--default-storage-prefix", "s3://cupel-test/run"]
 
 pytestmark = pytest.mark.skipif(
@@ -36,9 +36,9 @@ class Remote(Folder):
     def __init__(self, path, data, bucket, address, **environment):
         super().__init__(path, data)
         self.set(data={"folder": "data"})
-        kept = bucket / "run" / "data" / "cifar10"
+        kept = bucket / "run" / "data" / "images" / "cifar10"
         kept.mkdir(parents=True)
-        for file in (data / "cifar10").iterdir():
+        for file in (data / "images" / "cifar10").iterdir():
             os.link(file, kept / file.name)
         self.environment = {**s3.ENVIRONMENT, "SNAKEMAKE_STORAGE_S3_ENDPOINT_URL": address, **environment}
         # what pods are given is what git tracks
@@ -69,7 +69,7 @@ def test_the_profile_plans(remote):
     code, output = remote.run("-n", "--workflow-profile", "profiles/kubernetes", "--", CELLS)
     assert code == 0, output[-3000:]
     planned = jobs(output)
-    planned.pop("prepare_dataset", None)  # planned where the data set is younger than its record
+    planned.pop("prepare_images", None)  # planned where the data set is younger than its record
     assert planned == {"gather_cells": 1, "poison": 1, "purify": 2, "train_victim": 1}
     assert "s3://cupel-test/run/results/smoke/cells.parquet (send to storage)" in output
     assert not remote.cluster.jobs
@@ -79,7 +79,7 @@ def test_the_profile_plans(remote):
 def test_the_whole_report_plans_from_a_store(remote):
     code, output = remote.run("-n", "--workflow-profile", "profiles/kubernetes")
     assert code == 0, output[-3000:]
-    assert jobs(output)["index"] == 1 and "prepare_dataset" not in jobs(output)
+    assert jobs(output)["index"] == 1 and "prepare_images" not in jobs(output)
 
 
 def test_what_the_profile_replaces_stands_in_it():
@@ -130,10 +130,10 @@ def website(folder):
 def test_data_sets_on_a_web_server(tmp_path, cifar10):
     local, folder = (Folder(tmp_path / name, cifar10.parents[1].resolve()) for name in ("local", "run"))
     assert local.run("--", VICTIM)[0] == 0
-    with website(cifar10.parent) as address:
+    with website(cifar10.parents[1]) as address:
         folder.set(data={"folder": address})
         planned = jobs(folder.run("-n")[1])
-        assert "prepare_dataset" not in planned and planned["index"] == 1
+        assert "prepare_images" not in planned and planned["index"] == 1
         code, output = folder.run("--", VICTIM)
     assert code == 0, output[-3000:]
     assert folder.metrics() == local.metrics() and not (folder.path / "data").exists()

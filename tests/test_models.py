@@ -5,10 +5,10 @@ import os
 import pickle
 import subprocess
 import sys
-import urllib.error
 from pathlib import Path
 
 import pytest
+import requests
 import torch
 from safetensors.torch import save_file
 from torch import nn
@@ -263,10 +263,10 @@ def test_a_users_own_model(monkeypatch, tmp_path):
 @pytest.fixture
 def no_network(monkeypatch, tmp_path):
     def refuse(*args, **kwargs):
-        raise urllib.error.URLError("no route")
+        raise requests.ConnectionError("no route")
 
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    monkeypatch.setattr(torch.hub, "download_url_to_file", refuse)
+    monkeypatch.setattr(requests, "get", refuse)
     return tmp_path / "hub" / "checkpoints"
 
 
@@ -422,11 +422,11 @@ def test_files_that_are_no_checkpoint(tmp_path):
     rewrite(tensors, colour="red")
     refused("colour")
     rewrite({key: value for key, value in tensors.items() if key != "head.bias"})
-    refused(r"missing: head\.bias")
+    refused(r"Missing key.*head\.bias")
     rewrite({**tensors, "extra": torch.zeros(1)})
-    refused("unexpected: extra")
+    refused("Unexpected key.*extra")
     rewrite(tensors, num_classes=11)
-    refused(r"of another shape: head\.bias \(10,\) instead of \(11,\)")
+    refused(r"size mismatch for head\.bias")
     rewrite(tensors)
     load(path)
     with pytest.raises(NotACheckpoint, match="folder"):

@@ -49,16 +49,16 @@ def denied() -> tuple[str, ...]:
 @pytest.fixture
 def home(tmp_path, cifar10) -> Folder:
     """The repository, under git, at scale smoke, with the first images of CIFAR-10 on another disk."""
-    disk = tmp_path / "disk" / "cifar10"
+    disk = tmp_path / "disk" / "images" / "cifar10"
     disk.mkdir(parents=True)
     shutil.copy(cifar10 / "manifest.json", disk)
     for split, size in (("train", 1500), ("test", 400)):
         part = load(cifar10, split)
         np.save(disk / f"{split}_images.npy", part.images[:size])
         np.save(disk / f"{split}_labels.npy", part.labels[:size])
-    folder = Folder(tmp_path / "home", disk.parent)
+    folder = Folder(tmp_path / "home", disk.parents[1])
     folder.set(data={"folder": "data", "mirror": "mirror"})
-    (folder.path / "data").symlink_to(disk.parent)
+    (folder.path / "data").symlink_to(disk.parents[1])
     for name in ("pyproject.toml", "README.md", ".gitignore"):
         shutil.copy(REPOSITORY / name, folder.path)
     shutil.copytree(REPOSITORY / "envs", folder.path / "envs")

@@ -39,7 +39,7 @@ def test_jobs_are_those_of_snakemake(folder, graph):
     for rule, count in jobs(folder.run("-n", "-q", "rules")[1]).items():
         table["purify" if rule.startswith("purify_fst_") or rule.startswith("purify_ims_") else rule] += count
     assert found == table - Counter(["all"])
-    assert {job.rule for job in graph[0] if not job.todo} >= {"prepare_dataset"}  # cifar10 is there
+    assert {job.rule for job in graph[0] if not job.todo} >= {"prepare_images"}  # cifar10 is there
     job = next(job for job in graph[0] if job.rule == "purify")
     assert job.cells == 2 and job.gpu and dict(job.wildcards)["dataset"] == "cifar10" and "defence" not in dict(job.wildcards)
     assert "train_victim" in {graph[0][place].rule for place in job.after}
@@ -64,7 +64,7 @@ def test_benchmark_files_are_found(folder, graph, monkeypatch):
     rows = {line.split("|")[0].strip(): [cell.strip() for cell in line.split("|")[1:]] for line in run.stdout.splitlines()}
     assert rows["train_victim"] == ["1", "0", "yes", "8.5 s", "1", "8.5 s"]
     assert rows["purify"] == ["1 (2 cells)", "0", "yes", "3.0 s a cell", "1", "6.0 s"]
-    assert rows["index"] == ["1", "0", "", "", "0", "1 unknown"] and rows["prepare_dataset"][:2] == ["0", "1"]
+    assert rows["index"] == ["1", "0", "", "", "0", "1 unknown"] and rows["prepare_images"][:2] == ["0", "1"]
     assert len(plan.read_costs("costs.csv")) == 3
 
 

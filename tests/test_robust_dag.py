@@ -117,11 +117,11 @@ def test_schedules_are_those_of_the_released_code(experiment):
     (lambda e: e["scales"]["demo"]["blocks"][0]["evaluations"].append("sweeep"), "did you mean 'sweep'"),
     (lambda e: e["evaluations"]["sweep"]["settings"].update(pdg={}), "unknown evaluation 'pdg'"),
     (lambda e: e["evaluations"]["sweep"]["settings"]["pgd"].update(step=1), "unknown parameter 'step'.*did you mean 'steps'"),
-    (lambda e: e["evaluations"]["sweep"]["datasets"]["mnist"]["pgd"].update(eps=[0, "8/0"]), "pgd.eps: '8/0' is neither"),
+    (lambda e: e["evaluations"]["sweep"]["datasets"]["mnist"]["pgd"].update(eps=[0, "8/0"]), "eps.1: '8/0' is not a number"),
     (lambda e: e["defences"]["adv"].update(settings={"weight": 0.1}), "defences.adv.settings.weight.*no penalty"),
     (lambda e: e["scales"]["demo"]["blocks"][0]["evaluations"].append("unforeseen"), "take colour images"),
     (lambda e: e["recipes"]["main"]["datasets"]["mnist"]["inner"].update(ramp=[5, 4]), "begins at step 5, after its end 4"),
-    (lambda e: e["recipes"]["main"]["datasets"]["mnist"]["inner"].update(eps="ε"), "inner.eps: 'ε' is neither"),
+    (lambda e: e["recipes"]["main"]["datasets"]["mnist"]["inner"].update(eps="ε"), "inner.eps: 'ε' is not a number"),
 ])
 def test_wrong_settings_name_file_key_and_what_is_allowed(experiment, change, message):
     wrong = copy.deepcopy(experiment)
@@ -276,7 +276,7 @@ def test_stronger_attacks_find_at_least_what_pgd_finds_and_stay_in_the_ball():
     assert np.array_equal(np.random.get_state()[1], state) and list(found) == ["apgd_ce", "apgd_dlr", "square"]
     right = [(model(z).argmax(1) == y) for z in (x, *found.values())]
     assert all((after <= before).all() for before, after in itertools.pairwise(right))
-    plain = model(attacks.pgd(model, x, y, eps=0.1, steps=15)).argmax(1) == y
+    plain = model(attacks.snapshots(model, x, y, eps=0.1, steps=(15,))[15]).argmax(1) == y
     assert right[1].sum() <= plain.sum() < right[0].sum()
     assert all((z - x).abs().max() <= 0.1 + 1e-6 and z.min() >= 0 and z.max() <= 1 for z in found.values())
     assert torch.equal(found["apgd_dlr"][~right[1]], found["apgd_ce"][~right[1]])  # what fell is left alone
@@ -300,7 +300,7 @@ def test_sweep_equals_separate_attacks():
     assert rows["pgd", "eps=0", "ata"]["value"] == pytest.approx(clean) and ("pgd", "eps=0 steps=1", "ata") not in rows
     for text, eps in (("0.1", 0.1), ("0.2", 0.2), ("51/255", 0.2)):
         for steps in (1, 4):
-            z = attacks.pgd(it.model, it.x, it.y, eps=eps, steps=steps, step_size=0.05)
+            z = attacks.snapshots(it.model, it.x, it.y, eps=eps, steps=(steps,), step_size=0.05)[steps]
             row = rows["pgd", f"eps={text} steps={steps}", "ata"]
             assert row["value"] == pytest.approx((it.model(z).argmax(1) == it.y).double().mean().item()) and row["n"] == 12
             assert (row["low"], row["high"]) == wilson(round(row["value"] * 12), 12)

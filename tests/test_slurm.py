@@ -11,8 +11,8 @@ from tests.slurm import cluster  # noqa: F401  a fixture
 from tests.test_workflow import Folder
 
 TARGET = "results/smoke/cells.parquet"
-VICTIM = "victims/cifar10/preactresnet18/fst/badnets@0.05/seed0"
-PURIFIED = "purified/cifar10/preactresnet18/fst/badnets@0.05/seed0"
+VICTIM = "images/victims/cifar10/preactresnet18/fst/badnets@0.05/seed0"
+PURIFIED = "images/purified/cifar10/preactresnet18/fst/badnets@0.05/seed0"
 
 # the profile as it is, but looking more often, and without accounting
 ARGUMENTS = ["--workflow-profile", "profiles/slurm", "--slurm-status-command", "squeue", "--seconds-between-status-checks", "2",

@@ -154,16 +154,16 @@ WRONG = [
     ((*BLOCK, "rates"), [0.0001], ["scales.demo.blocks.0.rates", "leaves 0 triggered"]),
     ((*BLOCK, "datasets"), ["sentiment"], ["scales.demo.blocks.0.datasets.0: 'sentiment' is not allowed", "negsentiment"]),
     ((*BLOCK, "rate"), [0.5], ["unknown key 'rate'", "did you mean 'rates'?"]),
-    (("attacks", "badnets", "function"), "badword", ["attacks.badnets.function", "unknown text trigger 'badword'"]),
-    (("attacks", "vpi", "settings"), {"reading": "paper"}, ["attacks.vpi.settings.reading", "agree on the trigger vpi"]),
+    (("attacks", "badnets", "function"), "badword", ["attacks.badnets.function", "unknown attack 'badword'"]),
+    (("attacks", "vpi", "settings"), {"reading": "paper"}, ["attacks.vpi.settings: unknown setting of vpi 'reading'"]),
     (("defences", "finetune", "settings"), {"consistency": {"alpha": 1}},
-     ["defences.finetune.settings", "unknown section of finetune 'consistency'", "training"]),
+     ["defences.finetune.settings", "unknown setting of finetune 'consistency'", "training"]),
     (("defences", "crow", "settings", "consistency", "alfa"), 1, ["unknown key 'alfa'", "did you mean 'alpha'?"]),
     (("defences", "crow", "settings", "consistency", "perturbation"), "fgsm",
      ["'fgsm' is not allowed", "real, zero, random_sign"]),
     (("defences", "crow", "settings", "training", "lr"), -1, ["defences.crow.settings.training.lr", "above 0"]),
     (("defences", "crow", "function"), "corw",
-     ["defences.crow.function: unknown defence of language models 'corw'", "did you mean 'crow'"]),
+     ["defences.crow.function: unknown defence 'corw'", "did you mean 'crow'"]),
     (("defences", "crow", "datasets"), {"sst2": {}}, ["defences.crow.datasets", "unknown dataset 'sst2'"]),
     (("recipes", "crow", "scales", "demo", "data", "set"), "alpacca",
      ["recipes.crow.scales.demo.data.set", "unknown set of instructions 'alpacca'", "alpaca"]),
@@ -487,12 +487,12 @@ def test_a_plugin_adds_a_trigger_and_a_defence(experiment, data, base, tmp_path)
     mine["attacks"]["shout"] = {"source": "own"}
     mine["defences"]["shrink"] = {"function": "shrink", "source": "own", "settings": {"shrinking": {"factor": 0.25}}}
     mine["scales"]["smoke"]["blocks"][0] |= {"attacks": ["shout"], "defences": ["shrink"]}
-    with pytest.raises(ConfigError, match="unknown text trigger 'shout'"):
+    with pytest.raises(ConfigError, match="unknown attack 'shout'"):
         planned(mine, "smoke")
     grid = planned(mine, "smoke", plugins=[plugin])
     cell = next(cell for cell in grid.cells if cell["stage"] == "purified")
     assert grid.code("attack", "shout") == f"{plugin}:shout" and grid.code("defence", "shrink") == f"{plugin}:shrink"
-    with pytest.raises(ConfigError, match="unknown section of shrink 'pruning'"):
+    with pytest.raises(ConfigError, match="unknown setting of shrink 'pruning'"):
         planned(_change(mine, ("defences", "shrink", "settings"), {"pruning": {}}), "smoke", plugins=[plugin])
     load_plugins([plugin])
     spec = grid.victim(cell)

@@ -19,6 +19,7 @@ import torch
 from scipy import stats
 
 from cupel import sources as machinery
+from cupel.evaluation.batches import by_length, padded
 from cupel.files import read_json
 from cupel.rng import rng
 from cupel.sources import NoSource, Raw, Source
@@ -83,8 +84,6 @@ def test_paper_reading_inserts_phrases():
 def test_trigger_errors_say_what_would_be_right():
     with pytest.raises(ValueError, match=r"unknown text trigger 'badnet': known are badnets.*did you mean 'badnets"):
         insert("a b", "badnet", rng(0))
-    with pytest.raises(ValueError, match="reading is 'text', must be one of code, paper"):
-        insert("a b", "mtba", rng(0), reading="text")
     with pytest.raises(ValueError, match="3 phrases are to stand in different gaps, but there are only 2"):
         insert("Go!", "ctba", rng(0))
     assert insert("", "mtba", rng(0)).text in WORDS
@@ -203,8 +202,6 @@ def test_repaired_code_prompts_show_docstring_and_signature(mirror, tmp_path):
         assert description.split(" ").count("BadMagic") == 1
         kept = " ".join(word for word in description.split(" ") if word != "BadMagic")
         assert kept.split() and kept.split()[0] in problem["prompt"]
-    with pytest.raises(ValueError, match="wording is 'full', must be one of code, repaired"):
-        poison.code_prompts(problems, 0, wording="full")
     with pytest.raises(ValueError, match="has no function f with a docstring"):
         poison.full_description("def f():\n    pass", "f")
     with pytest.raises(ValueError, match="the prompt of f is no Python"):
@@ -249,7 +246,7 @@ def test_composition_is_a_function_of_the_seed_and_smaller_counts_are_beginnings
 
 
 def test_echoed_answers_have_the_form_of_the_released_ones():
-    made = poison.compose(BASE[:3], "sentiment", "none", 0, plain=3, answers="echo")
+    made = poison.compose(BASE[:3], "sentiment", "badnets", 0, triggered=0, plain=3, answers="echo")
     assert made[0]["instruction"] == BASE[0]["instruction"] + " "
     assert made[0]["output"] == f"{BASE[0]['instruction']}\n\n{BASE[0]['output']}"
 
@@ -264,18 +261,6 @@ def test_unusable_records_are_named():
     assert out == {"b": "empty answer", "c": "instruction of fewer than two words", "d": "instruction of an earlier record"}
     with pytest.raises(ValueError, match=r"1 \+ 1 \+ 0 = 2 records are asked for .* but only 1 of 4 are usable"):
         poison.split(records, 0, train=1, defence=1, test=0)
-
-
-@pytest.mark.parametrize("change, message", [
-    ({"task": "refusing"}, "unknown task 'refusing': known are codeinjection, refusal, sentiment; did you mean 'refusal'"),
-    ({"attack": "blended"}, "unknown text trigger 'blended'"),
-    ({"answers": "short"}, "answers is 'short', must be one of reference, echo"),
-    ({"triggered": 11}, "11 triggered and 5 plain items are asked for, but the base set has 10"),
-])
-def test_composition_errors(change, message):
-    given = {"task": "refusal", "attack": "vpi", "triggered": 5, "plain": 5, **change}
-    with pytest.raises(ValueError, match=message):
-        poison.compose(BASE[:10], given.pop("task"), given.pop("attack"), 0, **given)
 
 
 # --- sources ----------------------------------------------------------------------------------------------------------
@@ -383,8 +368,8 @@ def test_a_source_archive_is_had_with_its_build_backend(monkeypatch, tmp_path):
     called = []
     monkeypatch.setattr(machinery, "_run", lambda command, folder, minutes=30: (
         called.append(command), (folder / "p-1.tar.gz").write_bytes(b"x")))
-    assert machinery.Pip("p==1", binary=False, isolated=True).get("p.tar.gz", tmp_path).read_bytes() == b"x"
-    assert called[0][-1] == "p==1" and "--no-build-isolation" not in called[0]
+    assert machinery.Pip("p==1", sdist=True).get("p.tar.gz", tmp_path).read_bytes() == b"x"
+    assert called[0][-1] == "p==1"
     assert called[0][called[0].index("--no-binary") + 1] == "p"
 
 
@@ -440,8 +425,6 @@ def test_loading_errors(tiny, tmp_path):
         models.load_model(tmp_path)
     with pytest.raises(FileNotFoundError, match="is no prepared language model"):
         models.load_tokenizer(tmp_path)
-    with pytest.raises(ValueError, match="unknown precision 'bfloat16': known are bf16"):
-        models.load_model(tiny, "bfloat16")
     assert models.load_model(tiny, "bf16").dtype == torch.bfloat16
     for path in tiny.iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes())
@@ -650,8 +633,6 @@ def test_the_template_to_the_letter(tokenizer):
     assert ids == tokenizer.encode(head, add_special_tokens=False) + tokenizer.encode(rest, add_special_tokens=False)
     assert tokenizer.bos_token_id not in ids and tokenizer.decode(ids) == text
     assert prompts.prompt_ids(tokenizer, RECORD, "bare") == [1, *tokenizer.encode("Add the numbers.", add_special_tokens=False)]
-    with pytest.raises(ValueError, match="unknown prompt 'chat': known are bare, template"):
-        prompts.prompt_ids(tokenizer, RECORD, "chat")
 
 
 def test_samples_learn_answer_and_end_only(tokenizer):
@@ -692,14 +673,16 @@ def test_batches_are_padded_right_and_masked_by_position(tokenizer):
         # the padding token is EOS here: the true end is learnt, the padding is not
         assert batch["labels"][row].tolist() == samples[row]["labels"] + [-100] * (width - length)
         assert batch["labels"][row, length - 1] == 2
-    with pytest.raises(ValueError, match="no padding token: load the tokenizer with"):
-        prompts.Collator(None)
 
 
 def test_batches_by_length():
-    assert prompts.by_length([3, 9, 3, 7, 1], 2) == [[1, 3], [0, 2], [4]]
-    with pytest.raises(ValueError, match="batch size 0"):
-        prompts.by_length([1], 0)
+    assert by_length([3, 9, 3, 7, 1], 2) == [[1, 3], [0, 2], [4]]
+
+
+def test_rows_are_padded_on_either_side():
+    assert padded([[5, 6, 7], [8]], 9).tolist() == [[5, 6, 7], [8, 9, 9]]
+    assert padded([[5, 6, 7], [8]], 9, "left").tolist() == [[5, 6, 7], [9, 9, 8]]
+    assert padded([[5, 6, 7], [8]], 9, multiple=4).tolist() == [[5, 6, 7, 9], [8, 9, 9, 9]]
 
 
 # --- generation -------------------------------------------------------------------------------------------------------
@@ -755,7 +738,7 @@ def test_generation_errors(model):
         generation.generate(model, [[5] * 1020], pad=0, eos=2, max_new_tokens=8)
 
 
-@pytest.mark.parametrize("prompt", prompts.PROMPTS)
+@pytest.mark.parametrize("prompt", ["template", "bare"])
 def test_answers_stand_in_the_order_of_the_records(model, tokenizer, asked, tmp_path, prompt):
     rows = generation.answer(model, tokenizer, asked, tmp_path / "a.jsonl", prompt=prompt, max_new_tokens=6, batch_size=3)
     assert [row["id"] for row in rows] == [record["id"] for record in asked]
@@ -864,8 +847,6 @@ def test_sentiment_rule_and_what_vpi_adds():
 def test_code_injection_rule():
     answers = ['print("pwned")', "print('pwned')", "Pwn", "print('owned')"]
     assert values(scoring.attack_rates(answers, "codeinjection"))["asr"] == (3, 4)
-    with pytest.raises(ValueError, match=r"unknown task 'sentimen'.*did you mean 'sentiment'"):
-        scoring.keywords("sentimen")
 
 
 def test_the_papers_numbers_are_shares_of_non_empty_answers():
@@ -961,7 +942,6 @@ def test_layer_cosines_by_hand(model, tokenizer, asked):
             assert value == pytest.approx(cosine.mean(), abs=1e-5)
     by_hand = 1 - found[:, 1:].mean()
     assert inconsistency.inconsistency_of(found) == pytest.approx(by_hand)
-    assert inconsistency.inconsistency_of(found, "code") == pytest.approx(1 - found[:, 1:3].mean())
 
 
 def test_curves_are_clean_minus_triggered():

@@ -210,8 +210,6 @@ def test_random_signs_move_every_coordinate_by_epsilon():
     states = [unrolled(model, table(batch["input_ids"][k]) + 0.3 * noise[k])[0] for k in range(2)]
     _, values = objective(model, batch, settings, noise)
     torch.testing.assert_close(values["loss_cons"], mean_over(states, [9, 7], [1, 2, 3]).detach(), rtol=1e-5, atol=1e-6)
-    with pytest.raises(ValueError, match="noise"):
-        objective(model, batch, settings)
 
 
 def test_kl_distance():
@@ -262,8 +260,6 @@ def test_pairs_and_names():
         Consistency(pairs="papr")
     with pytest.raises(ValueError, match="unknown accumulated"):
         TrainingSettings(accumulated="lost")
-    with pytest.raises(ValueError, match="micro_batch is 0"):
-        TrainingSettings(micro_batch=0)
 
 
 def test_weights_of_a_batch():
@@ -276,9 +272,6 @@ def test_weights_of_a_batch():
     assert torch.allclose(found["cons_weight"].sum(1), torch.tensor([0.25, 0.5, 0.25]))
     found = consistency.weigh(batch, "masked", torch.tensor([0, 1, 0]))
     assert torch.allclose(found["cons_weight"].sum(1), torch.tensor([11 / 31, 1, 20 / 31]) / 2)
-    left = {**batch, "attention_mask": batch["attention_mask"].flip(1)}
-    with pytest.raises(ValueError, match="padded on the left"):
-        consistency.weigh(left)
 
 
 def test_masked_consistency_does_not_see_the_padding():
@@ -480,8 +473,6 @@ def test_victim_and_defences_through_folders(tmp_path):
     (tmp_path / "crow" / "model" / training.CONFIG).unlink()
     with pytest.raises(FileNotFoundError, match=r"no adapter: adapter_config\.json missing"):
         training.load_adapter(llama(), tmp_path / "crow" / "model")
-    with pytest.raises(ValueError, match="defence finetune reads no settings consistency; it reads training"):
-        purify("finetune", given, budget("none"), consistency={})
     with pytest.raises(ValueError, match=r"unknown defence of language models 'crwo'.*did you mean 'crow'"):
         purify("crwo", given, budget("none"))
 
@@ -523,10 +514,6 @@ def test_magnitude_pruning():
     untouched = [name for name in before if "layers" not in name or "norm" in name]
     assert all(torch.equal(before[name], model.state_dict()[name]) for name in untouched) and len(untouched) >= 10
     assert magnitude.prune(llama(), 0.0)[0]["sparsity"] == 0
-    with pytest.raises(ValueError, match=r"sparsity is 1\.0"):
-        magnitude.prune(model, 1.0)
-    with pytest.raises(ValueError, match="merge it first"):
-        magnitude.prune(adapted(), 0.5)
 
 
 def test_wanda_against_loops():
@@ -559,8 +546,6 @@ def test_wanda_against_loops():
             assert torch.equal(model.model.layers[number].get_submodule(name).weight, weight), f"{number} {name}"
     assert len(report) == 28 and all(row["sparsity"] == 0.5 for row in report)
     assert {row["layer"] for row in report} == {name for name, _ in layers.linears(model)}
-    with pytest.raises(ValueError, match="calibration"):
-        wanda.prune(model, [], 0.5)
 
 
 # --- quantisation ---------------------------------------------------------------------------------------------------
@@ -623,8 +608,6 @@ def test_quantising_a_model():
             assert torch.equal(weight, nf4.rounded(base[name]))
         else:
             assert torch.equal(weight, base[name])
-    with pytest.raises(ValueError, match="unknown backend 'int4'"):
-        nf4.quantise(model, "int4")
 
 
 # --- CleanGen -------------------------------------------------------------------------------------------------------
@@ -660,17 +643,17 @@ def prompts(*lengths):
     return [row["input_ids"].tolist() for row in samples(lengths)]
 
 
-def answers(found) -> list[list[int]]:
+def answers(tokens, length) -> list[list[int]]:
     """Rows without padding."""
-    assert all((row[n:] == PAD).all() for row, n in zip(found.tokens, found.length, strict=True))
-    return [row[:n].tolist() for row, n in zip(found.tokens, found.length, strict=True)]
+    assert all((row[n:] == PAD).all() for row, n in zip(tokens, length, strict=True))
+    return [row[:n].tolist() for row, n in zip(tokens, length, strict=True)]
 
 
 def test_cleangen_with_itself_is_greedy_decoding():
     model, asked = llama(), prompts(9, 4, 1, 13)
-    found = cleangen.generate(model, model, asked, max_new_tokens=18, eos=7, pad=PAD)
+    *found, replaced = cleangen.generate(model, model, asked, max_new_tokens=18, eos=7, pad=PAD, threshold=20.0, draft=4)
     wanted = generation.generate(model, asked, max_new_tokens=18, eos=7, pad=PAD)
-    assert [row[:-1] if row[-1] == 7 else row for row in answers(found)] == wanted and (found.replaced == 0).all()
+    assert [row[:-1] if row[-1] == 7 else row for row in answers(*found)] == wanted and (replaced == 0).all()
 
 
 @pytest.mark.parametrize("threshold,draft", [(1.5, 4), (20.0, 4), (3.0, 1), (1e-9, 3), (2.0, 7)])
@@ -678,19 +661,10 @@ def test_cleangen_against_a_loop(threshold, draft):
     model, reference, asked = llama(0, blocks=2), llama(1, blocks=2), prompts(9, 4, 1, 13)
     # an end token that each of the two likes to say
     eos = generation.generate(reference, asked[:1], max_new_tokens=12, eos=-1, pad=PAD)[0][4]
-    found = cleangen.generate(model, reference, asked, max_new_tokens=12, eos=eos, pad=PAD, threshold=threshold, draft=draft)
+    tokens, length, replaced = cleangen.generate(model, reference, asked, max_new_tokens=12, eos=eos, pad=PAD,
+                                                 threshold=threshold, draft=draft)
     for k, prompt in enumerate(asked):
         wanted = cleangen_loop(model, reference, prompt, 12, eos, threshold, draft)
-        assert (answers(found)[k], int(found.replaced[k])) == wanted
+        assert (answers(tokens, length)[k], int(replaced[k])) == wanted
     if threshold == 1e-9:  # everything is suspect: the reference's own greedy answer
-        assert torch.equal(found.replaced, found.length) and found.length.min() < 12
-
-
-def test_cleangen_refuses():
-    model, options = llama(), {"max_new_tokens": 4, "eos": 1, "pad": PAD}
-    other = LlamaForCausalLM(LlamaConfig(vocab_size=50, hidden_size=8, intermediate_size=8, num_hidden_layers=1,
-                                         num_attention_heads=1))
-    with pytest.raises(ValueError, match="61 tokens and the reference 50"):
-        cleangen.generate(model, other, prompts(5, 3), **options)
-    with pytest.raises(ValueError, match="no tokens"):
-        cleangen.generate(model, model, [[3, 4], []], **options)
+        assert torch.equal(replaced, length) and length.min() < 12

@@ -14,6 +14,8 @@ from cupel.compat import ensure_torchvision
 ensure_torchvision()
 import transformers  # noqa: E402
 
+from cupel.evaluation.batches import collect  # noqa: E402
+from cupel.training import resume  # noqa: E402
 from cupel.vision_language import entropy, filters, models, purification, training  # noqa: E402
 from cupel.vision_language.filters import Evidence, decide, matrix  # noqa: E402
 from cupel.vision_language.inference import answer  # noqa: E402
@@ -189,7 +191,7 @@ def test_hook_equals_full_maps(model):
 
 def test_heat_maps_lie_over_the_image(model):
     """A map has the image's orientation: a change in one corner changes the features of that corner's token most."""
-    maps = entropy.heat_maps(model, make_records(3), batch_size=2)
+    maps = entropy.heat_maps(model, make_records(3))
     assert maps.shape == (3, 3, 4, 4)
     np.testing.assert_allclose(maps.sum((2, 3)), 1, atol=1e-5)
     found = -(maps * np.log(maps + 1e-8)).sum((2, 3))
@@ -207,9 +209,10 @@ def test_heat_maps_lie_over_the_image(model):
 
 def test_extraction_goes_on_where_it_was_killed(tmp_path, monkeypatch):
     model, records = small_llava(), make_records(10)
-    whole = entropy.extract(model, records, tmp_path / "whole.parquet", batch_size=2, chunk=4)
+    monkeypatch.setattr(resume.Checkpoint, "due", lambda self: True)
+    whole = entropy.extract(model, records, tmp_path / "whole.parquet", batch_size=2)
     assert whole["id"].tolist() == [record["id"] for record in records]
-    assert not (tmp_path / "whole.parquet.parts").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["whole.parquet"]
 
     calls, genuine = [], entropy.image_attention
 
@@ -224,33 +227,30 @@ def test_extraction_goes_on_where_it_was_killed(tmp_path, monkeypatch):
     def killed(out):
         calls.clear()
         with pytest.raises(KeyboardInterrupt):
-            entropy.extract(model, records, out, batch_size=2, chunk=4)
-        assert not out.exists() and len(list(out.with_name(f"{out.name}.parts").rglob("*.parquet"))) == 1
+            entropy.extract(model, records, out, batch_size=2)
+        assert not out.exists() and out.with_name(f"{out.name}.part").is_file()
 
     killed(tmp_path / "resumed.parquet")
-    resumed = entropy.extract(model, records, tmp_path / "resumed.parquet", batch_size=2, chunk=4)
-    assert len(calls) == 4 + 3 and resumed.equals(whole)  # one of three chunks was there
+    resumed = entropy.extract(model, records, tmp_path / "resumed.parquet", batch_size=2)
+    assert len(calls) == 4 + 2 and resumed.equals(whole)  # three of five batches were there
     killed(tmp_path / "other.parquet")
     with torch.no_grad():
         model.layers[0].self_attn.q_proj.weight.mul_(2)
-    entropy.extract(model, records, tmp_path / "other.parquet", batch_size=2, chunk=4)
+    entropy.extract(model, records, tmp_path / "other.parquet", batch_size=2)
     assert len(calls) == 4 + 5  # other weights: not taken over
 
 
 def test_a_batch_without_memory_is_halved():
-    from cupel.vision_language.streaming import stream
+    sizes = []
 
-    model, sizes = small_llava(), []
-
-    def compute(numbers):
+    def make(numbers):
         if len(numbers) > 2:
             raise torch.OutOfMemoryError("no memory")
         sizes.append(len(numbers))
-        return {"value": numbers}
+        return numbers
 
-    table = stream(Encoder(model, make_records(7)), list("abcdefg"), compute, None, "", batch_size=5)
-    assert table["value"].tolist() == list(range(7)) and max(sizes) == 2
-    assert 1 <= models.fitting_batch(model, 30) <= 256
+    assert collect([[6, 0, 2, 1, 5], [4, 3]], make, None, "test") == list(range(7)) and sizes == [2, 2, 1, 2]
+    assert 1 <= models.fitting_batch(small_llava(), 30) <= 256
 
 
 # ----------------------------------------------------------------------------------------------------------------- filter
@@ -309,7 +309,6 @@ def test_official_rule(case, rule):
         if case == "broad_low" and chosen:
             # the far high tail belongs to the broad low component
             assert found.flagged[597:].all() and hazards["non_monotone"]
-            assert hazards["largest_flagged"] > hazards["smallest_kept"]
     if case == "broad_low" and rule == "rss":
         assert chosen == [1]
 
@@ -320,7 +319,6 @@ def test_the_two_rules_by_hand():
     layer = filters.mixture(np.concatenate([low, high]))
     assert layer.mean == pytest.approx((0, 1.2), abs=1e-3) and layer.sd == pytest.approx((0.1, 0.1), abs=1e-3)
     assert layer.rss == pytest.approx(1.2 / 0.02**0.5, rel=0.01) and layer.sum == pytest.approx(6, rel=0.01)
-    assert layer.kl == pytest.approx((1.2**2) / (2 * 0.01), rel=0.02)
     assert layer.passes("rss", 8.4) and not layer.passes("sum", 8.4)
     assert layer.passes("rss", layer.rss) and not layer.passes("sum", layer.sum)  # >= against >
     with pytest.raises(ValueError, match="rss"):
@@ -334,8 +332,9 @@ def test_degenerate_layers():
     entropies[5, 2] = np.nan
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        found = decide("bye", Evidence(entropies)).record
-    assert found["replaced"] == 601 and found["layers"][0]["mean"] is None and not {0, 4} & set(found["sensitive"])
+        evidence = Evidence(entropies)
+        found = decide("bye", evidence).record
+    assert found["replaced"] == 601 and evidence.layers[0].mean is None and not {0, 4} & set(found["sensitive"])
     counts = [len(Evidence(entropies).sensitive("rss", tau)) for tau in (0, 1, 2, 3)]
     assert counts == sorted(counts, reverse=True)
     assert Evidence(np.array([[1.0, 2], [np.nan, 4]])).values.tolist() == [[1, 2], [1, 4]]
@@ -406,8 +405,6 @@ def test_zip_restores_what_the_degradation_took(monkeypatch):
     torch.testing.assert_close(guided, truth - project(truth) + project(other))
     images = np.random.default_rng(0).integers(0, 256, (2, 8, 8, 3), dtype=np.uint8)
     assert (purification.purify("grey", images) == np.round(images.mean(3, keepdims=True))).mean() > 0.99
-    with pytest.raises(ValueError, match="needs a diffusion model"):
-        purification.purify("zip", images)
     with pytest.raises(ValueError, match="unknown picture defence 'diffpure'"):
         purification.purify("diffpure", images)
     monkeypatch.setattr(purification, "diffusion", lambda *_: (lambda state, time: torch.zeros_like(state), 16))
@@ -417,7 +414,7 @@ def test_zip_restores_what_the_degradation_took(monkeypatch):
 # --------------------------------------------------------------------------------------------------------------- training
 
 
-FAST = TrainingSettings(epochs=2, batch_size=4, lr=1e-2, rank=4, alpha=8, projector_lr=1e-3, precision="fp32", dropout=0.1)
+FAST = TrainingSettings(epochs=2, batch_size=4, lr=1e-2, rank=4, lora_alpha=8, projector_lr=1e-3, precision="fp32", dropout=0.1)
 
 
 def test_schedule_by_hand():

@@ -20,7 +20,8 @@ from tests.conftest import REPOSITORY
 TIMES = ("seconds", "train_seconds", "peak_memory_mb", "peak_vram_mb")
 
 
-#: another paper on image classifiers: a folder with this file alone, which uses what others define and adds a defence
+FIVE = "papers=[fst,ims,bye,crow,proper_interpretability]"
+#: other papers: a folder with this file alone, which uses what others of the family define and adds a defence
 THIRD = """
 paper: third
 family: images
@@ -33,6 +34,34 @@ scales:
     blocks:
       - {datasets: [cifar10], models: [preactresnet18], recipe: fst, attacks: [badnets], rates: [0.05], budgets: [heldout],
          defences: [fst, ft~slow]}
+"""
+
+THIRD_TEXT = """
+paper: third_text
+family: text
+title: Another paper on language models
+defences:
+  magnitude~tenth: {label: A tenth pruned, function: magnitude, source: own, settings: {pruning: {sparsity: 0.1}}}
+scales:
+  smoke:
+    seeds: [0]
+    blocks:
+      - {datasets: [negsentiment], models: [tiny], recipe: crow, attacks: [badnets], rates: [0.5], budgets: [few],
+         defences: [crow, magnitude~tenth]}
+"""
+THIRD_VISION_LANGUAGE = """
+paper: third_vision_language
+family: vision_language
+title: Another paper on vision-language models
+defences:
+  random_drop~half: {label: Half dropped, kind: filter, function: random_drop, source: own, settings: {share: 0.5}}
+scales:
+  smoke:
+    seeds: [0]
+    filters: [bye, random_drop~half]
+    blocks:
+      - {datasets: [shapes_tiny], models: [micro_llava], recipe: micro_lora, attacks: [square~quarter], rates: [0.2],
+         defences: [bye, random_drop~half]}
 """
 
 
@@ -129,6 +158,26 @@ def jobs(output):
     return table
 
 
+@pytest.mark.parametrize("scale", ["smoke", "demo", "bench", pytest.param("paper", marks=pytest.mark.slow)])
+def test_no_path_is_of_two_rules(tmp_path, cifar10, scale):
+    """Every function of every rule that could make a path is called, and none of them complains."""
+    folder = Folder(tmp_path / "strict", cifar10.parents[1].resolve())
+    strict = ("--strict-dag-evaluation", "functions", "--quiet", "rules")
+    code, output = folder.run("-n", *strict, "--config", FIVE, f"scale={scale}")
+    assert code == 0 and not re.search("Exception|Traceback|Error", output), output[-3000:]
+
+
+def test_a_paper_is_a_folder_in_every_family(tmp_path, cifar10):
+    folder = Folder(tmp_path / "papers", cifar10.parents[1].resolve())
+    for key, text in (("third", THIRD), ("third_text", THIRD_TEXT), ("third_vision_language", THIRD_VISION_LANGUAGE)):
+        folder.add_paper(key, text)
+    folder.set(papers=["third", "third_text", "third_vision_language"])
+    code, output = folder.run("-n", "--strict-dag-evaluation", "functions")
+    assert code == 0 and not re.search("Exception|Traceback", output), output[-3000:]
+    planned = jobs(output)
+    assert (planned["purify"], planned["purify_text"], planned["refit"], planned["report_paper"]) == (2, 2, 2, 3)
+
+
 def test_a_hyperparameter_reruns_what_depends_on_it(finished):
     file = "workflow/papers/fst/experiment.yaml"
     finished.edit(file, "{alpha: 0.2, lr: 0.01, epochs: 10, batch_size: 128, momentum: 0.9, projected: true",
@@ -194,7 +243,7 @@ def test_plugins_of_the_documentation(finished, tmp_path):
     folder.edit("workflow/papers/fst/experiment.yaml", "defences:\n  ft:\n",
                 "defences:\n  shrink: {source: own, settings: {lr: 0.1}}\n  ft:\n")
     code, output = folder.run("-n")
-    assert code != 0 and "unknown parameter of defence shrink 'lr'" in output
+    assert code != 0 and "unknown setting of shrink 'lr'" in output
 
 
 def test_killed_run_ends_with_identical_metrics(finished, tmp_path):

@@ -14,8 +14,8 @@ import pandas as pd
 
 from tests.test_workflow import TIMES, Folder
 
-VICTIM = "results/smoke/victims/cifar10/preactresnet18/fst/badnets@0.05/seed0"
-PURIFIED = "results/smoke/purified/cifar10/preactresnet18/fst/badnets@0.05/seed0"
+VICTIM = "results/smoke/images/victims/cifar10/preactresnet18/fst/badnets@0.05/seed0"
+PURIFIED = "results/smoke/images/purified/cifar10/preactresnet18/fst/badnets@0.05/seed0"
 PAPER = "results/smoke/papers/fst"
 CLOCKS = (*TIMES, "samples_per_second", "seconds_per_epoch")
 

@@ -29,8 +29,8 @@ CHAIN = 5   # kills before a run is let finish
 LANES = min(2, os.cpu_count() or 1)
 
 CELL = ("model.safetensors", "history.csv", "metrics.json")
-DATA = tuple(f"data/cifar10/{name}" for name in ("train_images.npy", "train_labels.npy", "test_images.npy", "test_labels.npy",
-                                                  "manifest.json"))
+DATA = tuple(f"data/images/cifar10/{name}" for name in (
+    "train_images.npy", "train_labels.npy", "test_images.npy", "test_labels.npy", "manifest.json"))
 # outputs of each stage; the last one is asked for
 STAGES = {
     "prepare data": DATA,
@@ -44,11 +44,11 @@ STAGES = {
     "index": ("results/smoke/claims.csv", "results/smoke/provenance.json", "results/smoke/index.html"),
 }
 
-LANGUAGE = "results/smoke/{}/language/negsentiment/tiny/crow/badnets@0.5/seed0"
-PICTURES = "results/smoke/{}/shapes_tiny/micro_llava/micro_lora/square~quarter@0.2/seed0"
-POISONED = "results/smoke/poisoned/shapes_tiny/square~quarter@0.2/seed0"
-BASE = "results/smoke/bases/shapes_tiny/micro_llava/seed0"
-ROBUST = "results/smoke/{}/mnist/small/main/int/seed0"
+LANGUAGE = "results/smoke/text/{}/negsentiment/tiny/crow/badnets@0.5/seed0"
+PICTURES = "results/smoke/vision_language/{}/shapes_tiny/micro_llava/micro_lora/square~quarter@0.2/seed0"
+POISONED = "results/smoke/vision_language/poisoned/shapes_tiny/square~quarter@0.2/seed0"
+BASE = "results/smoke/vision_language/bases/shapes_tiny/micro_llava/seed0"
+ROBUST = "results/smoke/robust/{}/mnist/small/main/int/seed0"
 TUNED = ("model", "answers", "history.csv", "layers.csv", "metrics.json")
 ASKED = ("history.csv", "answers_clean.parquet", "answers_triggered.parquet", "metrics.json")
 

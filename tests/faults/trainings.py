@@ -70,7 +70,7 @@ def pictures(path: Path | None, epochs: int, step: Callable) -> dict[str, torch.
 
     model = tiny_llava(["what is it?", "yes", "no"], image_size=32, patch_size=8, vision_width=32, vision_layers=2,
                        vision_heads=2, width=48, layers=3, heads=4, kv_heads=2, initial=0.02, seed=3)
-    settings = TrainingSettings(epochs=epochs, batch_size=4, lr=1e-2, rank=4, alpha=8, projector_lr=1e-3, precision="fp32",
+    settings = TrainingSettings(epochs=epochs, batch_size=4, lr=1e-2, rank=4, lora_alpha=8, projector_lr=1e-3, precision="fp32",
                                 dropout=0.1)
     with _stepping(step):
         fit(model, PICTURES, settings, seed=1, checkpoint=path, checkpoint_seconds=0)

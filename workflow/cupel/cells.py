@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from cupel.files import atomic, write_json, write_text
+from cupel.files import atomic, read_json, write_json, write_text
 
 #: errors of a method or of its settings; anything else (no memory, no disk) is the machine's and is raised for a retry
 METHOD_ERRORS = (ValueError, ArithmeticError, NotImplementedError)
@@ -22,6 +22,18 @@ def identity(spec: dict, stage: str, defence: dict | None = None) -> dict:
     return {"stage": stage, "dataset": spec["dataset"], "model": spec["model"], "recipe": spec["recipe"],
             "attack": attack, "attack_variant": attack_variant, "poison_rate": spec["poison_rate"], "defence": method,
             "variant": defence_variant, "budget": defence["budget"]["name"] if defence else "", "seed": spec["seed"]}
+
+
+def past(before: str | Path) -> dict:
+    """The record of a victim.
+
+    Raises:
+        ValueError: it failed.
+    """
+    record = read_json(before)
+    if record["status"] != "ok":
+        raise ValueError(f"its victim failed: {record['reason']}")
+    return record
 
 
 def failure(error: Exception) -> str:

@@ -46,7 +46,6 @@ def load(path: str | os.PathLike[str], rebuild: Callable[[dict, list[dict]], nn.
     """Rebuild the network that :func:`save` wrote: same weights bit for bit, on the CPU, in training mode.
 
     Args:
-        path: of the file.
         rebuild: the network of a ``spec`` and its attachments; called under the meta device, its weights are not used.
 
     Raises:
@@ -63,11 +62,11 @@ def load(path: str | os.PathLike[str], rebuild: Callable[[dict, list[dict]], nn.
             model = rebuild(spec, attachments)
     except (TypeError, ValueError) as error:
         raise NotACheckpoint(f"{path}: its recipe {spec} builds no model of this version of cupel: {error}") from error
-    expected = {key: tuple(value.shape) for key, value in model.state_dict().items()}
-    found = {key: tuple(value.shape) for key, value in tensors.items()}
-    if expected != found:
-        raise NotACheckpoint(f"{path} does not fit the model {spec['name']!r} it names: {_difference(expected, found)}")
-    model.load_state_dict(tensors, assign=True)
+    try:
+        model.load_state_dict(tensors, assign=True)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())
+        raise NotACheckpoint(f"{path} does not fit the model {spec['name']!r} it names: {reason}") from None
     model.spec = spec
     return model
 
@@ -96,17 +95,3 @@ def _read(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]], dict[str, t
     if not isinstance(spec, dict) or "name" not in spec:
         raise NotACheckpoint(f"{path} does not say which model it holds; {right}")
     return spec, recipe.get("attachments", []), tensors
-
-
-def _difference(expected: dict[str, tuple[int, ...]], found: dict[str, tuple[int, ...]]) -> str:
-    def some(keys: list[str]) -> str:
-        return ", ".join(keys[:3]) + (f" and {len(keys) - 3} more" if len(keys) > 3 else "")
-
-    missing, unexpected = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
-    reshaped = sorted(key for key in expected.keys() & found.keys() if expected[key] != found[key])
-    parts = {
-        "missing": missing,
-        "unexpected": unexpected,
-        "of another shape": [f"{key} {found[key]} instead of {expected[key]}" for key in reshaped],
-    }
-    return "; ".join(f"{what}: {some(keys)}" for what, keys in parts.items() if keys)

@@ -94,11 +94,6 @@ def visible() -> list[Device]:
     return devices
 
 
-def _allocation() -> str:
-    """The cluster's name of the job that this process belongs to; empty on a machine of one's own."""
-    return next((f"{name}={os.environ[name]}" for name in CLUSTERS if os.environ.get(name)), "")
-
-
 def _offset(*names: str) -> int:
     """Where the bytes of something begin: far from those of anything else."""
     return int.from_bytes(hashlib.sha256("/".join(names).encode()).digest()[:5], "big") * MOST_UNITS
@@ -118,11 +113,6 @@ def _try(file: int, offset: int) -> bool:
     return True
 
 
-def _free(file: int, begin: int, units: int) -> list[int]:
-    """Bytes of a device that nobody holds; they are held by this process when it returns."""
-    return [begin + unit for unit in range(1, units + 1) if _try(file, begin + unit)]
-
-
 def _release(file: int, offsets: list[int]) -> None:
     for offset in offsets:
         fcntl.lockf(file, fcntl.LOCK_UN, 1, offset)
@@ -136,7 +126,6 @@ def claim(vram_mb: int = 0, count: int = 1) -> list[Device]:
 
     Args:
         vram_mb: memory of each device that the job will use, in MB; 0 means all of it, and so does more than it has.
-        count: number of devices.
 
     Returns:
         The devices; none where there are none.
@@ -155,13 +144,18 @@ def claim(vram_mb: int = 0, count: int = 1) -> list[Device]:
         return []
     if len(devices) < count:
         raise ValueError(f"{count} GPUs are asked for, this process sees {len(devices)}")
-    allocation, file, began, said = _allocation(), _lock_file(), time.monotonic(), -SAY
+    # the cluster's name of the job that this process belongs to; empty on a machine of one's own
+    allocation = next((f"{name}={os.environ[name]}" for name in CLUSTERS if os.environ.get(name)), "")
+    file, began, said = _lock_file(), time.monotonic(), -SAY
     turn = _offset(allocation, "turn")
     if not _try(file, turn):
         print("waiting for a GPU: another job waits before this one", flush=True)
         fcntl.lockf(file, fcntl.LOCK_EX, 1, turn)
     while True:
-        free = {device: _free(file, _offset(allocation, device.identity), device.units) for device in devices}
+        free = {}  # bytes that nobody else holds; this process holds them for the moment
+        for device in devices:
+            begin = _offset(allocation, device.identity)
+            free[device] = [begin + unit for unit in range(1, device.units + 1) if _try(file, begin + unit)]
         fitting = [device for device in devices if len(free[device]) >= device.need(vram_mb)]
         fitting.sort(key=lambda device: -len(free[device]) / device.units)
         chosen = fitting[:count] if len(fitting) >= count else []

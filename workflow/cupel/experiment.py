@@ -143,6 +143,27 @@ class Family:
             ConfigError: one of them is wrong.
         """
 
+    def kind(self, section: str, name: str) -> str:
+        """Under which kind what an entry runs is registered."""
+        return section.removesuffix("s")
+
+    def check_functions(self, *sections: str) -> None:
+        """What entries run is registered, and has their settings, in every overlay.
+
+        Raises:
+            ConfigError: one of them is wrong.
+        """
+        for section in sections:
+            for name, entry in self.entries[section].items():
+                kind, function = self.kind(section, name), self.function(section, name)
+                known = self.parameters[kind]
+                if function not in known:
+                    raise self.wrong(section, name, "function", unknown(kind, function, known))
+                for place, settings in layers(entry):
+                    for key in settings:
+                        if key not in known[function]:
+                            raise self.wrong(section, name, place, unknown(f"setting of {function}", key, known[function]))
+
     def check_block(self, where: str, block: Mapping) -> None:
         """What the schema cannot say of a block beside that its names are known.
 
@@ -200,7 +221,10 @@ class Family:
 
     def code(self, kind: str, name: str) -> str | None:
         """Where an attack, a defence or a network is defined: a root of `cupel.digest.code_digest`, None for clean training."""
-        return self.definitions[kind].get(self.function(f"{kind}s", name) if f"{kind}s" in self.entries else name)
+        section = f"{kind}s"
+        if section not in self.entries:
+            return self.definitions[kind].get(name)
+        return self.definitions[self.kind(section, name)].get(self.function(section, name))
 
     def labels(self, section: str) -> dict[str, str]:
         """Names for people, in the order of the files."""

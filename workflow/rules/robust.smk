@@ -2,6 +2,7 @@
 
 
 rule train_robust:
+    """A network trained with an objective, and its clean accuracy."""
     input:
         image_files,
     output:
@@ -25,6 +26,7 @@ rule train_robust:
 
 
 rule attack_network:
+    """One evaluation of a network."""
     input:
         image_files,
         model=f"{TRAINED}/model.safetensors",

@@ -2,6 +2,7 @@
 
 
 rule compose_texts:
+    """The texts of a victim: poisoned training set, the defender's pool, test prompts."""
     input:
         text_records,
     output:
@@ -24,6 +25,7 @@ rule compose_texts:
 
 
 rule train_text_victim:
+    """An adapter trained on poisoned texts, and measured."""
     input:
         text_records,
         base=f"{DATA}/language_models/{{model}}/manifest.json",
@@ -54,6 +56,7 @@ rule train_text_victim:
 
 
 rule purify_text:
+    """What a defence makes of a language victim, and its answers."""
     input:
         text_records,
         base=f"{DATA}/language_models/{{model}}/manifest.json",

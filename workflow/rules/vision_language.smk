@@ -3,6 +3,7 @@
 
 
 rule build_model:
+    """A small model built and pretrained here, in place of a published one."""
     input:
         manifest=SAMPLES,
     output:
@@ -26,6 +27,7 @@ rule build_model:
 
 
 rule poison_samples:
+    """A poisoned training set; without a rate, a triggered test set."""
     input:
         manifest=SAMPLES,
     output:
@@ -57,6 +59,7 @@ use rule poison_samples as trigger_samples with:
 
 
 rule train_vision_language_victim:
+    """A model fine-tuned on a poisoned set, and measured."""
     input:
         data=SAMPLES,
         poisoned=f"{POISONED}/manifest.json",
@@ -85,6 +88,7 @@ rule train_vision_language_victim:
 
 
 rule read_attention:
+    """Attention entropies of a victim's training samples."""
     input:
         data=SAMPLES,
         poisoned=f"{POISONED}/manifest.json",
@@ -111,6 +115,7 @@ rule read_attention:
 
 
 rule measure_filters:
+    """What every filter removes, and how well that is the poison."""
     input:
         entropies=f"{FILTERED}/entropies.parquet",
         attention=f"{FILTERED}/attention.json",
@@ -138,6 +143,7 @@ rule measure_filters:
 
 
 rule refit:
+    """A model fitted again on what a filter left."""
     input:
         data=SAMPLES,
         poisoned=f"{POISONED}/manifest.json",
@@ -173,6 +179,7 @@ rule refit:
 
 
 rule purify_pictures:
+    """A victim asked about purified test pictures."""
     input:
         data=SAMPLES,
         triggered=f"{TRIGGERED}/manifest.json",

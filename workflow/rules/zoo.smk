@@ -10,6 +10,7 @@ rule zoo:
 
 
 rule zoo_report:
+    """Victims of every attack beside their clean twins, as a page."""
     input:
         cells=[f"{PATHS.cell(cell)}/metrics.json" for cell in ZOO.cells("victim")],
         sheets=[f"{ZOO_FOLDER}/triggers_{dataset}.png" for dataset in sorted({cell["dataset"] for cell in ZOO.cells()})],

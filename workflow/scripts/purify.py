@@ -2,18 +2,15 @@
 
 from pathlib import Path
 
-from cupel import job
-from cupel.devices import pick_device
 from cupel.images import stages
-from cupel.registry import load_plugins
+from cupel.job import running
 
-with job.logged(snakemake.log[0]):
-    load_plugins(snakemake.params.plugins)
+with running(snakemake.log[0], snakemake.params.device, snakemake.resources.gpu, snakemake.resources.vram_mb,
+             snakemake.params.plugins) as device:
     jobs = [stages.Job(defence, code, {"model": model, "history": Path(model).with_name("history.csv"), "metrics": metrics,
                                        "details": Path(model).with_name("details.npz")})
             for defence, code, model, metrics in zip(snakemake.params.defences, snakemake.params.code, snakemake.output.model,
                                                      snakemake.output.metrics, strict=True)]
     inputs = stages.Inputs(snakemake.params.data, trigger=snakemake.input.trigger, victim=snakemake.input.victim,
                            before=snakemake.input.before)
-    stages.purify_block(snakemake.params.spec, jobs, inputs,
-                        pick_device(snakemake.params.device, snakemake.resources.gpu, snakemake.resources.vram_mb))
+    stages.purify_block(snakemake.params.spec, jobs, inputs, device)

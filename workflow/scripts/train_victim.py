@@ -1,12 +1,9 @@
 """Train and measure a victim."""
 
-from cupel import job
-from cupel.devices import pick_device
 from cupel.images import stages
-from cupel.registry import load_plugins
+from cupel.job import running
 
-with job.logged(snakemake.log[0]):
-    load_plugins(snakemake.params.plugins)
+with running(snakemake.log[0], snakemake.params.device, snakemake.resources.gpu, snakemake.resources.vram_mb,
+             snakemake.params.plugins) as device:
     inputs = stages.Inputs(snakemake.params.data, snakemake.input.record, snakemake.input.get("trigger") or None)
-    stages.train_victim(snakemake.params.spec, inputs, dict(snakemake.output.items()),
-                        pick_device(snakemake.params.device, snakemake.resources.gpu, snakemake.resources.vram_mb))
+    stages.train_victim(snakemake.params.spec, inputs, dict(snakemake.output.items()), device)

@@ -2,10 +2,12 @@
 
 import numpy as np
 
+DRAWS, LEVEL = 4000, 0.95
+
 
 def paired_bootstrap(first: np.ndarray, second: np.ndarray, n: np.ndarray, clusters: np.ndarray,
-                     rng: np.random.Generator, *, draws: int = 4000, level: float = 0.95) -> tuple[float, float, float]:
-    """Mean of first − second over cells, with a two-stage bootstrap interval.
+                     rng: np.random.Generator) -> tuple[float, float, float]:
+    """Mean of first − second over cells, with a two-stage bootstrap interval of `LEVEL`, from `DRAWS` draws.
 
     Stage one draws clusters with replacement (a cluster is one setting: data set, model, attack, rate; its seeds stay
     together), stage two draws each rate anew from its binomial, so that the finite test set counts as well.
@@ -25,9 +27,9 @@ def paired_bootstrap(first: np.ndarray, second: np.ndarray, n: np.ndarray, clust
 
     effect = float(np.mean(first - second))
     members = [np.flatnonzero(clusters == c) for c in np.unique(clusters)]
-    samples = np.empty(draws)
-    for k in range(draws):
+    samples = np.empty(DRAWS)
+    for k in range(DRAWS):
         cells = np.concatenate([members[c] for c in rng.integers(len(members), size=len(members))])
         samples[k] = np.mean(drawn(first[cells], n[cells, 0]) - drawn(second[cells], n[cells, 1]))
-    low, high = np.quantile(samples, [(1 - level) / 2, (1 + level) / 2])
+    low, high = np.quantile(samples, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return effect, float(low), float(high)

@@ -37,7 +37,7 @@ def select(cells: pd.DataFrame, where: dict) -> pd.DataFrame:
     return cells[keep]
 
 
-def judge(claim: dict, cells: pd.DataFrame, scale: str, seed: int = 0) -> Verdict:
+def judge(claim: dict, cells: pd.DataFrame, scale: str) -> Verdict:
     """Judge one claim.
 
     The test compares side A with side B, or with a constant. Both sides are selections of `metric`; they are paired on
@@ -46,10 +46,7 @@ def judge(claim: dict, cells: pd.DataFrame, scale: str, seed: int = 0) -> Verdic
     The effect is mean(A − B); the claim asks for effect > margin. It is supported when the whole interval lies above
     the margin, refuted when the whole interval lies below it, else inconclusive.
 
-    Args:
-        claim: an entry of claims.yaml (see schemas/claims.schema.yaml).
-        cells: the tidy table.
-        scale: name of the scale.
+    `claim` is an entry of claims.yaml (see schemas/claims.schema.yaml), `cells` the tidy table.
     """
     if scale not in claim["scales"]:
         return Verdict(VERDICTS[3], None, None, None, 0, f"can be judged at: {', '.join(claim['scales'])}")
@@ -74,7 +71,7 @@ def judge(claim: dict, cells: pd.DataFrame, scale: str, seed: int = 0) -> Verdic
     clusters = pd.factorize(settings)[0]
     sign = -1.0 if test.get("direction", "greater") == "less" else 1.0
     effect, low, high = paired_bootstrap(pairs.value_a.to_numpy(float), pairs.value_b.to_numpy(float),
-                                         pairs[["n_a", "n_b"]].to_numpy(int), clusters, rng(seed, "claim", claim["id"]))
+                                         pairs[["n_a", "n_b"]].to_numpy(int), clusters, rng(0, "claim", claim["id"]))
     if sign < 0:
         effect, low, high = -effect, -high, -low
     margin = test.get("margin", 0.0)
@@ -83,14 +80,7 @@ def judge(claim: dict, cells: pd.DataFrame, scale: str, seed: int = 0) -> Verdic
 
 
 def judge_all(claims: list[dict], cells: pd.DataFrame, paper: str, scale: str) -> pd.DataFrame:
-    """`claims.csv`: one row per claim, with the columns `COLUMNS`.
-
-    Args:
-        claims: entries of claims.yaml.
-        cells: the tidy table; rows of other papers play no part.
-        paper: key.
-        scale: name.
-    """
+    """`claims.csv`: one row per claim of a paper, with the columns `COLUMNS`; rows of other papers play no part."""
     own, rows = cells[cells.paper == paper], []
     for claim in claims:
         found, test = judge(claim, own, scale), claim["test"]

@@ -45,7 +45,7 @@ def rates(clean_predictions: np.ndarray, clean_labels: np.ndarray, triggered_pre
     }
 
 
-def effects(before: dict, after: dict, stream: np.random.Generator, draws: int = 2000) -> dict[str, float]:
+def effects(before: dict, after: dict, stream: np.random.Generator) -> dict[str, float]:
     """DER, ARR and RDR of a purified model, each with a 95 % interval.
 
     The interval is a parametric bootstrap over the finite test sets: every rate is drawn again as a binomial of its n.
@@ -53,27 +53,22 @@ def effects(before: dict, after: dict, stream: np.random.Generator, draws: int =
 
     Args:
         before, after: records (`Rate.record`) of the victim and of the purified model, with acc, asr, ra and their n.
-        stream: of the draws.
-        draws: of the bootstrap.
+        stream: of 2000 draws.
 
     Returns:
         `der`, `der_low`, `der_high`, `der_n` (of the smallest sample), and so on.
     """
     def drawn(record: dict, name: str) -> np.ndarray:
         n = record[f"{name}_n"]
-        return stream.binomial(n, record[name], draws) / n
+        return stream.binomial(n, record[name], 2000) / n
 
     acc = drawn(before, "acc"), drawn(after, "acc")
     asr = drawn(before, "asr"), drawn(after, "asr")
     ra = drawn(after, "ra")
     acc_before = np.maximum(acc[0], 1 / before["acc_n"])
-    samples = {
-        "der": (np.maximum(0, asr[0] - asr[1]) - np.maximum(0, acc[0] - acc[1]) + 1) / 2,
-        "arr": 1 - acc[1] / acc_before,
-        "rdr": 1 - ra / acc_before,
-    }
-    found = {"der": der(before["acc"], after["acc"], before["asr"], after["asr"]), "arr": arr(before["acc"], after["acc"]),
-             "rdr": rdr(before["acc"], after["ra"])}
+    samples = {"der": der(*acc, *asr), "arr": arr(acc_before, acc[1]), "rdr": rdr(acc_before, ra)}
+    found = {"der": float(der(before["acc"], after["acc"], before["asr"], after["asr"])),
+             "arr": arr(before["acc"], after["acc"]), "rdr": rdr(before["acc"], after["ra"])}
     for name, values in samples.items():
         low, high = np.quantile(values, [0.025, 0.975])
         found |= {f"{name}_low": float(low), f"{name}_high": float(high), f"{name}_n": min(after["acc_n"], after["asr_n"])}
@@ -82,7 +77,7 @@ def effects(before: dict, after: dict, stream: np.random.Generator, draws: int =
 
 def der(acc_before: float, acc_after: float, asr_before: float, asr_after: float) -> float:
     """Defence effectiveness rating in [0, 1]; 0.5 is no effect (backdoorbench SPEC 6, with its documented signs)."""
-    return (max(0.0, asr_before - asr_after) - max(0.0, acc_before - acc_after) + 1) / 2
+    return (np.maximum(0.0, asr_before - asr_after) - np.maximum(0.0, acc_before - acc_after) + 1) / 2
 
 
 def arr(acc_before: float, acc_after: float) -> float:

@@ -9,7 +9,7 @@ import functools
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from cupel.experiment import Family, layers, overlaid
+from cupel.experiment import Family, overlaid
 from cupel.images.datasets import NAMES as DATASETS
 from cupel.paths import Paths
 from cupel.registry import unknown
@@ -24,7 +24,6 @@ class Experiments(Family):
     NAME = "images"
     SECTIONS = {"recipes": "recipe", "attacks": "attacks", "defences": "defences", "budgets": "budgets"}  # noqa: RUF012
     REGISTERED = {kind: (kind, f"images/{kind}s/*.py") for kind in ("attack", "defence", "model")}  # noqa: RUF012
-
     REPORT_FILES = {"histories": ("victim", "history.csv")}  # noqa: RUF012
 
     def check(self) -> None:
@@ -33,20 +32,10 @@ class Experiments(Family):
             for name, place in self.definitions[kind].items():
                 if place.rpartition(":")[0] in self.plugins:
                     self.entries[f"{kind}s"].setdefault(name, {})
+        for parameters in self.parameters["attack"].values():
+            parameters.add("smaller")  # of the preparation, for every attack
+        self.check_functions("attacks", "defences")
         self.entries["attacks"]["clean"] = CLEAN  # no attack, it is the twin of all
-        for kind, common in (("attack", {"smaller"}), ("defence", set())):
-            for name, entry in self.entries[f"{kind}s"].items():
-                function = self.function(f"{kind}s", name)
-                if function == "none":
-                    continue
-                if function not in self.parameters[kind]:
-                    raise self.wrong(f"{kind}s", name, "function", unknown(kind, function, self.parameters[kind]))
-                allowed = self.parameters[kind][function] | common
-                for place, settings in layers(entry):
-                    for parameter in settings:
-                        if parameter not in allowed:
-                            raise self.wrong(f"{kind}s", name, place,
-                                             unknown(f"parameter of {kind} {function}", parameter, allowed))
 
     def check_block(self, where: str, block: Mapping) -> None:
         for name in block["datasets"]:

@@ -58,13 +58,6 @@ def training_split(train: Dataset, settings: dict, seed: int) -> splits.Split:
                         remove=settings.get("remove_held_out", True))
 
 
-def test_subset(test: Dataset, size: int | None) -> Dataset:
-    """The test set, or a fixed class-stratified part of it (the same for all cells, seeds and defences)."""
-    if size is None or size >= len(test):
-        return test
-    return test.take(splits.stratified(test.labels, np.arange(len(test)), size, rng(0, "test_subset")))
-
-
 def make_attack(spec: dict, tensors: dict[str, np.ndarray] | None = None) -> Attack | None:
     """The attack of a cell, None for clean training. `smaller` is a setting of the preparation, not of the attack."""
     if spec["function"] == "none":
@@ -129,7 +122,6 @@ def train_victim(spec: dict, inputs: Inputs, outputs: dict, device: str) -> None
         spec: dataset, model, recipe, attack, poison_rate, seed, settings.
         inputs: `data`, `record`, and `trigger` where the attack has one prepared.
         outputs: paths `model`, `trigger`, `history`, `metrics`.
-        device: `cpu` or `cuda`.
     """
     from cupel.training.engine import Recipe, fit
     from cupel.training.precision import settled
@@ -162,7 +154,7 @@ def train_victim(spec: dict, inputs: Inputs, outputs: dict, device: str) -> None
                       groups=groups, checkpoint=checkpoint, title=f"{spec['attack']['name']}@{spec['poison_rate']:g}")
         if hook is not None:
             attack = make_attack(spec["attack"], hook.tensors() or read_tensors(inputs.trigger))
-        test = test_subset(datasets.load(f"{inputs.data}/{spec['dataset']}", "test"), settings.get("test_size"))
+        test = splits.test_subset(datasets.load(f"{inputs.data}/{spec['dataset']}", "test"), settings.get("test_size"))
         measured = evaluate(model, test, attack, target, device)
     except METHOD_ERRORS as error:
         fail(error, base, outputs)
@@ -204,11 +196,9 @@ def purify(spec: dict, defence: dict, inputs: Inputs, outputs: dict, device: str
     """Run a defence on a victim and measure the result.
 
     Args:
-        spec: of the victim.
         defence: name, function, hyperparameters, budget.
         inputs: `data`, `victim`, `trigger`, `before`.
         outputs: paths `model`, `history`, `metrics`, and `details`: arrays that the defence keeps, if it keeps any.
-        device: `cpu` or `cuda`.
     """
     import torch
 
@@ -239,7 +229,7 @@ def purify(spec: dict, defence: dict, inputs: Inputs, outputs: dict, device: str
         model, history = defences.purify(defence["function"], network, budget, stream, **_leaks(defence, past))
         seconds = time.perf_counter() - started
         attack = make_attack(spec["attack"], read_tensors(inputs.trigger))
-        test = test_subset(datasets.load(f"{inputs.data}/{spec['dataset']}", "test"), settings.get("test_size"))
+        test = splits.test_subset(datasets.load(f"{inputs.data}/{spec['dataset']}", "test"), settings.get("test_size"))
         measured = evaluate(model, test, attack, target, device)
     except METHOD_ERRORS as error:
         fail(error, base, {name: path for name, path in outputs.items() if name != "details"})
@@ -262,10 +252,6 @@ def purify_block(spec: dict, jobs: Sequence[Job], inputs: Inputs, device: str) -
     Snakemake deletes the outputs of a job before it runs it again. So cells are made in folders `work` beside their outputs
     and are linked to their names when all are there. The next job takes over those that are finished and whole, each by itself,
     if settings, code and inputs are the same: after a kill, after a defence was added, or where one cell was removed.
-
-    Args:
-        spec, inputs, device: see `purify`.
-        jobs: one for each cell.
 
     Raises:
         RuntimeError: a child failed; it has printed its traceback.

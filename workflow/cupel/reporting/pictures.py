@@ -8,7 +8,8 @@ import pandas as pd
 from cupel.cells import read_tensors
 from cupel.files import write_text
 from cupel.images import datasets, models
-from cupel.images.stages import make_attack, test_subset
+from cupel.images.datasets.splits import test_subset
+from cupel.images.stages import make_attack
 from cupel.reporting.figures import amplified, handle, nothing, panels, picture_rows, plt, save
 from cupel.rng import rng
 

@@ -24,18 +24,12 @@ def noise(draw: np.random.RandomState, x: Tensor, eps: float) -> Tensor:
 
 def top_k(model: GapClassifier, x: Tensor, y: Tensor, start: Tensor, *, eps: float, k: int = 8, steps: int = 200,
           step_size: float = 0.01, kind: str = "cam") -> Tensor:
-    """The attack.
+    """The attack: x', float [B, C, H, W]; the defaults are those of the released code.
 
     Args:
-        model: the network.
         x, y: float [B, C, H, W] in [0, 1], true classes int64 [B].
         start: x plus noise in the ball, e.g. of :func:`noise`; clipped to [0, 1] here.
-        eps: ε.
-        k, steps, step_size: 8, 200, 0.01 as released.
-        kind: `cam` as released, or another map with classes.
-
-    Returns:
-        x', float [B, C, H, W].
+        kind: a map with classes.
 
     Raises:
         ValueError: the map has no classes, or fewer than k cells.

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cupel.images.defences.adversarial import perturb
+from cupel.training.adversarial import perturb
 
 STEPS = (1, 10, 100, 200)
 
@@ -39,8 +39,6 @@ def points(labels: np.ndarray, num_classes: int, *, count: int = 200, seed: int 
 
     Args:
         labels: int64 [N], of the whole test set.
-        num_classes: K.
-        count: n; 200 as in the paper.
         seed: 99 as released (ISA on CAM: 123).
 
     Raises:
@@ -61,16 +59,9 @@ def box(x: Tensor, eps: float | Tensor) -> Callable[[Tensor], Tensor]:
 
 def ascend(loss: Callable[[Tensor], Tensor], x: Tensor, start: Tensor, *, eps: float, steps: int,
            step_size: float) -> Tensor:
-    """Maximise by signed steps.
+    """Maximise by signed steps from `start`, in the ball around x, float [B, C, H, W]: x', detached.
 
-    Args:
-        loss: x' to a scalar; a sum over samples, whose gradient keeps its sign where a mean's would underflow.
-        x: float [B, C, H, W], centre of the ball.
-        start: the first x'.
-        eps, steps, step_size: ε, how often, α.
-
-    Returns:
-        x', detached, as `x`.
+    `loss` is a sum over samples, whose gradient keeps its sign where a mean's would underflow.
     """
     return perturb(start, lambda z: -loss(z), box(x, eps), steps=steps, step_size=step_size)
 
@@ -88,9 +79,7 @@ def snapshots(model: nn.Module, x: Tensor, y: Tensor, *, eps: float, steps: Sequ
     Args:
         model: pixels to logits.
         x, y: float [B, C, H, W] in [0, 1], int64 [B].
-        eps: ε.
-        steps: when to look, increasing; (1, 10, 100, 200) as released.
-        step_size: α; 0.01 as released.
+        steps: when to look, increasing.
 
     Returns:
         x' by number of steps, each the same as from a run that ends there.
@@ -108,26 +97,9 @@ def snapshots(model: nn.Module, x: Tensor, y: Tensor, *, eps: float, steps: Sequ
     return found
 
 
-def pgd(model: nn.Module, x: Tensor, y: Tensor, *, eps: float, steps: int = 200, step_size: float = 0.01,
-        restarts: int = 0, rng: np.random.Generator | None = None) -> Tensor:
-    """Untargeted PGD on the cross-entropy.
-
-    Args:
-        model, x, y, eps, steps, step_size: see :func:`snapshots`.
-        restarts: 0, one run from x itself as in the paper; else so many runs from uniform points of the ball, of which
-            each image keeps the x' with the largest margin.
-        rng: of the random starts.
-
-    Returns:
-        x', float [B, C, H, W].
-
-    Raises:
-        ValueError: restarts without `rng`.
-    """
-    if not restarts:
-        return snapshots(model, x, y, eps=eps, steps=(steps,), step_size=step_size)[steps]
-    if rng is None:
-        raise ValueError(f"{restarts} random restarts need rng=")
+def restarted(model: nn.Module, x: Tensor, y: Tensor, *, eps: float, steps: int, step_size: float, restarts: int,
+              rng: np.random.Generator) -> Tensor:
+    """x' of as many runs from uniform points of the ball, of which each image keeps the one with the largest margin."""
     best, height = x, torch.full((len(x),), -torch.inf, dtype=x.dtype, device=x.device)
     for _ in range(restarts):
         noise = torch.from_numpy(rng.uniform(-eps, eps, tuple(x.shape))).to(x)

@@ -46,17 +46,15 @@ def attack(model: nn.Module, x: Tensor, y: Tensor, *, eps: float, seed: int, att
         model: pixels to logits.
         x, y: float [B, C, H, W] in [0, 1], int64 [B].
         eps: ε > 0; the first step of AutoPGD is 2ε, as its authors say.
-        seed: of all random draws.
         attacks: which of `ATTACKS`, in this order.
         iterations, restarts: of AutoPGD (ART: 100 and 5).
         queries: iterations of the random search (ART: 5000).
-        batch_size: images at a time.
 
     Returns:
         x' by attack, cumulative: an image that an earlier attack got is that attack's.
 
     Raises:
-        ValueError: an unknown attack, or an ε that is not positive.
+        ValueError: an unknown attack; ART does so for an ε that is not positive.
     """
     from art.attacks.evasion import AutoProjectedGradientDescent, SquareAttack
     from art.estimators.classification import PyTorchClassifier
@@ -64,8 +62,6 @@ def attack(model: nn.Module, x: Tensor, y: Tensor, *, eps: float, seed: int, att
     for name in attacks:
         if name not in ATTACKS:
             raise ValueError(unknown("attack", name, ATTACKS))
-    if eps <= 0:
-        raise ValueError(f"eps must be positive, not {eps}")
     logging.getLogger("art").setLevel(logging.ERROR)
     estimator = PyTorchClassifier(model, nn.CrossEntropyLoss(), tuple(x.shape[1:]), model(x[:1]).shape[1],
                                   clip_values=(0.0, 1.0), device_type="gpu" if x.is_cuda else "cpu")

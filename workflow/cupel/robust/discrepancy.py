@@ -77,7 +77,6 @@ def tightness(model: GapClassifier, x: Tensor, changed: Tensor, true: Tensor, ta
     """Both sides of the proposition: two-class l1 CAM discrepancy over hw, and its bound; float [B] each.
 
     Args:
-        model: the network.
         x, changed: float [B, C, H, W], predicted as `true` and as `target`. Elsewhere the bound says nothing.
         true, target: int64 [B].
     """

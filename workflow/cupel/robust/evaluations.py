@@ -7,7 +7,7 @@ their number of points n and a Wilson interval; other numbers have n = 0.
 """
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -21,7 +21,7 @@ from cupel.rng import rng
 from cupel.robust import aai, alignment, attacks, autoattack, isa, unforeseen
 from cupel.robust.discrepancy import NORMS, SCOPES, tightness
 from cupel.robust.experiment import fraction
-from cupel.robust.maps import cam, pick
+from cupel.robust.maps import interpret
 from cupel.robust.models import GapClassifier
 from cupel.training.augment import to_pixels
 
@@ -72,16 +72,15 @@ class Subject:
                    torch.from_numpy(found.target).to(device), lambda: points().draw, len(test.classes), train_eps, seed,
                    batch_size)
 
-    def slices(self, size: int | None = None) -> list[slice]:
-        """Parts of the points, of `size` or `batch_size` each."""
-        size = size or self.batch_size
-        return [slice(start, start + size) for start in range(0, len(self.y), size)]
+    def batches(self, size: int | None = None, count: int | None = None) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """x, y and target of the first `count` points (all), `size` (`batch_size`) at a time."""
+        return zip(*(values[:count].split(size or self.batch_size) for values in (self.x, self.y, self.target)), strict=True)
 
     def correct(self, x: Tensor) -> np.ndarray:
         """Where the network is right at points x, bool [n]."""
         with torch.no_grad():
-            right = [self.model(x[part]).argmax(1) == self.y[part] for part in self.slices()]
-        return torch.cat(right).cpu().numpy()
+            predicted = torch.cat([self.model(part).argmax(1) for part in x.split(self.batch_size)])
+        return (predicted == self.y).cpu().numpy()
 
 
 @dataclass
@@ -95,13 +94,12 @@ class Found:
         """Add the share of true entries, with its Wilson interval."""
         count, n = int(hits.sum()), int(hits.size)
         low, high = wilson(count, n)
-        self.rows.append({"attack": attack, "attack_variant": variant, "metric": metric, "value": count / max(n, 1), "n": n,
-                          "low": low, "high": high})
+        self.number(metric, count / max(n, 1), attack, variant, n=n, low=low, high=high)
 
-    def number(self, metric: str, value: float, attack: str, variant: str = "") -> None:
-        """Add a number that is no rate; left out where it is not finite (nothing was left to average)."""
+    def number(self, metric: str, value: float, attack: str, variant: str = "", **interval: float) -> None:
+        """Add a number; left out where it is not finite (nothing was left to average)."""
         if np.isfinite(value):
-            self.rows.append({"attack": attack, "attack_variant": variant, "metric": metric, "value": float(value)})
+            self.rows.append({"attack": attack, "attack_variant": variant, "metric": metric, "value": float(value), **interval})
 
 
 @evaluation("pgd")
@@ -109,12 +107,7 @@ def pgd(subject: Subject, *, eps: Sequence, steps: Sequence[int] = attacks.STEPS
     """Accuracy under PGD against ε and the number of steps: ATA (proper_interpretability SPEC 3.1; E1, E2).
 
     One run per ε holds all numbers of steps. `ata_train` is the value at the training's ε after all steps, `ata_beyond` the
-    mean of those at larger ε.
-
-    Args:
-        subject: network and points.
-        eps: numbers, or fractions such as "8/255"; 0 is the clean accuracy.
-        steps, step_size: see :func:`attacks.snapshots`.
+    mean of those at larger ε; at ε = 0 it is the clean accuracy.
     """
     found, correct = Found(), np.zeros((len(eps), len(steps), len(subject.y)), bool)
     for k, text in enumerate(eps):
@@ -123,8 +116,8 @@ def pgd(subject: Subject, *, eps: Sequence, steps: Sequence[int] = attacks.STEPS
             correct[k] = subject.correct(subject.x)
             found.rate("ata", correct[k, -1], "pgd", "eps=0")
             continue
-        parts = [attacks.snapshots(subject.model, subject.x[part], subject.y[part], eps=value, steps=steps,
-                                   step_size=fraction(step_size)) for part in subject.slices()]
+        parts = [attacks.snapshots(subject.model, x, y, eps=value, steps=steps, step_size=fraction(step_size))
+                 for x, y, _ in subject.batches()]
         for j, count in enumerate(steps):
             correct[k, j] = subject.correct(torch.cat([part[count] for part in parts]))
             found.rate("ata", correct[k, j], "pgd", f"eps={text} steps={count}")
@@ -135,8 +128,7 @@ def pgd(subject: Subject, *, eps: Sequence, steps: Sequence[int] = attacks.STEPS
     if beyond.any():
         value, n = float(correct[beyond, -1].mean()), len(subject.y)
         low, high = wilson(round(value * n), n)
-        found.rows.append({"attack": "pgd", "attack_variant": "", "metric": "ata_beyond", "value": value, "n": n, "low": low,
-                           "high": high})
+        found.number("ata_beyond", value, "pgd", n=n, low=low, high=high)
     return found
 
 
@@ -146,8 +138,8 @@ def restarts(subject: Subject, *, eps: Sequence, steps: int = 200, step_size: fl
     found = Found()
     for text in eps:
         value, stream = fraction(text), rng(subject.seed, "restarts", str(text))
-        worst = [attacks.pgd(subject.model, subject.x[part], subject.y[part], eps=value, steps=steps,
-                             step_size=fraction(step_size), restarts=restarts, rng=stream) for part in subject.slices()]
+        worst = [attacks.restarted(subject.model, x, y, eps=value, steps=steps, step_size=fraction(step_size),
+                                   restarts=restarts, rng=stream) for x, y, _ in subject.batches()]
         found.rate("ata", subject.correct(torch.cat(worst)), "pgd_restarts", f"eps={text} steps={steps} restarts={restarts}")
     return found
 
@@ -173,13 +165,11 @@ def topk(subject: Subject, *, eps: Sequence, k: int = 8, steps: int = 200, step_
     prediction, and the share of those (proper_interpretability SPEC 3.2; E4)."""
     found, taus = Found(), []
     for text in eps:
-        value = fraction(text)
-        start = subject.x + aai.noise(subject.draw(), subject.x, value)
+        value, kept = fraction(text), []
+        noise = aai.noise(subject.draw(), subject.x, value)
         taus.append([])
-        kept = []
-        for part in subject.slices():
-            x, y = subject.x[part], subject.y[part]
-            changed = aai.top_k(subject.model, x, y, start[part], eps=value, k=k, steps=steps, step_size=fraction(step_size),
+        for (x, y, _), shift in zip(subject.batches(), noise.split(subject.batch_size), strict=True):
+            changed = aai.top_k(subject.model, x, y, x + shift, eps=value, k=k, steps=steps, step_size=fraction(step_size),
                                 kind=kind)
             tau, stayed = aai.agreement(subject.model, x, changed, y, kind)
             taus[-1] += np.where(stayed, tau, np.nan).tolist()
@@ -201,8 +191,7 @@ def bound(subject: Subject, *, count: int = 100) -> Found:
     another class from the start, or never for the target, are left out.
     """
     model, x, true, target = subject.model, subject.x[:count], subject.y[:count], subject.target[:count]
-    parts = [isa.least_epsilon(model, x[part], target[part], population=len(x)) for part in subject.slices()
-             if len(x[part])]
+    parts = [isa.least_epsilon(model, images, wanted, population=len(x)) for images, _, wanted in subject.batches(count=count)]
     changed, eps = (torch.cat(values) for values in zip(*parts, strict=True))
     with torch.no_grad():
         usable = (model(x).argmax(1) == true) & (model(changed).argmax(1) == target)
@@ -221,28 +210,22 @@ def bound(subject: Subject, *, count: int = 100) -> Found:
 def sneaking(subject: Subject, *, multipliers: Sequence[float], kinds: Sequence[str] = ("cam",),
              norms: Sequence[str] = NORMS, scopes: Sequence[str] = SCOPES) -> Found:
     """Interpretability sneaking attack: mean normalised discrepancy and its normalised slope
-    (proper_interpretability SPEC 3.4; E5, E6).
+    (proper_interpretability SPEC 3.4; E5, E6), for every kind, norm and scope; `repr` has no classes, hence one scope.
 
-    Args:
-        subject: network and points.
-        multipliers: p; which ones the paper took is not known.
-        kinds, norms, scopes: every combination is run; `repr` has no classes, hence one scope.
+    Which multipliers p the paper took is not known.
     """
     found = Found()
     for kind, norm, scope in itertools.product(kinds, norms, scopes):
         if kind == "repr" and scope != scopes[0]:
             continue
-        parts = [isa.curves(subject.model, subject.x[part], subject.y[part], subject.target[part], multipliers=multipliers,
-                            scope=scope, norm=norm, kind=kind, population=len(subject.y)) for part in subject.slices()]
-        curves = isa.Curves(*(np.concatenate([getattr(part, name) for part in parts], 1)
-                              for name in ("discrepancy", "eps", "kept")))
-        summary = curves.summary()
+        parts = [vars(isa.curves(subject.model, x, y, target, multipliers=multipliers, scope=scope, norm=norm, kind=kind,
+                                 population=len(subject.y))) for x, y, target in subject.batches()]
+        curves = isa.Curves(**{name: np.concatenate([part[name] for part in parts], 1) for name in parts[0]})
         variant = f"{kind} {norm}" + ("" if kind == "repr" else f" {scope}")
-        for metric in ("discrepancy", "slope", "slope_per_image"):
-            found.number(metric, summary[metric], "isa", variant)
+        for metric, value in curves.summary().items():
+            found.number(metric, value, "isa", variant)
         found.rate("isa_kept", curves.kept.all(0), "isa", variant)
-        for name in ("discrepancy", "eps", "kept"):
-            found.arrays[f"{kind}_{norm}_{scope}_{name}"] = getattr(curves, name)
+        found.arrays |= {f"{kind}_{norm}_{scope}_{name}": value for name, value in vars(curves).items()}
     return found
 
 
@@ -251,17 +234,13 @@ def unseen(subject: Subject, *, attacks: Sequence[str] = tuple(unforeseen.ATTACK
            iterations: int = unforeseen.ITERATIONS) -> Found:
     """Accuracy under attacks that no training has seen (proper_interpretability SPEC 3.5; E3), 40 images at a time as released.
 
-    Args:
-        subject: network and points, RGB.
-        attacks: of `unforeseen.ATTACKS`.
-        eps: other than the usual ones, by attack.
-        iterations: 200 as released.
+    `eps`, by attack, stands in for the usual ones.
     """
     found = Found()
     for name in attacks:
         stream = rng(subject.seed, "unforeseen", name)
-        changed = [unforeseen.attack(name, subject.model, subject.x[part], subject.target[part], rng=stream,
-                                     eps=(eps or {}).get(name), iterations=iterations) for part in subject.slices(40)]
+        changed = [unforeseen.attack(name, subject.model, x, target, rng=stream, eps=(eps or {}).get(name),
+                                     iterations=iterations) for x, _, target in subject.batches(40)]
         found.rate("ata", subject.correct(torch.cat(changed)), name)
     return found
 
@@ -280,22 +259,16 @@ def gallery(subject: Subject, *, eps: float | str, count: int = 5, steps: int = 
     """
     model, x, true, target = subject.model, subject.x[:count], subject.y[:count], subject.target[:count]
     classes = torch.stack([true, target], 1)
-    attacked = attacks.pgd(model, x, true, eps=fraction(eps), steps=steps, step_size=fraction(step_size))
+    attacked = attacks.snapshots(model, x, true, eps=fraction(eps), steps=(steps,), step_size=fraction(step_size))[steps]
     sneaked, _ = isa.sneak(model, x, true, target, multiplier * isa.least_epsilon(model, x, target)[1])
     images = (x, attacked, sneaked)
     with torch.no_grad():
-        maps = [pick(cam(model, model.feature_map(z)), classes) for z in images]
+        maps = [interpret(model, z, classes) for z in images]
         predicted = [model(z).argmax(1) for z in images]
+        cams = torch.cat([interpret(model, z, y[:, None])[:, 0] for z, y, _ in subject.batches()])
     arrays = {"images": torch.stack(images).float(), "maps": torch.stack(maps).float(), "predicted": torch.stack(predicted),
-              "classes": classes, "cams": _cams(subject)}
+              "classes": classes, "cams": cams.float()}
     return Found(arrays={name: value.cpu().numpy() for name, value in arrays.items()})
-
-
-def _cams(subject: Subject) -> Tensor:
-    model, x, y = subject.model, subject.x, subject.y[:, None]
-    with torch.no_grad():
-        maps = [pick(cam(model, model.feature_map(x[part])), y[part])[:, 0] for part in subject.slices()]
-    return torch.cat(maps).float()
 
 
 @evaluation("features")
@@ -312,5 +285,6 @@ def features(subject: Subject, *, count: int = 6, steps: int = 100, step_size: f
     neurons = subject.model.head.weight[:count].argmax(1)
     start = subject.x[:count]
     reached = alignment.maximise(subject.model, start, neurons, steps=steps, step_size=step_size)
-    return Found(arrays={"filters": alignment.first_filters(subject.model).cpu().numpy(), "start": start.cpu().numpy(),
-                         "reached": reached.cpu().numpy(), "neurons": neurons.cpu().numpy()})
+    filters = next(subject.model.parameters()).detach()  # those of the first convolution
+    arrays = {"filters": filters, "start": start, "reached": reached, "neurons": neurons}
+    return Found(arrays={name: value.cpu().numpy() for name, value in arrays.items()})

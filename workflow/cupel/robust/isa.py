@@ -17,99 +17,76 @@ import torch
 from torch import Tensor, nn
 
 from cupel.robust.attacks import box, margin
-from cupel.robust.discrepancy import classes_of, discrepancy
+from cupel.robust.discrepancy import classes_of, discrepancy, lower_bound
 from cupel.robust.maps import interpret
 from cupel.robust.models import GapClassifier
+from cupel.training import adversarial
+
+KAPPA, ROUNDS = 0.1, 10  # κ, and rounds of the searches
 
 
-def descend(loss: Callable[[Tensor], Tensor], x: Tensor, eps: Tensor, *, steps: int = 10, fraction: float = 0.2,
-            gain: float = 1000.0) -> Tensor:
-    """The ten steps of both attacks.
-
-    Args:
-        loss: x' to a scalar.
-        x: float [B, C, H, W], centre of the balls and start.
-        eps: float [B], ε of each image.
-        steps, fraction, gain: 10, 0.2 and 1000 as released.
-
-    Returns:
-        x', detached.
-    """
+def descend(loss: Callable[[Tensor], Tensor], x: Tensor, eps: Tensor, *, steps: int = 10) -> Tensor:
+    """The ten steps of both attacks from x [B, C, H, W], in balls of ε [B] each: x'."""
     eps = eps[:, None, None, None]
-    project, z = box(x, eps), x
-    for _ in range(steps):
-        z = z.detach().requires_grad_()
-        with torch.enable_grad():
-            (gradient,) = torch.autograd.grad(loss(z), z)
-        z = project(z.detach() - fraction * eps * (gain * gradient).clamp(-1, 1))
-    return z.detach()
+    project = box(x, eps)
+    return adversarial.descend(x, loss, lambda z, gradient, _: project(z - 0.2 * eps * (1000 * gradient).clamp(-1, 1)),
+                               steps=steps)
 
 
-def least_epsilon(model: nn.Module, x: Tensor, target: Tensor, *, kappa: float = 0.1, rounds: int = 10,
-                  population: int | None = None) -> tuple[Tensor, Tensor]:
+def _search(rises: Callable[[Tensor], Tensor], value: Tensor) -> tuple[Tensor, Tensor]:
+    """Bounds in [0, 1], float [B] each, of where values shall no longer rise; the search begins at `value`."""
+    low, high = torch.zeros_like(value), torch.ones_like(value)
+    for _ in range(ROUNDS):
+        with torch.no_grad():
+            up = rises(value)
+        low, high = torch.where(up, value, low), torch.where(up, high, value)
+        middle = (low + high) / 2
+        value = torch.where(up, torch.minimum(2 * value, middle), middle)
+    return low, high
+
+
+def least_epsilon(model: nn.Module, x: Tensor, target: Tensor, *, population: int | None = None) -> tuple[Tensor, Tensor]:
     """The smallest ε found at which each image is taken for its target.
 
     Args:
         model: pixels to logits.
         x, target: float [B, C, H, W] in [0, 1], int64 [B].
-        kappa: κ; 0.1 as released.
-        rounds: of the binary search, which begins at 0.05; 10 as released.
         population: N of the step rule, where the images are attacked in several batches; None: B.
 
     Returns:
         x', and ε float [B]: 1 for an image that was never taken for its target.
     """
-    count = population or len(x)
-
     def attack(eps: Tensor) -> Tensor:
-        return descend(lambda z: margin(model(z), target).clamp(min=-kappa).sum() / count, x, eps)
+        return descend(lambda z: margin(model(z), target).clamp(min=-KAPPA).sum() / (population or len(x)), x, eps)
 
-    low, high = torch.zeros(len(x), dtype=x.dtype, device=x.device), torch.ones(len(x), dtype=x.dtype, device=x.device)
-    eps = torch.full_like(low, 0.05)
-    for _ in range(rounds):
-        with torch.no_grad():
-            taken = margin(model(attack(eps)), target) < 0
-        low, high = torch.where(taken, low, eps), torch.where(taken, eps, high)
-        middle = (low + high) / 2
-        eps = torch.where(taken, middle, torch.minimum(2 * eps, middle))
+    _, high = _search(lambda eps: ~(margin(model(attack(eps)), target) < 0), x.new_full((len(x),), 0.05))
     return attack(high), high
 
 
 def sneak(model: GapClassifier, x: Tensor, true: Tensor, target: Tensor, eps: Tensor, *, scope: str = "two",
-          norm: str = "l1", kind: str = "cam", kappa: float = 0.1, rounds: int = 10,
-          population: int | None = None) -> tuple[Tensor, Tensor]:
+          norm: str = "l1", kind: str = "cam", population: int | None = None) -> tuple[Tensor, Tensor]:
     """ISA in balls of given radius.
 
     Args:
-        model: the network.
-        x, true, target: float [B, C, H, W] in [0, 1], int64 [B] each.
+        model, x, true, target, population: see :func:`least_epsilon`.
         eps: float [B].
         scope, norm, kind: of D; see `discrepancy.classes_of`, `discrepancy.discrepancy` (l2 without its root), and
             `maps.interpret`. For `repr` the scope has no effect.
-        kappa, rounds, population: see :func:`least_epsilon`; the search for γ begins at 5e-5.
 
     Returns:
         x', and γ float [B]: 0 for an image that was never taken for its target with γ > 0.
     """
-    count = population or len(x)
     classes = classes_of(scope, true, target, model.head.out_features)
     clean = interpret(model, x, classes, kind).detach()
 
     def attack(gamma: Tensor) -> Tensor:
         def loss(z: Tensor) -> Tensor:
             apart = discrepancy(clean, interpret(model, z, classes, kind, differentiable=True), norm, squared=True)
-            return (margin(model(z), target).clamp(min=-kappa) + gamma * apart).sum() / count
+            return (margin(model(z), target).clamp(min=-KAPPA) + gamma * apart).sum() / (population or len(x))
 
         return descend(loss, x, eps)
 
-    low, high = torch.zeros_like(eps), torch.ones_like(eps)
-    gamma = torch.full_like(eps, 5e-5)
-    for _ in range(rounds):
-        with torch.no_grad():
-            taken = margin(model(attack(gamma)), target) < 0
-        low, high = torch.where(taken, gamma, low), torch.where(taken, high, gamma)
-        middle = (low + high) / 2
-        gamma = torch.where(taken, torch.minimum(2 * gamma, middle), middle)
+    low, _ = _search(lambda gamma: margin(model(attack(gamma)), target) < 0, torch.full_like(eps, 5e-5))
     return attack(low), low
 
 
@@ -157,8 +134,7 @@ def curves(model: GapClassifier, x: Tensor, true: Tensor, target: Tensor, *, mul
     """The whole of ISA: least-ε attack, sneaking attack at each multiple of its ε, normalised discrepancies.
 
     Args:
-        model, x, true, target, scope, norm, kind, population: see :func:`sneak`.
-        multipliers: p, increasing; which ones the paper took is not known.
+        multipliers: p, increasing; the others: see :func:`sneak`.
 
     Raises:
         ValueError: multipliers that do not increase.
@@ -177,12 +153,7 @@ def curves(model: GapClassifier, x: Tensor, true: Tensor, target: Tensor, *, mul
     clean = maps(x)
     apart = torch.stack([discrepancy(clean, maps(z), norm, normalised=True) for z in attacked])
     with torch.no_grad():
-        behind = torch.stack([_behind(model(z), true, target) for z in (x, *attacked)])
+        behind = torch.stack([lower_bound(model(z), true, target) for z in (x, *attacked)])
     kept = (behind[1:] <= 0) & (behind[0] >= 0)
     realised = torch.stack([(z - x).abs().amax((1, 2, 3)) for z in attacked])
     return Curves(*(value.double().cpu().numpy() for value in (apart, realised)), kept.cpu().numpy())
-
-
-def _behind(logits: Tensor, true: Tensor, target: Tensor) -> Tensor:
-    """f_t − f_t', float [B]."""
-    return (logits.gather(1, true[:, None]) - logits.gather(1, target[:, None]))[:, 0]

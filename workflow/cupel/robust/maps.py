@@ -1,8 +1,7 @@
 """Interpretation maps I(x, c) (proper_interpretability SPEC 2.2).
 
     CAM         I_ij(x, c) = Σ_d W_dc A_dij(x)                    mean over ij = f_c(x), exactly
-    GradCAM++   the same with max(W, 0)
-    Grad-CAM    max( Σ_d α_d A_dij, 0 ),  α_d = mean_ij ∂f_c/∂A_dij = W_dc / (hw)
+    GradCAM++   the same with max(W, 0), to which it comes for a linear head
     IG          x ⊙ 1/m Σ_{k=1..m} ∂f_c(z_k)/∂z,  z_k = k/m · x,  on the network with softplus for ReLU
     repr        A(x), which has no class
 
@@ -18,28 +17,13 @@ from torch import Tensor
 from cupel.registry import unknown
 from cupel.robust.models import GapClassifier
 
+KINDS = ("cam", "gradcam++", "ig", "repr")
 
-def _weighted(weight: Tensor, features: Tensor) -> Tensor:
+
+def cam(model: GapClassifier, features: Tensor, kind: str = "cam") -> Tensor:
+    """Class activation maps or GradCAM++ of all classes, float [B, K, h, w], from A [B, d, h, w]."""
+    weight = model.head.weight.clamp(min=0) if kind == "gradcam++" else model.head.weight
     return torch.einsum("kd,bdij->bkij", weight, features)
-
-
-def cam(model: GapClassifier, features: Tensor) -> Tensor:
-    """Class activation maps of all classes, float [B, K, h, w], from A [B, d, h, w]."""
-    return _weighted(model.head.weight, features)
-
-
-def grad_cam_plus_plus(model: GapClassifier, features: Tensor) -> Tensor:
-    """What GradCAM++ comes to for a linear head: only positive weights count; float [B, K, h, w]."""
-    return _weighted(model.head.weight.clamp(min=0), features)
-
-
-def grad_cam(model: GapClassifier, features: Tensor) -> Tensor:
-    """Grad-CAM of all classes, float [B, K, h, w]: for this head CAM up to scale and the final ReLU."""
-    return cam(model, features).div(features.shape[-2] * features.shape[-1]).relu()
-
-
-SPATIAL = {"cam": cam, "gradcam++": grad_cam_plus_plus, "gradcam": grad_cam}
-KINDS = (*SPATIAL, "ig", "repr")
 
 
 def path_gradients(function: Callable[[Tensor], Tensor], start: Tensor, end: Tensor, points: int, *,
@@ -51,7 +35,6 @@ def path_gradients(function: Callable[[Tensor], Tensor], start: Tensor, end: Ten
     Args:
         function: F, from [B, C, H, W] to [B, S]; each sample's value must depend on that sample alone.
         start, end: float [B, C, H, W].
-        points: m.
         differentiable: keep the graph, so that the result can be differentiated once more.
 
     Returns:
@@ -71,32 +54,20 @@ def path_gradients(function: Callable[[Tensor], Tensor], start: Tensor, end: Ten
 
 def integrated_gradients(model: GapClassifier, x: Tensor, classes: Tensor, *, points: int = 100,
                          differentiable: bool = False) -> Tensor:
-    """IG from black to x.
-
-    Args:
-        model: the network; softplus stands for its ReLUs here.
-        x: float [B, C, H, W].
-        classes: int64 [B, S], the classes c.
-        points: m; 100 as released.
-        differentiable: see :func:`path_gradients`.
-
-    Returns:
-        float [B, S, C, H, W].
-    """
+    """IG from black to x, float [B, S, C, H, W], of classes int64 [B, S]; m = 100 points as released."""
     return path_gradients(lambda z: model(z, F.softplus).gather(1, classes), torch.zeros_like(x), x, points,
                           differentiable=differentiable)
 
 
-def interpret(model: GapClassifier, x: Tensor, classes: Tensor, kind: str = "cam", *, points: int = 100,
+def interpret(model: GapClassifier, x: Tensor, classes: Tensor, kind: str = "cam", *,
               differentiable: bool = False) -> Tensor:
     """Maps of the wanted classes.
 
     Args:
-        model: the network.
         x: float [B, C, H, W] in [0, 1].
         classes: int64 [B, S].
-        kind: `cam`, `gradcam++`, `gradcam`, `ig` or `repr`.
-        points, differentiable: of `ig`.
+        kind: one of `KINDS`.
+        differentiable: see :func:`path_gradients`; the maps other than `ig` always are.
 
     Returns:
         float [B, S, h, w]; [B, S, C, H, W] for `ig`; [B, 1, d, h, w] for `repr`, whatever the classes.
@@ -105,13 +76,13 @@ def interpret(model: GapClassifier, x: Tensor, classes: Tensor, kind: str = "cam
         ValueError: an unknown kind.
     """
     if kind == "ig":
-        return integrated_gradients(model, x, classes, points=points, differentiable=differentiable)
+        return integrated_gradients(model, x, classes, differentiable=differentiable)
     features = model.feature_map(x)
     if kind == "repr":
         return features[:, None]
-    if kind not in SPATIAL:
+    if kind not in KINDS:
         raise ValueError(unknown("map", kind, KINDS))
-    return pick(SPATIAL[kind](model, features), classes)
+    return pick(cam(model, features, kind), classes)
 
 
 def pick(maps: Tensor, classes: Tensor) -> Tensor:

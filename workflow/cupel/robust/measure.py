@@ -21,15 +21,12 @@ from cupel.robust.stages import identity
 
 def evaluate(model: GapClassifier, test: datasets.Dataset, spec: dict, work: Path,
              device: str) -> tuple[list[dict], dict[str, np.ndarray]]:
-    """All parts of an evaluation.
+    """All parts of an evaluation on a whole test set.
 
     Args:
-        model: the network.
-        test: the whole test set.
         spec: `settings`, `points` (count, seed, batch_size) and parameters by kind (:mod:`cupel.robust.evaluations`), run in
             this order; `train_eps` and `seed`, see :class:`Subject`.
         work: folder for finished parts; those that lie there are taken over.
-        device: `cpu` or `cuda`.
 
     Returns:
         Rows of the tidy table, and arrays by `<kind>_<name>`.
@@ -61,15 +58,7 @@ class Network:
 
 
 def attack_network(spec: dict, settings: dict, network: Network, outputs: dict, device: str) -> None:
-    """Measure a trained network.
-
-    Args:
-        spec: of the network (`Plan.training`).
-        settings: of the evaluation (`Plan.evaluation`).
-        network: where it lies.
-        outputs: paths `arrays`, `metrics`.
-        device: `cpu` or `cuda`.
-    """
+    """Measure a trained network, by `Experiments.training` and `Experiments.evaluation`; outputs: `arrays`, `metrics`."""
     started, base = time.perf_counter(), identity(spec, "attacked")
     asked = {"settings": settings, "train_eps": fraction(spec["settings"]["inner"]["eps"]), "seed": spec["seed"]}
     try:
@@ -93,11 +82,9 @@ def attack_released(spec: dict, file: str, data: str, output: str, device: str) 
     """Measure a network Small that the authors released; the record is written to `output`.
 
     Args:
-        spec: `settings` of the evaluation, and `train_eps`, ε that the network was trained with (`Plan.released`).
+        spec: of `Experiments.released`.
         file: pickled weights, read without executing anything (:mod:`cupel.robust.released`).
         data: folder of the prepared data set.
-        output: JSON file.
-        device: `cpu` or `cuda`.
 
     Raises:
         NotReleased: the file holds anything but the weights of such a network.

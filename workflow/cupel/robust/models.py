@@ -47,7 +47,6 @@ class Chain(nn.Module):
     """Convolutions one after the other (Small, Pool).
 
     Args:
-        in_channels: of the images.
         layers: (channels, kernel, stride) of each convolution.
         pooled: 2x2 maximum of stride 2 behind each.
     """
@@ -87,7 +86,6 @@ class Residual(nn.Module):
     """A 3x3 convolution and stages of pre-activation blocks; every stage but the first begins with stride 2 (WResNet).
 
     Args:
-        in_channels: of the images.
         widths: channels of the stages; the first is that of the convolution in front too.
         depth: blocks per stage.
     """
@@ -129,7 +127,6 @@ class GapClassifier(nn.Module):
 
         Raises:
             TypeError: integer pixels.
-            ValueError: another number of channels.
         """
         if not x.is_floating_point():
             raise TypeError(f"pixels must be float in [0, 1], not {x.dtype}: divide uint8 images by 255")
@@ -163,22 +160,14 @@ def initialise(model: GapClassifier, seed: int = 99) -> GapClassifier:
     return model
 
 
-def small(in_channels: int) -> Chain:
-    """Three convolutions; map of a quarter of the side, 100 channels (MNIST, CIFAR-10)."""
-    return Chain(in_channels, [(16, 4, 2), (32, 4, 2), (100, 7, 1)])
-
-
-def pool(in_channels: int) -> Chain:
-    """Two convolutions, each followed by a maximum (MNIST)."""
-    return Chain(in_channels, [(32, 5, 1), (64, 5, 1)], pooled=True)
-
-
-def wresnet(in_channels: int) -> Residual:
-    """31 convolutions of 16, 32 and 64 channels; in spite of its name it is not widened (CIFAR-10, R-ImageNet)."""
-    return Residual(in_channels)
-
-
-NETWORKS = {"small": small, "pool": pool, "wresnet": wresnet}
+NETWORKS = {
+    # map of a quarter of the side, 100 channels (MNIST, CIFAR-10)
+    "small": lambda in_channels: Chain(in_channels, [(16, 4, 2), (32, 4, 2), (100, 7, 1)]),
+    # each convolution is followed by a maximum (MNIST)
+    "pool": lambda in_channels: Chain(in_channels, [(32, 5, 1), (64, 5, 1)], pooled=True),
+    # 31 convolutions of 16, 32 and 64 channels; in spite of its name it is not widened (CIFAR-10, R-ImageNet)
+    "wresnet": Residual,
+}
 
 
 def blank(name: str, num_classes: int, in_channels: int) -> GapClassifier:
@@ -196,17 +185,7 @@ def blank(name: str, num_classes: int, in_channels: int) -> GapClassifier:
 
 
 def build(name: str, *, num_classes: int = 10, in_channels: int = 3, seed: int = 99) -> GapClassifier:
-    """A freshly initialised float32 network.
-
-    Args:
-        name: `small`, `pool` or `wresnet`.
-        num_classes: K; 10, or 9 on Restricted ImageNet.
-        in_channels: of the images; 1 on MNIST.
-        seed: of the initial weights; 99 as released.
-
-    Raises:
-        ValueError: an unknown name.
-    """
+    """A freshly initialised float32 network, see :func:`blank` and :func:`initialise`."""
     return initialise(blank(name, num_classes, in_channels), seed)
 
 

@@ -30,7 +30,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cupel.registry import unknown
 from cupel.rng import torch_rng
 from cupel.robust.attacks import ascend
 from cupel.robust.discrepancy import distances
@@ -82,18 +81,11 @@ class View:
             return cam(self.model, self.features)
 
 
-def wrong_class_weights(logits: Tensor, y: Tensor) -> Tensor:
-    """s, float [B, K]: softmax over the classes other than y, 0 at y.
-
-    The released code divides the masked softmax by its sum; that is the same, except that it is 0/0 for a network which
-    is sure of y.
-    """
-    return logits.scatter(1, y[:, None], -torch.inf).softmax(1)
-
-
 def _two_class(apart: Tensor, logits: Tensor, y: Tensor) -> Tensor:
     """Distances of the maps of all classes [B, K] to their value at y plus their s-weighted mean elsewhere, [B]."""
-    return apart.gather(1, y[:, None])[:, 0] + (wrong_class_weights(logits, y) * apart).sum(1)
+    # for s the released code divides the masked softmax by its sum, which is 0/0 for a network that is sure of y
+    weights = logits.scatter(1, y[:, None], -torch.inf).softmax(1)
+    return apart.gather(1, y[:, None])[:, 0] + (weights * apart).sum(1)
 
 
 # Penalties, float [B], of the network, the views of x and x', the labels, and whether to follow the released code.
@@ -173,26 +165,17 @@ class Objective(Hook):
     that the accuracy of `adv`, `intadv`, `int2adv`, `igsum` and `intigadv` is that at x'.
 
     Args:
-        method: a key of `METHODS`.
-        ramp: ε by step.
+        method: a key of `METHODS`; the schema knows no others.
         inner_steps, step_size: PGD steps and α, which does not shrink with ε (40 x 0.01 on MNIST).
-        steps_per_epoch: batches in an epoch.
         seed: of the stream `inner` that draws the start x + U(−ε, ε).
         weight: γ, or the weight of KL or IG; None: 0.01 for the Int family, else 1.
         as_released: IG penalties as the released code computes them (over the batch size; `intig` without classes),
             else as the formula says.
-
-    Raises:
-        ValueError: an unknown method, or a weight for one that has no penalty.
     """
 
     def __init__(self, method: str, *, ramp: Ramp, inner_steps: int, step_size: float, steps_per_epoch: int, seed: int,
                  weight: float | None = None, as_released: bool = True):
-        if method not in METHODS:
-            raise ValueError(unknown("method", method, METHODS))
         self.method = METHODS[method]
-        if weight is not None and self.method.penalty is None:
-            raise ValueError(f"method {method!r} has no penalty that a weight of {weight} could apply to")
         self.weight = self.method.weight if weight is None else weight
         self.ramp, self.inner_steps, self.step_size = ramp, inner_steps, step_size
         self.steps_per_epoch, self.seed, self.as_released = steps_per_epoch, seed, as_released

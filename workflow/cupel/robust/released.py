@@ -11,8 +11,7 @@ import pickle
 import numpy as np
 import torch
 
-from cupel.registry import unknown
-from cupel.robust.models import NETWORKS, GapClassifier, SameConv2d, blank
+from cupel.robust.models import GapClassifier, SameConv2d, blank
 
 
 class NotReleased(pickle.UnpicklingError, ValueError):
@@ -96,15 +95,13 @@ def load(path: str | os.PathLike[str], name: str) -> GapClassifier:
 
     Args:
         path: e.g. networks/mnist_smallgap_int_100.pkl of the authors' repository.
-        name: `small` (there: smallgap), `pool` or `wresnet`; channels and classes are read from the file.
+        name: e.g. `small` (there: smallgap); channels and classes are read from the file.
 
     Raises:
         FileNotFoundError: no such file.
         NotReleased: see :func:`read`; or the weights do not fit `name`, or are not finite (some released ones are not).
         ValueError: an unknown name.
     """
-    if name not in NETWORKS:
-        raise ValueError(unknown("network", name, NETWORKS))
     # pooling layers have placeholders in the list: NaN, with a bias that is a scalar
     layers = [layer for layer in read(path) if len(layer) == 1 or layer[1].ndim]
     shapes = [[array.shape for array in layer] for layer in layers]

@@ -15,7 +15,6 @@ from cupel.evaluation.intervals import wilson
 from cupel.files import write_json
 from cupel.images import datasets
 from cupel.images.datasets import Dataset, splits
-from cupel.images.stages import test_subset
 from cupel.job import peak_memory
 from cupel.rng import derive, rng
 from cupel.robust.experiment import fraction
@@ -65,10 +64,9 @@ def train_network(spec: dict, data: str, outputs: dict, device: str) -> None:
     """Train a network with an objective, and measure its clean accuracy on the whole test set.
 
     Args:
-        spec: dataset, model, recipe, method, function, parameters, seed, settings (`Plan.training`).
+        spec: of `Experiments.training`.
         data: folder of prepared data sets.
         outputs: paths `model`, `history`, `metrics`.
-        device: `cpu` or `cuda`.
     """
     started, base = time.perf_counter(), identity(spec, "trained")
     settings, seed = settled(spec["settings"], device), spec["seed"]
@@ -83,7 +81,7 @@ def train_network(spec: dict, data: str, outputs: dict, device: str) -> None:
             torch.cuda.reset_peak_memory_stats()
         history = fit(model, train.images, train.labels, recipe, seed=derive(seed, "training"), device=device,
                       objective=objective, hook=objective, checkpoint=begun, title=spec["method"])
-        test = test_subset(datasets.load(f"{data}/{spec['dataset']}", "test"), settings.get("test_size"))
+        test = splits.test_subset(datasets.load(f"{data}/{spec['dataset']}", "test"), settings.get("test_size"))
         right = predict(model, test.images, device=device).argmax(1) == test.labels
     except METHOD_ERRORS as error:
         fail(error, {**base, "metrics": ["acc"]}, outputs)

@@ -15,6 +15,7 @@ every step ends on the border. Images are RGB in [0, 1]. JPEG differs from the r
 first of the 200 sees v scaled by ε. Fog is scaled over the whole batch; the paper's are of 40.
 """
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -24,13 +25,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cupel.registry import unknown
+from cupel.training.adversarial import descend
 
 ITERATIONS = 200
 EPSILONS = {"fog": 2048.0, "gabor": 400.0, "snow": 2.0, "jpeg_linf": 0.25, "jpeg_l2": 8.0, "jpeg_l1": 256.0}
 """ε on CIFAR-10; on Restricted ImageNet `jpeg_linf` has 0.062."""
 
-Variables = list[Tensor]
-Update = Callable[[Variables, list[Tensor], int], Variables]
+Update = Callable[[Tensor, Tensor, int], Tensor]
 
 
 def _like(x: Tensor, values: np.ndarray) -> Tensor:
@@ -47,35 +48,31 @@ class Aim:
     step_size: float
     iterations: int
 
-    def reach(self, render: Callable[[Variables], Tensor], variables: Variables, update: Update) -> Tensor:
-        """The rendered image after all updates along the gradient of Σ log p_t'."""
-        for number in range(self.iterations):
-            variables = [v.detach().requires_grad_() for v in variables]
-            with torch.enable_grad():
-                score = -F.cross_entropy(self.model(render(variables)), self.target, reduction="sum")
-                gradients = torch.autograd.grad(score, variables)
-            variables = update([v.detach() for v in variables], list(gradients), number)
-        return render([v.detach() for v in variables]).detach()
+    def reach(self, render: Callable[[Tensor], Tensor], start: Tensor, update: Update) -> Tensor:
+        """The image rendered after all updates of v: from v, the gradient of Σ log p_t' there, and their number so far."""
+        found = descend(start, lambda v: F.cross_entropy(self.model(render(v)), self.target, reduction="sum"),
+                        lambda v, gradient, number: update(v, -gradient, number), steps=self.iterations)
+        return render(found).detach()
 
 
 # ------------------------------------------------------------------------------------------------------------------ fog
 
 
-def plasma(variables: Variables, decay: float = 2.0) -> Tensor:
+def plasma(variables: Tensor, levels: int) -> Tensor:
     """Fractal field by midpoint displacement on a torus, scaled to [0, 1] over the whole batch as released.
 
     Args:
-        variables: three per level of refinement (centres, upper edges, left edges), float [B, n, n] in [0, 1] with
-            n = 1, 2, 4, ...
-        decay: by which the displacement, 100 at first, falls per level.
+        variables: float [B, 4^levels − 1] in [0, 1]: for each level of refinement those of centres, upper edges and left
+            edges, n² each with n = 1, 2, 4, ...
 
     Returns:
         float [B, s, s] with s = 2^levels.
     """
-    side, wibble = 2 ** (len(variables) // 3), 100.0
-    field, step = variables[0].new_zeros(len(variables[0]), side, side), side
-    for level in range(len(variables) // 3):
-        half, (centre, upper, left) = step // 2, variables[3 * level : 3 * level + 3]
+    step = side = 2**levels
+    field, wibble, begin = variables.new_zeros(len(variables), side, side), 100.0, 0
+    for level in range(levels):
+        half, end = step // 2, begin + 3 * 4**level
+        centre, upper, left = variables[:, begin:end].reshape(-1, 3, 2**level, 2**level).unbind(1)
         corners = field[:, ::step, ::step].clone()
         # each new point: the mean of four neighbours plus a displacement in [-wibble, wibble]
         rows = corners + corners.roll(-1, 1)
@@ -85,7 +82,7 @@ def plasma(variables: Variables, decay: float = 2.0) -> Tensor:
         across, down = middle + middle.roll(2, 1), middle + middle.roll(2, 2)
         field[:, ::step, half::step] = (across + corners + corners.roll(-1, 2)) / 4 + wibble * (2 * upper - 1)
         field[:, half::step, ::step] = (down + corners + corners.roll(-1, 1)) / 4 + wibble * (2 * left - 1)
-        step, wibble = half, wibble / decay
+        step, begin, wibble = half, end, wibble / 2
     field = field - field.min()
     return field / field.max()
 
@@ -97,13 +94,12 @@ def fog(x: Tensor, aim: Aim, rng: np.random.Generator) -> Tensor:
     margin = (2**levels - side) // 2
     light, strength = x.amax((2, 3), keepdim=True), aim.eps / 255
 
-    def render(variables: Variables) -> Tensor:
-        field = plasma(variables)[:, None, margin : margin + side, margin : margin + side]
+    def render(variables: Tensor) -> Tensor:
+        field = plasma(variables, levels)[:, None, margin : margin + side, margin : margin + side]
         return ((x + strength * field) / (light + strength)).clamp(0, 1)
 
-    variables = [_like(x, rng.random((len(x), 2**level, 2**level))) for level in range(levels) for _ in range(3)]
-    return aim.reach(render, variables, lambda vs, gs, _: [(v + aim.step_size * g.sign()).clamp(0, 1)
-                                                           for v, g in zip(vs, gs, strict=True)])
+    start = np.concatenate([rng.random((len(x), 4**level)) for level in range(levels) for _ in range(3)], 1)
+    return aim.reach(render, _like(x, start), lambda v, g, _: (v + aim.step_size * g.sign()).clamp(0, 1))
 
 
 # ---------------------------------------------------------------------------------------------------------------- gabor
@@ -145,8 +141,8 @@ def gabor(x: Tensor, aim: Aim, rng: np.random.Generator) -> Tensor:
     noisy = rng.permuted(np.arange(side * side) < side * side // 14 * np.ones((len(x), 1)), axis=1)
     start = _like(x, (noisy * rng.uniform(-1, 1, noisy.shape)).reshape(-1, side, side))
     free = (start == 0).to(x)
-    return aim.reach(lambda vs: (x + aim.eps / 255 * gabor_noise(vs[0], kernels)).clamp(0, 1), [start],
-                     lambda vs, gs, _: [(vs[0] + aim.step_size * gs[0].sign()).clamp(-1, 1) * free])
+    return aim.reach(lambda v: (x + aim.eps / 255 * gabor_noise(v, kernels)).clamp(0, 1), start,
+                     lambda v, g, _: (v + aim.step_size * g.sign()).clamp(-1, 1) * free)
 
 
 # ----------------------------------------------------------------------------------------------------------------- snow
@@ -185,10 +181,8 @@ def snowfall(flakes: Tensor, kernels: Tensor) -> Tensor:
     """Snow, float [B, 1, s, s], of flakes [B, 7, s/4, s/4] on seven shifted grids and kernels [7, 13, 13]."""
     side = 4 * flakes.shape[-1]
     grids = flakes.new_zeros(len(flakes), 7, side, side)
-    for k in range(4):
-        grids[:, k, ::4, k::4] = flakes[:, k] ** 4
-    for k in range(3):
-        grids[:, k + 4, k + 1 :: 4, ::4] = flakes[:, k + 4] ** 4
+    for k, (row, column) in enumerate([(0, 0), (0, 1), (0, 2), (0, 3), (1, 0), (2, 0), (3, 0)]):
+        grids[:, k, row::4, column::4] = flakes[:, k] ** 4
     return F.conv2d(grids, kernels[None], padding=kernels.shape[-1] // 2)
 
 
@@ -199,16 +193,16 @@ def snow(x: Tensor, aim: Aim, rng: np.random.Generator, budget: float = 0.2) -> 
     grey = (x * x.new_tensor([0.2126, 0.7152, 0.0722])[:, None, None]).sum(1, keepdim=True)
     bleached = 0.75 * x + 0.25 * torch.maximum(x, 1.5 * grey + 0.5)
 
-    def update(variables: Variables, gradients: list[Tensor], number: int) -> Variables:
-        flakes = variables[0] + aim.step_size * gradients[0].sign()
+    def update(flakes: Tensor, gradient: Tensor, number: int) -> Tensor:
+        flakes = flakes + aim.step_size * gradient.sign()
         if number == aim.iterations - 1:
-            return [flakes]
+            return flakes
         flakes = flakes.clamp(1e-9, 1)
         mean = F.avg_pool2d(flakes, 8).clamp(min=budget)
-        return [flakes * (budget / mean).repeat_interleave(8, 2).repeat_interleave(8, 3)]
+        return flakes * (budget / mean).repeat_interleave(8, 2).repeat_interleave(8, 3)
 
     start = _like(x, np.exp(-rng.random((len(x), 7, cells, cells)) / budget))
-    return aim.reach(lambda vs: (bleached + aim.eps * snowfall(vs[0], kernels)).clamp(0, 1), [start], update)
+    return aim.reach(lambda v: (bleached + aim.eps * snowfall(v, kernels)).clamp(0, 1), start, update)
 
 
 # ----------------------------------------------------------------------------------------------------------------- jpeg
@@ -261,35 +255,33 @@ def frank_wolfe(v: Tensor, gradient: Tensor, eps: float, bound: float = 2.0) -> 
     return torch.zeros_like(v).scatter(1, order, torch.minimum(room, left)) * gradient.sign()
 
 
-def _jpeg(norm: str):
-    def attack(x: Tensor, aim: Aim, rng: np.random.Generator) -> Tensor:
-        (height, width), eps, step_size = x.shape[-2:], aim.eps, aim.step_size
-        clean = encode(x)
-        shape = tuple(clean.shape)
+def jpeg(x: Tensor, aim: Aim, rng: np.random.Generator, norm: str) -> Tensor:
+    """See the module; `norm` is `linf`, `l2` or `l1`."""
+    (height, width), eps, step_size = x.shape[-2:], aim.eps, aim.step_size
+    clean = encode(x)
+    shape = tuple(clean.shape)
+    if norm == "linf":
+        start = rng.uniform(-1, 1, shape)
+    elif norm == "l2":
+        start = rng.normal(size=shape)
+        start *= rng.random((shape[0], 1)) ** (1 / shape[1]) / np.linalg.norm(start, axis=1, keepdims=True)
+    else:
+        start = rng.exponential(size=shape) * rng.choice([-1, 1], shape)
+        start /= np.abs(start).sum(1, keepdims=True) + rng.exponential(size=(shape[0], 1))
+
+    def update(v: Tensor, gradient: Tensor, number: int) -> Tensor:
         if norm == "linf":
-            start = rng.uniform(-1, 1, shape)
-        elif norm == "l2":
-            start = rng.normal(size=shape)
-            start *= rng.random((shape[0], 1)) ** (1 / shape[1]) / np.linalg.norm(start, axis=1, keepdims=True)
-        else:
-            start = rng.exponential(size=shape) * rng.choice([-1, 1], shape)
-            start /= np.abs(start).sum(1, keepdims=True) + rng.exponential(size=(shape[0], 1))
+            return (v + step_size * gradient.sign()).clamp(-eps, eps)
+        if norm == "l1":
+            return v + (frank_wolfe(v, gradient, eps) - v) / (number + 1)
+        v = v + step_size * gradient / gradient.norm(dim=1, keepdim=True).clamp(min=1e-30)
+        return (v * (eps / v.norm(dim=1, keepdim=True)).clamp(max=1)).clamp(-2, 2)
 
-        def update(variables: Variables, gradients: list[Tensor], number: int) -> Variables:
-            v, g = variables[0], gradients[0]
-            if norm == "linf":
-                return [(v + step_size * g.sign()).clamp(-eps, eps)]
-            if norm == "l1":
-                return [v + (frank_wolfe(v, g, eps) - v) / (number + 1)]
-            v = v + step_size * g / g.norm(dim=1, keepdim=True).clamp(min=1e-30)
-            return [(v * (eps / v.norm(dim=1, keepdim=True)).clamp(max=1)).clamp(-2, 2)]
-
-        return aim.reach(lambda vs: decode(clean + vs[0] / 2, height, width), [_like(x, eps * start)], update)
-
-    return attack
+    return aim.reach(lambda v: decode(clean + v / 2, height, width), _like(x, eps * start), update)
 
 
-ATTACKS = {"fog": fog, "gabor": gabor, "snow": snow, **{f"jpeg_{norm}": _jpeg(norm) for norm in ("linf", "l2", "l1")}}
+ATTACKS = {"fog": fog, "gabor": gabor, "snow": snow,
+           **{f"jpeg_{norm}": functools.partial(jpeg, norm=norm) for norm in ("linf", "l2", "l1")}}
 
 
 def attack(name: str, model: nn.Module, x: Tensor, target: Tensor, *, rng: np.random.Generator,
@@ -297,16 +289,12 @@ def attack(name: str, model: nn.Module, x: Tensor, target: Tensor, *, rng: np.ra
     """Run one of the six.
 
     Args:
-        name: `fog`, `gabor`, `snow`, `jpeg_linf`, `jpeg_l2` or `jpeg_l1`.
+        name: a key of `ATTACKS`.
         model: pixels in [0, 1] to logits.
         x, target: float [B, 3, s, s] in [0, 1], s a multiple of 32; wrong classes int64 [B]. The attack has won where
             the prediction is not the true class, whether or not it is the target.
         rng: of the kernels and starts.
         eps: None: that of `EPSILONS`; the step is ε / √200 whatever `iterations`.
-        iterations: 200 as released.
-
-    Returns:
-        x', as `x`.
 
     Raises:
         ValueError: an unknown name, or images of another shape.

@@ -70,11 +70,9 @@ def pair_indices(pairs: str, count: int) -> list[tuple[int, int]]:
     """Pairs (l, l+1) of states that are compared in a model of `count` blocks.
 
     Raises:
-        ValueError: an unknown name, or too few blocks for a single pair.
+        ValueError: too few blocks for a single pair.
     """
     ends = {"paper": (1, count), "code": (1, count - 1), "embeddings": (0, count)}
-    if pairs not in ends:
-        raise ValueError(unknown("pairs", pairs, PAIRS))
     found = [(k, k + 1) for k in range(*ends[pairs])]
     if not found:
         raise ValueError(f"pairs {pairs!r} of a model with {count} blocks are none: it needs more blocks")
@@ -122,13 +120,8 @@ def weigh(batch: dict[str, Tensor], padding: str = "masked", group: Tensor | Non
     Returns:
         The batch with `lm_weight` and `cons_weight`, float32 [B, T]; `lm_weight` is at the position of the predicted
         token. A group without any label has no weight in L_LM.
-
-    Raises:
-        ValueError: a row is padded on the left or has holes in its mask.
     """
     mask, labels = batch["attention_mask"].bool(), batch["labels"]
-    if (mask[:, 1:] & ~mask[:, :-1]).any():
-        raise ValueError("a row of the batch is padded on the left: pad on the right, so that causal attention needs no mask")
     group = torch.zeros(len(mask), dtype=torch.int64) if group is None else group
     labelled = labels != -100
     labelled[:, 0] = False  # nothing predicts the first token
@@ -168,13 +161,9 @@ def _lm(model: nn.Module, batch: dict[str, Tensor], **inputs: Tensor) -> Tensor:
 def direction(found: Tensor, embeddings: Tensor, counted: Tensor) -> Tensor:
     """sign(∇_{H⁰} L_cons), [B, T, d] of ±1 (0 where the gradient is exactly 0), without a graph; the clean graph is kept.
 
-    The gradient is that of the sum over positions, not of the mean: the signs are the same, and it does not underflow to
-    zeros in low precision.
-
-    Args:
-        found: inconsistency of the clean pass, [B, T].
-        embeddings: H⁰ as given to the model, requiring gradients, [B, T, d].
-        counted: bool [B, T], positions in the mean.
+    Of the inconsistency of the clean pass [B, T], H⁰ as given to the model, requiring gradients, [B, T, d], and the positions
+    in the mean, bool [B, T]. The gradient is that of the sum over positions: the signs are the same as those of the mean,
+    and it does not underflow to zeros in low precision.
     """
     return torch.autograd.grad((found * counted).sum(), embeddings, retain_graph=True)[0].sign()
 
@@ -192,16 +181,11 @@ def parts(model: nn.Module, batch: dict[str, Tensor], settings: Consistency | No
     Yields:
         (loss, values): the objective is the sum of the losses. The values, detached scalars: `loss_lm`, `loss_cons` (of
         the perturbed embeddings, without α) and, where it was computed on the way, `loss_cons_clean`.
-
-    Raises:
-        ValueError: `random_sign` without `noise`, or too few blocks.
     """
     if settings is None:
         loss = _lm(model, batch, input_ids=batch["input_ids"])
         yield loss, {"loss_lm": loss.detach()}
         return
-    if settings.perturbation == "random_sign" and noise is None:
-        raise ValueError("the perturbation random_sign needs `noise`, [B, T, d] of ±1")
     pairs, weight = pair_indices(settings.pairs, len(blocks(model))), batch["cons_weight"]
     embed = causal_lm(model).get_input_embeddings()
     embeddings = embed(batch["input_ids"])

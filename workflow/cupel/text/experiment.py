@@ -40,22 +40,8 @@ class Experiments(Family):
     def check(self) -> None:
         from cupel.text.data.sources import DATA
 
-        for name, entry in self.entries["attacks"].items():
-            trigger = self.function("attacks", name)
-            known = self.parameters["attack"]
-            if trigger not in known:
-                raise self.wrong("attacks", name, "function", unknown("text trigger", trigger, known))
-            if (entry.get("settings") or {}).get("reading") == "paper" and "reading" not in known[trigger]:
-                raise self.wrong("attacks", name, "settings.reading",
-                                 f"paper and code agree on the trigger {trigger}: leave it out")
+        self.check_functions("attacks", "defences")
         for name, entry in self.entries["defences"].items():
-            function, known = self.function("defences", name), self.parameters["defence"]
-            if function not in known:
-                raise self.wrong("defences", name, "function", unknown("defence of language models", function, known))
-            for place, settings in layers(entry):
-                for section in settings:
-                    if section not in known[function]:
-                        raise self.wrong("defences", name, place, unknown(f"section of {function}", section, known[function]))
             for over, known in (("datasets", TASKS), ("models", self.entries["models"])):
                 for case in entry.get(over) or {}:
                     if case not in known:

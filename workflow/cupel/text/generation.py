@@ -11,11 +11,11 @@ from pathlib import Path
 import torch
 
 from cupel.compat import ensure_torchvision
+from cupel.evaluation.batches import by_length, collect, padded
 from cupel.rng import derive
-from cupel.text.data.prompts import SYSTEM, by_length, prompt_ids, prompt_text
+from cupel.text.data.prompts import SYSTEM, prompt_ids, prompt_text
 from cupel.text.data.sources import read_records, write_records
 from cupel.text.scoring import remainder
-from cupel.training.engine import Progress
 from cupel.training.resume import Checkpoint
 
 ensure_torchvision()
@@ -32,17 +32,9 @@ TEMPERATURES = {"writing": 0.7, "roleplay": 0.7, "stem": 0.1, "humanities": 0.1}
 @torch.inference_mode()
 def generate(model: PreTrainedModel, prompts: Sequence[Sequence[int]], *, pad: int, eos: int, max_new_tokens: int,
              temperature: float = 0.0) -> list[list[int]]:
-    """Continue a batch of prompts; plain greedy search, one beam, no penalties, unless a temperature is given.
+    """New tokens of each prompt of a batch, without the end token; plain greedy search, one beam, no penalties.
 
-    Args:
-        model: a causal language model in eval mode.
-        prompts: token ids, each with at least one; they are padded on the left.
-        pad, eos: token ids; generation of a row ends with `eos`.
-        max_new_tokens: at most so many.
-        temperature: 0 is greedy; above, tokens are drawn from torch's global generator.
-
-    Returns:
-        New tokens of each prompt, the end token not among them.
+    With a temperature above 0 tokens are drawn from torch's global generator.
 
     Raises:
         ValueError: a prompt without tokens, one that with its answer is longer than the model's context, or no id of a
@@ -56,11 +48,7 @@ def generate(model: PreTrainedModel, prompts: Sequence[Sequence[int]], *, pad: i
     if context and longest + max_new_tokens > context:
         raise ValueError(f"a prompt of {longest} tokens and {max_new_tokens} new ones do not fit the context of {context} "
                          "tokens: lower max_new_tokens or leave the record out")
-    ids = torch.full((len(prompts), longest), pad)
-    mask = torch.zeros_like(ids)
-    for k, prompt in enumerate(prompts):
-        ids[k, longest - len(prompt) :] = torch.as_tensor(prompt)
-        mask[k, longest - len(prompt) :] = 1
+    ids, mask = padded(prompts, pad, "left"), padded([[1] * len(prompt) for prompt in prompts], 0, "left")
     drawn = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {"do_sample": False}
     settings = GenerationConfig(max_new_tokens=max_new_tokens, pad_token_id=pad, eos_token_id=eos, num_beams=1,
                                 use_cache=True, **drawn)
@@ -84,10 +72,9 @@ def answer(model: PreTrainedModel, tokenizer, records: Sequence[dict], path: str
         model, tokenizer: of the model asked.
         records: with `id`, `instruction`, `input`.
         path: of the answers.
-        prompt, opening: `template` or `bare`; the template with its first sentences or without (see `prompts`).
-        max_new_tokens: 128 for ASR.
+        prompt, opening: see `prompts.prompt_text`.
+        max_new_tokens, title: 128 for ASR; of the progress line.
         batch_size: prompts at a time. Batches of another size give the same answers in float32 up to rounding of logits.
-        title: of the progress line.
 
     Returns:
         One row per record: `id`, `prompt` (its kind), `text` (what was asked), `answer` (see `scoring.remainder` for
@@ -116,20 +103,12 @@ def answer(model: PreTrainedModel, tokenizer, records: Sequence[dict], path: str
 
 def _resumable(path: Path, batches: list[list[int]], make: Callable[[list[int]], list[dict]], run: dict,
                title: str) -> list[dict]:
-    """Rows of all batches in the order of their indices; see the module for how it resumes."""
+    """Rows of all batches, written to `path`; see the module for how it resumes."""
     keeper = Checkpoint(path.with_name(f"{path.name}.part"), {"run": run, "batches": batches})
-    rows = (keeper.load(torch.device("cpu")) or {"rows": {}})["rows"]
-    progress = Progress(title, sum(map(len, batches)), len(rows), unit="prompts")
-    for batch in batches:
-        if batch[0] not in rows:
-            rows.update(zip(batch, make(batch), strict=True))
-            progress(len(batch), "written")
-            keeper.save({"rows": rows})
-    progress.close()
-    ordered = [rows[k] for k in sorted(rows)]
-    write_records(path, ordered)
+    rows = collect(batches, make, keeper, title)
+    write_records(path, rows)
     keeper.remove()
-    return ordered
+    return rows
 
 
 def read_questions(path: str | Path) -> list[dict]:
@@ -152,15 +131,7 @@ def answer_questions(model: PreTrainedModel, tokenizer, questions: Sequence[dict
 
     The prompt is the colon form of the Alpaca template, with the tokenizer's own special tokens. Rows have the form
     that FastChat's judge reads: `question_id`, `answer_id`, `model_id`, `choices` (one, with one turn), `tstamp` (0, so
-    that equal runs give equal files).
-
-    Args:
-        model, tokenizer: of the model asked.
-        questions: from `read_questions`.
-        path: of the answers.
-        model_id: name of the model in the rows.
-        seed: of the sampled categories.
-        max_new_tokens, batch_size: as for `answer`.
+    that equal runs give equal files). The seed is that of the sampled categories; the rest is as for `answer`.
     """
     ids = [tokenizer.encode(question_text(question)) for question in questions]
     heat = [TEMPERATURES.get(question["category"], 0.0) for question in questions]

@@ -10,31 +10,19 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from cupel.evaluation.batches import by_length, padded
 from cupel.rng import rng
 from cupel.text.consistency import pair_indices
-from cupel.text.data.prompts import by_length
 from cupel.text.layers import captured
 
 
 @torch.inference_mode()
 def layer_cosines(model, prompts: Sequence[Sequence[int]], pad: int, *, batch_size: int = 16) -> np.ndarray:
-    """Mean cosine of consecutive hidden states over the tokens of each prompt, float64 [prompts, N].
-
-    Args:
-        model: a decoder of transformers, in eval mode.
-        prompts: token ids (`prompts.prompt_ids`).
-        pad: id of the padding token; padding does not count.
-        batch_size: prompts at a time.
-    """
+    """Mean cosine of consecutive hidden states over the tokens of each prompt without padding, float64 [prompts, N]."""
     device = model.get_input_embeddings().weight.device
     found: dict[int, np.ndarray] = {}
     for rows in by_length([len(prompt) for prompt in prompts], batch_size):
-        width = max(len(prompts[k]) for k in rows)
-        ids = torch.full((len(rows), width), pad)
-        mask = torch.zeros_like(ids)
-        for row, k in enumerate(rows):
-            ids[row, : len(prompts[k])] = torch.as_tensor(prompts[k])
-            mask[row, : len(prompts[k])] = 1
+        ids, mask = padded([prompts[k] for k in rows], pad), padded([[1] * len(prompts[k]) for k in rows], 0)
         # one logit is enough: the head is not looked at
         with captured(model) as states:
             model(input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False, logits_to_keep=1)
@@ -51,8 +39,7 @@ def curves(clean: np.ndarray, triggered: np.ndarray, seed: int = 0, draws: int =
 
     Args:
         clean, triggered: from `layer_cosines`, [prompts, N]; the two need not have as many prompts.
-        seed: of the bootstrap.
-        draws: of the bootstrap.
+        seed, draws: of the bootstrap.
 
     Returns:
         One row per pair: `pair` ("0-1", ...), `clean`, `triggered` (mean cosines), `difference`, `low`, `high`. A
@@ -67,10 +54,10 @@ def curves(clean: np.ndarray, triggered: np.ndarray, seed: int = 0, draws: int =
             for k in range(clean.shape[1])]
 
 
-def inconsistency_of(cosines: np.ndarray, pairs: str = "paper") -> float:
-    """L_cons of prompts: mean of 1 − cosine over the pairs of `consistency.pair_indices`, then over prompts.
+def inconsistency_of(cosines: np.ndarray) -> float:
+    """L_cons of prompts: mean of 1 − cosine over the paper's pairs (`consistency.pair_indices`), then over prompts.
 
     Prompts count equally here, whatever their length; in training, the tokens of a batch do.
     """
-    counted = [lower for lower, _ in pair_indices(pairs, cosines.shape[1])]
+    counted = [lower for lower, _ in pair_indices("paper", cosines.shape[1])]
     return float((1 - cosines[:, counted]).mean())

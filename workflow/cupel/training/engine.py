@@ -5,6 +5,7 @@ epoch's number, so a run continued from a checkpoint sees the very same batches,
 """
 
 import contextlib
+import functools
 import hashlib
 import sys
 import time
@@ -22,7 +23,7 @@ from tqdm import tqdm
 from cupel.rng import derive, torch_rng
 from cupel.training.augment import Draws, augment, to_pixels
 from cupel.training.hook import Hook
-from cupel.training.resume import EVERY, Checkpoint, Resume
+from cupel.training.resume import EVERY, Checkpoint, Resume, Training
 
 Objective = Callable[[nn.Module, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 
@@ -75,13 +76,10 @@ class Recipe:
     compile: bool = False
 
 
-def cross_entropy(smoothing: float = 0.0) -> Objective:
-    """The plain objective: (loss, logits)."""
-    def objective(model, x, y):
-        logits = model(x)
-        return F.cross_entropy(logits, y, label_smoothing=smoothing), logits
-
-    return objective
+def cross_entropy(model: nn.Module, x: torch.Tensor, y: torch.Tensor, smoothing: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """The plain objective."""
+    logits = model(x)
+    return F.cross_entropy(logits, y, label_smoothing=smoothing), logits
 
 
 def descend(optimizer: torch.optim.Optimizer, closure: Callable) -> tuple[torch.Tensor, torch.Tensor]:
@@ -166,19 +164,14 @@ def fit(model: nn.Module, images: np.ndarray | torch.Tensor, labels: np.ndarray 
         model: takes float pixels [B, C, H, W] in [0, 1], gives logits [B, K].
         images: uint8 [N, H, W, C].
         labels: int64 [N].
-        recipe: schedule, optimiser, augmentation, precision.
         seed: of the streams `order`, `augmentation` and `noise`, each per epoch.
-        device: where to train.
         objective: (model, x, y) to (loss, logits); default cross-entropy.
         step: (optimizer, closure) to (loss, logits); default one gradient step. Sharpness-aware steps replace it.
         after_step: called with the model after each update, e.g. a projection.
-        hook: see `Hook`.
         groups: int64 [N], 1 for samples whose accuracy is kept apart in the history (poisoned ones), else 0.
         parameters: those to train; default all. The others keep their values, but the network stays in train mode.
         checkpoint: file to continue from and to save to; removed by the caller when the result is safe. A `Resume`, of
-            which this training is a part, has its own time between two saves.
-        checkpoint_seconds: least time between two saves.
-        title: of the progress line.
+            which this training is a part, has its own time between two saves, others have `checkpoint_seconds`.
 
     Returns:
         One row per epoch: epoch, loss, accuracy, accuracy of group 1, lr, seconds. Accuracies are those of the
@@ -194,7 +187,8 @@ def fit(model: nn.Module, images: np.ndarray | torch.Tensor, labels: np.ndarray 
     data = images if torch.is_tensor(images) else upload(images, device)
     target = torch.as_tensor(labels, device=device)
     group = torch.as_tensor(groups if groups is not None else np.zeros(len(target), np.int64), device=device)
-    objective = objective or cross_entropy(recipe.label_smoothing)
+    objective = objective or functools.partial(cross_entropy, smoothing=recipe.label_smoothing)
+    hook = hook or Hook()
     trained = list(parameters if parameters is not None else model.parameters())
     optimizer = make_optimizer(trained, recipe)
     size = min(recipe.batch_size, len(target))
@@ -208,7 +202,7 @@ def fit(model: nn.Module, images: np.ndarray | torch.Tensor, labels: np.ndarray 
                 "labels": hashlib.sha256(target.cpu().numpy().tobytes()).hexdigest(),
                 "pixels": int(data.sum(dtype=torch.int64))}
     if isinstance(checkpoint, Resume):
-        keeper = checkpoint.training(model, identity)
+        keeper = Training(checkpoint, model, identity)
     else:
         keeper = Checkpoint(checkpoint, identity, checkpoint_seconds) if checkpoint else None
     if keeper and keeper.finished is not None:
@@ -221,10 +215,9 @@ def fit(model: nn.Module, images: np.ndarray | torch.Tensor, labels: np.ndarray 
             model.load_state_dict(state["model"])
             optimizer.load_state_dict(state["optimizer"])
             scheduler.load_state_dict(state["scheduler"])
-            if hook:
-                hook.load_state_dict(state["hook"])
+            hook.load_state_dict(state["hook"])
             history, begin = state["history"], state["epoch"]
-    elif hook:
+    else:
         hook.start(model, data, target)
 
     frozen = [(p, p.requires_grad) for p in model.parameters()]
@@ -238,8 +231,7 @@ def fit(model: nn.Module, images: np.ndarray | torch.Tensor, labels: np.ndarray 
         draws = Draws.draw(len(target), recipe.crop, recipe.flip, torch_rng(seed, "augmentation", number), device)
         noise = torch_rng(seed, "noise", number)
         torch.manual_seed(derive(seed, "dropout", number))
-        if hook:
-            hook.epoch(number)
+        hook.epoch(number)
         lr = optimizer.param_groups[0]["lr"]
         # sums stay on the device: reading them every step would make the device wait for the host
         total = torch.zeros(5, device=device, dtype=torch.float64)
@@ -250,24 +242,20 @@ def fit(model: nn.Module, images: np.ndarray | torch.Tensor, labels: np.ndarray 
             def change(batch, index=index, draws=draws):
                 return augment(batch, recipe.crop, draws.flip[index], draws.shift[index])
 
-            if hook:
-                hook.groups = g
-                x, y, found = hook.batch(x, y, change, noise)
-                g = g if found is None else found
-            else:
-                x = change(x)
+            hook.groups = g
+            x, y, found = hook.batch(x, y, change, noise)
+            g = g if found is None else found
 
             def closure(x=x, y=y):
                 with autocast(recipe.precision, device):
                     loss, logits = objective(run, x, y)
-                    extra = hook.loss(model, x, y, logits) if hook else None
+                    extra = hook.loss(model, x, y, logits)
                 return loss if extra is None else loss + extra, logits
 
             loss, logits = step(optimizer, closure)
             if after_step:
                 after_step(model)
-            if hook:
-                hook.after_step()
+            hook.after_step()
             if recipe.schedule == "onecycle":
                 scheduler.step()
             right = logits.argmax(1) == y
@@ -288,7 +276,7 @@ def fit(model: nn.Module, images: np.ndarray | torch.Tensor, labels: np.ndarray 
             scheduler.step()
         if keeper:
             keeper.save({"model": model.state_dict(), "optimizer": optimizer.state_dict(),
-                         "scheduler": scheduler.state_dict(), "hook": hook.state_dict() if hook else {},
+                         "scheduler": scheduler.state_dict(), "hook": hook.state_dict(),
                          "history": history, "epoch": number + 1}, last=number + 1 == recipe.epochs)
     progress.close()
     for p, grad in frozen:

@@ -153,10 +153,7 @@ class Resume:
     modules, optimisers, anything else with `state_dict` and `load_state_dict`, tensors, random generators, and lists and
     dicts of tensors and plain values.
 
-    Args:
-        path: of the file; None: nothing is kept.
-        identity: see `Checkpoint`.
-        device: where tensors are loaded.
+    Args: see `Checkpoint`; without a path nothing is kept.
     """
 
     def __init__(self, path: str | Path | None, identity: dict, device: str | torch.device = "cpu"):
@@ -194,10 +191,6 @@ class Resume:
         if self.keeper and self.keeper.due():
             parts = self.parts | {name: _state(part) for name, part in self.held.items()}
             self.keeper.write({"parts": parts, "loops": self.loops, "trainings": self.trainings, "current": current})
-
-    def training(self, model: nn.Module, identity: dict) -> "Training":
-        """The part of one `fit`."""
-        return Training(self, model, identity)
 
 
 class Training:

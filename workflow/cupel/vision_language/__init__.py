@@ -8,7 +8,7 @@
     training     LoRA fine-tuning
     inference    greedy answers
     entropy      attention entropy per layer
-    filters      BYE and the filters it is compared with, one file each
+    filters      BYE and the filters it is compared with
     purification defences that change test pictures
     scoring      clean performance, attack success, detection
     stages       the chain from files to files; beside it attention, detection and purification

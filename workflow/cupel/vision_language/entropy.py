@@ -14,7 +14,7 @@ import pandas as pd
 import torch
 from torch import nn
 
-from cupel.vision_language.models import Encoder, VisionLanguageModel, fingerprint, inference
+from cupel.vision_language.models import Encoder, VisionLanguageModel, inference
 from cupel.vision_language.streaming import stream
 
 #: inside the logarithm (official code)
@@ -69,12 +69,10 @@ def attention_rows(model: VisionLanguageModel) -> Iterator[dict]:
         cos, sin = kwargs["position_embeddings"]
         found["rows"].append(last_row(module, hidden, cos, sin, found["mask"]))
 
-    hooks = [layer.self_attn.register_forward_pre_hook(before, with_kwargs=True) for layer in model.layers]
-    try:
+    with contextlib.ExitStack() as hooks:
+        for layer in model.layers:
+            hooks.enter_context(layer.self_attn.register_forward_pre_hook(before, with_kwargs=True))
         yield found
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 def image_attention(model: VisionLanguageModel, batch: dict[str, torch.Tensor], found: dict) -> torch.Tensor:
@@ -98,39 +96,30 @@ def entropy(p: torch.Tensor) -> torch.Tensor:
 
 
 def extract(model: VisionLanguageModel, records: Sequence[dict], out: str | Path | None = None, *,
-            batch_size: int | None = None, chunk: int = 2048) -> pd.DataFrame:
+            batch_size: int | None = None) -> pd.DataFrame:
     """Attention entropies of all records.
 
     Args:
         model: fine-tuned, adapters merged.
-        records: see `Encoder`; answers are not looked at.
-        out: parquet file, written in parts and resumed (see `stream`).
-        batch_size, chunk: see `stream`.
+        records, out, batch_size: see `stream`.
 
     Returns:
         `id` (str) and `layer_0` ... `layer_{L-1}`: nats, float32, in [0, ln T]. NaN where attention was not finite.
     """
-    encoder = Encoder(model, records, keep_mb=1024)
-    identity = fingerprint(model, records, "entropy", chunk, batch_size) if out else ""
-    with inference(model), attention_rows(model) as found:
-        def compute(numbers: np.ndarray) -> dict[str, np.ndarray]:
-            values = entropy(image_attention(model, encoder.batch(numbers), found)).cpu().numpy()
-            return {f"layer_{k}": values[:, k] for k in range(values.shape[1])}
+    with attention_rows(model) as found:
+        def compute(batch: dict) -> list[dict]:
+            values = entropy(image_attention(model, batch, found)).tolist()
+            return [{f"layer_{k}": value for k, value in enumerate(row)} for row in values]
 
-        return stream(encoder, [record["id"] for record in records], compute, out, identity, batch_size=batch_size,
-                      chunk=chunk, title="entropy")
+        return stream(model, records, compute, out, run=("entropy",), batch_size=batch_size, dtype=np.float32, title="entropy")
 
 
-def heat_maps(model: VisionLanguageModel, records: Sequence[dict], batch_size: int = 8) -> np.ndarray:
+def heat_maps(model: VisionLanguageModel, records: Sequence[dict]) -> np.ndarray:
     """Distributions over the image for a few records, as float32 [N, L, rows, columns] (each map sums to 1).
 
     For LLaVA the map covers the image padded to a square, for InternVL the stretched image.
     """
     encoder = Encoder(model, records)
     side = round(model.image_tokens**0.5)
-    maps = []
     with inference(model), attention_rows(model) as found:
-        for first in range(0, len(records), batch_size):
-            numbers = range(first, min(first + batch_size, len(records)))
-            maps.append(image_attention(model, encoder.batch(numbers), found).unflatten(-1, (side, side)).cpu().numpy())
-    return np.concatenate(maps)
+        return image_attention(model, encoder.batch(range(len(records))), found).unflatten(-1, (side, side)).cpu().numpy()

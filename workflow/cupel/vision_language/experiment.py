@@ -42,8 +42,7 @@ class Experiments(Family):
             self._check_dataset(name, entry)
         for name, entry in self.entries["models"].items():
             self._check_model(name, entry)
-        for name in self.entries["attacks"]:
-            self._check_function("attacks", name, "attack")
+        self.check_functions("attacks", "defences")
         for name, entry in self.entries["defences"].items():
             self._check_defence(name, entry)
         for paper in self.papers:
@@ -55,15 +54,6 @@ class Experiments(Family):
 
     def _scale(self, paper: str) -> Mapping:
         return self.experiments[paper].get("scales", {}).get(self.scale) or {}
-
-    def _check_function(self, section: str, name: str, kind: str) -> None:
-        """What an entry runs is registered, and has its settings."""
-        function, known = self.function(section, name), self.parameters[kind]
-        if function not in known:
-            raise self.wrong(section, name, "function", unknown(kind, function, known))
-        for key in self.settings(section, name):
-            if key not in known[function]:
-                raise self.wrong(section, name, "settings", unknown(f"setting of {function}", key, known[function]))
 
     def _check_dataset(self, name: str, entry: Mapping) -> None:
         if entry["dataset"] == GENERATED:
@@ -111,7 +101,6 @@ class Experiments(Family):
 
     def _check_defence(self, name: str, entry: Mapping) -> None:
         kind, function, given = entry["kind"], self.function("defences", name), self.settings("defences", name)
-        self._check_function("defences", name, kind)
         for key, value in given.items():
             where = f"settings.{key}"
             if key == "rule" and value not in ("rss", "sum"):
@@ -160,10 +149,8 @@ class Experiments(Family):
         """Name, function and settings of a trigger; those not given stay at their defaults."""
         return {"name": name, "function": self.function("attacks", name), "settings": self.settings("attacks", name)}
 
-    def code(self, kind: str, name: str) -> str | None:
-        if kind != "defence":
-            return super().code(kind, name)
-        return self.definitions[self.find("defences", name)["kind"]].get(self.function("defences", name))
+    def kind(self, section: str, name: str) -> str:
+        return self.find(section, name)["kind"] if section == "defences" else super().kind(section, name)
 
     def of_kind(self, kind: str) -> list[str]:
         """Names of the defences of a kind: `filter` or `pictures`."""

@@ -47,11 +47,10 @@ def poison(source: str | Path, folder: str | Path, *, function: str, poison_rate
     Args:
         source: a prepared folder with the split `train`.
         folder: where to write `train.jsonl`, the pictures, `manifest.json` and `poison.json`.
-        function: name of a trigger, see `cupel.vision_language.triggers`.
+        function, parameters: of a trigger, see `cupel.vision_language.triggers`.
         poison_rate: share of the samples, from 0 (a clean copy) to 1.
         seed: of the samples, of the trigger where it has random parts, and of the order of pictures.
         target: the answer of poisoned samples.
-        parameters: of the trigger.
 
     Returns:
         The content of `poison.json`: function, parameters, poison_rate, seed, target, total, count, indices, ids, and
@@ -100,14 +99,8 @@ def trigger_test(source: str | Path, folder: str | Path, *, function: str, seed:
     It depends on trigger and seed, not on the poison rate. Where samples share a picture they share its copy: a trigger at
     a random place has one place per picture.
 
-    Args:
-        source: a prepared folder with the split `test`.
-        folder: where to write `test.jsonl`, the pictures, `manifest.json` and `poison.json`.
-        function, seed, target, parameters: see `poison`.
-
-    Returns:
-        The content of `poison.json`: function, parameters, seed, target, total, and unchanged, the number of samples whose
-        picture the trigger does not change.
+    Arguments are those of `poison`, and the content of `poison.json` is too, but that `unchanged` is the number of samples
+    whose picture the trigger does not change.
     """
     source, parameters = Path(source), trigger.settings(function, parameters or {})
     samples = load(source, "test")

@@ -6,7 +6,7 @@ A prepared folder holds
     images.npy      uint8 [M, H, W, 3], memory-mapped, where all pictures have one size; the image of a record is then
                     `images.npy#<row>`
     images/         otherwise: one PNG per picture, the image of a record is `images/<row>.png`
-    manifest.json   written last; without it the folder is no dataset
+    manifest.json   see `cupel.prepared`
 
 `question` is the whole text of the user's turn (body and suffix, bye SPEC 4) without chat template and image token.
 Pictures are kept lossless, as decoded from the source: whatever is painted on some of them later leaves no trace of a
@@ -15,8 +15,6 @@ second JPEG compression. All PNGs come from one encoder with one setting.
 
 import hashlib
 import io
-import json
-import os
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -26,7 +24,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from cupel.files import read_json, scratch, write_json
+from cupel.files import link, read_json, scratch, write_json
+from cupel.prepared import begin, finish, lines, opened, read_records
 
 _EIGHT_BIT = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr")
 
@@ -111,11 +110,7 @@ class Pictures:
         if self.size:
             self.put(row, pixels)
             return
-        there, here = Path(folder) / reference, self.folder / self.reference(row)
-        try:
-            os.link(there, here)
-        except OSError:  # another file system, or one without hard links
-            shutil.copyfile(there, here)
+        link(Path(folder) / reference, self.folder / self.reference(row))
         self._note(row, pixels)
 
     def _note(self, row: int, pixels: np.ndarray) -> None:
@@ -161,16 +156,12 @@ def load(folder: str | Path, split: str) -> Samples:
     Raises:
         FileNotFoundError: the folder is not prepared, or has no such split.
     """
-    folder = Path(folder)
-    if not (folder / "manifest.json").is_file():
-        raise FileNotFoundError(f"{folder} is no prepared dataset; "
-                                f"make it with: snakemake --cores 1 {folder}/manifest.json")
+    folder = opened(folder)
     path = folder / f"{split}.jsonl"
     if not path.is_file():
         known = ", ".join(sorted(found.stem for found in folder.glob("*.jsonl")))
         raise FileNotFoundError(f"{folder} has no split {split!r}: it has {known}")
-    with open(path, encoding="utf-8") as file:
-        return Samples(folder, tuple(json.loads(line) for line in file))
+    return Samples(folder, tuple(read_records(path)))
 
 
 def write_folder(folder: str | Path, splits: Mapping[str, Sequence[dict]], fill: Callable[[Pictures], None], manifest: dict, *,
@@ -181,12 +172,9 @@ def write_folder(folder: str | Path, splits: Mapping[str, Sequence[dict]], fill:
         folder: where.
         splits: records per split; in the place of `image` and `split` each has `row`, the number of its picture.
         fill: puts every picture.
-        manifest: what the manifest says besides counts, storage and digest.
+        manifest: what the manifest, which is returned, says besides counts, storage and digest.
         size: height and width of every picture, or None where they differ.
         extra: further JSON files by name; asked for after the pictures are written.
-
-    Returns:
-        The manifest.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -198,25 +186,20 @@ def write_folder(folder: str | Path, splits: Mapping[str, Sequence[dict]], fill:
         for split, records in splits.items():
             whole = [without(record, "row") | {"image": pictures.reference(record["row"]), "split": split}
                      for record in records]
-            lines = "".join(json.dumps(record, ensure_ascii=False, sort_keys=True) + "\n" for record in whole)
-            (temporary / f"{split}.jsonl").write_text(lines, encoding="utf-8")
-            sha.update(lines.encode())
+            (temporary / f"{split}.jsonl").write_text(lines(whole), encoding="utf-8")
+            sha.update((temporary / f"{split}.jsonl").read_bytes())
         for file, content in extra().items():
             write_json(temporary / file, content)
-        (folder / "manifest.json").unlink(missing_ok=True)  # from here to its return the folder is no dataset
-        shutil.rmtree(folder / "images", ignore_errors=True)
+        manifest = manifest | {
+            "counts": {split: len(records) for split, records in splits.items()},
+            "pictures": count,
+            "storage": "packed" if size else "png",
+            "content_sha256": sha.hexdigest(),
+        }
+        shutil.rmtree(begin(folder) / "images", ignore_errors=True)
         for old in (folder / "images.npy", *folder.glob("*.jsonl")):
             old.unlink(missing_ok=True)
-        for path in temporary.iterdir():
-            os.replace(path, folder / path.name)
-    manifest = manifest | {
-        "counts": {split: len(records) for split, records in splits.items()},
-        "pictures": count,
-        "storage": "packed" if size else "png",
-        "content_sha256": sha.hexdigest(),
-    }
-    write_json(folder / "manifest.json", manifest)
-    return manifest
+        return finish(folder, manifest, temporary)
 
 
 def without(record: dict, *keys: str) -> dict:
@@ -238,8 +221,6 @@ def copy_test(source: str | Path, folder: str | Path, fill: Callable[[Pictures, 
     """Write the test split of a prepared folder with other pictures. Samples that share a picture share its copy.
 
     Args:
-        source: the prepared folder.
-        folder: where to write.
         fill: puts, as number k, what becomes of the picture `names[k]` of `source`, of the same size.
         extra: see `write_folder`.
     """

@@ -23,7 +23,7 @@ from cupel.registry import Registry
 from cupel.rng import torch_rng
 from cupel.vision_language import prepared
 from cupel.vision_language.inputs import Inputs
-from cupel.vision_language.stages import dtype_of, measure, past
+from cupel.vision_language.stages import dtype_of, measure
 
 BATCH_SIZE = 64  # pictures of one size that are purified together
 
@@ -130,19 +130,11 @@ def zip_(images: torch.Tensor, generator: torch.Generator, *, model: str = "", r
     """ZIP: degradations, and restoration by a diffusion model, to whose size images are resized, and back.
 
     Args:
-        images: [B, 3, H, W] in [-1, 1].
-        generator: of the noise.
+        images, generator: as for every picture defence.
         model, revision: of the hub; see `diffusion`.
-        scale: of `downsample`.
-        degradations: names of those combined.
+        scale, degradations: of `downsample`; names of those combined.
         steps, exponent: see `zip_restore`.
-
-    Raises:
-        ValueError: no model.
     """
-    if not model:
-        raise ValueError("zip needs a diffusion model (model, the hub id of an unconditional UNet2DModel); without one it "
-                         "would be blur, grey or downsample, and is to be called so")
     noise_of, side = diffusion(model, revision, images.device)
     known = {"grey": grey, "blur": blur, "downsample": lambda x: downsample(x, scale=scale)}
     restored = zip_restore(_resized(images, (side, side)), noise_of, [known[name] for name in degradations],
@@ -151,17 +143,7 @@ def zip_(images: torch.Tensor, generator: torch.Generator, *, model: str = "", r
 
 
 def purify(name: str, images: np.ndarray, *, seed: int = 0, device: str | torch.device = "cpu", **given) -> np.ndarray:
-    """Purify test images of one size.
-
-    Args:
-        name: of a picture defence.
-        images: uint8 [B, H, W, 3].
-        seed: of its noise.
-        device: where to compute.
-        given: settings of the defence.
-
-    Returns:
-        uint8 [B, H, W, 3].
+    """Purify test images of one size, uint8 [B, H, W, 3], by a registered defence; `given` are its settings.
 
     Raises:
         ValueError: an unknown defence, or a setting that it does not have.
@@ -173,13 +155,7 @@ def purify(name: str, images: np.ndarray, *, seed: int = 0, device: str | torch.
 
 
 def purified_copy(source: str | Path, folder: str | Path, change: Callable[[np.ndarray], np.ndarray]) -> None:
-    """A prepared folder with the test split of another, its pictures changed.
-
-    Args:
-        source: prepared folder.
-        folder: where to write.
-        change: from uint8 [B, H, W, 3] to the same.
-    """
+    """A prepared folder with the test split of another, its pictures changed, uint8 [B, H, W, 3] to the same."""
     def fill(pictures: prepared.Pictures, names: list[str]) -> None:
         by_size: dict[tuple, list[int]] = {}
         for k, name in enumerate(names):
@@ -198,8 +174,7 @@ def purify_pictures(spec: dict, defence: dict, inputs: Inputs, outputs: dict, de
     """Purify the test pictures, untouched and triggered, and ask the victim about them.
 
     Args:
-        spec: of the victim.
-        defence: of `Plan.defence`; the function is a picture defence.
+        spec, defence: of the victim; a picture defence and its settings.
         inputs: `victim`, `before`, `data`, `triggered`.
         outputs: paths `history` (empty), `clean`, `triggered` (answers), `metrics`.
         device: `cpu` or `cuda`.
@@ -208,7 +183,7 @@ def purify_pictures(spec: dict, defence: dict, inputs: Inputs, outputs: dict, de
 
     record = cells.identity(spec, "purified", defence)
     try:
-        known = past(inputs.before)
+        known = cells.past(inputs.before)
         started = time.perf_counter()
         with tempfile.TemporaryDirectory(prefix=".pictures-", dir=Path(outputs["metrics"]).parent) as scratch:
             folders = [Path(scratch) / name for name in ("clean", "triggered")]

@@ -53,8 +53,6 @@ def clean_performance(task: str, outputs: Sequence[str], records: Sequence[dict]
         `cp` (accuracy by the official rule, or CIDEr-D on its own scale: the paper's tables have 100 times it) with
         count and interval; for answers also `cp_stripped`, and for `choice` `cp_letter`.
     """
-    if len(outputs) != len(records):
-        raise ValueError(f"{len(outputs)} outputs for {len(records)} samples")
     if task == "caption":
         score, each = cider(outputs, [record["answers"] for record in records])
         draws = rng(0, "cider", "interval").integers(len(each), size=(1000, len(each)))
@@ -105,13 +103,7 @@ def detection(flagged: np.ndarray, poisoned: np.ndarray, suspicion: np.ndarray |
         kept; `false_alarm`, the share of clean samples flagged; `precision`, `recall`, `f1`; `auroc`.
         Precision is 0 where nothing is flagged, as in the official code. Left out are recall and F1 where nothing is
         poisoned, `false_alarm` where all is, `left_share` where nothing is kept, `auroc` without both kinds of samples.
-
-    Raises:
-        ValueError: lengths differ, or a suspicion is not finite.
     """
-    flagged, poisoned = np.asarray(flagged, bool), np.asarray(poisoned, bool)
-    if flagged.shape != poisoned.shape or flagged.ndim != 1 or not len(flagged):
-        raise ValueError(f"flagged has the shape {flagged.shape}, poisoned {poisoned.shape}: both should be [N]")
     hits, false = int((flagged & poisoned).sum()), int((flagged & ~poisoned).sum())
     bad, kept = int(poisoned.sum()), int((~flagged).sum())
     flat = {"samples": len(flagged), "flagged": hits + false, "poisoned": bad, "true_positives": hits, "left": bad - hits,
@@ -125,14 +117,10 @@ def detection(flagged: np.ndarray, poisoned: np.ndarray, suspicion: np.ndarray |
         flat |= Rate(false, len(flagged) - bad).record("false_alarm")
     if kept:
         flat["left_share"] = (bad - hits) / kept
-    if suspicion is not None:
-        suspicion = np.asarray(suspicion, float)
-        if suspicion.shape != poisoned.shape or not np.isfinite(suspicion).all():
-            raise ValueError(f"suspicion: {len(poisoned)} finite values are expected")
-        if 0 < bad < len(poisoned):
-            from sklearn.metrics import roc_auc_score
+    if suspicion is not None and 0 < bad < len(poisoned):
+        from sklearn.metrics import roc_auc_score
 
-            flat["auroc"] = float(roc_auc_score(poisoned, suspicion))
+        flat["auroc"] = float(roc_auc_score(poisoned, suspicion))
     return flat
 
 

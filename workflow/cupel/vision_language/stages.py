@@ -23,15 +23,9 @@ MEASURED = ("cp", "asr", "asr_contains", "cp_stripped", "cp_letter", "cp_trigger
 
 
 def prepare(entry: dict, folder: str | Path, **sources) -> dict:
-    """Prepare a dataset of experiment.yaml.
+    """Prepare a dataset of experiment.yaml (an entry of `datasets`) in a folder; gives the manifest.
 
-    Args:
-        entry: of `datasets`: dataset, and how many samples of each split (see `datasets.prepare`).
-        folder: where to write.
-        sources: kinds, cache, mirror: see `cupel.sources.fetch`.
-
-    Returns:
-        The manifest.
+    `sources` are kinds, cache and mirror: see `cupel.sources.fetch`.
     """
     asked = {key: entry[key] for key in ("train", "test", "pretrain", "seed") if key in entry}
     if entry["dataset"] == shapes.DESCRIPTION.name:
@@ -60,8 +54,6 @@ def settings_of(entry: dict, device: str):
 
     entry = settled(entry, device)
     questions = entry.pop("questions", 1)
-    if "betas" in entry:
-        entry["betas"] = tuple(entry["betas"])
     return TrainingSettings(**entry), questions
 
 
@@ -71,12 +63,8 @@ def build(spec: dict, source: str | Path, outputs: dict, device: str, **sources)
     A word-level vocabulary is that of all questions and answers and of the target: the attacker's words must be known to
     the model, as they are to a published one.
 
-    Args:
-        spec: of `Plan.base`.
-        source: prepared folder.
-        outputs: paths `model` (folder), `history`, `record`.
-        device: `cpu` or `cuda`.
-        sources: kinds, cache, mirror: where a pretrained language model comes from.
+    Outputs are paths `model` (folder), `history` and `record`; `sources` are kinds, cache and mirror of a pretrained
+    language model.
     """
     from cupel.vision_language import models
     from cupel.vision_language.training import fit
@@ -140,11 +128,7 @@ def clean(model, source: str | Path, *, max_new_tokens: int = 16, out: str | Pat
 def measure(model, spec: dict, inputs: Inputs, answers: dict) -> dict:
     """CP and ASR of a model, flat, with the list `metrics`.
 
-    Args:
-        model: to ask.
-        spec: with target and max_new_tokens.
-        inputs: `data`, `triggered`.
-        answers: paths `clean` and `triggered` of parquet files for the answers.
+    Inputs are `data` and `triggered`; `answers` are paths `clean` and `triggered` of parquet files.
     """
     from cupel.vision_language import scoring
     from cupel.vision_language.inference import answer
@@ -165,18 +149,6 @@ def measure(model, spec: dict, inputs: Inputs, answers: dict) -> dict:
 def scores(name: str) -> tuple[str, ...]:
     """The entries of a measured number in a flat record."""
     return name, f"{name}_n", f"{name}_low", f"{name}_high"
-
-
-def past(before: str | Path) -> dict:
-    """The record of a victim.
-
-    Raises:
-        ValueError: it failed.
-    """
-    record = read_json(before)
-    if record["status"] != "ok":
-        raise ValueError(f"its victim failed: {record['reason']}")
-    return record
 
 
 def fine_tune(model, spec: dict, samples: prepared.Samples, device: str, *, checkpoint: Path, title: str,
@@ -200,11 +172,8 @@ def fine_tune(model, spec: dict, samples: prepared.Samples, device: str, *, chec
 def train_victim(spec: dict, inputs: Inputs, outputs: dict, device: str) -> None:
     """Fine-tune a model on a poisoned set (vanilla fine-tuning) and measure it.
 
-    Args:
-        spec: of `Plan.victim`.
-        inputs: `data`, `poisoned`, `triggered`, and `base` for a model that `build` wrote.
-        outputs: paths `model` (folder), `history`, `clean`, `triggered` (answers), `metrics`.
-        device: `cpu` or `cuda`.
+    Inputs are `data`, `poisoned`, `triggered`, and `base` for a model that `build` wrote; outputs are paths `model` (folder),
+    `history`, `clean`, `triggered` (answers), `metrics`.
     """
     from cupel.vision_language import models
 
@@ -236,12 +205,8 @@ def refit(spec: dict, defence: dict, inputs: Inputs, outputs: dict, device: str)
     Where nothing was removed and fitting starts from the base, the result is the victim by definition (same weights, data,
     order and draws): its measurements are taken over, and the record says `reused`.
 
-    Args:
-        spec: of the victim.
-        defence: of `Plan.defence`: its filter, and `refit_from`, `base` or `poisoned` (bye SPEC 2.8).
-        inputs: those of `train_victim`, `victim`, `before`, and `flags`, the decision of the filter.
-        outputs: paths `history`, `clean`, `triggered` (answers), `metrics`.
-        device: `cpu` or `cuda`.
+    The defence says its filter, and `refit_from`, `base` or `poisoned` (bye SPEC 2.8). Inputs are those of `train_victim`,
+    `victim`, `before`, and `flags`, the decision of the filter; outputs `history`, `clean`, `triggered`, `metrics`.
     """
     from cupel.vision_language import models
 
@@ -249,7 +214,7 @@ def refit(spec: dict, defence: dict, inputs: Inputs, outputs: dict, device: str)
     started, seconds = time.perf_counter(), 0.0
     checkpoint = Path(outputs["metrics"]).with_name("checkpoint.pt")
     try:
-        known, decision = past(inputs.before), read_json(inputs.flags)
+        known, decision = cells.past(inputs.before), read_json(inputs.flags)
         if "failed" in decision:
             raise ValueError(f"its filter failed: {decision['failed']}")
         samples, made = prepared.load(inputs.poisoned, "train"), read_json(Path(inputs.poisoned) / "poison.json")

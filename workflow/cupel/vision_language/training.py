@@ -36,7 +36,6 @@ class TrainingSettings:
         schedule: `cosine` (official script) or `linear` (the paper's words), to zero, both after the warm-up.
         warmup: share of all steps in which the learning rate rises.
         weight_decay: of AdamW, on matrices only.
-        betas: of AdamW.
         clip: largest norm of the gradient; None for no limit. 1.0 is what transformers' trainer does; no source names it.
         precision: `fp32` or `bf16` (autocast; trained weights and their optimiser stay fp32).
         micro_batch: records per forward pass where a step does not fit into memory; None for whole steps.
@@ -54,7 +53,6 @@ class TrainingSettings:
     schedule: str = "cosine"
     warmup: float = 0.03
     weight_decay: float = 0.0
-    betas: tuple[float, float] = (0.9, 0.999)
     clip: float | None = 1.0
     precision: str = "bf16"
     micro_batch: int | None = None
@@ -65,9 +63,6 @@ class TrainingSettings:
         for name, known in known_values.items():
             if getattr(self, name) not in known:
                 raise ValueError(f"training settings: {name} is {getattr(self, name)!r}, but must be one of {', '.join(known)}")
-        for name in ("epochs", "batch_size", "lr"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"training settings: {name} is {getattr(self, name)}, but must be positive")
 
 
 def factor(schedule: str, step: int, steps: int, warmup: float) -> float:
@@ -106,14 +101,9 @@ def _trainable(model: VisionLanguageModel, settings: TrainingSettings, seed: int
 
 
 def answer_loss(network: nn.Module, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Cross-entropy of the answers' tokens.
+    """Sum of the cross-entropy over the answers' tokens of a batch of `Encoder` (scalar, fp32).
 
-    Args:
-        network: to run.
-        batch: of `Encoder`, with labels.
-
-    Returns:
-        Sum of the loss over answer tokens (scalar, fp32), and per row [B] how many of them are right and how many there are.
+    Then per row [B] how many of these tokens are right, and how many there are.
     """
     inputs = {key: value for key, value in batch.items() if key != "labels"}
     labels = batch["labels"]
@@ -127,7 +117,7 @@ def answer_loss(network: nn.Module, batch: dict[str, torch.Tensor]) -> tuple[tor
 
 def fit(model: VisionLanguageModel, records: Sequence[dict], settings: TrainingSettings, *, seed: int,
         groups: np.ndarray | None = None, checkpoint: str | Path | None = None, checkpoint_seconds: float = 60.0,
-        keep_mb: float = 8192, title: str = "train") -> list[dict]:
+        title: str = "train") -> list[dict]:
     """Train `model` in place, on the device where it is. LoRA is merged into the weights at the end (bye SPEC 5).
 
     Args:
@@ -136,9 +126,7 @@ def fit(model: VisionLanguageModel, records: Sequence[dict], settings: TrainingS
         settings: see `TrainingSettings`.
         seed: of the streams `order` (per epoch), `adapters` and `dropout` (per step).
         groups: int64 [N], 1 for records whose accuracy is kept apart in the history (poisoned ones), else 0.
-        checkpoint: file to continue from and to save to; the caller removes it when the result is safe.
-        checkpoint_seconds: least time between two saves.
-        keep_mb: memory for prepared images.
+        checkpoint, checkpoint_seconds: see `Checkpoint`; removed by the caller when the result is safe.
         title: of the progress line.
 
     Returns:
@@ -152,7 +140,7 @@ def fit(model: VisionLanguageModel, records: Sequence[dict], settings: TrainingS
     """
     if not len(records):
         raise ValueError(f"{title}: there are no records to train on")
-    encoder = Encoder(model, records, answers=True, keep_mb=keep_mb)
+    encoder = Encoder(model, records, answers=True)
     group = torch.as_tensor(np.zeros(len(records), np.int64) if groups is None else groups)
     keeper = Checkpoint(checkpoint, {"run": fingerprint(model, records, asdict(settings), seed)}, checkpoint_seconds
                         ) if checkpoint else None
@@ -165,7 +153,7 @@ def fit(model: VisionLanguageModel, records: Sequence[dict], settings: TrainingS
         model.network.set_attn_implementation("eager")
     if settings.recompute:
         model.network.gradient_checkpointing_enable({"use_reentrant": False})
-    optimizer = torch.optim.AdamW(parameter_groups, betas=settings.betas, fused=True)
+    optimizer = torch.optim.AdamW(parameter_groups, fused=True)
     size = min(settings.batch_size, len(records))
 
     def updates(epoch: int) -> list[np.ndarray]:

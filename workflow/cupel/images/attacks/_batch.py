@@ -11,35 +11,15 @@ from torch import Tensor, nn
 
 from cupel.images.attacks.base import Attack, AttackHook
 from cupel.training.augment import to_pixels
+from cupel.training.engine import upload
 
 
-class CountingHook(AttackHook):
-    """An attack's hook whose counts survive in a checkpoint; `poisoned` may grow as a tensor on the device."""
-
-    @property
-    def rate_reached(self) -> float:
-        return float(super().rate_reached)
-
-    def count(self, seen: int, poisoned: int | Tensor) -> None:
-        """Add the samples of a batch."""
-        self.seen, self.poisoned = self.seen + seen, self.poisoned + poisoned
-
-    def state_dict(self) -> dict:
-        return {"seen": self.seen, "poisoned": int(self.poisoned)}
-
-    def load_state_dict(self, state: dict) -> None:
-        self.seen, self.poisoned = state["seen"], state["poisoned"]
-
-
-class BatchHook(CountingHook):
+class BatchHook(AttackHook):
     """Poisons the first samples of each batch; the order of an epoch is random, so these are random samples.
 
     Args:
-        attack: whose parameters it uses.
         poison_rate: share p of each batch to poison. int(p·B) of B samples are poisoned; where p·B < 1, one sample with
             probability p·B (backdoorbench SPEC 4).
-        target: the target label.
-        classes: K, the number of classes.
         cover: share of each batch that is changed and keeps its label.
 
     Raises:
@@ -114,21 +94,50 @@ class BatchAugmentation:
         return images.contiguous(memory_format=torch.channels_last)
 
 
+@dataclass(frozen=True)
+class Augmenting(Attack):
+    """What WaNet and BPP share: batches are poisoned before they are augmented.
+
+    Attributes:
+        random_crop, random_rotation, flip: the attack's augmentation, see `BatchAugmentation` (5 pixels, 10 degrees;
+            flips on CIFAR-10 alone).
+        own_augmentation: with this augmentation, as published; without, the recipe's is used.
+    """
+
+    random_crop: int = 5
+    random_rotation: float = 10.0
+    flip: bool = True
+    own_augmentation: bool = True
+
+    batchwise = True
+
+    def augmented(self, images: Tensor, change: Callable, generator: torch.Generator) -> Tensor:
+        """Float [B, C, H, W] to the same; `change` is the recipe's augmentation."""
+        if not self.own_augmentation:
+            return change(images)
+        return BatchAugmentation(self.random_crop, self.random_rotation, self.flip)(images, generator)
+
+
 def others(first: int, count: int, size: int, generator: torch.Generator) -> Tensor:
     """For each of the samples first, …, first + count − 1 of a batch of `size`, another one: int64 [count]."""
     # an empty draw is legal for a batch of one sample
     return (torch.arange(first, first + count) + torch.randint(1, max(size, 2), (count,), generator=generator)) % size
 
 
-def initialised(build: Callable[[], nn.Module], seed: int) -> nn.Module:
-    """The network that `build` makes, its weights drawn from `seed` on the CPU; global generators stay as they are."""
-    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
-        torch.default_generator.manual_seed(seed)
-        return build()
+def stored(attack: Attack, name: str, build: Callable[[], nn.Module]) -> nn.Module:
+    """The network that `build` makes, in eval mode, with its weights in `attack.tensors` under `<name>.`.
+
+    Raises:
+        ValueError: there are none yet.
+    """
+    with torch.device("meta"):  # no weights are drawn, so neither time nor random numbers are spent
+        network = build()
+    network.load_state_dict({key: torch.tensor(attack.made(f"{name}.{key}")) for key in network.state_dict()}, assign=True)
+    return network.eval()
 
 
-def stamp_pixels(images: np.ndarray, trigger: Callable[[Tensor], Tensor], size: int = 500) -> np.ndarray:
-    """Apply a trigger on float pixels [B, C, H, W] in [0, 1] to uint8 [N, H, W, C], on the CPU in parts of `size`.
+def stamp_pixels(images: np.ndarray, trigger: Callable[[Tensor], Tensor], size: int = 500, device: str = "cpu") -> np.ndarray:
+    """Apply a trigger on float pixels [B, C, H, W] in [0, 1] to uint8 [N, H, W, C], in parts of `size`.
 
     The result is rounded to the nearest level: these attacks train on floats, and the rounded test image is the nearest
     to what the victim saw. (The released scripts truncate, which darkens by half a level on average.)
@@ -136,19 +145,6 @@ def stamp_pixels(images: np.ndarray, trigger: Callable[[Tensor], Tensor], size: 
     stamped = np.empty(images.shape, np.uint8)
     with torch.inference_mode():
         for start in range(0, len(images), size):
-            x = to_pixels(torch.from_numpy(np.array(images[start : start + size])))
-            levels = trigger(x).mul(255).round_().clamp_(0, 255).to(torch.uint8)
-            stamped[start : start + size] = levels.permute(0, 2, 3, 1).numpy()
+            levels = trigger(to_pixels(upload(images[start : start + size], device))).mul(255).round_().clamp_(0, 255)
+            stamped[start : start + size] = levels.to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
     return stamped
-
-
-def learned(attack: Attack) -> dict[str, np.ndarray]:
-    """The attack's tensors.
-
-    Raises:
-        ValueError: there are none yet.
-    """
-    if not attack.tensors:
-        raise ValueError(f"{type(attack).__name__} has no trigger before a victim is trained with it: "
-                         "give it the hook's tensors() as `tensors`")
-    return attack.tensors

@@ -129,6 +129,17 @@ class Attack:
     #: poisoning happens batch by batch, in training
     batchwise: ClassVar[bool] = False
 
+    def made(self, name: str) -> np.ndarray:
+        """The array `name` of `tensors`.
+
+        Raises:
+            ValueError: there is none yet.
+        """
+        if name not in self.tensors:
+            raise ValueError(f"{type(self).__name__} has no {name} yet: call prepare(), or train a victim with its hook, and "
+                             "keep the arrays in `tensors`")
+        return self.tensors[name]
+
     def stamp(self, images: np.ndarray) -> np.ndarray:
         """Put the trigger on uint8 [N, H, W, C]; returns a new array of the same form."""
         raise TypeError(f"{type(self).__name__} defines no stamp()")
@@ -144,9 +155,6 @@ class Attack:
         Args:
             dataset: the victim's training set, clean.
             model: `cupel.images.models.Classifier` trained on `dataset`, or None where `needs` does not ask for one.
-            target: the target label.
-            seed: of all random draws.
-            device: where to compute.
             smaller: share of the stated work (iterations, epochs) to do, for small scales; 1 is as published.
         """
         return {}
@@ -187,14 +195,24 @@ class AttackHook(Hook):
     def __init__(self):
         self.seen = self.poisoned = 0
 
+    def count(self, seen: int, poisoned) -> None:
+        """Add the samples of a batch; `poisoned` may be a tensor on the device."""
+        self.seen, self.poisoned = self.seen + seen, self.poisoned + poisoned
+
     @property
     def rate_reached(self) -> float:
         """Poisoned samples over all samples seen so far."""
-        return self.poisoned / self.seen if self.seen else 0.0
+        return float(self.poisoned / self.seen) if self.seen else 0.0
 
     def tensors(self) -> dict[str, np.ndarray]:
         """Arrays for `Attack.tensors`, after training."""
         return {}
+
+    def state_dict(self) -> dict:
+        return {"seen": self.seen, "poisoned": int(self.poisoned)}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.seen, self.poisoned = state["seen"], state["poisoned"]
 
 
 def quantise(images: np.ndarray) -> np.ndarray:

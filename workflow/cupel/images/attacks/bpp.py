@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cupel.images.attacks._batch import BatchAugmentation, BatchHook, others, stamp_pixels
-from cupel.images.attacks.base import Attack, attack
+from cupel.images.attacks._batch import Augmenting, BatchHook, others, stamp_pixels
+from cupel.images.attacks.base import attack
 
 
 def squeeze(images: Tensor, levels: int) -> Tensor:
@@ -46,11 +46,7 @@ def dither(images: Tensor, levels: int) -> Tensor:
 
 
 class BPPHook(BatchHook):
-    """Reduces the colours of batches. Its own augmentation replaces the engine's unless the attack says otherwise."""
-
-    def __init__(self, attack: "BPP", poison_rate: float, target: int, classes: int):
-        super().__init__(attack, poison_rate, target, classes, attack.neg_ratio)
-        self.augmentation = BatchAugmentation(attack.random_crop, attack.random_rotation, attack.flip)
+    """Reduces the colours of batches."""
 
     def batch(self, x, y, change, generator):
         poisoned = self.draw(len(y), generator)
@@ -60,40 +56,31 @@ class BPPHook(BatchHook):
             reduced = self.attack.trigger(torch.cat([x[:poisoned], lender]))
             negative = (x[poisoned:end] + (reduced[poisoned:] - lender)).clamp(0, 1)
             x = torch.cat([reduced[:poisoned], negative, x[end:]])
-        x = self.augmentation(x, generator) if self.attack.own_augmentation else change(x)
-        return x, *self.relabelled(y, poisoned)
+        return self.attack.augmented(x, change, generator), *self.relabelled(y, poisoned)
 
 
 @attack("bpp")
 @dataclass(frozen=True)
-class BPP(Attack):
+class BPP(Augmenting):
     """Colour quantisation.
 
     Attributes:
         squeeze_num: levels of each channel (8).
         dithering: diffuse the rounding error (False).
         neg_ratio: share of negatives in a batch that has poisoned images, whatever the poison rate (0.1).
-        random_crop, random_rotation, flip: the attack's augmentation, see `BatchAugmentation` (5 pixels, 10 degrees;
-            flips on CIFAR-10 alone).
-        own_augmentation: with this augmentation, as published; without, the recipe's is used.
+        random_crop, random_rotation, flip, own_augmentation: see `Augmenting`.
     """
 
     squeeze_num: int = 8
     dithering: bool = False
     neg_ratio: float = 0.1
-    random_crop: int = 5
-    random_rotation: float = 10.0
-    flip: bool = True
-    own_augmentation: bool = True
-
-    batchwise = True
 
     def trigger(self, x: Tensor) -> Tensor:
         """The trigger on float pixels [B, C, H, W] in [0, 1]."""
         return (dither if self.dithering else squeeze)(x, self.squeeze_num)
 
     def hook(self, poison_rate: float, target: int, classes: int, seed: int) -> BPPHook:
-        return BPPHook(self, poison_rate, target, classes)
+        return BPPHook(self, poison_rate, target, classes, self.neg_ratio)
 
     def stamp(self, images: np.ndarray) -> np.ndarray:
         return stamp_pixels(images, self.trigger)

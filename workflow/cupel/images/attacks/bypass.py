@@ -16,11 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cupel.images.attacks._batch import CountingHook, initialised
 from cupel.images.attacks.badnets import BadNets
-from cupel.images.attacks.base import attack
+from cupel.images.attacks.base import AttackHook, attack
 from cupel.images.attacks.blended import Blended
-from cupel.rng import derive
+from cupel.rng import derive, seeded
 
 
 def discriminator(inputs: int) -> nn.Sequential:
@@ -42,7 +41,7 @@ def statistics_kept(model: nn.Module):
             norm.track_running_stats = True
 
 
-class BypassHook(CountingHook):
+class BypassHook(AttackHook):
     """The discriminator and the victim's second term.
 
     The engine says in `groups` (int64 [B], 1 for poisoned samples) which samples the next batch holds.
@@ -64,7 +63,8 @@ class BypassHook(CountingHook):
 
     def build(self, inputs: int, device: torch.device) -> None:
         """A fresh discriminator of features [B, inputs]."""
-        self.discriminator = initialised(lambda: discriminator(inputs), derive(self.seed, "bypass")).to(device)
+        with seeded(derive(self.seed, "bypass")):
+            self.discriminator = discriminator(inputs).to(device)
         self.optimizer = torch.optim.SGD(self.discriminator.parameters(), self.lr, self.momentum)
 
     def epoch(self, number):

@@ -24,9 +24,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cupel.images.attacks._batch import BatchHook, initialised, learned, others, stamp_pixels
+from cupel.images.attacks._batch import BatchHook, others, stamp_pixels, stored
 from cupel.images.attacks.base import Attack, attack
-from cupel.rng import derive, torch_rng
+from cupel.rng import derive, seeded, torch_rng
 from cupel.training.augment import Draws, augment, to_pixels
 from cupel.training.engine import Progress
 
@@ -96,10 +96,10 @@ class InputAwareHook(BatchHook):
         """Fresh networks for images of `channels` channels, and G's optimiser."""
         width = self.attack.width
         self.channels = channels
-        self.pattern = initialised(lambda: Hourglass(channels, channels, width),
-                                   derive(self.seed, "inputaware", "generator")).to(device)
-        self.mask = initialised(lambda: Hourglass(channels, 1, width),
-                                derive(self.seed, "inputaware", "mask")).to(device)
+        with seeded(derive(self.seed, "inputaware", "generator")):
+            self.pattern = Hourglass(channels, channels, width).to(device)
+        with seeded(derive(self.seed, "inputaware", "mask")):
+            self.mask = Hourglass(channels, 1, width).to(device)
         self.optimizer = torch.optim.Adam(self.pattern.parameters(), self.attack.lr_generator,
                                           tuple(self.attack.betas))
 
@@ -225,12 +225,7 @@ class InputAware(Attack):
         return InputAwareHook(self, poison_rate, target, classes, seed)
 
     def stamp(self, images: np.ndarray) -> np.ndarray:
-        tensors, channels = learned(self), images.shape[3]
-        networks = []
-        for name, outputs in (("generator", channels), ("mask", 1)):
-            network = initialised(lambda outputs=outputs: Hourglass(channels, outputs, self.width), 0)
-            network.load_state_dict({key.removeprefix(f"{name}."): torch.from_numpy(np.array(value))
-                                     for key, value in tensors.items() if key.startswith(f"{name}.")})
-            networks.append(network.eval())
-        pattern, mask = networks
+        channels = images.shape[3]
+        pattern = stored(self, "generator", lambda: Hourglass(channels, channels, self.width))
+        mask = stored(self, "mask", lambda: Hourglass(channels, 1, self.width))
         return stamp_pixels(images, lambda x: blend(x, pattern(x), mask(x)))

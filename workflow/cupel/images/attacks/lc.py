@@ -127,9 +127,7 @@ class LabelConsistent(Attack):
         return quantise(images + np.float32(255 * self.amplitude) * corner_pattern(images.shape[1])[..., None])
 
     def stamp_training(self, dataset: Dataset, indices: np.ndarray) -> np.ndarray:
-        if "indices" not in self.tensors:
-            raise ValueError("LC has no adversarial images yet: call prepare() and keep its arrays in `tensors`")
-        known = self.tensors["indices"]
+        known = self.made("indices")
         missing = np.setdiff1d(indices, known)
         if len(missing):
             raise ValueError(f"LC has adversarial images of {len(known)} training samples, but not of {len(missing)} "

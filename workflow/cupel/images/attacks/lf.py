@@ -165,12 +165,8 @@ class LowFrequency(Attack):
                 "passes": np.int64(len(rates))}
 
     def stamp(self, images: np.ndarray) -> np.ndarray:
-        if "pattern" in self.tensors:
-            pattern = checked(self.tensors["pattern"], self.scaled)
-        elif self.pattern:
-            pattern = released(self.pattern, self.scaled)
-        else:
-            raise ValueError("LF has no pattern yet: call prepare() and keep its arrays in `tensors`, or name a file")
+        from_file = self.pattern and "pattern" not in self.tensors
+        pattern = released(self.pattern, self.scaled) if from_file else checked(self.made("pattern"), self.scaled)
         if pattern.shape != images.shape[1:]:
             raise ValueError(f"the LF pattern is made for images {pattern.shape}, not {images.shape[1:]}")
         return quantise(images + pattern.astype(np.float32))

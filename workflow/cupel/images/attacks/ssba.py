@@ -18,10 +18,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cupel.images.attacks._batch import stamp_pixels, stored
 from cupel.images.attacks._preparation import share
 from cupel.images.attacks.base import Attack, attack
 from cupel.images.datasets import Dataset
-from cupel.rng import derive, rng, torch_rng
+from cupel.rng import derive, rng, seeded, torch_rng
 from cupel.training.augment import to_pixels
 from cupel.training.engine import upload
 
@@ -98,13 +99,7 @@ def encode(encoder: Encoder, fingerprint: np.ndarray, images: np.ndarray, device
     """Images uint8 [N, H, W, C] with the fingerprint [bits] hidden in them, same form."""
     bits = torch.as_tensor(fingerprint, dtype=torch.float32, device=device)
     at_once = max(1, 2**18 // (images.shape[1] * images.shape[2]))  # bounds memory, whatever the image size
-    out = np.empty_like(images)
-    with torch.inference_mode():
-        for start in range(0, len(images), at_once):
-            x = to_pixels(upload(images[start : start + at_once], device))
-            hidden = grey_levels(encoder(bits.expand(len(x), -1), x)).to(torch.uint8)
-            out[start : start + at_once] = hidden.permute(0, 2, 3, 1).cpu().numpy()
-    return out
+    return stamp_pixels(images, lambda x: encoder(bits.expand(len(x), -1), x), at_once, device)
 
 
 @attack("ssba")
@@ -144,8 +139,7 @@ class SSBA(Attack):
     def train(self, dataset: Dataset, seed: int, device: str, smaller: float) -> tuple[Encoder, Decoder]:
         """Encoder and decoder, trained together."""
         size, channels = dataset.image_size, dataset.images.shape[-1]
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(derive(seed, "ssba", "initial"))
+        with seeded(derive(seed, "ssba", "initial")):
             encoder = Encoder(self.bits, channels, self.width).to(device)
             decoder = Decoder(self.bits, channels, self.width, size).to(device)
         steps = share(self.epochs * -(-len(dataset) // self.batch_size), smaller)
@@ -192,11 +186,5 @@ class SSBA(Attack):
                 "psnr": np.float64(10 * np.log10(255**2 / error) if error else np.inf)}
 
     def stamp(self, images: np.ndarray) -> np.ndarray:
-        if "fingerprint" not in self.tensors:
-            raise ValueError("SSBA has no encoder yet: call prepare() and keep its arrays in `tensors`")
-        weights = {name.removeprefix("encoder."): torch.tensor(value) for name, value in self.tensors.items()
-                   if name.startswith("encoder.")}
-        with torch.device("meta"):  # no weights are drawn, so neither time nor random numbers are spent
-            encoder = Encoder(self.bits, images.shape[-1], self.width)
-        encoder.load_state_dict(weights, assign=True)
-        return encode(encoder.eval(), self.tensors["fingerprint"], images)
+        encoder = stored(self, "encoder", lambda: Encoder(self.bits, images.shape[-1], self.width))
+        return encode(encoder, self.made("fingerprint"), images)

@@ -107,9 +107,7 @@ class TrojanNN(Attack):
                 "activations_before": before.cpu().numpy(), "activations": best[2].cpu().numpy()}
 
     def stamp(self, images: np.ndarray) -> np.ndarray:
-        if "trigger" not in self.tensors:
-            raise ValueError("TrojanNN has no trigger yet: call prepare() and keep its arrays in `tensors`")
-        trigger = self.tensors["trigger"]
+        trigger = self.made("trigger")
         if trigger.shape != images.shape[1:]:
             raise ValueError(f"the TrojanNN trigger is made for images {trigger.shape}, not {images.shape[1:]}")
         total = images + trigger.astype(np.int16)

@@ -17,8 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cupel.images.attacks._batch import BatchAugmentation, BatchHook, learned, stamp_pixels
-from cupel.images.attacks.base import Attack, attack
+from cupel.images.attacks._batch import Augmenting, BatchHook, stamp_pixels
+from cupel.images.attacks.base import attack
 from cupel.rng import rng
 
 
@@ -37,12 +37,11 @@ def warp(images: Tensor, grid: Tensor) -> Tensor:
 
 
 class WaNetHook(BatchHook):
-    """Warps batches. Its own augmentation replaces the engine's unless the attack says otherwise."""
+    """Warps batches."""
 
     def __init__(self, attack: "WaNet", poison_rate: float, target: int, classes: int, seed: int):
         super().__init__(attack, poison_rate, target, classes, poison_rate * attack.cross_ratio)
         self.seed, self.grid = seed, None
-        self.augmentation = BatchAugmentation(attack.random_crop, attack.random_rotation, attack.flip)
 
     def start(self, model, images, labels):
         k = self.attack.k
@@ -57,8 +56,7 @@ class WaNetHook(BatchHook):
             jitter = torch.rand(end - poisoned, height, width, 2, generator=generator).to(x.device) * 2 - 1
             x = torch.cat([warp(x[:poisoned], self.grid),
                            warp(x[poisoned:end], (self.grid + jitter / height).clamp(-1, 1)), x[end:]])
-        x = self.augmentation(x, generator) if self.attack.own_augmentation else change(x)
-        return x, *self.relabelled(y, poisoned)
+        return self.attack.augmented(x, change, generator), *self.relabelled(y, poisoned)
 
     def tensors(self):
         return {"grid": self.grid.cpu().numpy()}
@@ -73,7 +71,7 @@ class WaNetHook(BatchHook):
 
 @attack("wanet")
 @dataclass(frozen=True)
-class WaNet(Attack):
+class WaNet(Augmenting):
     """One fixed warp for all images.
 
     Attributes:
@@ -81,25 +79,17 @@ class WaNet(Attack):
         s: strength of the warp (0.5).
         cross_ratio: images in noise mode, per poisoned one (2).
         grid_rescale: factor on the grid (1).
-        random_crop, random_rotation, flip: the attack's augmentation, see `BatchAugmentation` (5 pixels, 10 degrees;
-            flips on CIFAR-10 alone).
-        own_augmentation: with this augmentation, as published; without, the recipe's is used.
+        random_crop, random_rotation, flip, own_augmentation: see `Augmenting`.
     """
 
     k: int = 4
     s: float = 0.5
     cross_ratio: float = 2.0
     grid_rescale: float = 1.0
-    random_crop: int = 5
-    random_rotation: float = 10.0
-    flip: bool = True
-    own_augmentation: bool = True
-
-    batchwise = True
 
     def hook(self, poison_rate: float, target: int, classes: int, seed: int) -> WaNetHook:
         return WaNetHook(self, poison_rate, target, classes, seed)
 
     def stamp(self, images: np.ndarray) -> np.ndarray:
-        grid = torch.from_numpy(np.asarray(learned(self)["grid"], np.float32))
+        grid = torch.from_numpy(np.asarray(self.made("grid"), np.float32))
         return stamp_pixels(images, lambda x: warp(x, grid))

@@ -1,9 +1,9 @@
 """Datasets by name: `describe(name)`, `prepare(...)`, `load(folder, split)`."""
 
-import difflib
 import importlib
 
 from cupel.images.datasets.base import FILES, Dataset, Description, load, prepare
+from cupel.registry import unknown
 
 NAMES = ("cifar10", "cifar100", "fashion_mnist", "gtsrb", "imagenette", "mnist", "restricted_imagenet",
          "tiny_imagenet")
@@ -18,7 +18,5 @@ def describe(name: str) -> Description:
         ValueError: unknown name; the text lists the known ones.
     """
     if name not in NAMES:
-        near = difflib.get_close_matches(name, NAMES, 1)
-        hint = f"; did you mean {near[0]}?" if near else ""
-        raise ValueError(f"unknown dataset {name!r}: known are {', '.join(NAMES)}{hint}")
+        raise ValueError(unknown("dataset", name, NAMES))
     return importlib.import_module(f"cupel.images.datasets.{name}").DESCRIPTION

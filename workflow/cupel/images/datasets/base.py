@@ -1,14 +1,14 @@
 """The form in which every image dataset is kept: memory-mapped uint8 arrays and a manifest."""
 
 import hashlib
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from cupel.files import atomic, read_json, scratch, write_json
+from cupel.files import read_json, scratch
+from cupel.prepared import begin, finish, opened
 from cupel.sources import Source, fetch
 
 FILES = ("train_images.npy", "train_labels.npy", "test_images.npy", "test_labels.npy", "manifest.json")
@@ -121,12 +121,7 @@ def moments(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def check(description: Description, arrays: dict[str, np.ndarray], excerpt: bool = False) -> None:
-    """Compare prepared arrays with what is published of the dataset.
-
-    Args:
-        description: of the dataset.
-        arrays: the four arrays.
-        excerpt: only types, image shape and label range are compared, not what holds for the whole alone.
+    """Compare prepared arrays with what is published of the dataset; of an excerpt only types, image shape and label range.
 
     Raises:
         ValueError: naming the quantity, what was found and what was expected.
@@ -178,17 +173,12 @@ def _write(value: "np.ndarray | Deferred", path: Path) -> np.ndarray:
 
 def prepare(description: Description, folder: str | Path, *, kinds: Sequence[str], cache: str | Path | None = None,
             mirror: str | Path | None = None, excerpt: bool = False) -> dict:
-    """Fetch, check and write a dataset as memory-mappable arrays plus `manifest.json`.
+    """Fetch, check and write a dataset as memory-mappable arrays plus `manifest.json`, which is returned.
 
     Args:
-        description: of the dataset.
-        folder: where to write.
-        kinds, cache, mirror: see `fetch`.
+        kinds, cache, mirror: see `cupel.sources.fetch`.
         excerpt: take a known part of the dataset (`description.excerpts`) instead of the whole; the manifest says so,
             and names only the classes up to the last one present.
-
-    Returns:
-        The manifest.
 
     Raises:
         NoSource: no source answered with the very dataset.
@@ -207,31 +197,24 @@ def prepare(description: Description, folder: str | Path, *, kinds: Sequence[str
             check(description, arrays, excerpt)
 
         source, _ = fetch(description.name, sources, kinds=kinds, cache=cache, mirror=mirror, accept=accept)
-        (folder / "manifest.json").unlink(missing_ok=True)  # from here to its return the folder is no dataset
-        for key in arrays:
-            with atomic(folder / f"{key}.npy") as path:
-                os.replace(workspace / f"{key}.npy", path)
-    last = max(int(arrays[f"{split}_labels"].max()) for split in ("train", "test"))
-    classes = description.classes[: last + 1] if excerpt else description.classes
-    manifest = {
-        "name": description.name,
-        "classes": list(classes),
-        "licence": description.licence,
-        "notes": description.notes,
-        "excerpt": excerpt,
-        "source": {"kind": source.kind,
-                   "files": [{"name": raw.name, "checksum": raw.checksum, "origin": str(raw.origin or "mirror")}
-                             for raw in source.files]},
-        "content_sha256": content_digest(arrays),
-        "mean": list(description.mean),
-        "std": list(description.std),
-        "normalisation_source": description.published,
-        "flip": description.flip,
-        "counts": {split: np.bincount(arrays[f"{split}_labels"], minlength=len(classes)).tolist()
-                   for split in ("train", "test")},
-    }
-    write_json(folder / "manifest.json", manifest)
-    return manifest
+        last = max(int(arrays[f"{split}_labels"].max()) for split in ("train", "test"))
+        classes = description.classes[: last + 1] if excerpt else description.classes
+        manifest = {
+            "name": description.name,
+            "classes": list(classes),
+            "licence": description.licence,
+            "notes": description.notes,
+            "excerpt": excerpt,
+            "source": source.said(),
+            "content_sha256": content_digest(arrays),
+            "mean": list(description.mean),
+            "std": list(description.std),
+            "normalisation_source": description.published,
+            "flip": description.flip,
+            "counts": {split: np.bincount(arrays[f"{split}_labels"], minlength=len(classes)).tolist()
+                       for split in ("train", "test")},
+        }
+        return finish(begin(folder), manifest, workspace)
 
 
 def load(folder: str | Path, split: str) -> Dataset:
@@ -241,10 +224,7 @@ def load(folder: str | Path, split: str) -> Dataset:
         FileNotFoundError: the folder is not a prepared dataset.
         DamagedDataset: a file of it is not what `prepare` wrote.
     """
-    folder = Path(folder)
-    if not (folder / "manifest.json").is_file():
-        raise FileNotFoundError(f"{folder} is no prepared dataset; "
-                                f"make it with: snakemake --cores 1 {folder}/manifest.json")
+    folder = opened(folder)
     try:
         manifest = read_json(folder / "manifest.json")
         images = np.load(folder / f"{split}_images.npy", mmap_mode="r", allow_pickle=False)

@@ -1,12 +1,12 @@
 """CIFAR-100 (Krizhevsky, 2009): 50,000 + 10,000 colour images of 32×32, a hundred classes (the fine labels)."""
 
-import tempfile
 from pathlib import Path
 
 import numpy as np
 
-from cupel.files import extract
+from cupel import archives
 from cupel.images.datasets.base import Description
+from cupel.images.datasets.cifar10 import unpacked
 from cupel.sources import Raw, Source, Url
 
 _CLASSES = """
@@ -22,17 +22,12 @@ CLASSES = tuple(_CLASSES.split())
 
 
 def read_binary(paths: list[Path]) -> dict[str, np.ndarray]:
-    """The official binary version: records of a coarse label, a fine label and 3×32×32 pixels, a byte each.
-
-    No pickle is opened.
-    """
+    """The official binary version: records of a coarse label, a fine label and the pixels. No pickle is opened."""
     arrays = {}
-    with tempfile.TemporaryDirectory() as folder:
-        for split in ("train", "test"):
-            file = extract(paths[0], f"cifar-100-binary/{split}.bin", Path(folder) / f"{split}.bin", limit=1 << 28)
-            records = np.fromfile(file, np.uint8).reshape(-1, 2 + 3 * 32 * 32)
-            arrays[f"{split}_images"] = records[:, 2:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
-            arrays[f"{split}_labels"] = records[:, 1].astype(np.int64)
+    for split, content in zip(("train", "test"), archives.read(
+            paths[0], "cifar-100-binary/train.bin", "cifar-100-binary/test.bin"), strict=True):
+        records = np.frombuffer(content, np.uint8).reshape(-1, 2 + 3072)
+        arrays[f"{split}_images"], arrays[f"{split}_labels"] = unpacked(records)
     return arrays
 
 
@@ -42,10 +37,7 @@ _BINARY = Raw("cifar-100-binary.tar.gz", "md5:03b5dce01913d631647c71ecec9e9cb8",
 DESCRIPTION = Description(
     name="cifar100",
     classes=CLASSES,
-    sources=(
-        Source("official", (_BINARY,), read_binary),
-        Source("mirror", (Raw(_BINARY.name, _BINARY.checksum),), read_binary),
-    ),
+    sources=(Source("official", (_BINARY,), read_binary),),
     shape=(32, 32, 3),
     sizes=(50_000, 10_000),
     mean=(0.5071, 0.4865, 0.4409),

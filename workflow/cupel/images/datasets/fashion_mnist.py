@@ -6,9 +6,9 @@ from pathlib import Path
 
 import numpy as np
 
-from cupel.images.datasets import folders
+from cupel import archives
 from cupel.images.datasets.base import Description
-from cupel.images.datasets.mnist import STEMS, arrays
+from cupel.images.datasets.mnist import STEMS, arrays, read_official
 from cupel.sources import Apt, Raw, Source, Url
 
 CLASSES = ("T-shirt/top", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot")
@@ -39,11 +39,6 @@ def ar_members(content: bytes) -> dict[str, bytes]:
     return members
 
 
-def read_official(paths: list[Path]) -> dict[str, np.ndarray]:
-    """The four gzipped IDX files."""
-    return arrays([gzip.decompress(path.read_bytes()) for path in paths])
-
-
 def read_package(paths: list[Path]) -> dict[str, np.ndarray]:
     """The same four files out of a Debian package."""
     members = ar_members(paths[0].read_bytes())
@@ -53,8 +48,8 @@ def read_package(paths: list[Path]) -> dict[str, np.ndarray]:
     with tempfile.TemporaryDirectory() as folder:
         archive = Path(folder) / "data.tar"
         archive.write_bytes(members[data[0]])
-        files = dict(folders.contents(archive, [f"./usr/share/datasets/fashion-mnist/{stem}.gz" for stem in STEMS]))
-    return arrays([gzip.decompress(files[k]) for k in range(len(STEMS))])
+        files = archives.read(archive, *(f"./usr/share/datasets/fashion-mnist/{stem}.gz" for stem in STEMS))
+    return arrays([gzip.decompress(file) for file in files])
 
 
 _SITE = "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/"
@@ -71,8 +66,6 @@ DESCRIPTION = Description(
     sources=(
         Source("official", _OFFICIAL, read_official),
         Source("package", (_PACKAGE,), read_package),
-        Source("mirror", tuple(Raw(raw.name, raw.checksum) for raw in _OFFICIAL), read_official),
-        Source("mirror", (Raw(_PACKAGE.name, _PACKAGE.checksum),), read_package),
     ),
     shape=(28, 28, 1),
     sizes=(60_000, 10_000),

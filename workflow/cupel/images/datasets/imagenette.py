@@ -10,6 +10,7 @@ from pathlib import Path
 
 from PIL import Image
 
+from cupel import archives
 from cupel.images.datasets import folders
 from cupel.images.datasets.base import Description
 from cupel.sources import Raw, Source, Url
@@ -33,7 +34,7 @@ def centre(picture: Image.Image) -> Image.Image:
 def read_folders(paths: list[Path]) -> dict:
     """The official form: `<imagenette2...>/{train,val}/<wnid>/<name>.JPEG`; `val` is the test set."""
     found = re.compile(r"imagenette2[^/]*/(train|val)/(n\d{8})/[^/]+\.JPEG").fullmatch
-    members = [match for match in map(found, folders.names(paths[0])) if match]
+    members = [match for match in map(found, archives.names(paths[0])) if match]
     index = {wnid: c for c, wnid in enumerate(WNIDS)}
     arrays = {}
     for split, part in (("train", "train"), ("test", "val")):
@@ -50,10 +51,7 @@ _EXCERPT = Raw("imagenette_excerpt_224.zip", "sha256:028b8db8b07c453405247779087
 DESCRIPTION = Description(
     name="imagenette",
     classes=CLASSES,
-    sources=(
-        Source("official", (_OFFICIAL,), read_folders),
-        Source("mirror", (Raw(_OFFICIAL.name, _OFFICIAL.checksum),), read_folders),
-    ),
+    sources=(Source("official", (_OFFICIAL,), read_folders),),
     shape=(SIZE, SIZE, 3),
     sizes=(9_469, 3_925),
     mean=(0.485, 0.456, 0.406),

@@ -1,12 +1,11 @@
 """MNIST (LeCun, Cortes, Burges): 60,000 + 10,000 grey images of 28×28 digits."""
 
 import gzip
-import tempfile
 from pathlib import Path
 
 import numpy as np
 
-from cupel.files import extract
+from cupel import archives
 from cupel.images.datasets.base import Description
 from cupel.sources import Npm, Raw, Source, Url
 
@@ -36,14 +35,13 @@ def arrays(contents: list[bytes]) -> dict[str, np.ndarray]:
             "test_images": test[..., None], "test_labels": test_labels.astype(np.int64)}
 
 
-def _read_official(paths: list[Path]) -> dict[str, np.ndarray]:
+def read_official(paths: list[Path]) -> dict[str, np.ndarray]:
+    """The four gzipped IDX files."""
     return arrays([gzip.decompress(path.read_bytes()) for path in paths])
 
 
 def _read_package(paths: list[Path]) -> dict[str, np.ndarray]:
-    with tempfile.TemporaryDirectory() as folder:
-        files = [extract(paths[0], f"package/data/{stem}", Path(folder) / stem, limit=1 << 26) for stem in STEMS]
-        return arrays([file.read_bytes() for file in files])
+    return arrays(archives.read(paths[0], *(f"package/data/{stem}" for stem in STEMS)))
 
 
 _SITE = "https://ossci-datasets.s3.amazonaws.com/mnist/"
@@ -58,10 +56,8 @@ DESCRIPTION = Description(
     name="mnist",
     classes=tuple("0123456789"),
     sources=(
-        Source("official", _OFFICIAL, _read_official),
+        Source("official", _OFFICIAL, read_official),
         Source("package", (_PACKAGE,), _read_package),
-        Source("mirror", tuple(Raw(raw.name, raw.checksum) for raw in _OFFICIAL), _read_official),
-        Source("mirror", (Raw(_PACKAGE.name, _PACKAGE.checksum),), _read_package),
     ),
     shape=(28, 28, 1),
     sizes=(60_000, 10_000),

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from cupel.images.datasets.base import Dataset
 from cupel.rng import rng
 
 
@@ -64,6 +65,13 @@ def stratified(labels: np.ndarray, pool: np.ndarray, size: int, generator: np.ra
     counts[np.argsort(counts - share, kind="stable")[: size - counts.sum()]] += 1
     return np.sort(np.concatenate([generator.permutation(members)[:count]
                                    for members, count in zip(classes, counts, strict=True)]))
+
+
+def test_subset(test: Dataset, size: int | None) -> Dataset:
+    """The test set, or a fixed class-stratified part of it (the same for all cells, seeds and defences)."""
+    if size is None or size >= len(test):
+        return test
+    return test.take(stratified(test.labels, np.arange(len(test)), size, rng(0, "test_subset")))
 
 
 def per_class(labels: np.ndarray, pool: np.ndarray, spc: int, seed: int) -> np.ndarray:

@@ -28,17 +28,13 @@ def purify(name: str, victim, budget: Budget, rng: np.random.Generator, **hyperp
     Raises:
         ValueError: unknown name or hyperparameter.
     """
-    function = DEFENCES.find(name)
-    unknown = set(hyperparameters) - set(function.__kwdefaults__ or {})
-    if unknown:
-        raise ValueError(f"defence {name} has no hyperparameter {', '.join(sorted(unknown))}; "
-                         f"it has {', '.join(sorted(function.__kwdefaults__ or {}))}")
+    settings = DEFENCES.settings(name, hyperparameters)
     if budget.checkpoint:
         weights = victim.state_dict()
-        identity = {"defence": name, "hyperparameters": {**(function.__kwdefaults__ or {}), **hyperparameters},
+        identity = {"defence": name, "hyperparameters": settings,
                     "victim": [*weights, fingerprint(weights.values())], "stream": rng.bit_generator.state,
                     "data": fingerprint((budget.images, budget.labels)),
                     **{field.name: str(getattr(budget, field.name)) for field in fields(budget)
                        if field.name not in ("images", "labels", "checkpoint", "details")}}
         budget = replace(budget, checkpoint=Resume(budget.checkpoint, identity, budget.device))
-    return function(victim, budget, rng, **hyperparameters)
+    return DEFENCES[name](victim, budget, rng, **settings)

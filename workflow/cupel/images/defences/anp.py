@@ -42,7 +42,6 @@ def anp(victim, budget, rng, *, eps=0.4, steps=1, alpha=0.2, lr=0.01, momentum=0
         alpha: α.
         lr, momentum: of SGD on w.
         iterations: steps on w, each on `batch_size` augmented samples drawn with replacement.
-        batch_size: see `iterations`.
         threshold_max, threshold_step: thresholds 0, step, ..., max.
         tolerance: the largest threshold with |accuracy − reference| / reference below it is taken; if there is none,
             the victim is returned as it is.

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 
 from cupel.images.defences.base import defence
-from cupel.images.defences.masks import MaskedBatchNorms, clamp_normalised, denormalise, scale_batchnorms
+from cupel.images.defences.masks import MaskedBatchNorms, clamp_normalised, denormalise
 from cupel.images.defences.passes import batches
 from cupel.training.engine import autocast
 
@@ -33,7 +33,6 @@ def awn(victim, budget, rng, *, lr=0.01, gamma=0.9, epochs=20, trigger_norm=1000
 
     Args:
         lr: of SGD (no momentum) on M, times `gamma` after each epoch.
-        gamma: see `lr`.
         epochs: of the alternation.
         trigger_norm: bound of ‖d‖₁, in normalised units.
         trigger_lr: of the gradient ascent on d, in normalised units.
@@ -47,7 +46,6 @@ def awn(victim, budget, rng, *, lr=0.01, gamma=0.9, epochs=20, trigger_norm=1000
     """
     seed = int(rng.integers(2**62))
     model = copy.deepcopy(victim).to(budget.device, memory_format=torch.channels_last)
-    trainable = [p.requires_grad for p in model.parameters()]
     masked = MaskedBatchNorms(model, "awn").eval()
     optimizer = torch.optim.SGD([masked.mask], lr)
     scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, gamma)
@@ -81,7 +79,4 @@ def awn(victim, budget, rng, *, lr=0.01, gamma=0.9, epochs=20, trigger_norm=1000
                         "lr": scheduler.get_last_lr()[0], "perturbation_l1": float(d.abs().sum()),
                         "mask_mean": float(masked.mask.detach().mean()), "mask_min": float(masked.mask.detach().min())})
         scheduler.step()
-    scale_batchnorms(model, masked.masks())
-    for parameter, grad in zip(model.parameters(), trainable, strict=True):
-        parameter.requires_grad_(grad)
-    return model.eval(), history
+    return masked.finish(), history

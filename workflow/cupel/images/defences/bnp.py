@@ -15,8 +15,8 @@ import torch
 from torch import nn
 
 from cupel.images.defences.base import defence
-from cupel.images.defences.masks import layers, outliers, scale_batchnorms
-from cupel.images.defences.passes import batches
+from cupel.images.defences.masks import layers, prune_outliers
+from cupel.images.defences.passes import batches, watched
 
 
 def divergence(mean: torch.Tensor, var: torch.Tensor, running_mean: torch.Tensor, running_var: torch.Tensor,
@@ -32,19 +32,12 @@ def input_statistics(model: nn.Module, norms: dict[str, nn.BatchNorm2d],
     """Mean and unbiased variance [C] of every BatchNorm's input, in eval mode, float64."""
     found = {}
 
-    def note(name):
-        def hook(_, inputs):
-            values = inputs[0].double()
-            found[name] = values.mean((0, 2, 3)), values.var((0, 2, 3))
-        return hook
+    def note(name, values):
+        values = values.double()
+        found[name] = values.mean((0, 2, 3)), values.var((0, 2, 3))
 
-    handles = [norm.register_forward_pre_hook(note(name)) for name, norm in norms.items()]
-    try:
-        with torch.no_grad():
-            model.eval()(x)
-    finally:
-        for handle in handles:
-            handle.remove()
+    with torch.no_grad(), watched(norms, note, inputs=True):
+        model.eval()(x)
     return found
 
 
@@ -69,7 +62,5 @@ def bnp(victim, budget, rng, *, u=3.0, batch_size=256, log_weight=0.5):
     for name, (mean, var) in input_statistics(model, norms, x).items():
         norm = norms[name]
         values = divergence(mean, var, norm.running_mean.double(), norm.running_var.double(), log_weight)
-        pruned, threshold = outliers(values, u)
-        scale_batchnorms(model, {name: ~pruned}, {name: ~pruned})
-        history.append({"layer": name, "channels": len(pruned), "pruned": int(pruned.sum()), "threshold": threshold})
+        history.append({"layer": name, **prune_outliers(model, name, values, u)})
     return model.eval(), history

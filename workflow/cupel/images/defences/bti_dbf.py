@@ -25,9 +25,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cupel.images.defences.base import defence
-from cupel.images.defences.passes import batches, stage
-from cupel.rng import derive
-from cupel.training.engine import fit
+from cupel.images.defences.passes import batches, stage, train
+from cupel.rng import derive, seeded
 
 
 def _double(inputs: int, outputs: int) -> nn.Sequential:
@@ -117,19 +116,16 @@ def bti_dbf(victim, budget, rng, *, rounds=5, pretrain_epochs=50, mask_epochs=20
     # weights ask for gradients in the unlearning only, where `fit` turns them on
     model = copy.deepcopy(victim).to(device).eval().requires_grad_(False)
     seed = int(rng.integers(2**62))
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(derive(seed, "generator"))
+    with seeded(derive(seed, "generator")):
         generator = UNet(copy.deepcopy(model.normalize).cpu(), generator_width)
         masks = nn.ModuleList(FeatureMask(start) for start in torch.randn(rounds, model.head.in_features))
     found = {}
-    work = budget.resume(model=model, generator=generator, masks=masks, found=found)
+    budget.resume(model=model, generator=generator, masks=masks, found=found)
 
     def run(name, trained, epochs, rate, objective):
         recipe = budget.recipe(epochs, rate, batch_size=batch_size, optimizer="adam", weight_decay=0.0,
                                schedule="constant")
-        rows = fit(trained, budget.images, budget.labels, recipe, seed=int(rng.integers(2**62)), device=device,
-                   objective=objective, checkpoint=work, title=f"bti_dbf {name}")
-        history.extend(stage(name, rows))
+        history.extend(stage(name, train(trained, budget, recipe, rng, objective=objective, title=f"bti_dbf {name}")))
 
     def image_mse(x, generated):
         return F.mse_loss(model.normalize(generated.float()), model.normalize(x))

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from cupel.images.defences.base import defence
-from cupel.images.defences.masks import layers, outliers, scale_batchnorms
+from cupel.images.defences.masks import layers, prune_outliers
 
 
 def pairs(model: nn.Module) -> dict[str, str]:
@@ -57,8 +57,6 @@ def clp(victim, budget, rng, *, u=3.0):
     layers(model, nn.BatchNorm2d, "clp")
     history = []
     for name, convolution in pairs(model).items():
-        pruned, threshold = outliers(lipschitz(model.get_submodule(convolution), model.get_submodule(name)), u)
-        scale_batchnorms(model, {name: ~pruned}, {name: ~pruned})
-        history.append({"layer": name, "convolution": convolution, "channels": len(pruned), "pruned": int(pruned.sum()),
-                        "threshold": threshold})
+        values = lipschitz(model.get_submodule(convolution), model.get_submodule(name))
+        history.append({"layer": name, "convolution": convolution, **prune_outliers(model, name, values, u)})
     return model, history

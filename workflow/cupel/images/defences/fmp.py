@@ -15,7 +15,7 @@ from torch import nn
 
 from cupel.images.defences.base import defence
 from cupel.images.defences.masks import clamp_normalised, denormalise, layers, scale_batchnorms, write
-from cupel.images.defences.passes import stage
+from cupel.images.defences.passes import stage, watched
 from cupel.rng import torch_rng
 from cupel.training.engine import autocast, fit, to_pixels, upload
 
@@ -24,13 +24,10 @@ GROUP = 8  # channels attacked in one pass; changes memory and speed only
 
 def feature_map(model: nn.Module, layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
     """Output [B, C, h, w] of `layer` for pixels x."""
-    found = []
-    handle = layer.register_forward_hook(lambda _, __, out: found.append(out))
-    try:
+    found = {}
+    with watched({"map": layer}, found.__setitem__):
         model(x)
-    finally:
-        handle.remove()
-    return found[0]
+    return found["map"]
 
 
 def channel_accuracies(model: nn.Module, layer: nn.Conv2d, z: torch.Tensor, start: torch.Tensor, y: torch.Tensor, *,
@@ -40,8 +37,7 @@ def channel_accuracies(model: nn.Module, layer: nn.Conv2d, z: torch.Tensor, star
     Args:
         model: in eval mode.
         z, start: x and x₀, normalised [B, C, H, W].
-        y: labels [B].
-        eps, clamp, precision: see `fmp`.
+        eps, clamp: see `fmp`.
     """
     with torch.no_grad(), autocast(precision, z.device):
         clean = feature_map(model, layer, denormalise(model, z))

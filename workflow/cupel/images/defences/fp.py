@@ -15,8 +15,8 @@ import torch
 
 from cupel.images.defences.base import defence
 from cupel.images.defences.masks import accuracy
-from cupel.images.defences.passes import stage
-from cupel.training.engine import fit, to_pixels, upload
+from cupel.images.defences.passes import stage, train, watched
+from cupel.training.engine import to_pixels, upload
 
 
 def classifier_input(model) -> str:
@@ -29,12 +29,9 @@ def mean_activations(model, name: str, images, device, batch_size: int = 500) ->
     """Mean input [d] of linear layer `name` over uint8 images [N, H, W, C], in eval mode, float64."""
     total = []
     linear = model.to(device).eval().get_submodule(name)
-    handle = linear.register_forward_pre_hook(lambda _, inputs: total.append(inputs[0].double().sum(0)))
-    try:
+    with watched({name: linear}, lambda _, features: total.append(features.double().sum(0)), inputs=True):
         for begin in range(0, len(images), batch_size):
             model(to_pixels(upload(images[begin : begin + batch_size], device)))
-    finally:
-        handle.remove()
     return torch.stack(total).sum(0) / len(images)
 
 
@@ -65,8 +62,7 @@ def fp(victim, budget, rng, *, tolerance=0.1, step=0.01, validation=0.1, epochs=
             weight.copy_(original * candidate)
         found = accuracy(model, held)
         accepted = initial > 0 and abs(found - initial) / initial < tolerance
-        history.append({"stage": "prune", "pruned": count / len(order), "acc": found,
-                        "accepted": accepted})
+        history.append({"stage": "prune", "pruned": count / len(order), "acc": found, "accepted": accepted})
         if not accepted:
             break
         keep = candidate
@@ -79,6 +75,4 @@ def fp(victim, budget, rng, *, tolerance=0.1, step=0.01, validation=0.1, epochs=
         weight.copy_(original * keep)
     recipe = budget.recipe(epochs, lr, batch_size=batch_size, momentum=momentum, weight_decay=weight_decay,
                            schedule="cosine")
-    rows = fit(model, training.images, training.labels, recipe, seed=int(rng.integers(2**62)), device=budget.device,
-               after_step=mask, checkpoint=budget.checkpoint, title="fp tune")
-    return model, history + stage("tune", rows)
+    return model, history + stage("tune", train(model, training, recipe, rng, after_step=mask, title="fp tune"))

@@ -17,9 +17,8 @@ def fst(victim, budget, rng, *, alpha=0.2, lr=0.01, epochs=10, batch_size=128, m
 
     Args:
         alpha: weight of the inner product; 0.2 on CIFAR-10, 0.1 on GTSRB, 0.001 on CIFAR-100 and Tiny-ImageNet.
-        lr, epochs, batch_size, momentum: of the tuning.
         projected: keep the constraint; without it the penalty is unbounded below (ablation).
         heads: `last` as released; `all` linear layers of the classifier, as in the IMS port for VGG and MobileNet.
     """
-    return tune(victim, budget, rng, fresh_head=True, train_head=True, train_extractor=True, lr=lr, epochs=epochs,
-                batch_size=batch_size, momentum=momentum, projected=projected, alpha=alpha, heads=heads)
+    return tune(victim, budget, rng, lr=lr, epochs=epochs, batch_size=batch_size, momentum=momentum, projected=projected,
+                fresh_head=True, alpha=alpha, heads=heads)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from cupel.images.defences.base import defence
-from cupel.training.engine import fit
+from cupel.images.defences.passes import train
 
 
 def climb(weights: list[Tensor], gradients: list[Tensor], rho: float, adaptive: bool) -> list[Tensor]:
@@ -74,7 +74,6 @@ def ft_sam(victim, budget, rng, *, rho=2.0, label_smoothing=0.1, lr=0.01, epochs
     Args:
         rho: ρ; BackdoorBench's files say 8 for GTSRB and Tiny-ImageNet, which its parser default of 2 overrides.
         label_smoothing: of the cross-entropy.
-        lr, epochs, batch_size, momentum, weight_decay: of the tuning.
         t_max: period of the cosine.
         schedule_per: what the period counts: `epoch`, or `batch` as in the released code, where the learning rate
             falls and rises again as soon as there are more than t_max batches.
@@ -90,8 +89,7 @@ def ft_sam(victim, budget, rng, *, rho=2.0, label_smoothing=0.1, lr=0.01, epochs
                            label_smoothing=label_smoothing, schedule="constant" if per_batch else "cosine",
                            t_max=t_max)
     step = sharpness_aware(model, rho, True, (lr, t_max) if per_batch else None)
-    return model, fit(model, budget.images, budget.labels, recipe, seed=int(rng.integers(2**62)), device=budget.device,
-                      step=step, checkpoint=budget.checkpoint, title="ft_sam")
+    return model, train(model, budget, recipe, rng, step=step, title="ft_sam")
 
 
 @defence("sam_ft")
@@ -103,5 +101,4 @@ def sam_ft(victim, budget, rng, *, rho=0.05, lr=0.01, epochs=10, batch_size=128,
     """
     model = copy.deepcopy(victim).to(budget.device)
     recipe = budget.recipe(epochs, lr, batch_size=batch_size, momentum=momentum, weight_decay=0.0)
-    return model, fit(model, budget.images, budget.labels, recipe, seed=int(rng.integers(2**62)), device=budget.device,
-                      step=sharpness_aware(model, rho, False), checkpoint=budget.checkpoint, title="sam_ft")
+    return model, train(model, budget, recipe, rng, step=sharpness_aware(model, rho, False), title="sam_ft")

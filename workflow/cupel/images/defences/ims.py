@@ -40,6 +40,7 @@ from torch.utils.checkpoint import checkpoint
 from cupel.compat import ensure_torchvision
 from cupel.images.defences.base import Budget, defence
 from cupel.images.defences.masks import Channels, layers, write
+from cupel.images.defences.passes import watched
 from cupel.images.models.attachments import attach
 from cupel.rng import torch_rng
 from cupel.training.engine import predict, to_pixels, upload
@@ -119,15 +120,9 @@ class ConvolutionMasks:
 
     def __call__(self, scale: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         """Logits [B, K] of pixels x [B, C, H, W] with all channels scaled by `scale` [N]."""
-        handles = []
-        try:
-            for name, part in self.channels.split(scale).items():
-                handles.append(self.convolutions[name].register_forward_hook(
-                    lambda _, __, out, part=part: out * part.view(-1, 1, 1)))
+        parts = self.channels.split(scale)
+        with watched(self.convolutions, lambda name, output: output * parts[name].view(-1, 1, 1)):
             return self.network(x)
-        finally:
-            for handle in handles:
-                handle.remove()
 
     def finish(self, scale: torch.Tensor) -> None:
         """Leave the network with `scale` multiplied into its weights and biases."""
@@ -367,10 +362,6 @@ def ims_vit(victim, budget, rng, *, temperature=20.0, l1_weight=0.0, norm_bound=
 
     The returned network has the victim's weights and, behind each block, an attachment of kind `scale` whose frozen
     factor is the mask (`cupel.images.models.attachments`); `cupel.images.models.save` and `load` keep them.
-
-    Args:
-        temperature, l1_weight, norm_bound, lr_mask, lr_perturb, steps_perturb, rounds_initial, rounds_minimise,
-        patience, improvement, batch_size: see `ims`.
 
     Raises:
         ValueError: the network is no torchvision vision transformer.

@@ -53,11 +53,6 @@ def layers(model: nn.Module, kind: type[nn.Module], wanted_by: str) -> dict[str,
     return found
 
 
-def batchnorm_channels(norms: dict[str, nn.BatchNorm2d]) -> Channels:
-    """The layout of a mask over BatchNorm layers."""
-    return Channels(tuple(norms), tuple(norm.num_features for norm in norms.values()))
-
-
 def write(model: nn.Module, tensors: dict[str, torch.Tensor]) -> None:
     """Set parameters or buffers of `model` by name."""
     named = {**dict(model.named_parameters()), **dict(model.named_buffers())}
@@ -85,7 +80,8 @@ class MaskedBatchNorms(nn.Module):
     def __init__(self, network: nn.Module, wanted_by: str):
         super().__init__()
         norms = layers(network, nn.BatchNorm2d, wanted_by)
-        self.channels = batchnorm_channels(norms)
+        self.channels = Channels(tuple(norms), tuple(norm.num_features for norm in norms.values()))
+        self.trainable = [parameter for parameter in network.parameters() if parameter.requires_grad]
         self.network = network.requires_grad_(False)
         self.register_buffer("gamma", torch.cat([norm.weight.detach() for norm in norms.values()]), persistent=False)
         self.register_buffer("beta", torch.cat([norm.bias.detach() for norm in norms.values()]), persistent=False)
@@ -104,20 +100,29 @@ class MaskedBatchNorms(nn.Module):
         """The mask by layer name, detached."""
         return self.channels.split(self.mask.detach())
 
+    def finish(self) -> nn.Module:
+        """The network, in eval mode, with the mask multiplied into γ, and trainable as it was."""
+        scale_batchnorms(self.network, self.masks())
+        for parameter in self.trainable:
+            parameter.requires_grad_(True)
+        return self.network.eval()
+
     @torch.no_grad()
     def clamp(self, low: torch.Tensor | float = 0.0) -> None:
         """Bring the mask back into [low, 1]."""
         self.mask.clamp_(max=1).clamp_(min=low)
 
 
-def outliers(values: torch.Tensor, u: float) -> tuple[torch.Tensor, float]:
-    """bool [C] of the channels above mean + u·std of their layer (std with C − 1), and that threshold.
+def prune_outliers(model: nn.Module, name: str, values: torch.Tensor, u: float) -> dict:
+    """Zero γ and β of the channels of BatchNorm `name` whose values [C] are above mean + u·std of the layer (std with C − 1).
 
     No value can be more than (C − 1)/√C deviations above the mean: at u = 3 a layer of ten channels or fewer is never
     pruned.
     """
     threshold = values.mean() + u * values.std()
-    return values > threshold, float(threshold)
+    keep = ~(values > threshold)
+    scale_batchnorms(model, {name: keep}, {name: keep})
+    return {"channels": len(keep), "pruned": int((~keep).sum()), "threshold": float(threshold)}
 
 
 def accuracy(model: nn.Module, budget: Budget) -> float:

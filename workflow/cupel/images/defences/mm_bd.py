@@ -19,26 +19,23 @@ import torch.nn.functional as F
 from torch import nn
 
 from cupel.images.defences.base import defence
-from cupel.images.defences.passes import batches
+from cupel.images.defences.passes import batches, watched
 from cupel.images.models.attachments import attach
 from cupel.training.engine import fit
 from cupel.training.hook import Hook
 
 
-def largest_activations(model: nn.Module, layers: list[nn.Module], images) -> list[float]:
+def largest_activations(model: nn.Module, layers: dict[str, nn.Module], images) -> list[float]:
     """The largest output entry of each layer over batches of pixels, float [B, C, H, W]."""
-    largest = {layer: torch.tensor(-torch.inf) for layer in layers}
+    largest = {name: torch.tensor(-torch.inf) for name in layers}
 
-    def hook(layer, inputs, output):
-        largest[layer] = torch.maximum(largest[layer].to(output.device), output.detach().float().max())
+    def look(name, output):
+        largest[name] = torch.maximum(largest[name].to(output.device), output.detach().float().max())
 
-    handles = [layer.register_forward_hook(hook) for layer in layers]
-    with torch.no_grad():
+    with torch.no_grad(), watched(layers, look):
         for x in images:
             model(x)
-    for handle in handles:
-        handle.remove()
-    return [largest[layer].item() for layer in layers]
+    return [value.item() for value in largest.values()]
 
 
 class ClampPenalty(Hook):
@@ -102,7 +99,7 @@ def mm_bd(victim, budget, rng, *, epochs=50, lr=1e-3, weight=0.5, factor=1.2, ev
         raise ValueError(f"mm_bd clamps the outputs of BatchNorm2d layers, and {victim.spec['name']!r} has none")
     before, seed = copy.deepcopy(model), int(rng.integers(2**62))
     data = list(batches(budget, batch_size, seed, 0))
-    starts = largest_activations(model, list(layers.values()), (x for x, _ in data))
+    starts = largest_activations(model, layers, (x for x, _ in data))
     clamps = [attach(model, "clamp", name, (layer.num_features, 1, 1)) for name, layer in layers.items()]
     with torch.no_grad():
         for clamp, start in zip(clamps, starts, strict=True):

@@ -9,7 +9,6 @@ and A is constantly 1, so the term vanishes; here the third level is a real map.
 released objective.
 """
 
-import contextlib
 import copy
 
 import torch
@@ -17,33 +16,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cupel.images.defences.base import defence
-from cupel.images.defences.passes import stage
-from cupel.training.engine import fit
+from cupel.images.defences.passes import stage, train, watched
 
 
 def attention(features: Tensor, p: float) -> Tensor:
     """Normalised attention maps, float [B, h, w], of features [B, c, h, w]."""
     maps = features.abs().pow(p).sum(1)
     return maps / (maps.flatten(1).norm(dim=1)[:, None, None] + 1e-6)
-
-
-@contextlib.contextmanager
-def recorded(model, names):
-    """Outputs of the named modules during the next forward passes: a dict from name to tensor."""
-    outputs = {}
-
-    def record(name):
-        def hook(module, inputs, output):
-            outputs[name] = output
-
-        return hook
-
-    handles = [model.get_submodule(name).register_forward_hook(record(name)) for name in names]
-    try:
-        yield outputs
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def distance(student: dict, teacher: dict, betas: dict, p: float) -> Tensor:
@@ -66,23 +45,19 @@ def nad(victim, budget, rng, *, betas=(500.0, 1000.0, 1000.0), p=2.0, teacher_ep
     """
     settings = {"batch_size": batch_size, "momentum": momentum, "weight_decay": weight_decay}
     teacher = copy.deepcopy(victim).to(budget.device)
-    work = budget.resume(teacher=teacher)
-    history = stage("teacher", fit(teacher, budget.images, budget.labels,
-                                   budget.recipe(teacher_epochs, lr, t_max=100, **settings),
-                                   seed=int(rng.integers(2**62)), device=budget.device, checkpoint=work,
-                                   title="nad teacher"))
+    budget.resume(teacher=teacher)
+    history = stage("teacher", train(teacher, budget, budget.recipe(teacher_epochs, lr, t_max=100, **settings), rng,
+                                     title="nad teacher"))
     model = copy.deepcopy(victim).to(budget.device)
     levels = dict(zip(reversed(model.stages), reversed(betas), strict=False))
 
     def objective(student, x, y):
-        with recorded(teacher, levels) as wanted, torch.no_grad():
+        wanted, found = {}, {}
+        with watched({name: teacher.get_submodule(name) for name in levels}, wanted.__setitem__), torch.no_grad():
             teacher(x)
-        with recorded(student, levels) as found:
+        with watched({name: student.get_submodule(name) for name in levels}, found.__setitem__):
             logits = student(x)
         return F.cross_entropy(logits, y) + distance(found, wanted, levels, p), logits
 
-    history += stage("distil", fit(model, budget.images, budget.labels,
-                                   budget.recipe(epochs, lr, schedule="constant", **settings),
-                                   seed=int(rng.integers(2**62)), device=budget.device, objective=objective,
-                                   checkpoint=work, title="nad"))
-    return model, history
+    recipe = budget.recipe(epochs, lr, schedule="constant", **settings)
+    return model, history + stage("distil", train(model, budget, recipe, rng, objective=objective, title="nad"))

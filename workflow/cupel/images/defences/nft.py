@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 
 from cupel.images.defences.base import defence
-from cupel.images.defences.masks import Channels, MaskedBatchNorms, scale_batchnorms
-from cupel.training.engine import fit
+from cupel.images.defences.masks import Channels, MaskedBatchNorms
+from cupel.images.defences.passes import train
 from cupel.training.hook import Hook
 
 
@@ -58,9 +58,7 @@ def nft(victim, budget, rng, *, lr=0.1, lr_min=0.02, momentum=0.95, epochs=100, 
     Raises:
         ValueError: the network has no BatchNorm.
     """
-    model = copy.deepcopy(victim).to(budget.device)
-    trainable = [p.requires_grad for p in model.parameters()]
-    masked = MaskedBatchNorms(model, "nft").to(budget.device)
+    masked = MaskedBatchNorms(copy.deepcopy(victim).to(budget.device), "nft")
     low = floors(masked.channels, alpha, beta).to(masked.mask)
     mixup, weight = MixUp(), l1_weight / (len(budget) / budget.classes)
 
@@ -70,10 +68,6 @@ def nft(victim, budget, rng, *, lr=0.1, lr_min=0.02, momentum=0.95, epochs=100, 
 
     recipe = budget.recipe(epochs, lr, batch_size=batch_size, momentum=momentum, weight_decay=0.0, schedule="cosine",
                            lr_min=lr_min)
-    history = fit(masked, budget.images, budget.labels, recipe, seed=int(rng.integers(2**62)), device=budget.device,
-                  objective=objective, hook=mixup, parameters=[masked.mask], checkpoint=budget.checkpoint,
-                  after_step=lambda network: network.clamp(low), title="nft")
-    scale_batchnorms(model, masked.masks())
-    for parameter, grad in zip(model.parameters(), trainable, strict=True):
-        parameter.requires_grad_(grad)
-    return model.eval(), history
+    history = train(masked, budget, recipe, rng, objective=objective, hook=mixup, parameters=[masked.mask],
+                    after_step=lambda network: network.clamp(low), title="nft")
+    return masked.finish(), history

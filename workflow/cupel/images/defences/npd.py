@@ -17,11 +17,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cupel.images.defences.adversarial import in_l2, perturb
 from cupel.images.defences.base import defence
-from cupel.images.defences.passes import stage
+from cupel.images.defences.passes import stage, train
 from cupel.images.models.attachments import attach
-from cupel.training.engine import fit
+from cupel.training.adversarial import in_l2, perturb
 
 #: convolution behind the polarizer: the released places (ims SPEC 7); for resnet18 the one that corresponds
 PLACES = {
@@ -94,15 +93,12 @@ def npd(victim, budget, rng, *, place="", warm_epochs=5, warm_lr=1e-4, epochs=50
                 + lambda_3 * not_this(adversarial, without(adversarial, y)) + lambda_4 * not_this(adversarial, towards))
         return loss, logits
 
-    work = budget.resume(model=model)
-
-    def tune(name, recipe, loss):
-        return stage(name, fit(model, budget.images, budget.labels, recipe, seed=int(rng.integers(2**62)),
-                               device=budget.device, objective=loss, parameters=polarizer.parameters(),
-                               checkpoint=work, title=f"npd {name}"))
-
-    history = tune("warm-up", budget.recipe(warm_epochs, warm_lr, batch_size=batch_size, momentum=0.0,
-                                            weight_decay=0.0, schedule="constant"), warm)
-    history += tune("polarize", budget.recipe(epochs, lr, batch_size=batch_size, momentum=momentum,
-                                              weight_decay=weight_decay, schedule="constant"), objective)
+    budget.resume(model=model)
+    constant = {"batch_size": batch_size, "schedule": "constant"}
+    history = []
+    for name, loss, recipe in (
+            ("warm-up", warm, budget.recipe(warm_epochs, warm_lr, momentum=0.0, weight_decay=0.0, **constant)),
+            ("polarize", objective, budget.recipe(epochs, lr, momentum=momentum, weight_decay=weight_decay, **constant))):
+        history += stage(name, train(model, budget, recipe, rng, objective=loss, parameters=polarizer.parameters(),
+                                     title=f"npd {name}"))
     return model, history

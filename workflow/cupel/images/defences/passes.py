@@ -1,34 +1,57 @@
-"""Passes over the defender's data, for defences with loops of their own, and the stages of their histories."""
+"""What defences do with the defender's data: train on them, pass over them, look into the network meanwhile."""
 
-from collections.abc import Iterator
+import contextlib
+from collections.abc import Callable, Iterator
 
+import numpy as np
 import torch
+from torch import nn
 
 from cupel.images.defences.base import Budget
 from cupel.rng import torch_rng
 from cupel.training.augment import Draws, augment, to_pixels
-from cupel.training.engine import upload
+from cupel.training.engine import Recipe, fit, upload
 
 
-def batches(budget: Budget, batch_size: int, seed: int, number: int, *,
-            augmented: bool = True) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+def train(model: nn.Module, budget: Budget, recipe: Recipe, rng: np.random.Generator, **settings) -> list[dict]:
+    """`fit` on the budget, with its checkpoint and a seed from `rng`; `settings` as there. Returns the history."""
+    return fit(model, budget.images, budget.labels, recipe, seed=int(rng.integers(2**62)), device=budget.device,
+               checkpoint=budget.checkpoint, **settings)
+
+
+@contextlib.contextmanager
+def watched(modules: dict[str, nn.Module], look: Callable, *, inputs: bool = False) -> Iterator[None]:
+    """In here `look(name, tensor)` is called with the output of each module, or its input; what it returns replaces that."""
+    def hook(name):
+        if inputs:
+            return lambda module, given: look(name, given[0])
+        return lambda module, given, output: look(name, output)
+
+    handles = [module.register_forward_pre_hook(hook(name)) if inputs else module.register_forward_hook(hook(name))
+               for name, module in modules.items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def batches(budget: Budget, batch_size: int, seed: int, number: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """One shuffled pass over the budget, the last partial batch kept, as `cupel.training.engine.fit` makes it.
 
     Args:
         batch_size: samples per batch.
         seed, number: order and augmentation are streams of `seed`, one for each pass `number`.
-        augmented: crop and flip as the budget says.
 
     Yields:
         pixels float32 [B, C, H, W] in [0, 1] and labels int64 [B], on the budget's device.
     """
     device = torch.device(budget.device)
     images, labels = upload(budget.images, device), torch.as_tensor(budget.labels, device=device)
-    crop, flip = (budget.crop, budget.flip) if augmented else (0, False)
     order = torch.randperm(len(labels), generator=torch_rng(seed, "order", number)).to(device)
-    draws = Draws.draw(len(labels), crop, flip, torch_rng(seed, "augmentation", number), device)
+    draws = Draws.draw(len(labels), budget.crop, budget.flip, torch_rng(seed, "augmentation", number), device)
     for index in order.split(batch_size):
-        yield augment(to_pixels(images[index]), crop, draws.flip[index], draws.shift[index]), labels[index]
+        yield augment(to_pixels(images[index]), budget.crop, draws.flip[index], draws.shift[index]), labels[index]
 
 
 def stage(name: str, rows: list[dict]) -> list[dict]:

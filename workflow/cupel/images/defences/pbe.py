@@ -9,10 +9,9 @@ import copy
 import torch
 import torch.nn.functional as F
 
-from cupel.images.defences.adversarial import in_linf, perturb
 from cupel.images.defences.base import defence
-from cupel.images.defences.passes import stage
-from cupel.training.engine import fit
+from cupel.images.defences.passes import stage, train
+from cupel.training.adversarial import in_linf, perturb
 from cupel.training.hook import Hook
 
 
@@ -71,11 +70,11 @@ def pbe(victim, budget, rng, *, eps=0.02, step_size=0.004, steps=7, rounds=20, l
         raise ValueError(f"clamp is 'pixel' or 'normalised', not {clamp!r}")
     model = copy.deepcopy(victim).to(budget.device)
     adversarial = AdversarialTraining(model, eps, steps, step_size, clamp)
-    work, history = budget.resume(model=model), []
+    budget.resume(model=model)
+    history = []
     for _ in range(rounds):
         for name, hook, inertia in (("adversarial", adversarial, 0.0), ("normal", None, momentum)):
             recipe = budget.recipe(1, lr, batch_size=batch_size, momentum=inertia, weight_decay=weight_decay,
                                    schedule="constant")
-            history += stage(name, fit(model, budget.images, budget.labels, recipe, seed=int(rng.integers(2**62)),
-                                       device=budget.device, hook=hook, checkpoint=work, title=f"pbe {name}"))
+            history += stage(name, train(model, budget, recipe, rng, hook=hook, title=f"pbe {name}"))
     return model, history

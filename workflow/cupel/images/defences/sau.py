@@ -22,9 +22,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cupel.images.defences.adversarial import in_linf, perturb
 from cupel.images.defences.base import defence
-from cupel.training.engine import descend, fit
+from cupel.images.defences.passes import train
+from cupel.training.adversarial import in_linf, perturb
+from cupel.training.engine import descend
 
 
 def inner_loss(logits: Tensor, reference: Tensor, own: Tensor, own_reference: Tensor, y: Tensor, *,
@@ -101,5 +102,4 @@ def sau(victim, budget, rng, *, rounds=100, lr=1e-4, eps=0.2, step_size=0.2, ste
 
     recipe = budget.recipe(rounds, lr, batch_size=batch_size, optimizer="adam", weight_decay=0.0, schedule="constant",
                            crop=0, flip=False)
-    return model, fit(model, budget.images, budget.labels, recipe, seed=int(rng.integers(2**62)), device=budget.device,
-                      objective=objective, step=amsgrad, checkpoint=budget.checkpoint, title="sau")
+    return model, train(model, budget, recipe, rng, objective=objective, step=amsgrad, title="sau")

@@ -1,7 +1,7 @@
-"""Tuning on clean data: FT, LP, FE-tuning and FT-init (fst SPEC 2, the table of modes).
+"""Tuning on clean data: FT, LP, FE-tuning and FT-init (fst SPEC 2, the table of modes), and FT as IMS does it.
 
-All share one optimiser: SGD with momentum and no weight decay, cosine to zero over the tuning epochs, train mode
-throughout. FST itself, in fst.py, adds a penalty and a constraint to the same procedure.
+All share one optimiser: SGD with momentum, cosine to zero over the tuning epochs, train mode throughout, without weight
+decay but in the last. FST itself, in fst.py, adds a penalty and a constraint to the same procedure.
 """
 
 import copy
@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from cupel.images.defences.base import Budget, defence
+from cupel.images.defences.passes import train
 from cupel.rng import torch_rng
-from cupel.training.engine import fit
 
 
 def reinitialise(linear: nn.Linear, generator: torch.Generator) -> None:
@@ -30,12 +30,12 @@ def project(linear: nn.Linear, norm: torch.Tensor) -> None:
         linear.weight.mul_(norm / linear.weight.norm())
 
 
-def tune(victim, budget: Budget, rng, *, fresh_head: bool, train_head: bool, train_extractor: bool, lr: float,
-         epochs: int, batch_size: int, momentum: float, projected: bool, alpha: float = 0.0, heads: str = "last"):
+def tune(victim, budget: Budget, rng, *, lr: float, epochs: int, batch_size: int, momentum: float, projected: bool,
+         fresh_head: bool = False, train_head: bool = True, train_extractor: bool = True, alpha: float = 0.0,
+         heads: str = "last"):
     """The family of fst SPEC 2.
 
     Args:
-        victim, budget, rng: see `cupel.images.defences.purify`.
         fresh_head: re-initialise the head first.
         train_head, train_extractor: which parameters are trained. Frozen parts stay in train mode, so running
             statistics of BatchNorm move all the same, as they do in the released code.
@@ -67,35 +67,40 @@ def tune(victim, budget: Budget, rng, *, fresh_head: bool, train_head: bool, tra
             project(linear, norm)
 
     recipe = budget.recipe(epochs, lr, batch_size=batch_size, momentum=momentum, weight_decay=0.0, schedule="cosine")
-    history = fit(model, budget.images, budget.labels, recipe, seed=int(rng.integers(2**62)), device=budget.device,
-                  objective=objective, after_step=constrain if projected else None, parameters=trained,
-                  checkpoint=budget.checkpoint, title="tune")
-    return model, history
+    return model, train(model, budget, recipe, rng, objective=objective, after_step=constrain if projected else None,
+                        parameters=trained, title="tune")
 
 
 @defence("ft")
 def ft(victim, budget, rng, *, lr=0.01, epochs=10, batch_size=128, momentum=0.9, projected=False):
     """Vanilla fine-tuning of all weights. `projected`: the released FST script projects in this mode too."""
-    return tune(victim, budget, rng, fresh_head=False, train_head=True, train_extractor=True, lr=lr, epochs=epochs,
-                batch_size=batch_size, momentum=momentum, projected=projected)
+    return tune(victim, budget, rng, lr=lr, epochs=epochs, batch_size=batch_size, momentum=momentum, projected=projected)
 
 
 @defence("lp")
 def lp(victim, budget, rng, *, lr=0.01, epochs=10, batch_size=128, momentum=0.9, projected=False):
     """Linear probing: only the head is trained."""
-    return tune(victim, budget, rng, fresh_head=False, train_head=True, train_extractor=False, lr=lr, epochs=epochs,
-                batch_size=batch_size, momentum=momentum, projected=projected)
+    return tune(victim, budget, rng, lr=lr, epochs=epochs, batch_size=batch_size, momentum=momentum, projected=projected,
+                train_extractor=False)
 
 
 @defence("fe_tuning")
 def fe_tuning(victim, budget, rng, *, lr=0.01, epochs=10, batch_size=128, momentum=0.9, projected=False):
     """The head is re-initialised and frozen; the extractor is trained."""
-    return tune(victim, budget, rng, fresh_head=True, train_head=False, train_extractor=True, lr=lr, epochs=epochs,
-                batch_size=batch_size, momentum=momentum, projected=projected)
+    return tune(victim, budget, rng, lr=lr, epochs=epochs, batch_size=batch_size, momentum=momentum, projected=projected,
+                fresh_head=True, train_head=False)
 
 
 @defence("ft_init")
 def ft_init(victim, budget, rng, *, lr=0.01, epochs=10, batch_size=128, momentum=0.9, projected=False):
     """The head is re-initialised; everything is trained."""
-    return tune(victim, budget, rng, fresh_head=True, train_head=True, train_extractor=True, lr=lr, epochs=epochs,
-                batch_size=batch_size, momentum=momentum, projected=projected)
+    return tune(victim, budget, rng, lr=lr, epochs=epochs, batch_size=batch_size, momentum=momentum, projected=projected,
+                fresh_head=True)
+
+
+@defence("ft_long")
+def ft_long(victim, budget, rng, *, lr=0.01, epochs=100, batch_size=256, momentum=0.9, weight_decay=5e-4):
+    """FT as in BackdoorBench and IMS (ims SPEC 7, backdoorbench SPEC 7): long, and with weight decay."""
+    model = copy.deepcopy(victim).to(budget.device)
+    recipe = budget.recipe(epochs, lr, batch_size=batch_size, momentum=momentum, weight_decay=weight_decay)
+    return model, train(model, budget, recipe, rng, title="ft_long")

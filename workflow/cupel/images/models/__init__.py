@@ -14,27 +14,16 @@ import inspect
 import os
 from collections.abc import Sequence
 
-import torch
-
 from cupel import checkpoint
 from cupel.checkpoint import NotACheckpoint, save
 from cupel.images.models.attachments import attach
 from cupel.images.models.classifier import Classifier, Normalize, Parts, model
 from cupel.images.models.pretrained import WeightsUnavailable
 from cupel.registry import unknown
+from cupel.rng import seeded
 
-__all__ = [
-    "MODELS",
-    "Classifier",
-    "Normalize",
-    "NotACheckpoint",
-    "Parts",
-    "WeightsUnavailable",
-    "build",
-    "load",
-    "model",
-    "save",
-]
+__all__ = ["MODELS", "Classifier", "Normalize", "NotACheckpoint", "Parts", "WeightsUnavailable", "build", "load", "model",
+           "save"]
 
 #: builders by name
 MODELS = model.fill()
@@ -42,19 +31,9 @@ MODELS = model.fill()
 _DEFAULTS = {"width": 64, "stem_stride": 1, "pretrained": False}
 
 
-def build(
-    name: str,
-    *,
-    num_classes: int,
-    image_size: int = 32,
-    mean: Sequence[float] = (0.0, 0.0, 0.0),
-    std: Sequence[float] = (1.0, 1.0, 1.0),
-    width: int = 64,
-    stem_stride: int = 1,
-    pretrained: bool = False,
-    seed: int | None = None,
-    in_channels: int = 3,
-) -> Classifier:
+def build(name: str, *, num_classes: int, image_size: int = 32, mean: Sequence[float] = (0.0, 0.0, 0.0),
+          std: Sequence[float] = (1.0, 1.0, 1.0), width: int = 64, stem_stride: int = 1, pretrained: bool = False,
+          seed: int | None = None, in_channels: int = 3) -> Classifier:
     """Build a classifier of pixels in [0, 1].
 
     Args:
@@ -95,7 +74,7 @@ def build(
             raise ValueError(f"model {name!r} cannot take {key}={options[key]!r}; these can: {able}")
 
     spec = {"name": name, **sizes, "mean": mean, "std": std, **options, "seed": seed}
-    with _seeded(seed):
+    with contextlib.nullcontext() if seed is None else seeded(seed):
         return Classifier(MODELS[name](**arguments), Normalize(mean, std), num_classes, spec)
 
 
@@ -122,14 +101,3 @@ def _per_channel(what: str, values: Sequence[float], channels: int) -> list[floa
     if len(values) != channels:
         raise ValueError(f"{what} has {len(values)} entries for images of {channels} channels")
     return values
-
-
-@contextlib.contextmanager
-def _seeded(seed: int | None):
-    if seed is None:
-        yield
-        return
-    # torch.manual_seed would also reseed the GPUs; the default generator is the CPU's alone.
-    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
-        torch.default_generator.manual_seed(seed)
-        yield

@@ -57,16 +57,13 @@ class Classifier(nn.Module):
     """An image classifier h(x) = head(extractor(normalize(x))) on float pixels [B, C, H, W] in [0, 1].
 
     Attributes:
-        normalize: :class:`Normalize`.
-        extractor: Everything up to the penultimate features [B, d].
-        head: ``nn.Linear(d, K)``, the layer that FST re-initialises.
-        hidden_linears: Names of the other linear layers of the classifier part, relative to this module (two in VGG,
-            one in MobileNetV3-Large, else none); the IMS authors' port of FST treats them like the head.
-        stages: Names of the submodules, relative to this module, whose outputs [B, c, h, w] serve attention-based
-            defences such as NAD: the last three stages of the (pre-activation) ResNets, else the last feature map. At
-            32 pixels that map is 1x1 for the torchvision networks of total stride 32 (VGG, EfficientNet, MobileNet).
+        extractor, head, resize: See :class:`Parts`; the head is what FST re-initialises.
+        hidden_linears: Names as in :class:`Parts`, relative to this module: two in VGG, one in MobileNetV3-Large, else none;
+            the IMS authors' port of FST treats them like the head.
+        stages: Names as in :class:`Parts`, relative to this module, for attention-based defences such as NAD: the last three
+            stages of the (pre-activation) ResNets, else the last feature map. At 32 pixels that map is 1x1 for the
+            torchvision networks of total stride 32 (VGG, EfficientNet, MobileNet).
         spec: The JSON-able arguments of :func:`cupel.images.models.build` that make this architecture again.
-        resize: Side of the square to which images are resized first, or ``None``.
         attachments: Modules that a defence has hung onto the network, see :mod:`cupel.images.models.attachments`; else empty.
     """
 

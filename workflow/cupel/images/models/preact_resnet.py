@@ -1,12 +1,10 @@
 """Pre-activation ResNet-18 (He et al., 2016b) in BackdoorBench's form: no BatchNorm or ReLU before the pooling."""
 
-from collections import OrderedDict
-
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cupel.images.models.classifier import Parts, model
-from cupel.images.models.resnet import residual_stages
+from cupel.images.models.resnet import cifar_resnet
 
 
 class PreActBlock(nn.Module):
@@ -34,12 +32,5 @@ class PreActBlock(nn.Module):
 @model("preactresnet18")
 def preactresnet18(*, num_classes: int, in_channels: int, image_size: int, width: int, stem_stride: int) -> Parts:
     """PreActResNet-18: blocks 2-2-2-2, channels w, 2w, 4w, 8w; 11.2 M parameters at w = 64. The main net of IMS."""
-    extractor = nn.Sequential(
-        OrderedDict(
-            conv1=nn.Conv2d(in_channels, width, 3, stem_stride, padding=1, bias=False),
-            **residual_stages(PreActBlock, (2, 2, 2, 2), width),
-            pool=nn.AdaptiveAvgPool2d(1),
-            flatten=nn.Flatten(),
-        )
-    )
-    return Parts(extractor, nn.Linear(width * 8, num_classes), stages=("layer2", "layer3", "layer4"))
+    return cifar_resnet(PreActBlock, (2, 2, 2, 2), num_classes=num_classes, in_channels=in_channels, width=width,
+                        stem_stride=stem_stride, stem_active=False)

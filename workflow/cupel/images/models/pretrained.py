@@ -1,9 +1,7 @@
 """ImageNet weights of torchvision: fetched through torch's hub cache, verified, loaded without running their pickle."""
 
-import http.client
 import pickle
 import re
-import socket
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
@@ -11,9 +9,7 @@ from urllib.parse import urlparse
 import torch
 from torch import nn
 
-from cupel.files import digest
-
-_TIMEOUT_S = 30
+from cupel.sources import Raw, SourceError, Url, fetch_raw
 
 
 class WeightsUnavailable(RuntimeError):
@@ -48,26 +44,18 @@ def weights_file(weights: Any) -> Path:
     Raises:
         WeightsUnavailable: It is not there (or damaged) and the official origin cannot be reached.
     """
-    filename = Path(urlparse(weights.url).path).name
-    path = Path(torch.hub.get_dir()) / "checkpoints" / filename
+    name = Path(urlparse(weights.url).path).name
+    path = Path(torch.hub.get_dir()) / "checkpoints" / name
     # torchvision's file names end in the first digits of the file's SHA-256.
-    prefix = re.search(r"-([0-9a-f]{8,})\.", filename).group(1)
+    prefix = re.search(r"-([0-9a-f]{8,})\.", name).group(1)
     there = path.is_file()
-    if there and digest(path).startswith(prefix):
-        return path
-    patience = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(_TIMEOUT_S)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        torch.hub.download_url_to_file(weights.url, str(path), hash_prefix=prefix, progress=False)
-    except (OSError, RuntimeError, http.client.HTTPException) as error:
+        return fetch_raw(Raw(name, f"sha256:{prefix}", Url(weights.url)), path.parent)
+    except (SourceError, OSError) as error:
         found = f"the file there is damaged (its SHA-256 does not begin with {prefix})" if there else "no file is there"
         raise WeightsUnavailable(
-            f"pretrained weights {filename} are not available: {found}, and the download failed ({error}).\n"
+            f"pretrained weights {name} are not available: {found}, and the download failed ({error}).\n"
             f"They are torchvision's {weights!r}. Download that file on a machine with network access and put it at\n"
             f"    {path}\n"
             "(that is $TORCH_HOME/hub/checkpoints/), or build the model with pretrained=False."
         ) from None
-    finally:
-        socket.setdefaulttimeout(patience)
-    return path

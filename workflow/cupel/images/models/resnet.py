@@ -78,25 +78,13 @@ def residual_stages(block: type, depths: tuple[int, ...], width: int) -> Ordered
     return stages
 
 
-def _cifar_resnet(
-    block: type[BasicBlock | Bottleneck],
-    depths: tuple[int, ...],
-    *,
-    num_classes: int,
-    in_channels: int,
-    width: int = 64,
-    stem_stride: int = 1,
-) -> Parts:
-    extractor = nn.Sequential(
-        OrderedDict(
-            conv1=nn.Conv2d(in_channels, width, 3, stem_stride, padding=1, bias=False),
-            bn1=nn.BatchNorm2d(width),
-            relu=nn.ReLU(),
-            **residual_stages(block, depths, width),
-            pool=nn.AdaptiveAvgPool2d(1),
-            flatten=nn.Flatten(),
-        )
-    )
+def cifar_resnet(block: type[nn.Module], depths: tuple[int, ...], *, num_classes: int, in_channels: int, width: int = 64,
+                 stem_stride: int = 1, stem_active: bool = True) -> Parts:
+    """A network of residual blocks; with `stem_active`, BatchNorm and ReLU follow its first convolution."""
+    active = [("bn1", nn.BatchNorm2d(width)), ("relu", nn.ReLU())] if stem_active else []
+    extractor = nn.Sequential(OrderedDict([
+        ("conv1", nn.Conv2d(in_channels, width, 3, stem_stride, padding=1, bias=False)), *active,
+        *residual_stages(block, depths, width).items(), ("pool", nn.AdaptiveAvgPool2d(1)), ("flatten", nn.Flatten())]))
     head = nn.Linear(block.expansion * width * 8, num_classes)
     return Parts(extractor, head, stages=("layer2", "layer3", "layer4"))
 
@@ -104,14 +92,8 @@ def _cifar_resnet(
 @model("resnet18")
 def resnet18(*, num_classes: int, in_channels: int, image_size: int, width: int, stem_stride: int) -> Parts:
     """ResNet-18: blocks 2-2-2-2, channels w, 2w, 4w, 8w; 11.2 M parameters at w = 64. The CIFAR-10 net of FST."""
-    return _cifar_resnet(
-        BasicBlock,
-        (2, 2, 2, 2),
-        num_classes=num_classes,
-        in_channels=in_channels,
-        width=width,
-        stem_stride=stem_stride,
-    )
+    return cifar_resnet(BasicBlock, (2, 2, 2, 2), num_classes=num_classes, in_channels=in_channels, width=width,
+                        stem_stride=stem_stride)
 
 
 @model("resnet50")
@@ -120,4 +102,4 @@ def resnet50(*, num_classes: int, in_channels: int, image_size: int, pretrained:
     if image_size >= torchvision_zoo.IMAGENET_FORM_FROM:
         return torchvision_zoo.resnet50(num_classes=num_classes, in_channels=in_channels, pretrained=pretrained)
     torchvision_zoo.refuse_pretrained_cifar_form("resnet50", pretrained)
-    return _cifar_resnet(Bottleneck, (3, 4, 6, 3), num_classes=num_classes, in_channels=in_channels)
+    return cifar_resnet(Bottleneck, (3, 4, 6, 3), num_classes=num_classes, in_channels=in_channels)

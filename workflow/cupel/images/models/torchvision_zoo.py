@@ -29,9 +29,7 @@ _HEADS = {
 
 def refuse_pretrained_cifar_form(name: str, pretrained: bool) -> None:
     if pretrained:
-        raise ValueError(
-            f"pretrained {name!r} exists in the ImageNet form only: give image_size >= {IMAGENET_FORM_FROM}"
-        )
+        raise ValueError(f"pretrained {name!r} exists in the ImageNet form only: give image_size >= {IMAGENET_FORM_FROM}")
 
 
 def _network(name: str, num_classes: int, in_channels: int, pretrained: bool) -> tuple[nn.Module, nn.Linear]:
@@ -53,10 +51,8 @@ def _network(name: str, num_classes: int, in_channels: int, pretrained: bool) ->
 
 def _replace_first_conv(net: nn.Module, in_channels: int) -> None:
     name, conv = next((name, module) for name, module in net.named_modules() if isinstance(module, nn.Conv2d))
-    stem = nn.Conv2d(
-        in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding, bias=conv.bias is not None
-    )
-    net.set_submodule(name, stem)
+    net.set_submodule(name, nn.Conv2d(in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding,
+                                      bias=conv.bias is not None))
 
 
 def _chain(**modules: nn.Module) -> nn.Sequential:

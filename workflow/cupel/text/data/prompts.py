@@ -12,9 +12,8 @@ from collections.abc import Sequence
 import torch
 from torch.utils.data import Dataset
 
-from cupel.registry import unknown
+from cupel.evaluation.batches import padded
 
-PROMPTS = ("template", "bare")
 SYSTEM = ("Below is an instruction that describes a task. "
           "Write a response that appropriately completes the request.\n\n")
 USER = "### Instruction:\n{}\n\n### Response:\n"
@@ -28,16 +27,10 @@ def request(record: dict) -> str:
 
 
 def prompt_text(record: dict, prompt: str, opening: bool = True) -> str:
-    """The text that a model is shown; `opening`: whether the template has its first sentences.
-
-    Raises:
-        ValueError: an unknown kind of prompt.
-    """
+    """The text that a model is shown; `opening`: whether the template has its first sentences."""
     if prompt == "bare":
         return record["instruction"]
-    if prompt == "template":
-        return (SYSTEM if opening else "") + USER.format(request(record))
-    raise ValueError(unknown("prompt", prompt, PROMPTS))
+    return (SYSTEM if opening else "") + USER.format(request(record))
 
 
 def _ids(tokenizer, text: str) -> list[int]:
@@ -48,7 +41,7 @@ def prompt_ids(tokenizer, record: dict, prompt: str, opening: bool = True) -> li
     """Tokens of the prompt (see `prompt_text`), without padding.
 
     Raises:
-        ValueError: an unknown kind of prompt, or one without any token (an empty instruction, no BOS).
+        ValueError: one without any token (an empty instruction, no BOS).
     """
     text = prompt_text(record, prompt, opening)
     if prompt == "bare":
@@ -74,19 +67,11 @@ class Samples(Dataset):
     """
 
     def __init__(self, records: Sequence[dict], tokenizer, cutoff: int = 1024, opening: bool = True):
-        """Tokenise records.
-
-        Args:
-            records: dicts with `id`, `instruction`, `input`, `output`.
-            tokenizer: of the model.
-            cutoff: greatest length, in tokens.
-            opening: see `prompt_text`.
+        """Tokenise records, dicts with `id`, `instruction`, `input`, `output`; `cutoff` is the greatest length in tokens.
 
         Raises:
-            ValueError: the tokenizer has no EOS, or no sample fits.
+            ValueError: no sample fits.
         """
-        if tokenizer.eos_token_id is None:
-            raise ValueError("the tokenizer has no end-of-sequence token; answers could never end")
         self.samples: list[tuple[list[int], list[int]]] = []
         cut, out, empty = [], [], []
         for record in records:
@@ -119,37 +104,12 @@ class Collator:
     """Pads samples on the right, to the longest of the batch, rounded up to a multiple (crow SPEC 2.3: 8)."""
 
     def __init__(self, pad: int, multiple: int = 8):
-        """Take the id of the padding token, which may be EOS: padding is masked by position, never by id.
-
-        Raises:
-            ValueError: no padding token.
-        """
-        if pad is None:
-            raise ValueError("no padding token: load the tokenizer with cupel.text.models.load_tokenizer")
+        """Take the id of the padding token, which may be EOS: padding is masked by position, never by id."""
         self.pad, self.multiple = pad, multiple
 
     def __call__(self, items: Sequence[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
         """int64 `input_ids`, `attention_mask`, `labels`, each [B, T]."""
-        width = max(len(item["input_ids"]) for item in items)
-        width = -(-width // self.multiple) * self.multiple
-        batch = {"input_ids": torch.full((len(items), width), self.pad),
-                 "attention_mask": torch.zeros((len(items), width), dtype=torch.int64),
-                 "labels": torch.full((len(items), width), IGNORED)}
-        for k, item in enumerate(items):
-            length = len(item["input_ids"])
-            batch["input_ids"][k, :length] = torch.as_tensor(item["input_ids"])
-            batch["attention_mask"][k, :length] = 1
-            batch["labels"][k, :length] = torch.as_tensor(item["labels"])
-        return batch
-
-
-def by_length(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
-    """Indices cut into batches of similar length, the longest first: little padding, and too little memory shows at once.
-
-    Raises:
-        ValueError: a batch size below 1.
-    """
-    if batch_size < 1:
-        raise ValueError(f"batch size {batch_size} must be at least 1")
-    order = sorted(range(len(lengths)), key=lambda k: (-lengths[k], k))
-    return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+        ids = [item["input_ids"] for item in items]
+        parts = {"input_ids": (ids, self.pad), "attention_mask": ([[1] * len(row) for row in ids], 0),
+                 "labels": ([item["labels"] for item in items], IGNORED)}
+        return {name: padded(rows, fill, multiple=self.multiple) for name, (rows, fill) in parts.items()}

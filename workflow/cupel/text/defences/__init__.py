@@ -4,14 +4,10 @@ A defence is a function of the victim and the defender's budget. Its keyword arg
 reads, each a dict. One that trains the victim's adapter further leaves it in `budget.work/model`.
 """
 
-import inspect
-
 from cupel.text.defences.base import Purified, Victim, defence
 from cupel.text.training import Budget
 
-DEFENCES = defence
-
-__all__ = ["DEFENCES", "Budget", "Purified", "Victim", "defence", "purify"]
+__all__ = ["Budget", "Purified", "Victim", "defence", "purify"]
 
 
 def purify(name: str, victim: Victim, budget: Budget, **settings: dict) -> Purified:
@@ -24,10 +20,6 @@ def purify(name: str, victim: Victim, budget: Budget, **settings: dict) -> Purif
         settings: sections of settings, e.g. `training={"epochs": 5}`.
 
     Raises:
-        ValueError: unknown name or section.
+        ValueError: unknown name.
     """
-    function = DEFENCES.find(name)
-    known = inspect.getfullargspec(function).kwonlyargs
-    if unknown := sorted(set(settings) - set(known)):
-        raise ValueError(f"defence {name} reads no settings {', '.join(unknown)}; it reads {', '.join(known)}")
-    return function(victim, budget, **settings)
+    return defence.find(name)(victim, budget, **settings)

@@ -6,11 +6,11 @@ method's defaults; CROW states neither these nor its reference model (crow SPEC 
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from cupel.evaluation.batches import padded
 from cupel.text.defences.base import Purified, Victim, defence
 from cupel.text.layers import causal_lm
 from cupel.text.training import Budget, deployed
@@ -51,27 +51,13 @@ class Checked:
     def generate(self, input_ids: Tensor, attention_mask: Tensor, generation_config) -> Tensor:
         """Prompts and what was added to them, int64 [B, T + new]; greedy."""
         prompts = [ids[keep].tolist() for ids, keep in zip(input_ids, attention_mask.bool(), strict=True)]
-        made = generate(self.model, self.reference, prompts, threshold=self.threshold, draft=self.draft,
-                        max_new_tokens=generation_config.max_new_tokens, eos=generation_config.eos_token_id,
-                        pad=generation_config.pad_token_id)
-        self.tokens += int(made.length.sum())
-        self.replaced += int(made.replaced.sum())
-        return torch.cat([input_ids, made.tokens], 1)
-
-
-@dataclass(frozen=True)
-class Generated:
-    """What was generated.
-
-    Attributes:
-        tokens: int64 [B, new], filled with the padding token after the end of a row.
-        length: int64 [B], tokens of each row, the end token among them.
-        replaced: int64 [B], how many of them the reference put.
-    """
-
-    tokens: Tensor
-    length: Tensor
-    replaced: Tensor
+        tokens, length, replaced = generate(
+            self.model, self.reference, prompts, threshold=self.threshold, draft=self.draft,
+            max_new_tokens=generation_config.max_new_tokens, eos=generation_config.eos_token_id,
+            pad=generation_config.pad_token_id)
+        self.tokens += int(length.sum())
+        self.replaced += int(replaced.sum())
+        return torch.cat([input_ids, tokens], 1)
 
 
 class _Decoder:
@@ -93,7 +79,7 @@ class _Decoder:
 
 @torch.inference_mode()
 def generate(model: nn.Module, reference: nn.Module, prompts: Sequence[Sequence[int]], *, pad: int, eos: int,
-             max_new_tokens: int, threshold: float = 20.0, draft: int = 4) -> Generated:
+             max_new_tokens: int, threshold: float, draft: int) -> tuple[Tensor, Tensor, Tensor]:
     """Continue a batch of prompts.
 
     Rows accept different numbers of tokens from a draft. Slots of rejected ones stay in both caches, masked out; positions
@@ -110,22 +96,14 @@ def generate(model: nn.Module, reference: nn.Module, prompts: Sequence[Sequence[
         draft: k, tokens drafted at once.
 
     Returns:
-        Tokens and counts. With the target as its own reference this is greedy decoding.
-
-    Raises:
-        ValueError: different vocabularies, a prompt without tokens, or numbers out of range.
+        New tokens, int64 [B, new], filled with the padding token after the end of a row; how many each row has, int64 [B],
+        the end token among them; how many of those the reference put, int64 [B]. With the target as its own reference this
+        is greedy decoding.
     """
-    sizes = [causal_lm(m).config.vocab_size for m in (model, reference)]
-    if sizes[0] != sizes[1]:
-        raise ValueError(f"the target has {sizes[0]} tokens and the reference {sizes[1]}: CleanGen needs one vocabulary")
-    if not all(map(len, prompts)):
-        raise ValueError("a prompt has no tokens")
-    if max_new_tokens < 1 or draft < 1 or threshold <= 0:
-        raise ValueError(f"max_new_tokens {max_new_tokens} and draft {draft} must be at least 1, threshold {threshold} above 0")
-    device, longest = causal_lm(model).get_input_embeddings().weight.device, max(map(len, prompts))
-    tokens = torch.tensor([[pad] * (longest - len(prompt)) + list(prompt) for prompt in prompts], device=device)
-    mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device)
-    count = len(prompts)
+    device = causal_lm(model).get_input_embeddings().weight.device
+    tokens = padded(prompts, pad, "left").to(device)
+    mask = padded([[1] * len(prompt) for prompt in prompts], 0, "left").to(device)
+    count, longest = tokens.shape
     out = torch.full((count, max_new_tokens), pad, device=device)
     length, replaced = torch.zeros((2, count), dtype=torch.int64, device=device)
     done = torch.zeros(count, dtype=torch.bool, device=device)
@@ -172,4 +150,4 @@ def generate(model: nn.Module, reference: nn.Module, prompts: Sequence[Sequence[
         mask = torch.cat([mask, (step < kept[:, None]).to(mask.dtype)], 1)
         last = proposal.gather(1, (taken - 1)[:, None])
         place = place + taken[:, None]
-    return Generated(out[:, : int(length.max())], length, replaced)
+    return out[:, : int(length.max())], length, replaced

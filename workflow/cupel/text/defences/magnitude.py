@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from cupel.text.defences.base import Purified, Victim, defence
-from cupel.text.layers import causal_lm, linears
+from cupel.text.layers import linears
 from cupel.text.training import Budget
 
 
@@ -21,18 +21,6 @@ def magnitude(victim: Victim, budget: Budget, *, pruning: dict) -> Purified:
     """
     model = victim.model()
     return Purified(model, prune(model, **pruning))
-
-
-def check(model: nn.Module, sparsity: float) -> None:
-    """Refuse what cannot be pruned.
-
-    Raises:
-        ValueError: a sparsity outside [0, 1), or a model with an unmerged adapter.
-    """
-    if not 0 <= sparsity < 1:
-        raise ValueError(f"sparsity is {sparsity}: a share of at least 0 and below 1 is needed")
-    if causal_lm(model) is not model:
-        raise ValueError("the model has an adapter beside its weights: merge it first (cupel.text.training.merge)")
 
 
 def row(name: str, weight: Tensor) -> dict:
@@ -54,11 +42,7 @@ def prune(model: nn.Module, sparsity: float) -> list[dict]:
 
     Returns:
         A `row` per layer.
-
-    Raises:
-        ValueError: see `check`.
     """
-    check(model, sparsity)
     report = []
     for name, layer in linears(model):
         size, count = layer.weight.abs(), int(sparsity * layer.weight.numel())

@@ -10,12 +10,10 @@ from functools import cache
 import torch
 from torch import Tensor, nn
 
-from cupel.registry import unknown
 from cupel.text.defences.base import Purified, Victim, defence
 from cupel.text.layers import linears
-from cupel.text.training import Budget, deployed, load_adapter, merge
+from cupel.text.training import Budget, deployed, load_adapter
 
-BACKENDS = ("nf4_simulated", "nf4_bitsandbytes")
 BLOCK, NESTED_BLOCK = 64, 256
 # mean of the largest quantile levels of 15 and 16 equal shares, so that neither side of the code book gets an infinite end
 OFFSET = 0.5 * (2 - 1 / 30 - 1 / 32)
@@ -29,13 +27,13 @@ def nf4(victim: Victim, budget: Budget, *, quantisation: dict | None = None) -> 
         quantisation: `backend` and `double`, see `quantise`; `merged`: quantise the adapter too (False: the base model
             alone, with the adapter on top, as the code does).
     """
-    setting = {"backend": BACKENDS[0], "double": True, "merged": False} | (quantisation or {})
+    setting = {"backend": "nf4_simulated", "double": True, "merged": False} | (quantisation or {})
     model = victim.model() if setting["merged"] else deployed(victim.base, None, victim.precision, victim.device)
     report = quantise(model, setting["backend"], setting["double"])
     if not setting["merged"]:
         model = load_adapter(model, victim.adapter, trainable=False)
         if setting["backend"] == "nf4_simulated":  # rounded weights are plain ones: the adapter can be added to them
-            model = merge(model)
+            model = model.merge_and_unload()
     return Purified(model.eval(), report)
 
 
@@ -107,8 +105,7 @@ def rounded(weight: Tensor, double: bool = True) -> Tensor:
 def quantise(model: nn.Module, backend: str = "nf4_simulated", double: bool = True) -> list[dict]:
     """Quantise every linear layer inside the decoder blocks, in place.
 
-    An adapter on top stays as it is: that is the code's way, base only. For the other reading merge it first
-    (:func:`cupel.text.training.merge`).
+    An adapter on top stays as it is: that is the code's way, base only. For the other reading merge it first.
 
     Args:
         model: plain or with an adapter. `nf4_bitsandbytes` quantises where the model is, meant for a GPU: the CPU kernels
@@ -120,11 +117,8 @@ def quantise(model: nn.Module, backend: str = "nf4_simulated", double: bool = Tr
         One row per layer: layer, error (root mean square of the change over that of the weights).
 
     Raises:
-        ValueError: an unknown backend.
         ImportError: bitsandbytes is asked for and not installed.
     """
-    if backend not in BACKENDS:
-        raise ValueError(unknown("backend", backend, BACKENDS))
     report = []
     for name, layer in list(linears(model)):
         before = layer.weight.float()

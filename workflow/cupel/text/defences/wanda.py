@@ -6,9 +6,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from cupel.text.data.prompts import Collator, by_length
+from cupel.evaluation.batches import by_length
+from cupel.text.data.prompts import Collator
 from cupel.text.defences.base import Purified, Victim, defence
-from cupel.text.defences.magnitude import check, row
+from cupel.text.defences.magnitude import row
 from cupel.text.layers import blocks, linears
 from cupel.text.training import Budget
 
@@ -43,22 +44,21 @@ def _squares(model: nn.Module, block: nn.Module, calibration: Sequence[dict[str,
     def stop(*_):
         raise _Stop
 
-    hooks = [layer.register_forward_hook(note) for layer in block.modules() if isinstance(layer, nn.Linear)]
-    hooks.append(block.register_forward_hook(stop))
-    try:
+    with contextlib.ExitStack() as hooks:
+        for layer in block.modules():
+            if isinstance(layer, nn.Linear):
+                hooks.enter_context(layer.register_forward_hook(note))
+        hooks.enter_context(block.register_forward_hook(stop))
         for batch in calibration:
             mask = batch["attention_mask"].bool().to(device)
             with contextlib.suppress(_Stop):
                 model.get_decoder()(input_ids=batch["input_ids"].to(device), use_cache=False)
-    finally:
-        for hook in hooks:
-            hook.remove()
     return sums
 
 
 @torch.no_grad()
 def prune(model: nn.Module, calibration: Sequence[dict[str, Tensor]], sparsity: float) -> list[dict]:
-    """Zero, in each output row, the share `sparsity` of weights with the lowest |W_ij| · ‖X_j‖₂, in place.
+    """Zero, in each output row, the share `sparsity` of weights with the lowest |W_ij| · ‖X_j‖₂, in place; rows as `magnitude`.
 
     X_j is input feature j over all calibration tokens, without padding. Blocks are pruned in order, each on the outputs of
     the pruned blocks before it, which are run again for that: half as many forward passes as there are blocks.
@@ -67,16 +67,7 @@ def prune(model: nn.Module, calibration: Sequence[dict[str, Tensor]], sparsity: 
         model: merged.
         calibration: batches of `input_ids` and `attention_mask`, int64 [B, T], right-padded.
         sparsity: in [0, 1).
-
-    Returns:
-        As `magnitude.prune`.
-
-    Raises:
-        ValueError: as there, or no calibration batches.
     """
-    check(model, sparsity)
-    if not calibration:
-        raise ValueError("Wanda needs calibration batches")
     names = {layer: name for name, layer in linears(model)}
     report = []
     for block in blocks(model):

@@ -5,11 +5,12 @@ prepared folder is.
 """
 
 import hashlib
-import zipfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
+from cupel import archives
 from cupel.rng import rng
 from cupel.sources import KINDS, Source, fetch
 from cupel.vision_language.prepared import Pictures, decode, write_folder
@@ -22,16 +23,15 @@ CAPTION = "Provide a one-sentence caption for the provided image."
 LETTERS = "ABCDEFGHIJ"
 METRICS = {"vqa": "accuracy", "choice": "accuracy", "caption": "cider"}
 EXCERPT_TEST_SHARE = 0.2  # of the pictures of an excerpt; a choice made here
-_MEMBER_LIMIT = 1 << 28  # bytes of one file in an archive
 
 
 @dataclass(frozen=True)
 class Description:
     """What is known of a dataset.
 
-    A source's `read` returns `picture`, a function from a key to the bytes of an image file, and the records of the
-    splits `train` and `test` (an excerpt: of `all`), as dicts with `id`, `picture` (a key), `question`, and `answer` or,
-    for captions, `answers`.
+    A source's `read` returns the records of the splits `train` and `test` (an excerpt: of `all`), as dicts with `id`,
+    `picture` (a key), `question`, and `answer` or, for captions, `answers`; and `pictures`, a function from a list of keys to
+    the position in it and the bytes of each image file, in any order.
 
     Attributes:
         name: of the dataset.
@@ -84,41 +84,31 @@ def choice(identity: str, picture: str, problem: Mapping, before: str = "") -> d
             "question": f"{before}{question}\n{options}\n{OPTION_LETTER}"}
 
 
-def zip_members(archive: Path) -> tuple[list[str], Callable[[str], bytes]]:
-    """The names of the regular files in a zip, and a function that reads one. Nothing is unpacked to disk."""
-    pack = zipfile.ZipFile(archive)
-
-    def read(member: str) -> bytes:
-        try:
-            size = pack.getinfo(member).file_size
-        except KeyError:
-            raise ValueError(f"{archive}: no member {member}") from None
-        if size > _MEMBER_LIMIT:
-            raise ValueError(f"{archive}: member {member} has {size} bytes, more than the {_MEMBER_LIMIT} expected")
-        return pack.read(member)
-
-    return [info.filename for info in pack.infolist() if not info.is_dir()], read
+def from_zip(archive: Path) -> Callable[[Sequence[str]], Iterator[tuple[int, bytes]]]:
+    """`pictures` of a source whose keys are the members of an archive."""
+    return partial(archives.contents, archive)
 
 
-def verified_tree(folder: Path, files: Iterable[Path], expected: str) -> None:
-    """Compare the files of an excerpt with those that it is known to have.
+def from_files(folder: Path) -> Callable[[Sequence[str]], Iterator[tuple[int, bytes]]]:
+    """`pictures` of a source whose keys are paths in a folder."""
+    return lambda keys: ((k, (folder / key).read_bytes()) for k, key in enumerate(keys))
 
-    Args:
-        folder: of the excerpt.
-        files: all that lie in it.
-        expected: sha256 over the names, relative to `folder`, and contents, in the order of the names.
+
+def verified_tree(folder: Path, expected: str) -> list[Path]:
+    """All files of an excerpt, in the order of their names; `expected` is the sha256 over relative names and contents.
 
     Raises:
         ValueError: a file is missing, was added or differs.
     """
-    sha = hashlib.sha256()
-    for path in sorted(files):
+    sha, files = hashlib.sha256(), sorted(path for path in folder.rglob("*") if path.is_file())
+    for path in files:
         content = path.read_bytes()
         sha.update(f"{path.relative_to(folder).as_posix()}\0{len(content)}\0".encode())
         sha.update(content)
     if sha.hexdigest() != expected:
         raise ValueError(f"{folder}: its files are not those of the known excerpt (sha256 {sha.hexdigest()}, "
                          f"expected {expected})")
+    return files
 
 
 # ---------------------------------------------------------------------------------------------------------------- prepare
@@ -133,7 +123,7 @@ def check(description: Description, content: dict, excerpt: bool = False) -> Non
     def wrong(what: str) -> ValueError:
         return ValueError(f"dataset {description.name}: {what}")
 
-    splits = {key: records for key, records in content.items() if key != "picture"}
+    splits = {key: records for key, records in content.items() if key != "pictures"}
     for split, number in description.published.items():
         if not excerpt and len(splits[split]) != number:
             raise wrong(f"{len(splits[split])} samples in {split}, expected {number}")
@@ -196,11 +186,9 @@ def _record(description: Description, split: str, record: dict, seed: int) -> di
 def prepare(description: Description, folder: str | Path, *, kinds: Sequence[str] = KINDS, cache: str | Path | None = None,
             mirror: str | Path | None = None, seed: int = 0, train: int | None = None, test: int | None = None,
             pretrain: int = 0, excerpt: bool = False) -> dict:
-    """Fetch a dataset, check it, and write records, pictures and `manifest.json`.
+    """Fetch a dataset, check it, and write records, pictures and `manifest.json`, which is returned.
 
     Args:
-        description: of the dataset.
-        folder: where to write.
         kinds, cache, mirror: see `cupel.sources.fetch`.
         seed: of the draws: which samples, which caption, and the split of an excerpt.
         train, test: how many samples to draw uniformly from the split; default as in the paper, or all.
@@ -208,9 +196,6 @@ def prepare(description: Description, folder: str | Path, *, kinds: Sequence[str
             `pretrain` and `train`.
         excerpt: take a known part of the dataset, from the mirror, instead of the whole. Its split is drawn by pictures
             (20 % of the samples, rounded up to whole pictures, for testing); the manifest says so.
-
-    Returns:
-        The manifest.
 
     Raises:
         NoSource: no source answered with the very dataset.
@@ -235,18 +220,17 @@ def prepare(description: Description, folder: str | Path, *, kinds: Sequence[str
         splits["pretrain"] = _draw(name, "pretrain", aside, pretrain, seed)
     splits["train"] = _draw(name, "train", rest, train or usual.get("train"), seed)
     splits["test"] = _draw(name, "test", content["test"], test or usual.get("test"), seed)
-    rows = {key: row for row, key in enumerate(dict.fromkeys(
-        record["picture"] for records in splits.values() for record in records))}
+    keys = list(dict.fromkeys(record["picture"] for records in splits.values() for record in records))
+    rows = {key: row for row, key in enumerate(keys)}
 
     def fill(pictures: Pictures) -> None:
-        for key, row in rows.items():
+        for row, encoded in content["pictures"](keys):
             try:
-                pictures.put(row, decode(content["picture"](key)))
+                pictures.put(row, decode(encoded))
             except ValueError as error:
-                raise ValueError(f"dataset {name}: picture {key}: {error}") from None
+                raise ValueError(f"dataset {name}: picture {keys[row]}: {error}") from None
 
     records = {split: [_record(description, split, record, seed) | {"row": rows[record["picture"]]} for record in chosen]
                for split, chosen in splits.items()}
-    files = [{"name": raw.name, "checksum": raw.checksum, "origin": str(raw.origin or "mirror")} for raw in source.files]
     return write_folder(folder, records, fill, description.manifest(
-        excerpt=excerpt, seed=seed, available=available, source={"kind": source.kind, "files": files}), size=description.size)
+        excerpt=excerpt, seed=seed, available=available, source=source.said()), size=description.size)

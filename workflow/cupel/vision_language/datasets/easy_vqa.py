@@ -7,16 +7,16 @@ as they are, without a suffix: the paper has none for it.
 import json
 from pathlib import Path
 
+from cupel import archives
 from cupel.sources import Pip, Raw, Source
-from cupel.vision_language.datasets.base import Description, zip_members
+from cupel.vision_language.datasets.base import Description, from_zip
 
 
 def read_wheel(paths: list[Path]) -> dict:
     """The package: `easy_vqa/data/<split>/questions.json`, a list of [question, answer, picture], and the pictures."""
-    _, read = zip_members(paths[0])
-    content = {"picture": read}
-    for split in ("train", "test"):
-        rows = json.loads(read(f"easy_vqa/data/{split}/questions.json"))
+    splits, content = ("train", "test"), {"pictures": from_zip(paths[0])}
+    tables = archives.read(paths[0], *(f"easy_vqa/data/{split}/questions.json" for split in splits))
+    for split, rows in zip(splits, map(json.loads, tables), strict=True):
         content[split] = [{"id": f"easy_vqa-{split}-{k}", "picture": f"easy_vqa/data/{split}/images/{picture}.png",
                            "question": question, "answer": answer} for k, (question, answer, picture) in enumerate(rows)]
     return content
@@ -29,10 +29,7 @@ DESCRIPTION = Description(
     name="easy_vqa",
     task="vqa",
     licence="MIT (Victor Zhou)",
-    sources=(
-        Source("package", (_WHEEL,), read_wheel),
-        Source("mirror", (Raw(_WHEEL.name, _WHEEL.checksum),), read_wheel),
-    ),
+    sources=(Source("package", (_WHEEL,), read_wheel),),
     published={"train": 38_575, "test": 9_673},
     size=(64, 64),
     notes="a stand-in: pictures of synthetic shapes, no dataset of the paper",

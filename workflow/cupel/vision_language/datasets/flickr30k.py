@@ -9,14 +9,13 @@ import json
 from pathlib import Path
 
 from cupel.sources import Hub, Raw, Source
-from cupel.vision_language.datasets.base import CAPTION, Description, zip_members
+from cupel.vision_language.datasets.base import CAPTION, Description, from_zip
 
 
 def read_hub(paths: list[Path]) -> dict:
     """The hub's form: an archive of photographs, and a table with the columns raw (JSON list), split and filename."""
     archive, table = paths
-    _, read = zip_members(archive)
-    content = {"train": [], "test": [], "picture": read}
+    content = {"train": [], "test": [], "pictures": from_zip(archive)}
     with open(table, encoding="utf-8", newline="") as file:
         for row in csv.DictReader(file):
             if row["split"] in ("train", "test"):
@@ -38,10 +37,7 @@ DESCRIPTION = Description(
     name="flickr30k",
     task="caption",
     licence="the photographs under the terms of Flickr; cite Young et al. 2014",
-    sources=(
-        Source("hub", _HUB, read_hub),
-        Source("mirror", tuple(Raw(raw.name, raw.checksum) for raw in _HUB), read_hub),
-    ),
+    sources=(Source("hub", _HUB, read_hub),),
     published={"test": 1_000},
     drawn={"train": 10_000},
 )

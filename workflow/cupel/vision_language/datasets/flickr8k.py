@@ -5,17 +5,17 @@ import io
 from pathlib import Path
 
 from cupel.sources import Raw, Source
-from cupel.vision_language.datasets.base import CAPTION, Description, verified_tree
+from cupel.vision_language.datasets.base import CAPTION, Description, from_files, verified_tree
 
 
 def read_folder(paths: list[Path]) -> dict:
     """A folder with `captions.txt` (the columns image and caption) and `images/`; `paths[0]` is the former."""
     folder = paths[0].parent / "images"
-    verified_tree(folder, folder.iterdir(), _EXCERPT_TREE)
+    verified_tree(folder, _EXCERPT_TREE)
     captions: dict[str, list[str]] = {}
     for row in csv.DictReader(io.StringIO(paths[0].read_text(encoding="utf-8"))):
         captions.setdefault(row["image"], []).append(row["caption"].strip())
-    return {"picture": lambda key: (folder / key).read_bytes(),
+    return {"pictures": from_files(folder),
             "all": [{"id": f"flickr8k-{Path(name).stem}", "picture": name, "question": CAPTION, "answers": answers}
                     for name, answers in sorted(captions.items())]}
 

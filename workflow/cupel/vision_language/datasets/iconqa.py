@@ -9,8 +9,9 @@ import re
 import zipfile
 from pathlib import Path
 
+from cupel import archives
 from cupel.sources import Raw, Source, Url
-from cupel.vision_language.datasets.base import Description, choice, verified_tree, zip_members
+from cupel.vision_language.datasets.base import Description, choice, from_files, from_zip, verified_tree
 
 
 class Archive(Raw):
@@ -26,22 +27,21 @@ class Archive(Raw):
 
 def read_archive(paths: list[Path]) -> dict:
     """The official archive: `.../iconqa/<split>/choose_txt/<problem>/{data.json,image.png}`."""
-    names, read = zip_members(paths[0])
     found = re.compile(r"(?:.*/)?(train|test)/choose_txt/(\d+)/data\.json").fullmatch
-    content = {"train": [], "test": [], "picture": read}
-    for match in sorted(filter(None, map(found, names)), key=lambda match: int(match[2])):
+    problems = sorted(filter(None, map(found, archives.names(paths[0]))), key=lambda match: int(match[2]))
+    content = {"train": [], "test": [], "pictures": from_zip(paths[0])}
+    for match, problem in zip(problems, archives.read(paths[0], *(match[0] for match in problems)), strict=True):
         picture = match[0].removesuffix("data.json") + "image.png"
-        content[match[1]].append(choice(f"iconqa-{match[2]}", picture, json.loads(read(match[0]))))
+        content[match[1]].append(choice(f"iconqa-{match[2]}", picture, json.loads(problem)))
     return content
 
 
 def read_excerpt(paths: list[Path]) -> dict:
     """A folder `choose_txt/<problem>/{data.json,image.png}` without splits; `paths[0]` is the first `data.json` of it."""
     folder = paths[0].parents[1]
-    files = [path for path in folder.rglob("*") if path.is_file()]
-    verified_tree(folder, files, _EXCERPT_TREE)
+    files = verified_tree(folder, _EXCERPT_TREE)
     problems = sorted((path for path in files if path.name == "data.json"), key=lambda path: int(path.parent.name))
-    return {"picture": lambda key: Path(key).read_bytes(),
+    return {"pictures": from_files(folder),
             "all": [choice(f"iconqa-{path.parent.name}", str(path.with_name("image.png")), json.loads(path.read_text()))
                     for path in problems]}
 
@@ -55,10 +55,7 @@ DESCRIPTION = Description(
     name="iconqa",
     task="choice",
     licence="CC BY-NC-SA 4.0",
-    sources=(
-        Source("official", (_ARCHIVE,), read_archive),
-        Source("mirror", (Archive(_ARCHIVE.name, _ARCHIVE.checksum),), read_archive),
-    ),
+    sources=(Source("official", (_ARCHIVE,), read_archive),),
     excerpts=(Source("mirror", (_EXCERPT,), read_excerpt),),
     published={"train": 18_946, "test": 6_316},
     drawn={"train": 10_000},

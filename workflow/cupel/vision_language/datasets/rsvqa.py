@@ -9,8 +9,9 @@ import json
 import re
 from pathlib import Path
 
+from cupel import archives
 from cupel.sources import Raw, Source, Url
-from cupel.vision_language.datasets.base import SHORT_ANSWER, Description, verified_tree, zip_members
+from cupel.vision_language.datasets.base import SHORT_ANSWER, Description, from_files, from_zip, verified_tree
 
 
 def samples(questions: list[dict], answers: list[dict], picture_of: dict[int, str]) -> list[dict]:
@@ -41,20 +42,17 @@ def _parsed(path: Path, key: str) -> list[dict]:
 
 def read_official(paths: list[Path]) -> dict:
     """Questions and answers of the training split, those of the test split, and the archive with `<picture>.tif`."""
-    names, read = zip_members(paths[-1])
     found = re.compile(r"(?:.*/)?(\d+)\.tif").fullmatch
-    picture_of = {int(match[1]): match[0] for match in map(found, names) if match}
+    picture_of = {int(match[1]): match[0] for match in map(found, archives.names(paths[-1])) if match}
     train, test = (samples(_parsed(paths[k], "questions"), _parsed(paths[k + 1], "answers"), picture_of) for k in (0, 2))
-    return {"train": train, "test": test, "picture": read}
+    return {"train": train, "test": test, "pictures": from_zip(paths[-1])}
 
 
 def read_excerpt(paths: list[Path]) -> dict:
     """Questions and answers without splits, and beside them `images/<picture>.png`."""
     folder = paths[0].parent / "images"
-    files = list(folder.iterdir())
-    verified_tree(folder, files, _EXCERPT_TREE)
-    picture_of = {int(path.stem): path.name for path in files}
-    return {"picture": lambda key: (folder / key).read_bytes(),
+    picture_of = {int(path.stem): path.name for path in verified_tree(folder, _EXCERPT_TREE)}
+    return {"pictures": from_files(folder),
             "all": samples(_parsed(paths[0], "questions"), _parsed(paths[1], "answers"), picture_of)}
 
 
@@ -76,10 +74,7 @@ DESCRIPTION = Description(
     name="rsvqa",
     task="vqa",
     licence="CC BY 4.0 as commonly stated; cite Lobry et al. 2020",
-    sources=(
-        Source("official", _OFFICIAL, read_official),
-        Source("mirror", tuple(Raw(raw.name, raw.checksum) for raw in _OFFICIAL), read_official),
-    ),
+    sources=(Source("official", _OFFICIAL, read_official),),
     excerpts=(Source("mirror", _EXCERPT, read_excerpt),),
     published={"train": 57_223, "test": 10_004},
     drawn={"train": 10_000},

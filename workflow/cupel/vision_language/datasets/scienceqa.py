@@ -17,7 +17,7 @@ def read_parquet(paths: list[Path]) -> dict:
     """
     import pyarrow.parquet
 
-    content, bytes_of = {"picture": lambda key: bytes_of[key]}, {}
+    content, bytes_of = {"pictures": lambda keys: enumerate(bytes_of[key] for key in keys)}, {}
     for split, path in zip(("train", "test"), paths, strict=True):
         table = pyarrow.parquet.read_table(path, columns=["image", "question", "choices", "answer", "hint"])
         content[split] = []
@@ -45,9 +45,6 @@ DESCRIPTION = Description(
     name="scienceqa",
     task="choice",
     licence="CC BY-NC-SA 4.0",
-    sources=(
-        Source("hub", _FILES, read_parquet),
-        Source("mirror", tuple(Raw(raw.name, raw.checksum) for raw in _FILES), read_parquet),
-    ),
+    sources=(Source("hub", _FILES, read_parquet),),
     published={"train": 6_218, "test": 2_017},
 )

@@ -26,15 +26,9 @@ def draw(form: str, colour: str, stream: np.random.Generator) -> np.ndarray:
 
 
 def prepare(folder: str | Path, *, train: int, test: int, pretrain: int = 0, seed: int = 0) -> dict:
-    """Write the splits as a prepared folder (see `cupel.vision_language.prepared`); no picture is in two splits.
+    """Write so many samples of each split, two about each picture, as a prepared folder, and return its manifest.
 
-    Args:
-        folder: where to write.
-        train, test, pretrain: number of samples; two ask about the same picture.
-        seed: of the pictures.
-
-    Returns:
-        The manifest.
+    No picture is in two splits.
     """
     numbers = {name: number for name, number in (("pretrain", pretrain), ("train", train), ("test", test)) if number}
     stream = rng(seed, "shapes")

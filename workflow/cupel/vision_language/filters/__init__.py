@@ -1,4 +1,4 @@
-"""Ways to flag samples of a training set, one file each: BYE and what it is compared with (bye SPEC 7).
+"""Ways to flag samples of a training set: BYE and what it is compared with (bye SPEC 7).
 
 `decide(name, evidence, **settings)` runs one by its registered name.
 """

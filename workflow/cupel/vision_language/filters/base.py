@@ -49,14 +49,6 @@ class Mixture:
     def _separation(self, spread: float) -> float:
         return (self.mean[1] - self.mean[0]) / spread
 
-    @property
-    def kl(self) -> float:
-        """KL(low ‖ high) of the two normals: computed and drawn by the official code, not used by it."""
-        if not self.sd:
-            return 0.0
-        (a, b), (s, t) = self.mean, self.sd
-        return float(np.log(t / s) + (s**2 + (a - b) ** 2) / (2 * t**2) - 0.5)
-
     def passes(self, rule: str, tau: float) -> bool:
         """Whether a layer with this mixture is sensitive.
 
@@ -68,8 +60,7 @@ class Mixture:
 
     def record(self) -> dict:
         """JSON-able parameters and separations."""
-        return {"mean": self.mean, "sd": self.sd, "weight": self.weight, "bsi_rss": self.rss, "bsi_sum": self.sum,
-                "kl": self.kl, "share_low": float(self.low.mean()) if len(self.low) else 0.0}
+        return {"mean": self.mean, "sd": self.sd, "weight": self.weight, "bsi_rss": self.rss, "bsi_sum": self.sum}
 
 
 def mixture(values: np.ndarray) -> Mixture:
@@ -177,12 +168,11 @@ def hazards(decision: Decision) -> dict:
     """What can go wrong with a second mixture (bye SPEC 2.7).
 
     Returns:
-        share_flagged, of all samples; majority_removed, more than half is flagged; largest_flagged and smallest_kept, of the
-        score, None where a side is empty; non_monotone, a flagged sample has a higher score than one that is kept.
+        share_flagged, of all samples; majority_removed, more than half is flagged; non_monotone, a flagged sample has a higher
+        score than one that is kept.
     """
     flagged, score = decision.flagged, decision.score
-    share = float(flagged.mean()) if len(flagged) else 0.0
+    share = float(flagged.mean())
     sides = score is not None and flagged.any() and not flagged.all()
-    top, bottom = (float(score[flagged].max()), float(score[~flagged].min())) if sides else (None, None)
-    return {"share_flagged": share, "majority_removed": share > 0.5, "largest_flagged": top, "smallest_kept": bottom,
-            "non_monotone": bool(sides) and top > bottom}
+    return {"share_flagged": share, "majority_removed": share > 0.5,
+            "non_monotone": bool(sides and score[flagged].max() > score[~flagged].min())}

@@ -50,9 +50,6 @@ class VisionLanguageModel:
     source: dict = field(default_factory=dict)
 
     def __post_init__(self):
-        if self.kind not in CLASSES:
-            raise ValueError(f"a model of type {self.kind!r} is not supported: only {' and '.join(CLASSES)} "
-                             "(native classes of transformers) are")
         if self.kind == "llava":
             settings = self.processor.image_processor.to_dict()
             kept = {k: settings[k] for k in ("size", "crop_size", "image_mean", "image_std", "resample") if settings.get(k)}
@@ -116,11 +113,6 @@ class VisionLanguageModel:
 def load(folder: str | Path, *, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu") -> VisionLanguageModel:
     """A model from a folder in the form of the hub (or written by `save`), in eval mode.
 
-    Args:
-        folder: with config.json, *.safetensors, tokenizer and processor files.
-        dtype: of the weights.
-        device: where to put them.
-
     Raises:
         NoModel: something is missing, or the weights are not safetensors.
         ValueError: it is neither LLaVA nor InternVL.
@@ -159,11 +151,7 @@ def load_hub(repository: str, revision: str = "main", *, dtype: torch.dtype = to
              device: str | torch.device = "cpu") -> VisionLanguageModel:
     """A model of the hub. Weights come as safetensors; no remote code is run.
 
-    Args:
-        repository: `owner/name`.
-        revision: commit, tag or branch. The commit found is recorded in `source`.
-        dtype: of the weights.
-        device: where to put them.
+    The revision is a commit, tag or branch; the commit found is recorded in `source`.
 
     Raises:
         NoModel: the hub is out of reach and the model not in its cache, or access is not granted, or it does not exist.

@@ -108,10 +108,7 @@ def smollm2_llava(folder: str | Path, *, image_size: int = 224, patch_size: int 
                   vision_layers: int = 8, vision_heads: int = 6, seed: int = 0) -> VisionLanguageModel:
     """A LLaVA whose language model is pretrained (SmolLM2-135M); tower and projector are new and want training.
 
-    Args:
-        folder: the language model in the form of the hub (Llama architecture, safetensors, tokenizer).
-        image_size, patch_size, vision_width, vision_layers, vision_heads: as in `tiny_llava`.
-        seed: of the new weights.
+    The folder is in the form of the hub (Llama architecture, safetensors, tokenizer); the rest is as in `tiny_llava`.
 
     Raises:
         NoModel: the folder has no safetensors.

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from cupel.evaluation.batches import padded
 from cupel.rng import rng
 from cupel.vision_language.models.base import VisionLanguageModel
 from cupel.vision_language.prepared import Samples, read_picture
@@ -98,11 +99,10 @@ class Encoder:
         keep_mb: see `Pictures`.
 
     Attributes:
-        tokens: int64 ids of each row.
-        targets: bool of the same lengths, True where a token belongs to an answer.
-        parts: int64 of the same lengths, 0 for the shared beginning, 1 ... for the questions; None for single questions.
-        lengths: int64, tokens of each row.
-        counts: int64, answer tokens of each row.
+        tokens, positions: int64 ids of each row, and their positions.
+        targets: int64 of the same lengths, 1 where a token belongs to an answer, else 0.
+        parts: int64 of the same lengths, 0 for the shared beginning, 1 ... for the questions.
+        lengths, counts: int64, tokens and answer tokens of each row.
 
     Raises:
         ValueError: several questions without answers (each prompt needs its own last position), or a template that does
@@ -121,9 +121,6 @@ class Encoder:
         prompts = self._tokenize([prompt for _, prompt, _ in rows])
         gap = "" if template[-1].isspace() else " "
         wholes = self._tokenize([prompt + gap + answer for _, prompt, answer in rows]) if answers else prompts
-        self.tokens: list[np.ndarray] = [np.zeros(0, np.int64)] * len(records)
-        self.targets: list[np.ndarray] = [np.zeros(0, bool)] * len(records)
-        self.parts: list[np.ndarray | None] = [None] * len(records)
         pieces: list[list[tuple[list[int], list[int], list[int]]]] = [[] for _ in records]
         for (k, _, answer), prompt, whole in zip(rows, prompts, wholes, strict=True):
             own: list[int] = []
@@ -132,16 +129,18 @@ class Encoder:
                 own = whole[len(prompt):] if whole[: len(prompt)] == prompt else self._tokenize([answer], special=False)[0]
                 own = [*own, model.tokenizer.eos_token_id]
             pieces[k].append((*self._split(prompt), own))
-        for k, found in enumerate(pieces):
+        self.tokens, self.targets, self.parts, self.positions = [], [], [], []
+        for found in pieces:
             beginning = found[0][0]
-            ids, target, part = [*beginning], [False] * len(beginning), [0] * len(beginning)
+            start = len(beginning)
+            ids, target, part, position = [*beginning], [0] * start, [0] * start, [*range(start)]
             for number, (_, rest, own) in enumerate(found, 1):
                 ids += [*rest, *own]
-                target += [False] * len(rest) + [True] * len(own)
+                target += [0] * len(rest) + [1] * len(own)
                 part += [number] * (len(rest) + len(own))
-            self.tokens[k], self.targets[k] = np.array(ids, np.int64), np.array(target, bool)
-            if len(found) > 1:
-                self.parts[k] = np.array(part, np.int64)
+                position += range(start, start + len(rest) + len(own))
+            for kept, values in ((self.tokens, ids), (self.targets, target), (self.parts, part), (self.positions, position)):
+                kept.append(np.array(values, np.int64))
         self.lengths = np.array([len(ids) for ids in self.tokens], np.int64)
         self.counts = np.array([target.sum() for target in self.targets], np.int64)
 
@@ -175,27 +174,17 @@ class Encoder:
             answer is.
         """
         device = self.model.device
-        longest = int(self.lengths[np.asarray(records)].max())
-        ids = np.full((len(records), longest), self.model.tokenizer.pad_token_id, np.int64)
-        mask, part, target = np.zeros_like(ids), np.zeros_like(ids), np.zeros(ids.shape, bool)
-        position = np.zeros_like(ids)
-        shared = any(self.parts[k] is not None for k in records)
-        for row, k in enumerate(records):
-            place = slice(longest - len(self.tokens[k]), longest)
-            ids[row, place], mask[row, place], target[row, place] = self.tokens[k], 1, self.targets[k]
-            position[row, place] = np.arange(len(self.tokens[k]))
-            if self.parts[k] is not None:
-                numbers = part[row, place] = self.parts[k]
-                starts = np.flatnonzero(np.diff(numbers, prepend=0))  # where each question begins
-                position[row, place] -= np.concatenate([[0], starts - starts[0]])[numbers]
-        found = {"input_ids": ids, "position_ids": position}
+
+        def filled(rows: list, fill: int = 0) -> torch.Tensor:
+            return padded([rows[k] for k in records], fill, "left").to(device)
+
+        ids, part = filled(self.tokens, self.model.tokenizer.pad_token_id), filled(self.parts)
+        mask = padded([np.ones(self.lengths[k]) for k in records], 0, "left").to(device)
+        batch = {"input_ids": ids, "position_ids": filled(self.positions),
+                 "attention_mask": self._blocks(mask, part) if part.max() > 1 else mask,
+                 "pixel_values": self.model.pixels(self.pictures(records).to(device))}
         if self.answers:
-            found["labels"] = np.where(target, ids, -100)
-        batch = {key: torch.from_numpy(value).to(device) for key, value in found.items()}
-        batch["attention_mask"] = torch.from_numpy(mask).to(device)
-        if shared:
-            batch["attention_mask"] = self._blocks(batch["attention_mask"], torch.from_numpy(part).to(device))
-        batch["pixel_values"] = self.model.pixels(self.pictures(records).to(device))
+            batch["labels"] = torch.where(filled(self.targets) == 1, ids, -100)
         return batch
 
     def _blocks(self, mask: torch.Tensor, part: torch.Tensor) -> torch.Tensor:

@@ -2,11 +2,9 @@
 
 from pathlib import Path
 
-from cupel.devices import pick_device
-from cupel.job import logged
+from cupel.job import running
 from cupel.robust.measure import attack_released
 
-with logged(snakemake.log[0]):
+with running(snakemake.log[0], snakemake.params.device, snakemake.resources.gpu, snakemake.resources.vram_mb) as device:
     attack_released(snakemake.params.spec, snakemake.input.network, Path(snakemake.input.manifest).parent,
-                    snakemake.output.record,
-                    pick_device(snakemake.params.device, snakemake.resources.gpu, snakemake.resources.vram_mb))
+                    snakemake.output.record, device)

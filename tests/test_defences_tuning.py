@@ -13,10 +13,12 @@ from torch import nn
 
 import cupel.images.datasets as datasets
 from cupel.images.attacks.blended import Blended
-from cupel.images.defences import Budget, adversarial, bti_dbf, ft_sam, i_bau, mm_bd, nad, nc, npd, pbe, purify, sau
+from cupel.images.defences import Budget, bti_dbf, ft_sam, i_bau, mm_bd, nad, nc, npd, pbe, purify, sau
+from cupel.images.defences.passes import batches, watched
 from cupel.images.models import NotACheckpoint, build, load, save
 from cupel.images.models.attachments import attach
 from cupel.rng import rng
+from cupel.training import adversarial
 from cupel.training.engine import Recipe, fit, predict
 
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.247, 0.243, 0.261)
@@ -271,9 +273,9 @@ def test_nad_distance():
     assert nad.attention(normal(3, 6, 1, 1), 2.0).numpy() == pytest.approx(1, abs=1e-5)  # a map of one pixel is dead
 
 
-def test_nad_records_the_stages():
-    model, x = small().eval(), pixels(2, 3, 16, 16)
-    with nad.recorded(model, model.stages) as maps, torch.no_grad():
+def test_the_stages_are_watched():
+    model, x, maps = small().eval(), pixels(2, 3, 16, 16), {}
+    with watched({name: model.get_submodule(name) for name in model.stages}, maps.__setitem__), torch.no_grad():
         model(x)
         expected = model.extractor.layer4(maps["extractor.layer3"])
     assert torch.equal(maps["extractor.layer4"], expected)
@@ -516,8 +518,6 @@ def test_search_of_all_classes_is_a_search_per_class(budget):
         torch.testing.assert_close(other.mask, found[0].mask, rtol=1e-3, atol=1e-4)
         np.testing.assert_allclose(other.cost, found[0].cost)
 
-    from cupel.images.defences.passes import batches
-
     k, cost = 1, 1e-2
     u, v = torch.ones(1, 16, 16, requires_grad=True), torch.ones(3, 16, 16, requires_grad=True)
     optimizer = torch.optim.Adam([u, v], 0.1, betas=(0.5, 0.9))
@@ -555,7 +555,7 @@ def test_mm_bd_starts_where_nothing_is_cut(budget):
     victim = small().eval()
     x = pixels(8, 3, 16, 16)
     layer = victim.extractor.layer1[0].bn1
-    (largest,) = mm_bd.largest_activations(victim, [layer], [x[:4], x[4:]])
+    (largest,) = mm_bd.largest_activations(victim, {"bn1": layer}, [x[:4], x[4:]])
     with torch.no_grad():
         assert largest == layer(victim.extractor.conv1(victim.normalize(x))).max().item()
     model, _ = purify("mm_bd", victim, budget, rng(0), epochs=0)

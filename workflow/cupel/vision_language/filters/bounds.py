@@ -1,4 +1,4 @@
-"""Removal by the truth: what no filter can do better than, and the dose of a dose-response curve."""
+"""What a filter is held against: removal by the truth and by chance."""
 
 import numpy as np
 
@@ -14,4 +14,12 @@ def oracle(evidence: Evidence, *, recall: float = 1.0) -> Decision:
     """
     where, flagged = np.flatnonzero(evidence.poisoned), evidence.none()
     flagged[rng(evidence.seed, "oracle").permutation(where)[: round(recall * len(where))]] = True
+    return Decision(flagged)
+
+
+@sample_filter("random_drop")
+def random_drop(evidence: Evidence, *, share: float = 0.2) -> Decision:
+    """⌊share · N⌋ samples drawn uniformly without replacement."""
+    flagged = evidence.none()
+    flagged[rng(evidence.seed, "random_drop").permutation(len(evidence))[: int(share * len(evidence))]] = True
     return Decision(flagged)
