@@ -142,12 +142,6 @@ def ranks(cross: pd.DataFrame, metric: str = "der", *, rng: np.random.Generator,
     A defence that failed in a setting, with any seed, ranks below all that did not; several share the last ranks. The
     interval is a bootstrap over settings, in which settings of one victim (its budgets) stay together; it is NaN for one
     victim, of which nothing can be said about others.
-
-    Args:
-        cross: `cross_table`.
-        metric: a key of `BETTER`.
-        rng: for the bootstrap.
-        draws: of the bootstrap.
     """
     block = comparable(cross, metric)
     grid = block.pivot(index=SETTING, columns="method", values=metric) * BETTER[metric]
@@ -321,13 +315,9 @@ def _heat_grid(part: pd.DataFrame, metric: str) -> tuple[pd.DataFrame, pd.DataFr
 
 
 def write_cross(cells: pd.DataFrame, labels: dict[str, str], scale: str, out: Mapping[str, str | Path]) -> None:
-    """Write the cross table (CSV), its figures and the page that shows them; the page says so when there is nothing.
+    """Write the cross table, its figures and the page that shows them; the page says so when there is nothing.
 
-    Args:
-        cells: the tidy table.
-        labels: see `cross_table`.
-        scale: name.
-        out: paths `page` (HTML), and in its folder `table` (CSV) and `figures` (a folder).
+    `out` has the paths `page` (HTML), and in its folder `table` (CSV) and `figures` (a folder).
     """
     table, figures = Path(out["table"]), Path(out["figures"])
     cross = cross_table(cells, labels)

@@ -11,13 +11,12 @@ def draw(paper: Paper) -> None:
     paper.rows("cells", table.drop(columns="label"))
     for (dataset, model), part in table.groupby(["dataset", "model"], sort=False):
         where = f"{dataset}, {model}, scale {paper.scale}, mean over {int(part.seeds.max())} seed(s)"
-        rows = part.assign(text=[tables.interval_text(row) for row in part.itertuples()],
-                           row=[f"{tables.setting_name(row)}: {row.label}" for row in part.itertuples()])
+        rows = tables.with_texts(part).assign(row=[f"{tables.setting_name(row)}: {row.label}" for row in part.itertuples()])
         paper.table(f"metrics_{dataset}_{model}", tables.spread(rows, "row", "metric"),
                     f"{paper.title}: every metric with its 95 % interval; rates in percent; {where}.", "setting: defence")
         rates = part[(part.n > 0) & (part.attack != "clean")]
         if len(rates):
             metric = "asr" if (rates.metric == "asr").any() else rates.metric.iloc[0]
             shown = rates[rates.metric == metric]
-            paper.figure(f"{metric}_{dataset}_{model}", figures.bars(shown, list(dict.fromkeys(shown.label)), metric),
+            paper.figure(f"{metric}_{dataset}_{model}", figures.bars_by_rate(shown, list(dict.fromkeys(shown.label)), metric),
                          f"{metric.upper()} by defence and poison rate, with 95 % intervals ({where}).")

@@ -67,14 +67,41 @@ def bare(axes) -> None:
         axis.spines[:].set_visible(False)
 
 
-def side_title(axis, text: str) -> None:
-    """A title to the left of a row of pictures."""
-    axis.set_ylabel(text, rotation=0, ha="right", va="center", fontsize=8)
+def picture_rows(rows: Iterable[tuple[str, Sequence[np.ndarray]]], width: float, height: float, top: Sequence[str] = ()):
+    """Rows of pictures, each with its title on the left.
+
+    Args:
+        rows: title and pictures [H, W], [H, W, 1] or [H, W, 3], uint8 or float in [0, 1].
+        width, height: of a picture, inches.
+        top: titles of columns.
+
+    Returns:
+        The figure, and its axes [rows, columns].
+    """
+    rows = list(rows)
+    count = max(len(images) for _, images in rows)
+    figure, axes = panels(len(rows) * count, count, width, height, extra=1.0)
+    bare(axes)
+    for line, (title, images) in zip(axes, rows, strict=True):
+        for axis, image in zip(line, images, strict=False):
+            axis.imshow(image.squeeze(), cmap="gray", vmin=0, vmax=255 if image.dtype == np.uint8 else 1,
+                        interpolation="nearest")
+        line[0].set_ylabel(title, rotation=0, ha="right", va="center", fontsize=8)
+    for axis, title in zip(axes[0], top, strict=False):
+        axis.set_title(title, fontsize=8)
+    return figure, axes
+
+
+def signed(values: np.ndarray, largest: float) -> np.ndarray:
+    """Numbers [...] between ± `largest` as colours [..., 3], red where positive."""
+    return plt.get_cmap("RdBu_r")(0.5 + values / (2 * largest))[..., :3]
 
 
 def errors(rows: pd.DataFrame, name: str = "") -> np.ndarray:
-    """Lengths [2, N] of error bars, from the columns value, low and high, or `<name>`, `<name>_low` and `<name>_high`."""
-    value, low, high = (rows[key] for key in ((name, f"{name}_low", f"{name}_high") if name else ("value", "low", "high")))
+    """Lengths [2, N] of error bars, from the columns value, low and high, or `<name>` with `<name>_low` and `<name>_high`;
+    0 where there are no bounds."""
+    value = rows[name or "value"]
+    low, high = (rows.get(f"{name}_{end}" if name else end, value) for end in ("low", "high"))
     return np.nan_to_num(np.clip(np.stack([value - low, high - value]), 0, None))
 
 
@@ -96,33 +123,60 @@ def amplified(stamped: np.ndarray, clean: np.ndarray, factor: int) -> np.ndarray
     return np.clip(128 + factor * (stamped.astype(int) - clean.astype(int)), 0, 255).astype(np.uint8)
 
 
-def bars(table: pd.DataFrame, order: Sequence[str], metric: str):
-    """A metric by defence and poison rate, a panel per attack, with 95 % intervals.
+def bars(table: pd.DataFrame, order: Sequence[str], colours: dict[str, str], *, lying: bool = False, most: int = 3,
+         sharey: bool = True, **axes_settings):
+    """Groups of bars with 95 % intervals; where a value is missing because a cell failed, they say so.
 
     Args:
-        table: `cupel.reporting.tables.summary`.
-        order: labels of the defences.
-        metric: name.
+        table: columns panel (title), group (text), label, value and failed; low and high if known.
+        order: labels.
+        colours: by group, in the order of the legend.
+        lying: whether bars go from left to right.
+        most: panels in a row.
+        sharey: whether panels have one scale.
+        axes_settings: of every panel, as `xlabel`.
     """
-    attacks = list(dict.fromkeys(table.attack))
-    colours = dict(zip(sorted(table.poison_rate.unique(), reverse=True), [COLOURS[k] for k in (5, 1, 3, 6, 2, 7)],
-                       strict=False))
-    figure, axes = panels(len(attacks), len(attacks), 4.4, 3.3, sharey=True)
-    for axis, attack in zip(axes[0], attacks, strict=True):
-        rates = [rate for rate in colours if rate in set(table.poison_rate[table.attack == attack])]
-        for k, rate in enumerate(rates):
-            rows = table[(table.attack == attack) & (table.poison_rate == rate) & (table.metric == metric)]
-            rows = rows.drop_duplicates("label").set_index("label").reindex(order)
-            x = np.arange(len(order)) + (k - (len(rates) - 1) / 2) * 0.8 / len(rates)
-            axis.bar(x, rows.value, 0.8 / len(rates), yerr=errors(rows), label=f"{100 * rate:g} %", color=colours[rate],
-                     error_kw={"lw": 0.8})
-            for position in x[rows.value.isna() & (rows.failed > 0)]:
-                axis.text(position, 0.02, "failed", rotation=90, ha="center", va="bottom", color="crimson", fontsize=7)
-        axis.set_xticks(range(len(order)), order, rotation=35, ha="right")
-        axis.set(title=attack, ylim=(0, 1.02))
-        if len(rates) > 1:
-            axis.legend(title="poison rate", loc="upper right", frameon=True, framealpha=0.8, fontsize=7)
-    axes[0, 0].set_ylabel(metric.upper())
+    parts = table.groupby("panel", sort=False)
+    size = (3.4, 0.9 + 0.34 * len(order)) if lying else (4.4, 3.3)
+    figure, axes = panels(parts.ngroups, most, *size, extra=3.2 if lying else 0, sharex=lying, sharey=sharey)
+    places = np.arange(len(order))
+    for axis, (title, part) in zip(axes.ravel(), parts, strict=False):
+        groups = [group for group in colours if group in set(part.group)]
+        for k, group in enumerate(groups):
+            rows = part[part.group == group].drop_duplicates("label").set_index("label").reindex(order)
+            where, thick = places + (k - (len(groups) - 1) / 2) * 0.8 / len(groups), 0.8 / len(groups)
+            style = {"color": colours[group], "error_kw": {"lw": 0.8}}
+            if lying:
+                axis.barh(where, rows.value, thick, xerr=errors(rows), **style)
+            else:
+                axis.bar(where, rows.value, thick, yerr=errors(rows), **style)
+            for place in where[rows.value.isna() & (rows.failed > 0)]:
+                axis.text(*((0.02, place) if lying else (place, 0.02)), "failed", rotation=0 if lying else 90,
+                          ha="left" if lying else "center", va="center" if lying else "bottom", color="crimson", fontsize=7)
+        axis.set(title=title, **axes_settings)
+        if not part.value.max() > 1:
+            axis.set(**{"xlim" if lying else "ylim": (0, 1.02)})
+        if lying:
+            axis.set_yticks(places, order, fontsize=8)
+        else:
+            axis.set_xticks(places, order, rotation=35 if len(order) > 2 else 0, ha="right" if len(order) > 2 else "center")
+        axis.grid(False, axis="y" if lying else "x")
+    if lying:
+        axes[0, 0].invert_yaxis()
+    if len(colours) > 1:
+        figure.legend(handles=[handle(group, color=colour, lw=5) for group, colour in colours.items()], fontsize=8,
+                      loc="outside lower center", ncols=3 if parts.ngroups > 1 else 1)
+    return figure
+
+
+def bars_by_rate(table: pd.DataFrame, order: Sequence[str], metric: str):
+    """A metric of `cupel.reporting.tables.summary` by defence and poison rate, a panel per attack."""
+    rows = table[table.metric == metric].assign(panel=table.attack)
+    rows["group"] = "poison rate " + (100 * rows.poison_rate).map("{:g} %".format)
+    groups = rows.sort_values("poison_rate", ascending=False).group.unique()
+    colours = dict(zip(groups, [COLOURS[k] for k in (5, 1, 3, 6, 2, 7)], strict=False))
+    figure = bars(rows, order, colours, most=rows.attack.nunique())
+    figure.axes[0].set_ylabel(metric.upper())
     return figure
 
 
@@ -136,31 +190,38 @@ def key(figure, colours: dict[str, str], marks: dict[str, str], lines: bool = Fa
 
 
 def lines(table: pd.DataFrame, x: str, metrics: dict[str, str], colour: str, marked: str | None = None, *,
-          ticks: dict[float, str] | None = None, **axes_settings):
+          ticks: dict[float, str] | None = None, bands: bool = False, **axes_settings):
     """Metrics against a number, a panel each, with 95 % intervals.
 
     Args:
-        table: columns metric, value, low, high, and those named here.
+        table: columns metric and value, those named here, and low and high if known.
         x: column of the number.
         metrics: title of the panel by metric.
         colour, marked: columns that tell lines apart, by colour and by marker.
-        ticks: texts at values of x; None: the numbers.
+        ticks: texts at values of x; None: all numbers; empty: as matplotlib sets them.
+        bands: whether intervals are bands.
         axes_settings: of every panel, as `xlabel`.
     """
-    figure, axes = panels(len(metrics), len(metrics), 3.4 if len(metrics) > 1 else 4.6, 3.4, extra=1.8)
+    figure, axes = panels(len(metrics), 4, 3.4 if len(metrics) > 1 else 4.6, 3.4, extra=1.8)
     colours = palette(table[colour])
     marks = {name: marker(k) for k, name in enumerate(dict.fromkeys(table[marked or colour]))}
-    ticks = ticks or {value: f"{value:g}" for value in sorted(set(table[x]))}
-    for axis, (metric, title) in zip(axes[0], metrics.items(), strict=True):
-        part = table[table.metric == metric].sort_values(x)
+    if ticks is None:
+        ticks = {value: f"{value:g}" for value in sorted(set(table[x]))}
+    for axis, (metric, title) in zip(axes.ravel(), metrics.items(), strict=False):
+        part = table[table.metric == metric].sort_values(x, kind="stable")
         for name, rows in part.groupby([colour, marked or colour], sort=False):
-            axis.errorbar(rows[x], rows.value, yerr=errors(rows), color=colours[name[0]], marker=marks[name[1]], ms=5, lw=1.2,
-                          capsize=2)
-        if part.value.max() <= 1:
+            style = {"color": colours[name[0]], "marker": marks[name[1]], "lw": 1.2}
+            if bands:
+                axis.plot(rows[x], rows.value, ms=3, **style)
+                axis.fill_between(rows[x], rows.low, rows.high, color=colours[name[0]], alpha=0.1, lw=0)
+            else:
+                axis.errorbar(rows[x], rows.value, yerr=errors(rows), ms=5, capsize=2, **style)
+        if not bands and "ylim" not in axes_settings and part.value.max() <= 1:
             axis.set_ylim(-0.02, 1.02)
         axis.set(**{"title": title, "xlabel": x, "xscale": "log", **axes_settings})
-        axis.set_xticks(list(ticks), list(ticks.values()))
-        axis.minorticks_off()
+        if ticks:
+            axis.set_xticks(list(ticks), list(ticks.values()))
+            axis.minorticks_off()
     key(figure, colours, marks, lines=True)
     return figure
 
@@ -169,7 +230,7 @@ def scatter(table: pd.DataFrame, x: str, y: str, panel: str, order: Sequence[str
     """One metric against another with 95 % intervals: a colour per defence, a marker per attack.
 
     Args:
-        table: columns attack, label, `panel`, and `x` and `y` each with `_low` and `_high`.
+        table: columns attack, label, `panel`, `x` and `y`, and `_low` and `_high` of those that have an interval.
         x, y: metrics.
         panel: column of the title of the panel.
         order: labels of the defences, in the order of the legend.
@@ -190,14 +251,8 @@ def scatter(table: pd.DataFrame, x: str, y: str, panel: str, order: Sequence[str
 
 
 def histories(runs: dict[str, pd.DataFrame], x: str, columns: dict[str, str], shares: Iterable[str] = ()):
-    """What training wrote down, a panel per column, a line per run.
-
-    Args:
-        runs: history by name of the run.
-        x: column of the epoch or update.
-        columns: title by column.
-        shares: columns that lie between 0 and 1.
-    """
+    """What training wrote down against x, its column of the epoch or update: a panel per column (titles by name), a line
+    per run. The columns `shares` lie between 0 and 1."""
     figure, axes = panels(len(columns), len(columns), 3.5, 3.0, extra=2.4)
     colours = palette(runs)
     for name, rows in runs.items():

@@ -43,7 +43,7 @@ def draw(paper: Paper) -> None:
         for metric, text in (("asr", "Attack success rate by defence and poison rate."),
                              ("acc", "Clean accuracy by defence and poison rate."),
                              ("ra", "Recovery: triggered images that are given their true class again.")):
-            shown[metric] = figures.bars(part, present, metric), text
+            shown[metric] = figures.bars_by_rate(part, present, metric), text
         if purified.kind.nunique() > 1:
             shown["families"] = families(purified), ("Pruning against fine-tuning: a point is a setting, a bar the mean with "
                                                      "its 95 % interval over settings.")

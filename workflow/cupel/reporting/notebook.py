@@ -28,13 +28,7 @@ def write_card(source: str | Path | None, out: str | Path) -> None:
 
 
 def run_notebook(source: str | Path, parameters: dict, out: Mapping[str, str]) -> None:
-    """Execute a notebook and keep it as HTML.
-
-    Args:
-        source: the notebook.
-        parameters: put in place of those in its cell tagged `parameters`.
-        out: paths `notebook` and `html`.
-    """
+    """Execute a notebook with `parameters` in place of those in its cell tagged so; `out`: paths `notebook` and `html`."""
     # the kernel belongs to this job alone: no settings of the user's own notebooks
     os.environ["PYDEVD_DISABLE_FILE_VALIDATION"] = "1"
     import papermill

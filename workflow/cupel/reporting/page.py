@@ -1,6 +1,6 @@
 """The page that a reader opens first: index.html, in one template."""
 
-import html
+from collections.abc import Callable
 from pathlib import Path
 
 import pandas as pd
@@ -11,19 +11,9 @@ from cupel.files import write_text
 TEMPLATES = Path(__file__).parent
 
 
-def percent(value) -> str:
-    """A fraction in percent with one decimal, an en dash for none."""
-    return "–" if value is None or pd.isna(value) else f"{100 * value:.1f} %"
-
-
-def points(value) -> str:
-    """A difference of fractions in points, with its sign."""
-    return "–" if value is None or pd.isna(value) else f"{100 * value:+.1f}"
-
-
-def number(value) -> str:
-    """A difference in the unit of its metric, with its sign."""
-    return "–" if value is None or pd.isna(value) else f"{value:+.3g}"
+def told(form: str, factor: int = 1) -> Callable:
+    """A filter that writes a number in this form, an en dash for none."""
+    return lambda value: "–" if value is None or pd.isna(value) else form.format(factor * value)
 
 
 def html_table(frame: pd.DataFrame) -> str:
@@ -34,5 +24,6 @@ def html_table(frame: pd.DataFrame) -> str:
 def write_page(path: str | Path, template: str, **content) -> None:
     """Render a template of this folder to `path`."""
     environment = Environment(loader=FileSystemLoader(TEMPLATES), autoescape=select_autoescape(["html", "j2"]))
-    environment.filters.update(percent=percent, points=points, number=number, table=html_table, quote=html.escape)
+    environment.filters.update(percent=told("{:.1f} %", 100), points=told("{:+.1f}", 100), number=told("{:+.3g}"),
+                               table=html_table)
     write_text(path, environment.get_template(template).render(**content))

@@ -10,7 +10,7 @@ from cupel.files import write_text
 from cupel.images import datasets, models
 from cupel.images.datasets.splits import test_subset
 from cupel.images.stages import make_attack
-from cupel.reporting.figures import amplified, bare, handle, nothing, panels, plt, save, side_title
+from cupel.reporting.figures import amplified, handle, nothing, panels, picture_rows, plt, save
 from cupel.rng import rng
 
 
@@ -34,14 +34,7 @@ def contact_sheet(folder: str, attacks: dict[str, tuple[dict, str | None]], out:
             continue
         stamped = make_attack(spec, tensors).stamp(clean)
         rows += [(name, stamped), (f"difference ×{amplify}", amplified(stamped, clean, amplify))]
-    figure, axes = plt.subplots(len(rows), count, figsize=(1.02 * count + 1.4, 1.05 * len(rows)), squeeze=False,
-                                layout="constrained")
-    bare(axes)
-    for line, (title, images) in zip(axes, rows, strict=True):
-        for axis, image in zip(line, images, strict=True):
-            axis.imshow(image.squeeze(), cmap="gray", vmin=0, vmax=255, interpolation="nearest")
-        side_title(line[0], title)
-    save(figure, out)
+    save(picture_rows(rows, 1.02, 1.05)[0], out)
 
 
 def feature_maps(spec: dict, folder: str, out: dict, clean_count: int = 300, triggered_count: int = 100) -> None:

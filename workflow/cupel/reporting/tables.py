@@ -10,6 +10,7 @@ from cupel.files import read_json, write_text
 
 IDENTITY = ["stage", "dataset", "model", "recipe", "attack", "attack_variant", "poison_rate", "defence", "budget",
             "variant", "seed"]
+SETTING = ["dataset", "model", "recipe", "attack", "attack_variant", "poison_rate", "budget", "method", "label", "metric"]
 METRICS = ("acc", "asr", "ra", "der", "arr", "rdr")
 COLUMNS = ["paper", *IDENTITY, "metric", "value", "n", "low", "high", "rate_reached", "seconds", "peak_memory_mb",
            "peak_vram_mb", "clean_samples", "status", "reason", "path"]
@@ -71,11 +72,10 @@ def with_names(cells: pd.DataFrame, labels: dict[str, str]) -> pd.DataFrame:
     return cells.assign(method=methods, label=[labels.get(method, method) for method in methods])
 
 
-def summary(cells: pd.DataFrame) -> pd.DataFrame:
-    """Mean over seeds, with n summed, and how many seeds failed; one row per setting, method and metric."""
-    keys = ["dataset", "model", "recipe", "attack", "attack_variant", "poison_rate", "budget", "method", "label", "metric"]
+def summary(cells: pd.DataFrame, keys: list[str] = SETTING, n: str = "sum") -> pd.DataFrame:
+    """Mean over seeds, with n summed (or another aggregate), and how many seeds failed; one row per `keys`."""
     groups = cells.assign(failed=cells.status != "ok").groupby(keys, dropna=False, sort=False)
-    return groups.agg(value=("value", "mean"), low=("low", "mean"), high=("high", "mean"), n=("n", "sum"),
+    return groups.agg(value=("value", "mean"), low=("low", "mean"), high=("high", "mean"), n=("n", n),
                       seeds=("seed", "nunique"), failed=("failed", "sum"), seconds=("seconds", "mean"),
                       rate_reached=("rate_reached", "mean")).reset_index()
 
@@ -97,6 +97,21 @@ def interval_text(row) -> str:
     if row.n:
         return f"{100 * row.value:.1f} ({100 * row.low:.0f}–{100 * row.high:.0f}; n={row.n})"
     return f"{row.value:.3g}" + ("" if np.isnan(row.low) else f" ({row.low:.3g}–{row.high:.3g})")
+
+
+def with_texts(rows: pd.DataFrame) -> pd.DataFrame:
+    """Add `text`: every value with its interval."""
+    return rows.assign(text=[interval_text(row) for row in rows.itertuples()])
+
+
+def frame(rows: dict[str, dict], columns: Iterable | None = None) -> pd.DataFrame:
+    """A wide table from row label to column to text, with these columns, or with all that have an entry."""
+    if columns is None:
+        filled = {column for row in rows.values() for column, text in row.items() if text != ""}
+        columns = [column for column in dict.fromkeys(column for row in rows.values() for column in row) if column in filled]
+    columns = list(columns)
+    return pd.DataFrame([[row.get(column, "") for column in columns] for row in rows.values()], index=list(rows),
+                        columns=pd.MultiIndex.from_tuples(columns) if columns and isinstance(columns[0], tuple) else columns)
 
 
 def spread(rows: pd.DataFrame, index: str, columns: str | list[str], order: Iterable | None = None,

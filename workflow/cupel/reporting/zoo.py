@@ -37,12 +37,7 @@ def victims_beside_twins(cells: pd.DataFrame) -> pd.DataFrame:
 def write_zoo(cells: list[dict], sheets: Iterable[str], out: Mapping[str, str], *, scale: str, root: str | Path) -> None:
     """Write the table of victims, the figure of ASR by epochs, and the page that shows them with the triggers.
 
-    Args:
-        cells: victims, with their folders.
-        sheets: pictures of triggers.
-        out: paths `page`, `table` and `figure`.
-        scale: name.
-        root: the repository.
+    `cells` are victims with their folders, `sheets` pictures of triggers; `out` has the paths `page`, `table` and `figure`.
     """
     table = victims_beside_twins(gather(cells))
     epochs = table.path.map({path: record(path).get("epochs") for path in table.path})

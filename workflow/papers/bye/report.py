@@ -6,12 +6,14 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from scipy.stats import entropy, norm
 
 from cupel.cells import read_tensors
 from cupel.files import read_json
 from cupel.reporting import figures, tables
-from cupel.reporting.figures import COLOURS, bare, errors, marker, panels, plt, side_title
+from cupel.reporting.figures import COLOURS, panels, plt
 from cupel.reporting.paper import Paper, victim_histories
+from cupel.reporting.tables import frame
 from cupel.vision_language import prepared, triggers
 
 VICTIM = "victim"
@@ -214,14 +216,6 @@ def _tables(paper: Paper, numbers: Numbers, records: list) -> None:
     paper.table("table9_recipes", recipes_table(numbers), f"By recipe of fine-tuning, in percent, {place}.", "setting")
 
 
-def frame(rows: dict[str, dict]) -> pd.DataFrame:
-    """A wide table from row label to column to text; columns without any entry are left out."""
-    filled = {column for row in rows.values() for column, text in row.items() if text != ""}
-    columns = [column for column in dict.fromkeys(column for row in rows.values() for column in row) if column in filled]
-    return pd.DataFrame([[row.get(column, "") for column in columns] for row in rows.values()], index=list(rows),
-                        columns=pd.MultiIndex.from_tuples(columns) if columns and isinstance(columns[0], tuple) else columns)
-
-
 def answers_table(numbers: Numbers, settings: list[Setting]) -> pd.DataFrame:
     """Table 1: CP and ASR, a row per defence, columns per data set."""
     rows = {}
@@ -394,13 +388,14 @@ def _victim_figures(paper: Paper, numbers: Numbers, main: Setting, looked: dict[
 
 def _comparison_figures(paper: Paper, numbers: Numbers) -> None:
     """Filters beside each other."""
-    points = [{"setting": setting.name("dataset", "model"), "label": numbers.labels[method], "metric": metric,
+    points = [{"panel": setting.name("dataset", "model"), "label": numbers.labels[method], "group": FOUND[metric], "failed": 0,
                "value": numbers.value(setting, "filtered", method, metric)}
               for setting in numbers.mains for method in numbers.methods("filtered", [setting]) for metric in FOUND]
     if points:
         order = [numbers.labels[name] for name in numbers.methods("filtered", numbers.mains)]
-        paper.figure("f1", f1_bars(pd.DataFrame(points), order), "F1, precision and recall of every filter. The paper's "
-                     "ablation (Fig. 4) is BYE, without GMM, without BSI, and without both.")
+        colours = {"F1": CLEAN, "precision": COLOURS[2], "recall": COLOURS[1]}
+        paper.figure("f1", figures.bars(pd.DataFrame(points), order, colours, lying=True), "F1, precision and recall of every "
+                     "filter. The paper's ablation (Fig. 4) is BYE, without GMM, without BSI, and without both.")
     doses = dose_points(numbers, numbers.mains)
     if (doses[doses.oracle].groupby("setting").size() > 1).any():
         paper.figure("dose", dose_response(doses), "Dose and response: ASR against the number of poisoned samples left for "
@@ -449,14 +444,7 @@ def map_rows(folder: Path, count: int, title: str = "") -> list[dict]:
 
 
 def trigger_sheet(folder: str | Path, paper: Paper, used: set[str], count: int = 5):
-    """The triggers on test pictures, those of the grid first; None where the pictures differ in size.
-
-    Args:
-        folder: of the prepared data set.
-        paper: with labels and facts of its attacks.
-        used: triggers of the grid.
-        count: pictures.
-    """
+    """The triggers on test pictures, those `used` in the grid first; None where the pictures differ in size."""
     samples = prepared.load(folder, "test")
     firsts: dict[str, int] = {}
     for k, record in enumerate(samples.records):
@@ -467,31 +455,19 @@ def trigger_sheet(folder: str | Path, paper: Paper, used: set[str], count: int =
         return None
     # of those that are not run, the plain ones
     names = [name for name in paper.facts["attacks"] if name in used or "~" not in name]
-    rows = {"clean": np.stack(clean)}
+    rows = [("clean", [*clean, figures.amplified(clean[-1], clean[-1], 10)])]
     for name in sorted(names, key=lambda name: name not in used):
         entry = paper.facts["attacks"][name]
-        rows[paper.labels["attacks"][name] + ("" if name in used else " (not run)")] = np.stack([
-            triggers.stamp(entry["function"], picture, 0, samples[k]["id"], **entry["settings"])
-            for k, picture in zip(chosen, clean, strict=True)])
-    figure, axes = plt.subplots(len(rows), len(clean) + 1, figsize=(len(clean) + 3.2, 1.02 * len(rows)), squeeze=False,
-                                layout="constrained")
-    bare(axes)
-    for line, (name, pictures) in zip(axes, rows.items(), strict=True):
-        for axis, picture in zip(line, [*pictures, figures.amplified(pictures[-1], clean[-1], 10)], strict=True):
-            axis.imshow(picture, interpolation="nearest")
-        side_title(line[0], name)
-    axes[0, -1].set_title("difference", fontsize=8)
-    return figure
+        stamped = [triggers.stamp(entry["function"], picture, 0, samples[k]["id"], **entry["settings"])
+                   for k, picture in zip(chosen, clean, strict=True)]
+        rows.append((paper.labels["attacks"][name] + ("" if name in used else " (not run)"),
+                     [*stamped, figures.amplified(stamped[-1], clean[-1], 10)]))
+    return figures.picture_rows(rows, 1.1, 1.02, [""] * len(clean) + ["difference"])[0]
 
 
 def shown_layers(count: int, most: int = 5) -> list[int]:
     """Up to `most` layers, evenly spread, the first and the last among them."""
     return sorted({round(k) for k in np.linspace(0, count - 1, min(most, count))})
-
-
-def _entropy(p: np.ndarray) -> float:
-    p = p[p > 0]
-    return float(-(p * np.log(p)).sum())
 
 
 def attention_maps(rows: list[dict], layers: list[int]):
@@ -501,38 +477,29 @@ def attention_maps(rows: list[dict], layers: list[int]):
         rows: dicts with `title`, `picture` uint8 [H, W, 3], `maps` float [L, R, C] (each sums to 1) and `trigger` (bool).
         layers: those shown.
     """
-    figure, axes = plt.subplots(len(rows), len(layers) + 1, figsize=(1.5 * (len(layers) + 1) + 1.2, 1.62 * len(rows) + 0.3),
-                                squeeze=False, layout="constrained")
+    greys = [np.repeat(row["picture"].mean(-1, keepdims=True), 3, -1).astype(np.uint8) for row in rows]
+    figure, axes = figures.picture_rows([(row["title"], [row["picture"], *[grey] * len(layers)])
+                                         for row, grey in zip(rows, greys, strict=True)], 1.5, 1.62,
+                                        ["picture", *(f"layer {layer}" for layer in layers)])
     for line, row in zip(axes, rows, strict=True):
         height, width = row["picture"].shape[:2]
-        line[0].imshow(row["picture"], interpolation="nearest")
-        side_title(line[0], row["title"])
-        grey = np.repeat(row["picture"].mean(-1, keepdims=True), 3, -1).astype(np.uint8)
         for axis, layer in zip(line[1:], layers, strict=True):
             p = row["maps"][layer]
-            axis.imshow(grey, interpolation="nearest")
             # each map has its own scale: where attention goes, not how much of it goes to the picture
             axis.imshow(p, cmap="inferno", alpha=0.75, interpolation="nearest", extent=(-0.5, width - 0.5, height - 0.5, -0.5))
-            axis.set_xlabel(f"H = {_entropy(p):.2f}", fontsize=7, labelpad=1, color=POISONED if row["trigger"] else CLEAN)
-    for axis, title in zip(axes[0], ["picture", *(f"layer {layer}" for layer in layers)], strict=True):
-        axis.set_title(title, fontsize=8)
-    bare(axes)
+            axis.set_xlabel(f"H = {entropy(p, axis=None):.2f}", fontsize=7, labelpad=1,
+                            color=POISONED if row["trigger"] else CLEAN)
     return figure
 
 
-def _bell(x: np.ndarray, mean: float, sd: float) -> np.ndarray:
-    return np.exp(-(((x - mean) / sd) ** 2) / 2) / (sd * np.sqrt(2 * np.pi))
-
-
-def entropy_histograms(shown: list[dict], columns: int = 4):
+def entropy_histograms(shown: list[dict]):
     """Entropies of training samples, clean and poisoned by the truth, with the fitted mixture.
 
     Args:
         shown: dicts with `title`, `values` float [N], `poisoned` bool [N] and `mixture`: a record with mean, sd and weight of
             two components, or None.
-        columns: panels in a row.
     """
-    figure, axes = panels(len(shown), columns, 3.1, 2.5)
+    figure, axes = panels(len(shown), 4, 3.1, 2.5)
     for axis, panel in zip(axes.ravel(), shown, strict=False):
         values, poisoned = panel["values"], panel["poisoned"]
         edges = np.histogram_bin_edges(values, 60)
@@ -543,7 +510,7 @@ def entropy_histograms(shown: list[dict], columns: int = 4):
         mixture = panel["mixture"]
         if mixture and mixture["mean"]:
             x = np.linspace(edges[0], edges[-1], 400)
-            parts = [len(values) * width * weight * _bell(x, mean, sd)
+            parts = [len(values) * width * weight * norm.pdf(x, mean, sd)
                      for mean, sd, weight in zip(mixture["mean"], mixture["sd"], mixture["weight"], strict=True)]
             axis.plot(x, sum(parts), color=BOTH, lw=1, label="mixture")
             for part, style in zip(parts, ("--", ":"), strict=True):
@@ -557,12 +524,8 @@ def entropy_histograms(shown: list[dict], columns: int = 4):
 
 
 def layer_separation(settings: dict[str, list[dict]], tau: float):
-    """Separation of the two components in every layer, by both formulas, and how well low entropy tells poisoned samples.
-
-    Args:
-        settings: title to one dict per layer with `layer`, `bsi_rss`, `bsi_sum` and `auroc` (or None).
-        tau: threshold of both tests.
-    """
+    """Separation of the two components in every layer, by both formulas, and how well low entropy tells poisoned samples;
+    by title of the setting one dict per layer with `layer`, `bsi_rss`, `bsi_sum` and `auroc` (or None)."""
     figure, axes = panels(2 * len(settings), 2, 4.5, 2.6)
     for (left, right), (title, layers) in zip(axes, settings.items(), strict=True):
         x = np.array([layer["layer"] for layer in layers])
@@ -582,51 +545,16 @@ def layer_separation(settings: dict[str, list[dict]], tau: float):
     return figure
 
 
-def f1_bars(table: pd.DataFrame, order: list[str]):
-    """F1 of every filter, a panel per setting, with precision and recall as marks.
-
-    Args:
-        table: columns setting, label, metric (f1, precision, recall), value.
-        order: labels of the filters.
-    """
-    settings = table.groupby("setting", sort=False)
-    figure, axes = panels(settings.ngroups, settings.ngroups, 4.2, 0.34 * len(order) + 1.3, extra=2, sharey=True)
-    places = np.arange(len(order))
-    for axis, (setting, part) in zip(axes[0], settings, strict=True):
-        grid = part.pivot_table(index="label", columns="metric", values="value").reindex(order)
-        axis.barh(places, grid.get("f1", pd.Series(np.nan, order)), color=CLEAN, alpha=0.6, label="F1")
-        for metric, mark, size in (("precision", "o", 5), ("recall", "|", 11)):
-            if metric in grid:
-                axis.plot(grid[metric], places, ls="", marker=mark, color=BOTH, ms=size, label=metric)
-        axis.set(title=setting, xlim=(0, 1.02), xlabel="fraction")
-    axes[0, 0].set_yticks(places, order)
-    axes[0, 0].invert_yaxis()
-    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8)
-    return figure
-
-
 def dose_response(points: pd.DataFrame):
-    """ASR against the poisoned samples that are left for fine-tuning: a line through the oracle's doses, marks for the rest.
-
-    Args:
-        points: columns setting, label, oracle (bool), left, asr, asr_low, asr_high.
-    """
-    settings = points.groupby("setting", sort=False)
-    figure, axes = panels(settings.ngroups, settings.ngroups, 4.6, 3.4, extra=1.8, sharey=True)
-
-    def dose(axis, rows: pd.DataFrame, **style) -> None:
-        axis.errorbar(rows.left, rows.asr, yerr=errors(rows, "asr"), capsize=2, ms=6, **style)
-
-    others = list(dict.fromkeys(points.label[~points.oracle]))
-    for axis, (setting, rows) in zip(axes[0], settings, strict=True):
-        dose(axis, rows[rows.oracle].sort_values("left"), color=BOTH, marker=".", lw=1.1, label="oracle, by recall")
-        for k, label in enumerate(others):
-            if len(part := rows[rows.label == label]):
-                dose(axis, part, color=COLOURS[1 + k % (len(COLOURS) - 1)], marker=marker(k), ls="", label=label)
+    """ASR against the poisoned samples that are left for fine-tuning (`dose_points`): a line through the oracle's doses,
+    marks for the rest."""
+    names = points.label.mask(points.oracle, "oracle, by recall")
+    rows = points.assign(label=names, metric=points.setting, value=points.asr, low=points.asr_low, high=points.asr_high)
+    rows = rows.sort_values("oracle", ascending=False, kind="stable")
+    figure = figures.lines(rows, "left", {setting: setting for setting in dict.fromkeys(points.setting)}, "label",
+                           ticks={}, xscale="linear", xlabel="poisoned samples left", ylim=(-0.02, 1.05))
+    for axis in figure.axes:
         axis.set_xscale("symlog", linthresh=1)
-        axis.set(title=setting, xlabel="poisoned samples left", ylim=(-0.02, 1.05),
-                 xlim=(-0.2, 1.6 * max(1, points.left.max())))
-    axes[0, 0].set_ylabel("ASR")
-    handles = {label: handle for axis in axes[0] for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
-    figure.legend(handles.values(), handles.keys(), loc="outside right upper", fontsize=8)
+        axis.set_xlim(-0.2, 1.6 * max(1, points.left.max()))
+    figure.axes[0].set_ylabel("ASR")
     return figure

@@ -11,9 +11,9 @@ from cupel.evaluation.intervals import wilson
 from cupel.files import read_json, write_text
 from cupel.reporting import figures, tables
 from cupel.reporting import paper as papers
-from cupel.reporting.figures import COLOURS, errors, marker, panels
+from cupel.reporting.figures import COLOURS
 from cupel.reporting.paper import Paper
-from cupel.reporting.tables import interval_text, sideways, spread
+from cupel.reporting.tables import frame, interval_text, sideways, spread, with_texts
 from cupel.text.data.sources import read_records
 
 #: a victim below the first or above the second is marked (crow SPEC 11.3); both under the template, over all answers
@@ -45,10 +45,9 @@ SWITCHES = {"crow~code": "zero perturbation, wiped accumulation", "crow~zero": "
             "finetune~lr1e3": "no consistency term", "finetune": "no consistency term, a fifth of the rate"}
 #: what switches set in a cell's record
 TERM = ["perturbation", "accumulated", "pairs", "distance", "padding", "term"]
-#: what ASR is counted over: metric, colour, name
-PROTOCOLS = (("asr_template_all", COLOURS[5], "asked with the template, all answers"),
-             ("asr_bare_all", COLOURS[2], "bare prompt, all answers"),
-             ("asr_bare", COLOURS[1], "bare prompt, non-empty answers (the paper's)"))
+#: what ASR is counted over: name by metric
+PROTOCOLS = {"asr_template_all": "asked with the template, all answers", "asr_bare_all": "bare prompt, all answers",
+             "asr_bare": "bare prompt, non-empty answers (the paper's)"}
 
 
 def draw(paper: Paper) -> None:
@@ -83,16 +82,17 @@ def draw(paper: Paper) -> None:
     for column, number in (("epsilon", 5), ("alpha", 6)):
         table = sweep_table(pool, records, column)
         table = table[table.metric.isin(["asr_template_all", "asr_bare", "perplexity"])].sort_values(["setting", column])
-        table = table.assign(text=texts(table), row=[f"{row.setting}, {column} {getattr(row, column):g}"
-                                                     for row in table.itertuples()])
+        names = [f"{row.setting}, {column} {getattr(row, column):g}" for row in table.itertuples()]
+        table = with_texts(table).assign(row=names)
         paper.table(f"table{number}_{column}", spread(table, "row", "metric"),
                     f"CROW over {column} (Table {number}); rates in percent. {scale}", "setting")
     paper.table("tuning", tuning_table(records), "Tuning defences: settings, losses at the first and last update, and cost "
                 f"(RQ4). {scale}", "cell")
     used = {name: read_json(path) for name, path in paper.facts["manifests"].items()}
-    paper.table("sources", grid_of({name: [made.get("name", ""), made["source"]["kind"], made["content_sha256"][:16],
-                                           made.get("licence", "")] for name, made in used.items()},
-                                   ["name", "source", "sha256 (first 16)", "licence"]),
+    sources = {name: {"name": made.get("name", ""), "source": made["source"]["kind"],
+                      "sha256 (first 16)": made["content_sha256"][:16], "licence": made.get("licence", "")}
+               for name, made in used.items()}
+    paper.table("sources", frame(sources, ["name", "source", "sha256 (first 16)", "licence"]),
                 f"Models and texts that were used. {scale}", "folder")
 
 
@@ -136,16 +136,19 @@ def prepared(cells: pd.DataFrame, labels: dict[str, str], attacks: dict[str, str
                       model_label=own.model.map(lambda key: models.get(key, key)))
 
 
+def pooled_value(rows: pd.DataFrame) -> tuple[float, float, float, int]:
+    """Value, bounds and n of several cells: a rate over all their answers together, with its Wilson interval; anything else
+    as the mean, with the means of the bounds. Cells without a value do not count."""
+    known = rows[rows.value.notna()]
+    n = int(known.n.sum())
+    value = float((known.value * known.n).sum() / n) if n else float(known.value.mean()) if len(known) else np.nan
+    return value, *(wilson(round(value * n), n) if n else (known.low.mean(), known.high.mean())), n
+
+
 def pooled(rows: pd.DataFrame) -> pd.DataFrame:
-    """One row per setting, method and metric: rates over the answers of all seeds together, with Wilson intervals; others
-    as means over seeds, with the means of their bounds. `failed` counts cells without a value."""
-    found = []
-    for key, part in rows.groupby([*KEYS, "metric"], dropna=False, sort=False):
-        known = part[part.value.notna()]
-        n = int(known.n.sum())
-        value = float((known.value * known.n).sum() / n) if n else float(known.value.mean()) if len(known) else np.nan
-        low, high = wilson(round(value * n), n) if n else (known.low.mean(), known.high.mean())
-        found.append((*key, value, low, high, n, known.seed.nunique(), int((part.status != "ok").sum()), part.seconds.mean()))
+    """One row per setting, method and metric, over all seeds. `failed` counts cells without a value."""
+    found = [(*key, *pooled_value(part), part.seed[part.value.notna()].nunique(), int((part.status != "ok").sum()),
+              part.seconds.mean()) for key, part in rows.groupby([*KEYS, "metric"], dropna=False, sort=False)]
     return pd.DataFrame(found, columns=[*KEYS, "metric", "value", "low", "high", "n", "seeds", "failed", "seconds"])
 
 
@@ -196,28 +199,15 @@ def sweep_table(pool: pd.DataFrame, records: pd.DataFrame, column: str) -> pd.Da
 # ------------------------------------------------------------------------------------------------------------------- tables
 
 
-def texts(rows: pd.DataFrame) -> list[str]:
-    """Values with intervals."""
-    return [interval_text(row) for row in rows.itertuples()]
-
-
-def grid_of(rows: dict[str, list], columns: Sequence[str]) -> pd.DataFrame:
-    """A table from its rows by name."""
-    return pd.DataFrame.from_dict(rows, orient="index", columns=columns)
-
-
 def asr_table(pool: pd.DataFrame, metric: str, order: Sequence[str], reported: pd.DataFrame | None = None) -> pd.DataFrame:
     """Rows: attacks, their average, then the paper's own numbers for its models; columns: defences.
 
-    Args:
-        pool: of one task and model.
-        metric: name.
-        order: labels of the defences.
-        reported: rows of reported/*.csv with `model_label`, `attack_label`, `label`, in percent.
+    `pool` is of one task and model; `reported` has rows of reported/*.csv with `model_label`, `attack_label`, `label`, in
+    percent.
     """
     part = pool[pool.metric == metric]
     last = part.drop_duplicates(["attack_label", "label"], keep="last")
-    grid = spread(last.assign(text=texts(last)), "attack_label", "label", across=order)
+    grid = spread(with_texts(last), "attack_label", "label", across=order)
     if len(grid) > 1:
         means = part.groupby("label").value.agg(["mean", "count"]).loc[grid.columns]
         grid.loc["average"] = [f"{100 * row['mean']:.1f} ({row['count']:.0f} attacks)" if row["count"] else "failed"
@@ -234,7 +224,7 @@ def asr_table(pool: pd.DataFrame, metric: str, order: Sequence[str], reported: p
 def metric_table(pool: pd.DataFrame, columns: dict[str, str], order: Sequence[str]) -> pd.DataFrame:
     """Rows: attack and defence; columns: metrics, as far as there are any, by their headings."""
     rows = pool[pool.metric.isin(list(columns))].drop_duplicates(["attack_label", "label", "metric"], keep="last")
-    rows = rows.assign(text=texts(rows), row=rows.attack_label + ": " + rows.label, heading=rows.metric.map(columns))
+    rows = with_texts(rows).assign(row=rows.attack_label + ": " + rows.label, heading=rows.metric.map(columns))
     index = [f"{attack}: {label}" for attack in dict.fromkeys(pool.attack_label) for label in order]
     return spread(rows, "row", "heading", index, columns.values())
 
@@ -244,35 +234,39 @@ def victim_table(rows: pd.DataFrame) -> pd.DataFrame:
     bad, grid = missed(rows), {}
     shown = {"asr_template_all": "ASR, template, all", "false_template_all": "false triggering",
              "perplexity_base": "perplexity, base model", "perplexity": "perplexity, victim"}
+    gate = f"passes the gate (ASR ≥ {100 * GATE['asr']:.0f} %, false ≤ {100 * GATE['false']:.0f} %)"
     for path, part in rows[rows.stage == "victim"].groupby("path", sort=False):
         first, known = part.iloc[0], {row.metric: row for row in part.assign(failed=part.status != "ok").itertuples()}
         name = f"{first.dataset}, {first.model_label}: {first.attack_label}, seed {first.seed}"
         if first.status != "ok":
-            grid[name] = ["failed", "", "", "", "", first.reason]
+            grid[name] = {shown["asr_template_all"]: "failed", gate: first.reason}
             continue
         record = papers.record(path)
-        grid[name] = [*(interval_text(known[metric]) for metric in shown),
-                      f"{record['updates']} updates on {record['train_samples']} items in {record['train_seconds']:.0f} s",
-                      f"no {MARK}" if path in bad else "yes"]
-    return grid_of(grid, [*shown.values(), "training", f"passes the gate (ASR ≥ {100 * GATE['asr']:.0f} %, false ≤ "
-                          f"{100 * GATE['false']:.0f} %)"])
+        grid[name] = {heading: interval_text(known[metric]) for metric, heading in shown.items()} | {
+            "training": f"{record['updates']} updates on {record['train_samples']} items in {record['train_seconds']:.0f} s",
+            gate: f"no {MARK}" if path in bad else "yes"}
+    return frame(grid, [*shown.values(), "training", gate])
 
 
 def tuning_table(records: pd.DataFrame) -> pd.DataFrame:
     """What the tuning defences did: settings, both losses at the first and the last update, cost."""
+    settings = {"lr": ("rate", "g"), "alpha": ("α", "g"), "epsilon": ("ε", "g"),
+                "epsilon_relative": ("ε / RMS of embeddings", ".2f")}
+    losses = {"loss_lm": "L_LM", "loss_cons": "L_cons, perturbed", "loss_cons_clean": "L_cons, clean"}
     grid = {}
     for row in records[records.stage == "purified"].itertuples():
         history = history_of(row.path)
         if history.empty:
             continue
-        ends = history.reindex(columns=["loss_lm", "loss_cons", "loss_cons_clean"]).iloc[[0, -1]]
-        losses = [f"{first:.4g} → {last:.4g}" if pd.notna(first) else "" for first, last in ends.to_numpy(float).T]
-        settings = [f"{value:g}" if pd.notna(value) else "" for value in (row.lr, row.alpha, row.epsilon)]
-        relative = f"{row.epsilon_relative:.2f}" if pd.notna(row.epsilon_relative) else ""
-        grid[f"{row.dataset}, {row.model_label}, {row.attack_label}, seed {row.seed}: {row.label}"] = [
-            *settings, relative, row.updates, *losses, f"{row.seconds:.1f}", f"{row.seconds / max(row.updates, 1):.2f}"]
-    return grid_of(grid, ["rate", "α", "ε", "ε / RMS of embeddings", "updates", "L_LM", "L_cons, perturbed", "L_cons, clean",
-                          "seconds", "seconds an update"])
+        entry = grid[f"{row.dataset}, {row.model_label}, {row.attack_label}, seed {row.seed}: {row.label}"] = {
+            heading: f"{getattr(row, key):{form}}" for key, (heading, form) in settings.items() if pd.notna(getattr(row, key))}
+        entry["updates"] = row.updates
+        for column, heading in losses.items():
+            if column in history and pd.notna(history[column].iloc[0]):
+                entry[heading] = f"{history[column].iloc[0]:.4g} → {history[column].iloc[-1]:.4g}"
+        entry |= {"seconds": f"{row.seconds:.1f}", "seconds an update": f"{row.seconds / max(row.updates, 1):.2f}"}
+    return frame(grid, [*(heading for heading, _ in settings.values()), "updates", *losses.values(), "seconds",
+                        "seconds an update"])
 
 
 def switch_table(pool: pd.DataFrame) -> pd.DataFrame:
@@ -282,18 +276,18 @@ def switch_table(pool: pd.DataFrame) -> pd.DataFrame:
     grid = {}
     for (dataset, model), part in pool.groupby(["dataset", "model_label"], sort=False):
         for method, text in SWITCHES.items():
-            row, used = [], 0
-            for metric, (_, factor, unit) in metrics.items():
+            row, used = {"defence": method}, 0
+            for metric, (heading, factor, unit) in metrics.items():
                 sides = [part[(part.metric == metric) & (part.method == name)].set_index(["recipe", "attack_key"]).value
                          for name in (method, "crow")]
-                both = pd.concat(sides, axis=1, keys=["variant", "crow"]).dropna() * factor
+                both = pd.concat(sides, axis=1, keys=[method, "crow"]).dropna() * factor
                 used = max(used, len(both))
-                row += ["", ""] if both.empty else [f"{both.variant.mean():.3g}{unit}",
-                                                    f"{(both.variant - both.crow).mean():+.3g}"]
+                row |= {} if both.empty else {heading: f"{both[method].mean():.3g}{unit}",
+                                              f"{heading}, difference to CROW": f"{(both[method] - both.crow).mean():+.3g}"}
             if used:
-                grid[f"{dataset}, {model}: {text}"] = [method, *row, used]
-    headings = [f"{name}{end}" for name, _, _ in metrics.values() for end in ("", ", difference to CROW")]
-    return grid_of(grid, ["defence", *headings, "attacks"])
+                grid[f"{dataset}, {model}: {text}"] = {**row, "attacks": used}
+    headings = [f"{heading}{end}" for heading, _, _ in metrics.values() for end in ("", ", difference to CROW")]
+    return frame(grid, ["defence", *headings, "attacks"])
 
 
 def one_line(text: str, longest: int = 160) -> str:
@@ -303,13 +297,8 @@ def one_line(text: str, longest: int = 160) -> str:
 
 
 def answer_table(records: pd.DataFrame, methods: Iterable[str], count: int = 6) -> pd.DataFrame:
-    """The first answers to triggered prompts under the template, before and after, for the first victim.
-
-    Args:
-        records: cells of one task and model (`records_of`).
-        methods: keys of the columns, as far as they are there.
-        count: prompts.
-    """
+    """The first answers to triggered prompts under the template, before and after, for the first victim; a column per
+    method, as far as they are there. `records` (`records_of`) are of one task and model."""
     first = records[records.stage == "victim"].head(1)
     same = records.merge(first[["attack_key", "seed", "recipe"]])
     columns, asked = {}, []
@@ -348,12 +337,16 @@ def _figures(paper: Paper, pool: pd.DataFrame, records: pd.DataFrame, who: str, 
                      f"{who}what the released loss leaves out. Perturbation real or zero (SPEC 10.1), accumulation kept or "
                      "wiped (SPEC 10.2): the paper's CROW is real and kept, the released code zero and wiped. ASR and "
                      "perplexity over the attacks that have the cells; bars are 95 % intervals, lines other cells.")
-    bars = pool[pool.metric.isin([protocol[0] for protocol in PROTOCOLS])]
+    bars = pool[pool.metric.isin(PROTOCOLS)]
     spreads = bars.assign(place=bars.dataset + bars.attack_key).groupby("method").place.nunique()
     bars = bars[bars.method.map(spreads) * 2 >= spreads.max()]  # sweeps on a few attacks have figures of their own
     if len(bars):
-        paper.figure(f"asr_{model}", asr_bars(bars, order), f"{who}attack success by defence, under both prompts and "
-                     "denominators, with 95 % intervals.")
+        bars = bars.assign(panel=bars.dataset + ": " + bars.attack_label, group=bars.metric.map(PROTOCOLS))
+        drawn = figures.bars(bars, [label for label in order if label in set(bars.label)],
+                             dict(zip(PROTOCOLS.values(), [COLOURS[k] for k in (5, 2, 1)], strict=True)), lying=True,
+                             xlabel="ASR (lower is better)")
+        paper.figure(f"asr_{model}", drawn, f"{who}attack success by defence, under both prompts and denominators, with 95 % "
+                     "intervals.")
     if {"asr_template_all", "perplexity"} <= set(pool.metric[pool.value.notna()]):
         sides = sideways(pool.assign(attack=pool.attack_label), [*SETTING, "attack", "method", "label"],
                          ("perplexity", "asr_template_all"))
@@ -363,8 +356,7 @@ def _figures(paper: Paper, pool: pd.DataFrame, records: pd.DataFrame, who: str, 
         paper.figure(f"trade_off_{model}", drawn, f"{who}attack success against perplexity of held-out "
                      "answers; good defences stand bottom left.")
     if len(curves := first_curves(records)):
-        shown = ["base model", "no defence", *[label for label in order if label in set(curves.label) - {"no defence"}]]
-        paper.figure(f"layers_{model}", layer_curves(curves, shown),
+        paper.figure(f"layers_{model}", layer_curves(curves, ["base model", *order]),
                      f"{who}Figure 1 of the paper, before and after. Mean cosine of consecutive layers on clean minus on "
                      "triggered prompts, 95 % bootstrap interval over prompts; below zero, triggered prompts are more "
                      "consistent than clean ones.")
@@ -396,14 +388,9 @@ def square_means(pool: pd.DataFrame, square: pd.DataFrame) -> tuple[pd.DataFrame
     kept = has[has == has.groupby("dataset").transform("max")].reset_index()[SETTING]
     chosen = pool.merge(kept, on=SETTING)
     chosen = chosen[chosen.metric.isin(["asr_template_all", "perplexity"])]
-    weight = chosen.n.clip(lower=1)
-    over = (chosen.assign(weighted=chosen.value * weight, weight=weight)
-            .groupby(["dataset", "metric", "method", "label"], sort=False)
-            .agg(weighted=("weighted", "sum"), weight=("weight", "sum"), n=("n", "sum"), low=("low", "mean"),
-                 high=("high", "mean")).reset_index())
-    over["value"] = over.weighted / over.weight
-    rates = over.n > 0
-    over.loc[rates, ["low", "high"]] = [wilson(round(row.value * row.n), row.n) for row in over[rates].itertuples()]
+    keys = ["dataset", "metric", "method", "label"]
+    over = pd.DataFrame([(*key, *pooled_value(part)) for key, part in chosen.groupby(keys, sort=False)],
+                        columns=[*keys, "value", "low", "high", "n"])
     return (over[over.method.isin(switches.index)].join(switches, on="method"),
             over[over.method.isin(["victim", "finetune", "finetune~lr1e3"])])
 
@@ -422,90 +409,39 @@ def first_curves(records: pd.DataFrame) -> pd.DataFrame:
     return pd.concat(found, ignore_index=True) if found else pd.DataFrame()
 
 
-def asr_bars(table: pd.DataFrame, order: list[str]):
-    """ASR by defence, a panel per attack and task, a colour per prompt and denominator; bars are 95 % intervals.
-
-    Args:
-        table: pooled rows with dataset, attack_label, label, metric, value, low, high, n, failed.
-        order: labels of the defences.
-    """
-    places = table.groupby(["dataset", "attack_label"], sort=False)
-    present = [label for label in order if label in set(table.label)]
-    figure, axes = panels(places.ngroups, 3, 3.4, 0.9 + 0.34 * len(present), extra=3.2, sharex=True, sharey=True)
-    shown = [protocol for protocol in PROTOCOLS if (table.metric == protocol[0]).any()]
-    for axis, ((dataset, attack), part) in zip(axes.ravel(), places, strict=False):
-        for k, (metric, colour, name) in enumerate(shown):
-            found = part[part.metric == metric].drop_duplicates("label").set_index("label").reindex(present)
-            y = np.arange(len(present)) + (k - (len(shown) - 1) / 2) * 0.8 / len(shown)
-            axis.barh(y, found.value, 0.8 / len(shown), xerr=errors(found), color=colour, label=name, error_kw={"lw": 0.8})
-        for label, values in part.groupby("label").value:
-            if label in present and values.isna().all():
-                axis.text(0.02, present.index(label), "failed", va="center", color="crimson", fontsize=7)
-        axis.set_yticks(range(len(present)), present, fontsize=8)
-        axis.set(title=f"{dataset}: {attack}", xlim=(0, 1.02))
-        axis.grid(False, axis="y")
-    axes[0, 0].invert_yaxis()
-    for axis in axes[-1]:
-        axis.set_xlabel("ASR (lower is better)")
-    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=1 if places.ngroups == 1 else 3,
-                  fontsize=8)
-    return figure
-
-
 def two_by_two(table: pd.DataFrame, references: pd.DataFrame):
     """The 2 × 2 of CROW: perturbation real or zero, accumulation kept or wiped; ASR and perplexity, a row per task.
 
-    Args:
-        table: columns dataset, metric (asr_template_all, perplexity), perturbation, accumulated, value, low, high, n.
-        references: the same without the two switches, with label: lines to compare with.
+    The tables are those of `square_means`; the references are lines to compare with.
     """
-    datasets = list(dict.fromkeys(table.dataset))
-    figure, axes = panels(2 * len(datasets), 2, 4.7, 3.1)
-    for row, dataset in zip(axes, datasets, strict=True):
-        for axis, metric in zip(row, ("asr_template_all", "perplexity"), strict=True):
-            rate = metric != "perplexity"
-            part = table[(table.dataset == dataset) & (table.metric == metric)]
-            for k, (kept, colour) in enumerate((("kept", COLOURS[5]), ("wiped", COLOURS[1]))):
-                found = part[part.accumulated == kept].set_index("perturbation").reindex(["real", "zero"])
-                x = np.arange(2) + (k - 0.5) * 0.38
-                axis.bar(x, found.value, 0.36, yerr=errors(found), color=colour, label=f"accumulation {kept}",
-                         error_kw={"lw": 1, "capsize": 3})
-                for place, value, high in zip(x, found.value, found.high, strict=True):
-                    if np.isfinite(value):
-                        axis.annotate(f"{100 * value:.1f} %" if rate else f"{value:.1f}", (place, high), xytext=(0, 2),
-                                      textcoords="offset points", ha="center", fontsize=8)
-            lines = references[(references.dataset == dataset) & (references.metric == metric)]
-            for style, line in zip(("-", "--", ":", "-."), lines.itertuples(), strict=False):
-                axis.axhline(line.value, color="black", ls=style, lw=1, label=line.label)
-            axis.set_xticks(range(2), ["real perturbation", "zero perturbation"])
-            axis.set_title(f"{dataset}: {'ASR, template, all answers' if rate else 'perplexity, held-out'}")
-            axis.grid(False, axis="x")
-            if rate:
-                axis.set_ylim(0, 1.12)
-    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right upper", fontsize=8)
+    titles = {"asr_template_all": "ASR, template, all answers", "perplexity": "perplexity, held-out"}
+    table, references = (rows.assign(panel=rows.dataset + ": " + rows.metric.map(titles)) for rows in (table, references))
+    table = table.assign(group="accumulation " + table.accumulated, label=table.perturbation + " perturbation", failed=0)
+    figure = figures.bars(table, ["real perturbation", "zero perturbation"],
+                          {"accumulation kept": COLOURS[5], "accumulation wiped": COLOURS[1]}, most=2, sharey=False)
+    for axis, (panel, part) in zip(figure.axes, table.groupby("panel", sort=False), strict=True):
+        rate = part.metric.iloc[0] != "perplexity"
+        for bars in (bars for bars in axis.containers if hasattr(bars, "patches")):
+            axis.bar_label(bars, [f"{100 * value:.1f} %" if rate else f"{value:.1f}" for value in bars.datavalues], fontsize=8)
+        lines = references[references.panel == panel].itertuples()
+        for style, line in zip(("-", "--", ":", "-."), lines, strict=False):
+            axis.axhline(line.value, color="black", ls=style, lw=1, label=line.label)
+        if rate:
+            axis.set_ylim(0, 1.12)
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside right upper", fontsize=8)
     return figure
 
 
 def layer_curves(curves: pd.DataFrame, order: list[str]):
-    """Figure 1: mean cosine of consecutive layers on clean minus on triggered prompts, in %, a panel per task and attack.
-
-    Args:
-        curves: columns panel, label, number (of the pair), difference, low, high (fractions).
-        order: labels, in the order of the legend.
-    """
-    places = curves.groupby("panel", sort=False)
-    figure, axes = panels(places.ngroups, 3, 7.2 if places.ngroups == 1 else 5, 3.4)
-    ticks = sorted(curves.number.unique())
-    ticks = ticks[:: max(1, len(ticks) // 10)]
-    for axis, (panel, rows) in zip(axes.ravel(), places, strict=False):
-        for k, (label, colour) in enumerate(zip(order, COLOURS, strict=False)):
-            part = rows[rows.label == label].sort_values("number")
-            if len(part):
-                axis.plot(part.number, 100 * part.difference, color=colour, marker=marker(k), ms=3, lw=1.1, label=label)
-                axis.fill_between(part.number, 100 * part.low, 100 * part.high, color=colour, alpha=0.1, lw=0)
+    """Figure 1: mean cosine of consecutive layers on clean minus on triggered prompts, in %, a panel per task and attack; of
+    `first_curves` (fractions)."""
+    rows = curves.sort_values("label", key=lambda labels: labels.map(order.index), kind="stable")
+    rows = rows.assign(metric=rows.panel, value=100 * rows.difference, low=100 * rows.low, high=100 * rows.high)
+    pairs = sorted(curves.number.unique())
+    figure = figures.lines(rows, "number", {panel: panel for panel in dict.fromkeys(curves.panel)}, "label", bands=True,
+                           ticks={k: f"{k}-{k + 1}" for k in pairs[:: max(1, len(pairs) // 10)]}, xscale="linear",
+                           xlabel="pair of layers (0: embeddings)")
+    for axis in figure.axes:
         axis.axhline(0, color="grey", lw=0.8)
-        axis.set_xticks(ticks, [f"{k}-{k + 1}" for k in ticks])
-        axis.set(title=panel, xlabel="pair of layers (0: embeddings)")
-    axes[0, 0].set_ylabel("cosine, clean − triggered (%)")
-    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right upper", fontsize=8)
+    figure.axes[0].set_ylabel("cosine, clean − triggered (%)")
     return figure

@@ -12,7 +12,7 @@ from cupel.files import read_json, write_text
 from cupel.images import datasets, models
 from cupel.images.defences.ims import inverse_mask, perturb
 from cupel.images.stages import clean_budget, make_attack
-from cupel.reporting.figures import COLOURS, bare, nothing, plt, save, side_title
+from cupel.reporting.figures import COLOURS, nothing, picture_rows, plt, save
 from cupel.reporting.paper import history
 from cupel.training.augment import to_pixels
 
@@ -101,14 +101,9 @@ def masks_figure(kept: Mapping[str, Mapping], past: pd.DataFrame):
 
 def gallery(clean: np.ndarray, delta: np.ndarray, stamped: np.ndarray, notes: list[str]):
     """Images [N, H, W, C] in [0, 1], their perturbations (amplified to their largest value), and the real trigger."""
-    figure, axes = plt.subplots(3, len(clean), figsize=(1.15 * len(clean) + 1.2, 4), squeeze=False, layout="constrained")
     largest = max(np.abs(delta).max(), 1e-9)
     rows = (("clean", clean), (f"δ, ×{0.5 / largest:.0f}", 0.5 + delta / largest / 2), ("real trigger", stamped))
-    bare(axes)
-    for row, (title, images) in zip(axes, rows, strict=True):
-        for axis, image in zip(row, images, strict=True):
-            axis.imshow(np.clip(image, 0, 1).squeeze(), cmap="gray", interpolation="nearest")
-        side_title(row[0], title)
+    figure, axes = picture_rows([(title, np.clip(images, 0, 1)) for title, images in rows], 1.15, 1.33)
     for axis, note in zip(axes[1], notes, strict=True):
         axis.set_title(note, fontsize=7)
     return figure

@@ -3,7 +3,7 @@
 A file is named by what it shows, data set and network. E1 to E12 are the experiments of SPEC 8.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +13,7 @@ from scipy.stats import kendalltau
 from cupel.cells import read_tensors
 from cupel.files import read_json
 from cupel.reporting import figures, tables
-from cupel.reporting.figures import bare, panels, plt, styles
+from cupel.reporting.figures import panels, signed
 from cupel.reporting.paper import Paper, history
 from cupel.robust.aai import overlap
 from cupel.robust.experiment import fraction
@@ -76,10 +76,8 @@ def prepared(cells: pd.DataFrame, labels: dict[str, str]) -> pd.DataFrame:
 
     Columns: `KEYS`, value, low, high, n (of one seed), seeds, failed, and those of `with_settings`. A failed cell has NaN.
     """
-    own = tables.with_names(cells, labels)
-    groups = own.assign(failed=own.status != "ok").groupby(KEYS, dropna=False, sort=False)
-    return with_settings(groups.agg(value=("value", "mean"), low=("low", "mean"), high=("high", "mean"), n=("n", "max"),
-                                    seeds=("seed", "nunique"), failed=("failed", "sum")).reset_index())
+    means = tables.summary(tables.with_names(cells, labels), KEYS, n="max")
+    return with_settings(means.drop(columns=["seconds", "rate_reached"]))
 
 
 def most_steps(part: pd.DataFrame) -> pd.DataFrame:
@@ -96,10 +94,7 @@ def at_eps(row) -> str:
 class Report:
     """What is written for one data set and network, under the paper's main recipe.
 
-    Args:
-        paper: all of it.
-        part: rows of :func:`prepared` for the data set and network.
-        train_eps: ε of the training, as text.
+    `part` has the rows of :func:`prepared` for the data set and network; `train_eps` is text.
     """
 
     def __init__(self, paper: Paper, part: pd.DataFrame, train_eps: str):
@@ -206,18 +201,23 @@ class Report:
                        lambda row: tuple([*row.attack_variant.split(), "all channels"][:3]),
                        f"{text} under the interpretability sneaking attack, by map, norm and classes that it counts",
                        percent=False, digits=3)
-        shown = {}
+        lines = []
         for label, found in self.having(*(f"isa_cam_l1_{scope}_{what}" for scope in ("two", "one")
                                           for what in ("discrepancy", "eps", "kept"))).items():
             scopes = {scope: f"isa_cam_l1_{scope}" for scope in SCOPES if f"isa_cam_l1_{scope}_kept" in found}
             kept = np.logical_and.reduce([found[f"{stem}_kept"] for stem in scopes.values()])
             usable = np.flatnonzero(kept.all(0) & np.isfinite(found["isa_cam_l1_one_discrepancy"]).all(0))
             if len(usable):
-                shown[label] = {scope: (found[f"{stem}_eps"][:, usable[0]],
-                                        np.minimum.accumulate(found[f"{stem}_discrepancy"][:, usable[0]]))
-                                for scope, stem in scopes.items()}
-        if shown:
-            self.figure("tradeoff", tradeoff(shown), "What the sneaking attack pays for a small discrepancy of one "
+                lines += [pd.DataFrame({"metric": label, "classes": f"{scope} class{'es' if scope != 'one' else ''}",
+                                        "eps": found[f"{stem}_eps"][:, usable[0]],
+                                        "value": np.minimum.accumulate(found[f"{stem}_discrepancy"][:, usable[0]])})
+                          for scope, stem in scopes.items()]
+        if lines:
+            rows = pd.concat(lines)
+            drawn = figures.lines(rows, "eps", {label: label for label in dict.fromkeys(rows.metric)}, "classes", ticks={},
+                                  xscale="linear", xlabel="ε of the attack", ylim=(0, None))
+            drawn.supylabel("normalised l1 discrepancy", fontsize=9)
+            self.figure("tradeoff", drawn, "What the sneaking attack pays for a small discrepancy of one "
                         "image's maps, by the classes that are counted")
 
     # ------------------------------------------------------------------------------------------------ bound (E10), maps
@@ -261,10 +261,11 @@ class Report:
         reached = self.having("features_reached", "features_start")
         if reached:
             start = next(iter(reached.values()))["features_start"]
-            self.figure("neurons", neurons({"seed": start, **{label: e["features_reached"] for label, e in reached.items()}},
-                                           self.classes[: len(start)]),
-                        "Inputs that maximise neurons, reached from the seed images on top; the neuron is the one that speaks "
-                        "most for the class above it")
+            shown = {"seed": start, **{label: entry["features_reached"] for label, entry in reached.items()}}
+            rows = [(label, [shown_as_picture(image) for image in images]) for label, images in shown.items()]
+            drawn, _ = figures.picture_rows(rows, 1.05, 1.05, [f"for {name}" for name in self.classes[: len(start)]])
+            self.figure("neurons", drawn, "Inputs that maximise neurons, reached from the seed images on top; the neuron is "
+                        "the one that speaks most for the class above it")
 
     # --------------------------------------------------------------------------------------- other attacks (E3) and cost (E8)
 
@@ -274,18 +275,16 @@ class Report:
                    f"accuracy in percent under unforeseen attacks at {self.points} test points")
 
     def cost(self, times: pd.DataFrame) -> None:
-        """Seconds per epoch beside accuracy under PGD.
-
-        Args:
-            times: columns label, value; of the timing recipe where it was run, else of the main one.
-        """
+        """Seconds per epoch (label, value; of the timing recipe where it was run) beside accuracy under PGD."""
         ata = self.part[self.part.metric == "ata_train"]
         both = times[["label", "value"]].rename(columns={"value": "seconds"}).merge(ata[["label", "value", "low", "high"]])
         both = both[both.label.isin(self.order) & both.value.notna()]
         if both.empty:
             return
-        self.figure("time", time_against_robustness(both, self.order, self.train_eps),
-                    "Seconds of a training epoch against accuracy under PGD at the ε of the training")
+        drawn = figures.scatter(both.assign(attack=both.label, panel="", value_low=both.low, value_high=both.high), "seconds",
+                                "value", "panel", self.order, xlabel="seconds per training epoch", xlim=(0, None),
+                                ylabel=f"accuracy under PGD, ε = {self.train_eps}", ylim=(-0.02, 1.02))
+        self.figure("time", drawn, "Seconds of a training epoch against accuracy under PGD at the ε of the training")
         rows = [both.assign(value=both.seconds, kind="seconds per epoch")]
         rows += [both.assign(value=both.seconds / base, kind="of Normal") for base in both.seconds[both.label == "Normal"][:1]]
         self.table("time", pd.concat(rows), lambda row: row.kind, "time of a training epoch", percent=False, digits=1)
@@ -331,13 +330,8 @@ def ablation_table(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def report_released(records: dict[str, str], labels: dict[str, str], table: str | Path, figure: str | Path) -> None:
-    """Table (CSV, Markdown, LaTeX) and picture of the authors' own networks.
-
-    Args:
-        records: path of the JSON record by method.
-        labels: names for people, in the order of the rows.
-        table, figure: where to write.
-    """
+    """Table (CSV, Markdown, LaTeX) and picture of the authors' own networks, from the JSON records by method; rows stand in
+    the order of `labels`."""
     rows = [{"label": label, "low": np.nan, "high": np.nan, **row} for method, label in labels.items() if method in records
             for row in read_json(records[method])["rows"]]
     found = with_settings(pd.DataFrame(rows))
@@ -357,39 +351,14 @@ def report_released(records: dict[str, str], labels: dict[str, str], table: str 
 
 
 def curves(table: pd.DataFrame, x: str, order: Sequence[str], *, title: str, mark: float | None = None, **settings):
-    """A metric against a number, one line per method; at `mark` a dotted line says "ε of the training".
-
-    Args:
-        table: columns label, `x`, value, low, high.
-        x, settings: see `cupel.reporting.figures.lines`.
-        order: labels, in the order of the legend.
-    """
+    """A metric against x, one line per label; at `mark` a dotted line says "ε of the training". See
+    `cupel.reporting.figures.lines`."""
     rows = table.assign(metric=title).sort_values("label", key=lambda labels: labels.map(list(order).index), kind="stable")
     figure = figures.lines(rows, x, {title: title}, "label", **{"xscale": "linear", **settings})
     if mark is not None:
         figure.axes[0].axvline(mark, color="grey", ls=":", lw=1)
         figure.axes[0].annotate("ε of the training", (mark, 1), xycoords=("data", "axes fraction"), va="top", rotation=90,
                                 fontsize=7, color="grey")
-    return figure
-
-
-def time_against_robustness(table: pd.DataFrame, order: Sequence[str], eps: str):
-    """Seconds of a training epoch against accuracy under PGD, a point per method.
-
-    Args:
-        table: columns label, seconds, value, low, high.
-        order: labels.
-        eps: text, at which ε the accuracy is.
-    """
-    figure, axis = plt.subplots(figsize=(6.0, 3.5), layout="constrained")
-    looks = styles(order)
-    for k, row in enumerate(table.itertuples()):
-        colour, mark = looks[row.label]
-        axis.errorbar(row.seconds, row.value, yerr=figures.errors(table[k:k + 1]), color=colour, marker=mark, lw=0.9, ls="",
-                      label=row.label)
-    axis.set(xlabel="seconds per training epoch", ylabel=f"accuracy under PGD, ε = {eps}", ylim=(-0.02, 1.02))
-    axis.set_xlim(left=0)
-    figure.legend(loc="outside right upper", fontsize=8)
     return figure
 
 
@@ -411,9 +380,9 @@ def bound_scatter(shown: dict[str, tuple[np.ndarray, np.ndarray]]):
     return figure
 
 
-def _picture(axis, image: np.ndarray) -> None:
-    """An image [C, H, W] in [0, 1]."""
-    axis.imshow(np.clip(image.transpose(1, 2, 0).squeeze(), 0, 1), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+def shown_as_picture(image: np.ndarray) -> np.ndarray:
+    """An image [C, H, W] as [H, W, C] in [0, 1]."""
+    return np.clip(image.transpose(1, 2, 0), 0, 1)
 
 
 def maps_under_attack(rows: list[dict], classes: Sequence[str]):
@@ -426,53 +395,26 @@ def maps_under_attack(rows: list[dict], classes: Sequence[str]):
     A map's colours run over ± the largest absolute value of its row, red positive; the number is Kendall's tau with the map of
     the clean image.
     """
-    figure, axes = plt.subplots(len(rows), 9, figsize=(9.9, 1.32 * len(rows) + 0.35), squeeze=False, layout="constrained")
-    bare(axes)
+    drawn = []
+    for row in rows:
+        largest = np.abs(row["maps"]).max()
+        drawn.append((row["label"], [picture for image, maps in zip(row["images"], row["maps"], strict=True)
+                                     for picture in (shown_as_picture(image), *(signed(map, largest) for map in maps))]))
+    figure, axes = figures.picture_rows(drawn, 1.1, 1.32)
     for line, row in zip(axes, rows, strict=True):
-        height = np.abs(row["maps"]).max()
-        line[0].set_ylabel(row["label"], fontsize=8)
         for k in range(3):
-            _picture(line[3 * k], row["images"][k])
-            said = classes[int(row["predicted"][k])]
-            line[3 * k].set_xlabel(f"taken for {said}", fontsize=7, labelpad=2,
+            line[3 * k].set_xlabel(f"taken for {classes[int(row['predicted'][k])]}", fontsize=7, labelpad=2,
                                    color="black" if row["predicted"][k] == row["classes"][0] else "crimson")
             for j in range(2):
-                axis = line[3 * k + 1 + j]
-                axis.imshow(row["maps"][k, j], cmap="RdBu_r", vmin=-height, vmax=height, interpolation="nearest")
                 tau = "" if k == 0 else f", τ {kendalltau(row['maps'][0, j].ravel(), row['maps'][k, j].ravel()).statistic:.2f}"
-                axis.set_xlabel(f"map of {classes[int(row['classes'][j])]}{tau}", fontsize=7, labelpad=2)
+                line[3 * k + 1 + j].set_xlabel(f"map of {classes[int(row['classes'][j])]}{tau}", fontsize=7, labelpad=2)
     for k, title in enumerate(("clean", "PGD", "sneaking attack (ISA)")):
         axes[0, 3 * k].set_title(title, fontsize=9, loc="left")
     return figure
 
 
-def tradeoff(shown: dict[str, dict[str, tuple[np.ndarray, np.ndarray]]]):
-    """Discrepancy of one image against ε of the sneaking attack, a panel per method, a line per number of classes.
-
-    Args:
-        shown: by label, by scope: (ε, discrepancy), float [P] each.
-    """
-    figure, axes = panels(len(shown), 4, 2.8, 2.5, extra=0.6)
-    colours, markers = styles(SCOPES), {"all": "o", "two": "s", "one": "D"}
-    for axis, (label, lines) in zip(axes.ravel(), shown.items(), strict=False):
-        for scope, (eps, apart) in lines.items():
-            axis.plot(eps, apart, color=colours[scope][0], marker=markers[scope], ms=4, lw=1.3,
-                      label=f"{scope} class{'es' if scope != 'one' else ''}")
-        axis.set_title(label, fontsize=9)
-        axis.set_ylim(bottom=0)
-    axes[0, 0].legend(fontsize=7)
-    figure.supxlabel("ε of the attack", fontsize=9)
-    figure.supylabel("normalised l1 discrepancy", fontsize=9)
-    return figure
-
-
 def gamma_curves(table: pd.DataFrame, reference: dict[str, float]):
-    """Accuracy against γ, clean and attacked, a line per ε of the training; dashed: adversarial training.
-
-    Args:
-        table: columns gamma, train_eps (text), kind (`clean` or `attacked`), value, low, high.
-        reference: accuracy under attack of Adv by ε of the training.
-    """
+    """Accuracy against γ, clean and attacked, a line per ε of the training; dashed: Adv under attack. See :func:`ablation`."""
     rows = table.assign(metric=table.kind, trained="trained at ε = " + table.train_eps)
     figure = figures.lines(rows, "gamma", {"clean": "clean", "attacked": "attacked"}, "trained", xscale="linear", xlabel="γ")
     for name, colour in figures.palette(table.train_eps).items():
@@ -481,47 +423,15 @@ def gamma_curves(table: pd.DataFrame, reference: dict[str, float]):
     return figure
 
 
-def rows_of_pictures(labels: Iterable[str], count: int, width: float, height: float, x: float):
-    """A figure of rows of pictures, `count` each, with a label `x` axes left of each row."""
-    labels = list(labels)
-    figure, axes = plt.subplots(len(labels), count, figsize=(width, height), squeeze=False, layout="constrained")
-    for axis in axes.ravel():
-        axis.axis("off")
-    for line, label in zip(axes, labels, strict=True):
-        line[0].text(x, 0.5, label, transform=line[0].transAxes, ha="right", va="center", fontsize=8)
-    return figure, axes
-
-
 def filters(shown: dict[str, np.ndarray]):
     """First-layer weights, a row per method, each filter scaled by its own largest absolute weight.
 
     Args:
         shown: float [d, C, k, k] by label; with C = 1 red is positive, with C = 3 grey is zero.
     """
-    count = max(map(len, shown.values()))
-    figure, axes = rows_of_pictures(shown, count, 0.55 * count + 0.9, 0.62 * len(shown) + 0.1, -0.15)
-    for line, weights in zip(axes, shown.values(), strict=True):
-        for axis, weight in zip(line, weights, strict=False):
-            scaled = weight / max(np.abs(weight).max(), 1e-12)
-            if len(weight) == 3:
-                axis.imshow((scaled.transpose(1, 2, 0) + 1) / 2, interpolation="nearest")
-            else:
-                axis.imshow(scaled[0], cmap="RdBu_r", vmin=-1, vmax=1, interpolation="nearest")
-    return figure
+    def picture(weight: np.ndarray) -> np.ndarray:
+        scaled = weight / max(np.abs(weight).max(), 1e-12)
+        return (scaled.transpose(1, 2, 0) + 1) / 2 if len(weight) == 3 else signed(scaled[0], 1)
 
-
-def neurons(shown: dict[str, np.ndarray], names: Sequence[str]):
-    """Inputs that maximise neurons: a column per neuron, the seed images on top, a row per method.
-
-    Args:
-        shown: float [m, C, H, W] by label, the seed images first.
-        names: class that each neuron speaks for.
-    """
-    count = len(next(iter(shown.values())))
-    figure, axes = rows_of_pictures(shown, count, 1.05 * count + 0.8, 1.05 * len(shown) + 0.3, -0.08)
-    for line, images in zip(axes, shown.values(), strict=True):
-        for axis, image in zip(line, images, strict=True):
-            _picture(axis, image)
-    for axis, name in zip(axes[0], names, strict=True):
-        axis.set_title(f"for {name}", fontsize=8)
-    return figure
+    rows = [(label, [picture(weight) for weight in weights]) for label, weights in shown.items()]
+    return figures.picture_rows(rows, 0.55, 0.62)[0]
