@@ -10,7 +10,7 @@ rule crate:
 rule make_crate:
     """Code, settings, results and checksums in one folder."""
     input:
-        report=rules.index.input,
+        report=lambda wildcards: sum(index_files(wildcards).values(), [f"{RESULTS}/cells.parquet"]),
         pages=rules.index.output,
         provenance=f"{RESULTS}/provenance.json",
         manifests=list(used_manifests().values()),

@@ -151,15 +151,8 @@ rule notebook:
 rule index:
     """The page of all results."""
     input:
+        unpack(index_files),
         cells=f"{RESULTS}/cells.parquet",
-        cross=[f"{RESULTS}/cross.html"] if GRID.papers_of("images") else [],
-        claims=expand(f"{PAPER}/claims.csv", paper=GRID.papers),
-        tables=expand(f"{PAPER}/tables", paper=GRID.papers),
-        figures=expand(f"{PAPER}/figures", paper=GRID.papers),
-        pictures=lambda wildcards: [picture["path"] for paper in GRID.papers for picture in page_pictures(paper)],
-        reports=expand(f"{PAPER}/report.html", paper=GRID.papers),
-        sheets=[f"{RESULTS}/figures/triggers_{dataset}.png" for dataset in sorted(IMAGES.used("dataset"))],
-        manifests=list(used_manifests().values()),
     output:
         page=f"{RESULTS}/index.html",
         claims=report(f"{RESULTS}/claims.csv", caption="../captions/claims.rst", category="all papers"),

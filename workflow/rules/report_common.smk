@@ -105,6 +105,19 @@ def paper_headers():
     ]
 
 
+def index_files(wildcards):
+    """What the first page shows beside the tidy table, by kind."""
+    return {
+        "cross": [f"{RESULTS}/cross.html"] if GRID.papers_of("images") else [],
+        **{name: [f"{PAPER.format(paper=paper)}/{name}" for paper in GRID.papers] for name in ("tables", "figures")},
+        "claims": [f"{PAPER.format(paper=paper)}/claims.csv" for paper in GRID.papers],
+        "pictures": [picture["path"] for paper in GRID.papers for picture in page_pictures(paper)],
+        "reports": [f"{PAPER.format(paper=paper)}/report.html" for paper in GRID.papers],
+        "sheets": [f"{RESULTS}/figures/triggers_{dataset}.png" for dataset in sorted(IMAGES.used("dataset"))],
+        "manifests": list(used_manifests().values()),
+    }
+
+
 # a claims.yaml that is wrong ends the run before its first job
 for paper in GRID.papers:
     checked(GRID.claims)(paper)
