@@ -238,8 +238,8 @@ def test_a_job_without_memory_is_made_again_with_more(tmp_path, cifar10):
     folder = Folder(tmp_path / "run", cifar10.parents[1].resolve())
     (folder.path / "hungry.py").write_text(PLUGIN)
     folder.set(plugins=["hungry.py"])
-    rules = folder.path / "workflow" / "rules" / "image.smk"
-    rules.write_text(rules.read_text().replace("vram_mb=6000", "vram_mb=memory_of(6000)"))
+    rules = folder.path / "workflow" / "rules" / "common.smk"
+    rules.write_text(rules.read_text().replace('"vram_mb": vram', '"vram_mb": memory_of(vram)'))
     cell = "results/smoke/images/purified/cifar10/preactresnet18/fst/badnets@0.05/seed0/hungry@heldout/metrics.json"
     code, output = folder.run("--", cell)
     assert code == 0, output[-4000:]

@@ -276,6 +276,9 @@ class Grid:
         for paper in self.papers:
             if paper not in known:
                 raise ConfigError(f"config.yaml: papers: {unknown('paper', paper, known)}")
+            scales = list(_experiment(known[paper], known[paper].stat().st_mtime_ns)["scales"])
+            if scale not in scales:
+                raise ConfigError(f"scale: {paper} has no scale {scale!r}; it has {', '.join(scales)}")
         if missing := [str(path) for path in plugins if not Path(path).is_file()]:
             raise ConfigError(f"config.yaml: plugins: no such file: {', '.join(missing)}")
         shared = {f"shared/{family}": self.folder / "shared" / f"{family}.yaml" for family in FAMILIES}
