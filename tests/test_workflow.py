@@ -187,23 +187,14 @@ def test_a_hyperparameter_reruns_what_depends_on_it(finished):
     assert planned["purify"] == 1 and "train_victim" not in planned and "poison" not in planned
 
 
-def test_a_claim_is_judged_again_and_nothing_is_drawn(finished):
-    file = "workflow/papers/fst/claims.yaml"
-    text = (finished.path / file).read_text()
-    finished.edit(file, "margin: ", "margin: 0")
-    planned = jobs(finished.run("-n")[1])
-    (finished.path / file).write_text(text)
-    assert planned == {"judge_claims": 1, "notebook": 1, "index": 1, "all": 1}
-
-
 def test_code_of_a_defence_reruns_its_cells_only(finished):
     file = "workflow/cupel/images/defences/fst.py"
     finished.edit(file, "pushed away from", "pushed  away from")  # in a docstring: nothing changes its meaning
     assert "Nothing to be done" in finished.run("-n")[1]
     finished.edit(file, "pushed  away from", "pushed away from")
-    finished.edit(file, "alpha: float = 0.2", "alpha: float = 0.3")
+    finished.edit(file, "*, alpha=0.2", "*, alpha=0.3")
     planned = jobs(finished.run("-n")[1])
-    finished.edit(file, "alpha: float = 0.3", "alpha: float = 0.2")
+    finished.edit(file, "*, alpha=0.3", "*, alpha=0.2")
     assert planned["purify"] == 1 and "train_victim" not in planned
 
 
@@ -248,7 +239,8 @@ def test_plugins_of_the_documentation(finished, tmp_path):
 
 def test_killed_run_ends_with_identical_metrics(finished, tmp_path):
     folder = Folder(tmp_path / "killed", finished.data)
-    target = [path for path in finished.metrics() if "purified" in path]
+    wanted = {path: record for path, record in finished.metrics().items() if "slow" not in path}
+    target = [path for path in wanted if "purified" in path]
     for seconds in (3, 7, 9):
         process = folder.start("--", *target)
         time.sleep(seconds)
@@ -256,7 +248,7 @@ def test_killed_run_ends_with_identical_metrics(finished, tmp_path):
         process.communicate()
     code, output = folder.run("--", *target)
     assert code == 0, output[-3000:]
-    assert folder.metrics() == finished.metrics()
+    assert folder.metrics() == wanted
 
 
 def locked(path: Path) -> bool:
@@ -316,7 +308,7 @@ def test_all_defences_of_a_victim_in_one_job(finished, tmp_path):
     """`jobs: victim`: the same numbers as cell by cell, and each cell knows its own cost."""
     together = Folder(tmp_path / "together", finished.data)
     together.set(papers=["fst"], jobs="victim")
-    metrics = [f"{path}" for path in finished.metrics() if "purified" in path and "badnets" in path]
+    metrics = [path for path in finished.metrics() if "purified" in path and "badnets" in path and "slow" not in path]
     planned = jobs(together.run("-n", "--", *metrics)[1])
     assert "purify" not in planned and planned["purify_fst_cifar10_preactresnet18_fst_badnets_0_05_0"] == 1
     code, output = together.run("--", *metrics)
