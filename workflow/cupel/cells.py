@@ -85,7 +85,7 @@ def read_tensors(path: str | Path | None) -> dict[str, np.ndarray]:
         tensors = {key: file[key] for key in file.files}
     for key, value in tensors.items():
         if not isinstance(value, np.ndarray):  # numpy hands out other members as bytes
-            raise ValueError(f"{path}: {key!r} is no array; expected a file written by cupel.images.stages.write_tensors")
+            raise ValueError(f"{path}: {key!r} is no array; expected a file written by cupel.cells.write_tensors")
     return tensors
 
 

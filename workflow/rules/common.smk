@@ -121,10 +121,9 @@ def present(files):
     return [file for file in files if not config["report"]["allow_missing"] or os.path.exists(file)]
 
 
-def cell_files(paper=None, stage=None, name="metrics.json", family=None):
-    """A file of every cell, by default its record."""
-    files = [f"{PATHS.cell(cell)}/{name}" for cell in GRID.cells(stage, paper, family)]
-    return present(dict.fromkeys(files))
+def cell_files():
+    """The record of every cell."""
+    return present(dict.fromkeys(f"{PATHS.cell(cell)}/metrics.json" for cell in GRID.cells()))
 
 
 def manifests(names):

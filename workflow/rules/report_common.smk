@@ -13,6 +13,7 @@ PICTURES = {paper: [] for paper in GRID.papers}
 FORMULAS = ("badnets", "blended", "sig", "lc", "bpp")
 
 
+@functools.cache
 def feature_figure(paper):
     """Panels of the figure of features, and what they are measured on; None where experiment.yaml asks for none."""
     asked = GRID.experiments[paper].get("features")

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from cupel.cells import METHOD_ERRORS, fail, failure, identity, read_tensors, write_history, write_tensors
+from cupel.cells import METHOD_ERRORS, fail, failure, identity, past, read_tensors, write_history, write_tensors
 from cupel.evaluation.metrics import effects, rates
 from cupel.files import digest, kept, noted, publish, read_json, write_json
 from cupel.images import datasets, models
@@ -186,9 +186,9 @@ def clean_budget(train: Dataset, spec: dict, budget: dict) -> np.ndarray:
     return splits.per_class(train.labels, pool, budget["spc"], spec["seed"])
 
 
-def _leaks(defence: dict, past: dict) -> dict:
+def _leaks(defence: dict, victim: dict) -> dict:
     """Settings of a defence; `victim:acc` becomes what was measured on the TEST set, where released code does so."""
-    return {key: past[value.removeprefix("victim:")] if isinstance(value, str) and value.startswith("victim:") else value
+    return {key: victim[value.removeprefix("victim:")] if isinstance(value, str) and value.startswith("victim:") else value
             for key, value in defence["settings"].items()}
 
 
@@ -207,9 +207,7 @@ def purify(spec: dict, defence: dict, inputs: Inputs, outputs: dict, device: str
 
     base = identity(spec, "purified", defence)
     try:
-        past = read_json(inputs.before)
-        if past["status"] != "ok":
-            raise ValueError(f"its victim failed: {past['reason']}")
+        victim = past(inputs.before)
         manifest = read_json(f"{inputs.data}/{spec['dataset']}/manifest.json")
         train = datasets.load(f"{inputs.data}/{spec['dataset']}", "train")
         settings = settled(spec["settings"], device)
@@ -226,7 +224,7 @@ def purify(spec: dict, defence: dict, inputs: Inputs, outputs: dict, device: str
             torch.cuda.reset_peak_memory_stats()
         started = time.perf_counter()
         stream = rng(spec["seed"], "defence", defence["function"], defence["budget"]["name"])
-        model, history = defences.purify(defence["function"], network, budget, stream, **_leaks(defence, past))
+        model, history = defences.purify(defence["function"], network, budget, stream, **_leaks(defence, victim))
         seconds = time.perf_counter() - started
         attack = make_attack(spec["attack"], read_tensors(inputs.trigger))
         test = splits.test_subset(datasets.load(f"{inputs.data}/{spec['dataset']}", "test"), settings.get("test_size"))
@@ -240,9 +238,9 @@ def purify(spec: dict, defence: dict, inputs: Inputs, outputs: dict, device: str
         write_tensors(outputs["details"], budget.details)
     write_json(outputs["metrics"], {
         **base, **measured, **peak_memory(), "status": "ok", "clean_samples": len(chosen), "device": device,
-        "precision": budget.precision, "seconds": seconds, "rate_reached": past["rate_reached"],
-        "acc_before": past["acc"], "asr_before": past["asr"], "ra_before": past["ra"],
-        **effects(past, measured, rng(spec["seed"], "intervals"))})
+        "precision": budget.precision, "seconds": seconds, "rate_reached": victim["rate_reached"],
+        "acc_before": victim["acc"], "asr_before": victim["asr"], "ra_before": victim["ra"],
+        **effects(victim, measured, rng(spec["seed"], "intervals"))})
     Path(budget.checkpoint).unlink(missing_ok=True)
 
 
