@@ -44,7 +44,7 @@ def made(key, scale, cells, out, **parts):
     paper = Paper(**{"key": key, "title": "A title", "scale": scale, "cells": table[table.paper == key], "labels": {},
                      "facts": {}, "reported": reported, "files": {}, "out": out, **parts})
     write_report(paper, report_file(key))
-    claims = read_yaml(PAPERS / key / "claims.yaml")["claims"] if (PAPERS / key / "claims.yaml").is_file() else []
+    claims = read_yaml(PAPERS / key / "claims.yaml") if (PAPERS / key / "claims.yaml").is_file() else {"claims": []}
     judge_all(claims, table, key, scale).to_csv(out / "claims.csv", index=False)
     return paper
 
@@ -75,7 +75,8 @@ def image_cells(key, scale, folder):
             record |= {"status": "failed", "reason": "Diverged"}
         else:
             for metric in ("acc", "asr", "ra"):
-                record |= rate(int(draw.integers(0, 500)) / 500, 500, metric)
+                share = int(draw.integers(0, 500)) / 500
+                record |= rate(share if cell["stage"] == "purified" else {"acc": 0.9, "asr": 0.95, "ra": 0.1}[metric], 500, metric)
             if cell["stage"] == "purified":
                 samples = {"spc2": 20, "spc10": 100}.get(cell["budget"], 500)
                 record |= {"der": der(0.9, record["acc"], 1.0, record["asr"]), "arr": 0.1, "rdr": 0.4, "clean_samples": samples}
@@ -374,15 +375,15 @@ def test_shared_code_names_no_paper():
 
 def test_tables_of_image_papers(reports):
     paper = reports("ims")
-    grid = table(paper, "acc_asr_cifar10_resnet18_heldout")
+    grid = table(paper, "acc_asr_cifar10_resnet18_fst_heldout")
     assert grid.index[0] == "no defence" and {"badnets 10 % ACC", "blended 1 % ASR"} <= set(grid.columns)
     cells = pd.read_csv(paper.out / "tables" / "cells.csv")
     row = cells[(cells.method == "ims") & (cells.attack == "badnets") & (cells.metric == "asr")].iloc[0]
     label = paper.labels["defences"]["ims"]
-    assert grid.loc[label, "badnets 10 % ASR"] == ("failed" if np.isnan(row.value) else f"{100 * row.value:.1f}")
-    assert (grid == "failed").any(axis=None) and "failed" in table(paper, "settings_cifar10_resnet18_heldout").to_string()
+    assert grid.loc[label, "badnets 10 % ASR"] == ("failed" if np.isnan(row.value) else f"{100 * row.value:.1f}" + " †" * row.destroyed)
+    assert (grid == "failed").any(axis=None) and "failed" in table(paper, "settings_cifar10_resnet18_fst_heldout").to_string()
     kinds = [name.partition("_")[0] for name in paper.captions]
-    assert kinds == ["scatter", "asr", "acc", "ra", "families", "recovery", "budgets", "training"]
+    assert kinds == [*2 * ["scatter", "asr", "acc", "ra", "families", "recovery"], "budgets", "training"]
     assert [name.partition("_")[0] for name in reports("fst").captions] == ["scatter", "asr", "acc", "ra", "training"]
 
 
@@ -403,7 +404,7 @@ def test_the_reach_of_the_inner_step(tmp_path):
     found = gather(cells)
     paper = Paper("ims_inner_step", "T", "demo", found, {"defences": {}}, facts, pd.DataFrame(), {}, tmp_path / "out")
     write_report(paper, report_file(key))
-    assert "reach_cifar10_resnet18" in paper.captions
+    assert "reach_cifar10_resnet18_fst_spc2" in paper.captions
     assert report.flip_rate(found.path[found.status == "ok"].iloc[0]) == pytest.approx(0.2)
 
 
@@ -505,10 +506,10 @@ def test_answers_are_shown_and_escaped(reports):
 def test_claims_of_crow(reports):
     claims = verdicts(reports("crow"))
     assert claims.effect["crow-beats-fine-tuning"] == pytest.approx(0.7)
-    assert claims.verdict["crow-beats-fine-tuning"] == "supported"
-    assert claims.verdict["crow-removes-template"] == "refuted"
-    assert claims.verdict["perturbation-matters"] == claims.verdict["crow-keeps-utility"] == "supported"
-    assert claims.verdict["crow-removes"] == "not judged at this scale"
+    assert claims.direction["crow-beats-fine-tuning"] == "for"
+    assert claims.direction["crow-removes-template"] == "against"
+    assert claims.direction["perturbation-matters"] == claims.direction["crow-keeps-utility"] == "for"
+    assert claims.verdict["crow-removes"] == "not judged"
 
 
 def test_crow_without_any_result(tmp_path):
@@ -543,17 +544,17 @@ def test_report_of_robust_networks(reports):
     for kind in ("ata", "steps", "steps_beyond", "tau", "tradeoff", "maps1", "maps2", "filters", "neurons", "bound", "time",
                  "training", "ablation"):
         assert f"{kind}_mnist_small" in paper.captions
-    claims = verdicts(paper).verdict
-    assert claims["robust-without-adversarial-loss"] == "supported" and claims["bound-is-never-broken"] == "supported"
-    assert claims["int-better-beyond-training-eps"] == "supported" and claims["bound-is-tight"] == "supported"
-    assert claims["one-class-is-not-enough"] == claims["int2-better-beyond-training-eps"] == "not judged at this scale"
+    claims, towards = verdicts(paper).verdict, verdicts(paper).direction
+    assert set(towards[["robust-without-adversarial-loss", "bound-is-never-broken", "int-better-beyond-training-eps",
+                        "bound-is-tight"]]) == {"for"}
+    assert claims["one-class-is-not-enough"] == claims["int2-better-beyond-training-eps"] == "not judged"
 
 
 def test_robust_networks_without_pictures_or_results(tmp_path):
     plan, parts = robust_parts("demo")
     paper = made(PI, "demo", [{**c, "folder": str(tmp_path / "none" / str(k))} for k, c in enumerate(plan.cells)], tmp_path,
                  **parts)
-    assert (paper.cells.status == "failed").all() and set(verdicts(paper).verdict) == {"not judged at this scale"}
+    assert (paper.cells.status == "failed").all() and set(verdicts(paper).verdict) == {"not judged"}
     assert read_json(tmp_path / "figures/captions.json") == {}
 
 
@@ -605,8 +606,8 @@ def test_tables_of_bye(reports):
     kinds = [name.partition("_")[0] for name in paper.captions]
     assert kinds == ["maps", "entropies", "layers", "f1", "dose", "training", "triggers"]
     claims = verdicts(paper)
-    assert set(claims.verdict[["victims-are-poisoned", "spares-clean-data", "bye-finds-the-poison"]]) == {"supported"}
-    assert claims.verdict["several-squares"] == "not judged at this scale"
+    assert set(claims.direction[["victims-are-poisoned", "spares-clean-data", "bye-finds-the-poison"]]) == {"for"}
+    assert claims.verdict["several-squares"] == "not judged"
 
 
 def test_hazards_are_in_the_report(reports):

@@ -285,7 +285,7 @@ def test_a_failed_cell_does_not_stop_the_report(finished, tmp_path):
     failed = cells[cells.status == "failed"]
     assert set(failed.defence) == {"fst"} and failed.reason.str.contains("Diverged").all()
     page = (folder.path / "results/smoke/index.html").read_text()
-    table = (folder.path / "results/smoke/papers/fst/tables/acc_asr_cifar10_preactresnet18_heldout.md").read_text()
+    table = (folder.path / "results/smoke/papers/fst/tables/acc_asr_cifar10_preactresnet18_fst_heldout.md").read_text()
     assert "Diverged" in page and "failed" in table
 
 

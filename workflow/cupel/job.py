@@ -1,4 +1,4 @@
-"""What surrounds the work of a job: its log, its own process, its peak memory."""
+"""What surrounds the work of a job: its log, its own process, what it cost."""
 
 import contextlib
 import platform
@@ -52,10 +52,11 @@ def separately(function: Callable, *arguments) -> None:
         raise RuntimeError(f"{function.__name__} ended with exit code {child.exitcode}")
 
 
-def peak_memory() -> dict[str, float]:
-    """Peak resident memory of this process, and of the device, in MB."""
+def costs() -> dict[str, float]:
+    """Peak resident memory of this process, and of the device, in MB; threads."""
     import torch
 
     unit = 1024 if platform.system() == "Linux" else 1024**2
     device = torch.cuda.max_memory_allocated() / 2**20 if torch.cuda.is_available() else 0.0
-    return {"peak_memory_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit, "peak_vram_mb": device}
+    return {"peak_memory_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit, "peak_vram_mb": device,
+            "threads": torch.get_num_threads()}

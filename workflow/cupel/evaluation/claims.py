@@ -1,35 +1,51 @@
 """Machine-checked claims: a statement, a test over the tidy table, a verdict with an interval."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
 
-from cupel.evaluation.bootstrap import paired_bootstrap
-from cupel.rng import rng
+from cupel.evaluation.settings import GATE, SETTING, VICTIM, validity
+from cupel.evaluation.variation import Effect, least_effect, mean_effect
 
-SETTING = ["dataset", "model", "recipe", "attack", "poison_rate"]
-COLUMNS = ["paper", "claim", "statement", "source", "scale", "verdict", "effect", "low", "high", "unit", "n", "test"]
-VERDICTS = ("supported", "refuted", "inconclusive", "not judged at this scale")
+#: trainings of every setting that a verdict rests on
+SEEDS = 3
+SUPPORTED, REFUTED, INDICATED, OPEN, NOT_JUDGED = VERDICTS = ("supported", "refuted", "indicated", "open", "not judged")
+COLUMNS = ["paper", "claim", "statement", "source", "scale", "verdict", "direction", "effect", "low", "high", "unit", "n",
+           "settings", "seeds", "least", "least_in", "test"]
+#: what tells cells apart; cells of one setting and seed that differ in one of these are averaged only if the claim says so
+TOLD_APART = ["stage", *SETTING, "defence", "variant"]
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """Outcome of a claim: effect and its 95 % interval in the unit of the test, and how many cells it rests on."""
+    """Outcome of a claim.
+
+    Attributes:
+        verdict: one of `VERDICTS`.
+        reason: what was asked, what was left out, what stands in the way.
+        effect: with its interval, in the unit of the test; None where nothing could be compared.
+        direction: `for` or `against`: on which side of the margin the effect lies.
+        n: pairs of cells behind it, in `settings` settings.
+        least, least_in: effect in the setting where it is least, and that setting.
+    """
 
     verdict: str
-    effect: float | None
-    low: float | None
-    high: float | None
-    n: int
     reason: str
+    effect: Effect | None = None
+    direction: str = ""
+    n: int = 0
+    settings: int = 0
+    least: float | None = None
+    least_in: str = ""
 
 
-def select(cells: pd.DataFrame, where: dict) -> pd.DataFrame:
+def select(cells: pd.DataFrame, where: Mapping) -> pd.DataFrame:
     """Rows of the tidy table that match `where`: a value, a list of values, or {min:, max:} for numbers."""
     keep = pd.Series(True, index=cells.index)
     for column, wanted in where.items():
-        if isinstance(wanted, dict):
+        if isinstance(wanted, Mapping):
             number = cells[column].astype(float)
             keep &= (number >= wanted.get("min", -np.inf)) & (number <= wanted.get("max", np.inf))
         else:
@@ -37,55 +53,142 @@ def select(cells: pd.DataFrame, where: dict) -> pd.DataFrame:
     return cells[keep]
 
 
-def judge(claim: dict, cells: pd.DataFrame, scale: str) -> Verdict:
+def one_side(rows: pd.DataFrame, keys: list[str], pooled: list[str]) -> pd.DataFrame:
+    """Value and standard error from the finite test set, one row per `keys` and seed.
+
+    Means are taken over `pooled` columns only, and over the same cells with every seed.
+
+    Raises:
+        ValueError: several cells for one setting and seed.
+    """
+    differ = [column for column in TOLD_APART if column not in [*keys, *pooled]
+              and (rows.groupby([*keys, "seed"], dropna=False)[column].nunique() > 1).any()]
+    if differ:
+        raise ValueError(f"several cells for one setting and seed, which differ in {', '.join(differ)}: "
+                         "select one, or name the columns in `paired` or `pooled`")
+    inner = [*keys, *(column for column in pooled if column not in keys)]
+    seeds = rows.groupby(keys, dropna=False).seed.transform("nunique")
+    whole = rows[rows.groupby(inner, dropna=False).seed.transform("nunique") == seeds] if pooled else rows
+    whole = whole.assign(error=((whole.high - whole.low) / 3.92).fillna(0.0))  # bounds of 95 %
+    return whole.groupby([*keys, "seed"], dropna=False, as_index=False).agg(value=("value", "mean"), error=("error", "mean"))
+
+
+def compared(test: Mapping, table: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
+    """Pairs of cells: the columns of a setting, `seed`, `effect` (A − B, or B − A for `direction: less`) and its `error`.
+
+    Both sides are paired on the columns of a setting and on those in `paired`, but for those that a side selects, those in
+    `unpaired`, and the budget where a side has none (victims).
+    """
+    where, named = test.get("where", {}), {*test["a"], *test.get("b", {})}
+    selections = [{**where, **test[side]} for side in "ab" if side in test]
+    sides = [select(table, selection) for selection in selections]
+    budgets = [set(side.budget) != {""} for side in sides]
+    keys = [column for column in dict.fromkeys([*SETTING, *test.get("paired", [])])
+            if column not in named and column not in test.get("unpaired", []) and (column != "budget" or all(budgets))]
+    if not all(budgets) and any(budgets) and "budget" not in named:  # each budget of a defence beside one victim
+        keys.append("budget")
+    pooled = [*test.get("pooled", []), *test.get("unpaired", [])]
+    own = [[column for column in keys if column != "budget" or has] for has in budgets]
+    first, *others = (one_side(side, mine, pooled) for side, mine in zip(sides, own, strict=True))
+    if others:
+        on = [column for column in keys if all(column in mine for mine in own)]
+        pairs = first.merge(others[0], on=[*on, "seed"], suffixes=("_a", "_b"))
+    else:
+        pairs = first.rename(columns={"value": "value_a", "error": "error_a"}).assign(value_b=test["constant"], error_b=0.0)
+    sign = -1.0 if test.get("direction") == "less" else 1.0
+    return pairs.assign(effect=sign * (pairs.value_a - pairs.value_b), error=np.hypot(pairs.error_a, pairs.error_b)), keys
+
+
+def credited(cells: pd.DataFrame) -> pd.Series:
+    """Rows whose victim has its backdoor, in settings where all victims have, or `SEEDS` of them."""
+    victims = cells.drop_duplicates([*VICTIM, "seed"]).groupby(VICTIM, dropna=False).implanted
+    usable = (victims.all() | (victims.sum() >= SEEDS)).rename("usable")
+    return cells.implanted & cells[VICTIM].merge(usable.reset_index(), how="left", on=VICTIM).usable.to_numpy()
+
+
+def judge(claim: Mapping, cells: pd.DataFrame, scale: str, gate: Mapping[str, float] = GATE) -> Verdict:
     """Judge one claim.
 
-    The test compares side A with side B, or with a constant. Both sides are selections of `metric`; they are paired on
-    setting and seed (columns in `unpaired`, such as the poison rate in a claim about rates, are left out of the pair;
-    columns in `paired`, such as an attack's variant, are added).
-    The effect is mean(A − B); the claim asks for effect > margin. It is supported when the whole interval lies above
-    the margin, refuted when the whole interval lies below it, else inconclusive.
+    The test compares side A with side B, or with a constant, and asks for an effect A − B above a margin: in the mean over
+    settings (`over: mean`), or in every one of them (`over: every`). The verdict is `supported` when the whole interval
+    lies above the margin, `refuted` when it lies below, else `open`. With fewer than `SEEDS` trainings of a setting it is
+    `indicated`, whatever the interval. Seeds that not all settings have are left out.
 
-    `claim` is an entry of claims.yaml (see schemas/claims.schema.yaml), `cells` the tidy table.
+    Left out are cells whose victim does not reach `gate` (unless the claim says `gated: false`): they earn nobody credit. Where
+    this leaves fewer than `SEEDS` trainings of a setting, it is left out as a whole. A claim is not supported while cells
+    that it asks for failed, or rest on a destroyed network.
+
+    Args:
+        claim: an entry of claims.yaml (schemas/claims.schema.yaml).
+        cells: the tidy table of one paper.
+        scale: name.
+        gate: lowest values of a victim by metric.
     """
     if scale not in claim["scales"]:
-        return Verdict(VERDICTS[3], None, None, None, 0, f"can be judged at: {', '.join(claim['scales'])}")
-    test = claim["test"]
-    table = cells[(cells.status == "ok") & (cells.metric == test["metric"])]
-    keys = [c for c in [*SETTING, *test.get("paired", []), "seed"] if c not in test.get("unpaired", [])]
+        return Verdict(NOT_JUDGED, f"can be judged at: {', '.join(claim['scales'])}")
+    test, cells = claim["test"], validity(cells, gate)
+    cells = cells.assign(credited=credited(cells) if test.get("gated", True) else True)
     where = test.get("where", {})
+    asked = pd.concat([select(cells, {**where, **test[side]}) for side in "ab" if side in test]).drop_duplicates(
+        ["path", "metric"])
+    measured = (cells.status == "ok") & (cells.metric == test["metric"]) & cells.value.notna()
+    try:
+        pairs, keys = compared(test, cells[measured & cells.credited])
+    except ValueError as error:
+        return Verdict(NOT_JUDGED, str(error))
+    margin, notes = test.get("margin", 0.0), [f"asks for an effect above {test.get('margin', 0.0):g}, {OVER[test['over']]}"]
+    weak, failed = asked[~asked.credited & ~asked.implanted], asked[asked.credited & (asked.status != "ok")]
+    broken = asked[asked.credited & asked.destroyed]
+    for found, text, columns in ((weak, "left out, for the victim has no backdoor", VICTIM), (failed, "failed", TOLD_APART[1:]),
+                                 (broken, "destroyed", TOLD_APART[1:])):
+        if len(found):
+            notes.append(f"{text}: {'; '.join(_names(found, columns, asked))}")
+    settings = pairs.groupby(keys, dropna=False, sort=False).ngroup() if keys else pd.Series(0, index=pairs.index)
+    grid = pairs.assign(setting=settings).pivot(index="setting", columns="seed", values=["effect", "error"])
+    shared = [seed for seed in sorted(set(pairs.seed)) if grid["effect"][seed].notna().all()] if len(pairs) else []
+    few = claim.get("min_settings", 1)
+    if len(grid) < few or not shared:
+        short = f"{len(grid)} settings, at least {few} are needed" if len(grid) < few else "no seed that every setting has"
+        return Verdict(NOT_JUDGED, "; ".join([short, *notes[1:]]), n=len(pairs), settings=len(grid))
+    values, errors = (grid[name][shared].to_numpy(float) for name in ("effect", "error"))
+    found = {"mean": mean_effect, "every": least_effect}[test["over"]](values, errors)
+    least = pairs[settings == grid.index[found.least]].iloc[:1]
+    verdict = SUPPORTED if found.low > margin else REFUTED if found.high < margin else OPEN
+    if verdict == SUPPORTED and (len(failed) or len(broken)):
+        verdict = OPEN
+    if len(shared) < SEEDS:
+        verdict = INDICATED
+    return Verdict(verdict, "; ".join(notes), found, "for" if found.value > margin else "against", values.size, len(grid),
+                   float(values.mean(1).min()), _names(least, keys, pairs, seeds=False)[0])
 
-    def side(selection: dict) -> pd.DataFrame:
-        rows = select(table, {**where, **selection})
-        return rows.groupby(keys, dropna=False, as_index=False).agg(value=("value", "mean"), n=("n", "sum"))
 
-    first = side(test["a"])
-    if "b" in test:
-        pairs = first.merge(side(test["b"]), on=keys, suffixes=("_a", "_b"))
-    else:
-        pairs = first.rename(columns={"value": "value_a", "n": "n_a"}).assign(value_b=test["constant"], n_b=0)
-    settings = pairs[[k for k in keys if k != "seed"]].astype(str).agg("/".join, axis=1)
-    if len(pairs) < claim.get("min_n", 1):
-        return Verdict(VERDICTS[3], None, None, None, len(pairs),
-                       f"{len(pairs)} pairs of cells, at least {claim.get('min_n', 1)} are needed")
-    clusters = pd.factorize(settings)[0]
-    sign = -1.0 if test.get("direction", "greater") == "less" else 1.0
-    effect, low, high = paired_bootstrap(pairs.value_a.to_numpy(float), pairs.value_b.to_numpy(float),
-                                         pairs[["n_a", "n_b"]].to_numpy(int), clusters, rng(0, "claim", claim["id"]))
-    if sign < 0:
-        effect, low, high = -effect, -high, -low
-    margin = test.get("margin", 0.0)
-    verdict = VERDICTS[0] if low > margin else VERDICTS[1] if high < margin else VERDICTS[2]
-    return Verdict(verdict, effect, low, high, len(pairs), f"asks for an effect above {margin:g}")
+#: how a claim speaks of its settings
+OVER = {"mean": "in the mean over settings", "every": "in every setting"}
 
 
-def judge_all(claims: list[dict], cells: pd.DataFrame, paper: str, scale: str) -> pd.DataFrame:
-    """`claims.csv`: one row per claim of a paper, with the columns `COLUMNS`; rows of other papers play no part."""
+def _names(rows: pd.DataFrame, columns: list[str], among: pd.DataFrame, seeds: bool = True) -> list[str]:
+    """Settings in words, by the columns that differ `among` all, with their seeds."""
+    shown = [column for column in columns if column in rows and among[column].nunique() > 1]
+    texts = [" ".join(f"{100 * value:g} %" if name == "poison_rate" else str(value)
+                      for name, value in row.items() if value != "") or "all" for row in rows[shown].to_dict("records")]
+    found = rows.seed.groupby(texts, sort=False).apply(lambda seed: ", ".join(map(str, sorted(set(seed)))))
+    return [f"{text} (seed {numbers})" if seeds else text for text, numbers in found.items()]
+
+
+def judge_all(content: Mapping, cells: pd.DataFrame, paper: str, scale: str) -> pd.DataFrame:
+    """`claims.csv`: one row per claim of a paper, with the columns `COLUMNS`; rows of other papers play no part.
+
+    Args:
+        content: of claims.yaml: `claims`, and `gate` where it is not `cupel.evaluation.settings.GATE`.
+    """
     own, rows = cells[cells.paper == paper], []
-    for claim in claims:
-        found, test = judge(claim, own, scale), claim["test"]
+    for claim in content["claims"]:
+        found, test = judge(claim, own, scale, content.get("gate", GATE)), claim["test"]
+        effect = found.effect
         rows.append({"paper": paper, "claim": claim["id"], "statement": claim["statement"], "source": claim["source"],
-                     "scale": scale, "verdict": found.verdict, "effect": found.effect, "low": found.low,
-                     "high": found.high, "unit": f"difference in {test['metric']} ({test.get('unit', 'fraction')})",
-                     "n": found.n, "test": found.reason})
+                     "scale": scale, "verdict": found.verdict, "direction": found.direction,
+                     "effect": effect and effect.value, "low": effect and effect.low, "high": effect and effect.high,
+                     "unit": f"difference in {test['metric']} ({test.get('unit', 'fraction')})", "n": found.n,
+                     "settings": found.settings, "seeds": effect.seeds if effect else 0, "least": found.least,
+                     "least_in": found.least_in, "test": found.reason})
     return pd.DataFrame(rows, columns=COLUMNS)

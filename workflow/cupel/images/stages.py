@@ -18,7 +18,7 @@ from cupel.files import digest, kept, noted, publish, read_json, write_json
 from cupel.images import datasets, models
 from cupel.images.attacks import Attack, PoisonRecord, build
 from cupel.images.datasets import Dataset, splits
-from cupel.job import peak_memory, separately
+from cupel.job import costs, separately
 from cupel.rng import derive, rng
 
 
@@ -164,7 +164,7 @@ def train_victim(spec: dict, inputs: Inputs, outputs: dict, device: str) -> None
     write_tensors(outputs["trigger"], attack.tensors if attack else {})
     write_history(outputs["history"], history)
     write_json(outputs["metrics"], {
-        **base, **measured, **peak_memory(), "status": "ok", "rate_reached": reached, "target": target,
+        **base, **measured, **costs(), "status": "ok", "rate_reached": reached, "target": target,
         "train_samples": len(clean), "epochs": recipe.epochs, "device": device, "precision": recipe.precision,
         "seconds": time.perf_counter() - started, "train_seconds": sum(row["seconds"] for row in history)})
     checkpoint.unlink(missing_ok=True)
@@ -237,7 +237,7 @@ def purify(spec: dict, defence: dict, inputs: Inputs, outputs: dict, device: str
     if budget.details:
         write_tensors(outputs["details"], budget.details)
     write_json(outputs["metrics"], {
-        **base, **measured, **peak_memory(), "status": "ok", "clean_samples": len(chosen), "device": device,
+        **base, **measured, **costs(), "status": "ok", "clean_samples": len(chosen), "device": device,
         "precision": budget.precision, "seconds": seconds, "rate_reached": victim["rate_reached"],
         "acc_before": victim["acc"], "asr_before": victim["asr"], "ra_before": victim["ra"],
         **effects(victim, measured, rng(spec["seed"], "intervals"))})

@@ -3,6 +3,7 @@
 A *setting* is a data set, network, recipe, attack, poison rate and clean budget; a defence has one entry per setting, the
 mean over seeds. Rates are fractions. Means over settings, and ranks, are taken only over settings that all defences
 compared have gone through (`comparable`): a mean over other settings says more about the settings than about the defence.
+Settings of victims without a backdoor are in neither, and a defence that destroyed a network counts as failed there.
 """
 
 from collections.abc import Mapping
@@ -13,28 +14,28 @@ import numpy as np
 import pandas as pd
 from matplotlib.ticker import LogFormatter
 
+from cupel.evaluation.settings import SETTING, VICTIM, validity
 from cupel.files import write_text
 from cupel.reporting.figures import COLOURS, errors, handle, nothing, plt, save, styles
 from cupel.reporting.page import write_page
 from cupel.reporting.tables import METRICS, attack_name, setting_name, with_names
 from cupel.rng import rng as stream
 
-VICTIM = ["dataset", "model", "recipe", "attack", "attack_variant", "poison_rate"]
-SETTING = [*VICTIM, "budget"]
 COSTS = ["seconds", "clean_samples", "peak_memory_mb", "peak_vram_mb"]
 #: +1 where a larger value is better, −1 where a smaller one is
 BETTER = {"acc": 1, "ra": 1, "der": 1, "asr": -1, "arr": -1, "rdr": -1}
 #: of the bootstrap of ranks
 DRAWS = 10_000
 COLUMNS = [*SETTING, "method", "label", *METRICS, "acc_victim", "asr_victim", *COSTS, "seeds", "planned", "failed",
-           "failed_seeds", "reason", "papers"]
+           "failed_seeds", "credited", "destroyed", "reason", "papers"]
 
 
 def cross_table(cells: pd.DataFrame, labels: dict[str, str]) -> pd.DataFrame:
     """One row per setting and defence, with the columns `COLUMNS`.
 
     Rates, costs and the victim's rates are means over the seeds that have a result. `seeds` of the `planned` seeds have
-    one; `failed` says that one of them has none, `reason` why. `failed_seeds` counts those that are the defence's own
+    one; `failed` says that one of them has none, `reason` why. `credited`: all victims have their backdoor; `destroyed`: one
+    of the networks is (`cupel.evaluation.settings.validity`). `failed_seeds` counts those that are the defence's own
     failure: not those that have not run, nor those whose victim failed. A cell that two papers use is counted once.
 
     Args:
@@ -48,6 +49,7 @@ def cross_table(cells: pd.DataFrame, labels: dict[str, str]) -> pd.DataFrame:
                if c not in cells]
     if lacking:
         raise ValueError(f"the tidy table lacks the columns {', '.join(lacking)}: make cells.parquet again")
+    cells = validity(cells).rename(columns={"implanted": "credited"})
     once = cells.drop_duplicates("path").set_index("path")
     values = cells.drop_duplicates(["path", "metric"]).pivot(index="path", columns="metric", values="value")
     once = once.drop(columns=["metric", "value"]).join(values.reindex(columns=list(METRICS)))
@@ -72,6 +74,7 @@ def cross_table(cells: pd.DataFrame, labels: dict[str, str]) -> pd.DataFrame:
     groups = runs.groupby(keys, dropna=False, sort=False)
     table = groups.agg(planned=("seed", "nunique"), seeds=("failed", lambda failed: int((~failed).sum())),
                        failed=("failed", "any"), failed_seeds=("failed_seeds", "sum"),
+                       credited=("credited", "all"), destroyed=("destroyed", "any"),
                        papers=("papers", lambda lists: ", ".join(sorted({p for papers in lists for p in papers}))),
                        reason=("reason", lambda reasons: "; ".join(dict.fromkeys(r for r in reasons if r))))
     # the victim's rates are those of the same seeds, so that a loss is a paired difference
@@ -99,6 +102,11 @@ def _block(present: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return np.flatnonzero(candidates[best]), np.flatnonzero(held[best])
 
 
+def _bad(cross: pd.DataFrame) -> pd.Series:
+    """Rows of a defence that failed, or destroyed what it was given."""
+    return (cross.failed_seeds > 0) | cross.destroyed
+
+
 def comparable(cross: pd.DataFrame, metric: str = "der", failures: bool = True) -> pd.DataFrame:
     """Rows of the largest set of settings × defences without a gap: each defence has a value in each setting.
 
@@ -106,7 +114,7 @@ def comparable(cross: pd.DataFrame, metric: str = "der", failures: bool = True) 
     that has gaps in many settings would take these settings from all others; it is left out where that makes
     defences × settings larger.
     """
-    rows = cross[cross[metric].notna() | (failures & (cross.failed_seeds > 0))].astype({"failed_seeds": int})
+    rows = cross[cross.credited & np.where(_bad(cross), failures, cross[metric].notna())]
     if rows.empty:
         return rows
     settings, names = rows.groupby(SETTING, dropna=False, sort=False).ngroup(), pd.factorize(rows.method)[0]
@@ -145,7 +153,7 @@ def ranks(cross: pd.DataFrame, metric: str = "der", *, rng: np.random.Generator,
     """
     block = comparable(cross, metric)
     grid = block.pivot(index=SETTING, columns="method", values=metric) * BETTER[metric]
-    failed = block.pivot(index=SETTING, columns="method", values="failed_seeds") > 0
+    failed = block.assign(bad=_bad(block)).pivot(index=SETTING, columns="method", values="bad")
     places = grid.mask(failed, -np.inf).rank(axis=1, ascending=False, method="average")
     victim = places.groupby(VICTIM, dropna=False, sort=False)
     sums, counts = victim.sum().to_numpy(), victim.size().to_numpy()
@@ -158,7 +166,7 @@ def ranks(cross: pd.DataFrame, metric: str = "der", *, rng: np.random.Generator,
                           "rank": places.mean().to_numpy(), "low": low, "high": high,
                           "mean": (grid.mask(failed).mean() * BETTER[metric]).to_numpy(), "failed": failed.sum().to_numpy(),
                           "settings": len(places)})
-    known = cross[cross[metric].notna() | (cross.failed_seeds > 0)].groupby("method").size()
+    known = cross[cross[metric].notna() | _bad(cross)].groupby("method").size()
     left = [m for m in label.index if m not in places.columns]
     not_ranked = pd.DataFrame({"method": left, "label": [label[m] for m in left],
                                "settings": [int(known.get(m, 0)) for m in left]})
@@ -201,7 +209,7 @@ def trade_offs(cross: pd.DataFrame) -> pd.DataFrame:
     means = block.groupby(["method", "label"], sort=False).agg(
         der=("der", "mean"), seconds=("seconds", "mean"), acc_loss=("acc_loss", "mean"), asr=("asr", "mean"),
         settings=("der", "size")).reset_index()
-    failed = cross[cross.failed_seeds > 0].groupby("method").size()
+    failed = cross[_bad(cross)].groupby("method").size()
     return means.assign(failed=[int(failed.get(method, 0)) for method in means.method],
                         front_cost=pareto(means[["seconds", "der"]].to_numpy(float)),
                         front_loss=pareto(np.stack([means.asr, -means.acc_loss], 1).astype(float)))

@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 
 from cupel.files import atomic
+from cupel.reporting.tables import attack_name
 
 # Okabe and Ito's colours, which stay apart for colour-blind readers
 COLOURS = ["#000000", "#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7"]
@@ -125,7 +126,7 @@ def amplified(stamped: np.ndarray, clean: np.ndarray, factor: int) -> np.ndarray
 
 def bars(table: pd.DataFrame, order: Sequence[str], colours: dict[str, str], *, lying: bool = False, most: int = 3,
          sharey: bool = True, **axes_settings):
-    """Groups of bars with 95 % intervals; where a value is missing because a cell failed, they say so.
+    """Groups of bars with 95 % intervals; where a value is missing they say why: a failed cell, or none (a dash).
 
     Args:
         table: columns panel (title), group (text), label, value and failed; low and high if known.
@@ -150,9 +151,10 @@ def bars(table: pd.DataFrame, order: Sequence[str], colours: dict[str, str], *, 
                 axis.barh(where, rows.value, thick, xerr=errors(rows), **style)
             else:
                 axis.bar(where, rows.value, thick, yerr=errors(rows), **style)
-            for place in where[rows.value.isna() & (rows.failed > 0)]:
-                axis.text(*((0.02, place) if lying else (place, 0.02)), "failed", rotation=0 if lying else 90,
-                          ha="left" if lying else "center", va="center" if lying else "bottom", color="crimson", fontsize=7)
+            for place, failed in zip(where[rows.value.isna()], rows.failed[rows.value.isna()] > 0, strict=True):
+                axis.text(*((0.02, place) if lying else (place, 0.02)), "failed" if failed else "–", fontsize=7,
+                          rotation=90 if failed and not lying else 0, color="crimson" if failed else "grey",
+                          ha="left" if lying else "center", va="center" if lying else "bottom")
         axis.set(title=title, **axes_settings)
         if not part.value.max() > 1:
             axis.set(**{"xlim" if lying else "ylim": (0, 1.02)})
@@ -171,11 +173,12 @@ def bars(table: pd.DataFrame, order: Sequence[str], colours: dict[str, str], *, 
 
 def bars_by_rate(table: pd.DataFrame, order: Sequence[str], metric: str):
     """A metric of `cupel.reporting.tables.summary` by defence and poison rate, a panel per attack."""
-    rows = table[table.metric == metric].assign(panel=table.attack)
+    rows = table[table.metric == metric]
+    rows = rows.assign(panel=[attack_name(row) for row in rows.itertuples()])
     rows["group"] = "poison rate " + (100 * rows.poison_rate).map("{:g} %".format)
     groups = rows.sort_values("poison_rate", ascending=False).group.unique()
     colours = dict(zip(groups, [COLOURS[k] for k in (5, 1, 3, 6, 2, 7)], strict=False))
-    figure = bars(rows, order, colours, most=rows.attack.nunique())
+    figure = bars(rows, order, colours, most=4)
     figure.axes[0].set_ylabel(metric.upper())
     return figure
 

@@ -20,7 +20,7 @@ def prepared(paper: Paper) -> tuple[pd.DataFrame, pd.DataFrame]:
 
 
 def draw(paper: Paper) -> None:
-    """Tables by budget, and figures, for every data set and network.
+    """Tables and figures for every data set, network, recipe and budget: nothing is averaged over these.
 
     `paper.labels` has `defences`; `paper.facts` has `kinds`: pruning, tuning or removal by added parts, by defence. Those
     without are in neither comparison.
@@ -29,49 +29,63 @@ def draw(paper: Paper) -> None:
     order = list(dict.fromkeys(["no defence", *paper.labels["defences"].values()]))
     sizes = {budget: size for budget, size in own.groupby("budget").clean_samples.max().items() if budget}
     paper.rows("cells", table.drop(columns="label"))
-    for (dataset, model), part in table.groupby(["dataset", "model"], sort=False):
+    for (dataset, model, recipe), part in table.groupby(["dataset", "model", "recipe"], sort=False):
+        kinds = part.method.map(paper.facts["kinds"])
         for budget in dict.fromkeys(part.budget[part.budget != ""]):
-            _tables(paper, part, order, budget)
-        present = [label for label in order if label in set(part.label)]
-        purified = part[part.method != "victim"].assign(kind=part.method.map(paper.facts["kinds"]))
-        sides = tables.sideways(part, ["poison_rate", "attack", "label"], METRICS)
-        sides = sides.sort_values("poison_rate", ascending=False, kind="stable").assign(
-            panel=lambda rows: "poison rate " + (100 * rows.poison_rate).map("{:g} %".format))
-        scatter = figures.scatter(sides, "asr", "acc", "panel", present, xlabel="ASR (lower is better)",
-                                  ylabel="ACC (higher is better)")
-        shown = {"scatter": (scatter, "Clean accuracy against attack success: good defences stand top left.")}
-        for metric, text in (("asr", "Attack success rate by defence and poison rate."),
-                             ("acc", "Clean accuracy by defence and poison rate."),
-                             ("ra", "Recovery: triggered images that are given their true class again.")):
-            shown[metric] = figures.bars_by_rate(part, present, metric), text
-        if purified.kind.nunique() > 1:
-            shown["families"] = families(purified), ("Pruning against fine-tuning: a point is a setting, a bar the mean with "
-                                                     "its 95 % interval over settings.")
-            shown["recovery"] = recovery(purified), ("Recovery of triggered images, mean over settings with a 95 % bootstrap "
-                                                     "interval; the cross is the mean ACC.")
-        if len(sizes) > 1:
-            shown["budgets"] = budget_curves(purified, sizes), "Sensitivity to the number of clean samples."
-        for kind, (figure, text) in shown.items():
-            paper.figure(f"{kind}_{dataset}_{model}", figure, f"{text} ({dataset}, {model})")
+            chosen = part.assign(kind=kinds)[part.budget.isin(["", budget])]
+            stem, where = f"{dataset}_{model}_{recipe}_{budget}", (
+                f"{dataset}, {model}, recipe {recipe}, budget {budget} ({sizes[budget]:g} clean images), scale {paper.scale}, "
+                f"{_seeds(part)}, up to {int(part.n.max())} test images a cell")
+            _tables(paper, chosen, order, stem, where)
+            _figures(paper, chosen, order, stem, where)
+        if part.budget.nunique() > 2:
+            paper.figure(f"budgets_{dataset}_{model}_{recipe}", budget_curves(part[part.method != "victim"], sizes),
+                         f"Sensitivity to the number of clean samples. ({dataset}, {model}, recipe {recipe}, {_seeds(part)})")
     if histories := victim_histories(own):
         paper.figure("training", figures.training_curves(histories), "Training of the victims: loss, accuracy on clean "
                      "samples, share of poisoned samples that hit the target.")
 
 
-def _tables(paper: Paper, part: pd.DataFrame, order: list[str], budget: str) -> None:
-    """Tables of one budget, from the rows of a data set and network."""
-    dataset, model = part[["dataset", "model"]].iloc[0]
-    samples, known = int(part.n.max()), "in cells.csv." if part.reported.notna().any() else "not known."
-    part = part[part.budget.isin(["", budget])]
-    settings = (f"in percent on {dataset}, {model}, budget {budget}, scale {paper.scale}; mean over {int(part.seeds.max())} "
-                f"seed(s), up to {samples} test images a cell. The paper's own numbers: {known}")
-    stem = f"{dataset}_{model}_{budget}"
+def _seeds(rows: pd.DataFrame) -> str:
+    low, high = int(rows.seeds.min()), int(rows.seeds.max())
+    return f"mean over {low} to {high} seeds" if low < high else f"mean over {high} seeds" if high > 1 else "one seed"
+
+
+def _tables(paper: Paper, part: pd.DataFrame, order: list[str], stem: str, where: str) -> None:
+    """Tables of a data set, network, recipe and budget."""
+    known = "in cells.csv." if part.reported.notna().any() else "not known."
     for kind, grid, text, index in (
             ("acc_asr", tables.wide(part, order), "ACC and ASR", "defence"),
             ("ra", tables.wide(part, order, ("ra",)), "RA", "defence"),
             ("means", tables.means(part, order), "means over attacks and rates", "defence"),
-            ("settings", tables.by_setting(part, order), "every setting with 95 % intervals", "setting: defence")):
-        paper.table(f"{kind}_{stem}", grid, f"{paper.title}: {text} {settings}", index)
+            ("settings", tables.by_setting(part, order), "every setting with 95 % intervals of the finite test set",
+             "setting: defence")):
+        paper.table(f"{kind}_{stem}", grid, f"{paper.title}: {text} in percent ({where}). {tables.MARKS}. "
+                                            f"The paper's own numbers: {known}", index)
+
+
+def _figures(paper: Paper, part: pd.DataFrame, order: list[str], stem: str, where: str) -> None:
+    """Figures of a data set, network, recipe and budget."""
+    present = [label for label in order if label in set(part.label)]
+    named = part.assign(attack=[tables.attack_name(row) for row in part.itertuples()])
+    sides = tables.sideways(named, ["poison_rate", "attack", "label"], METRICS)
+    sides = sides.sort_values("poison_rate", ascending=False, kind="stable").assign(
+        panel=lambda rows: "poison rate " + (100 * rows.poison_rate).map("{:g} %".format))
+    scatter = figures.scatter(sides, "asr", "acc", "panel", present, xlabel="ASR (lower is better)",
+                              ylabel="ACC (higher is better)")
+    shown = {"scatter": (scatter, "Clean accuracy against attack success: good defences stand top left.")}
+    for metric, text in (("asr", "Attack success rate by defence and poison rate."),
+                         ("acc", "Clean accuracy by defence and poison rate."),
+                         ("ra", "Recovery: triggered images that are given their true class again.")):
+        shown[metric] = figures.bars_by_rate(part, present, metric), text
+    purified = part[(part.method != "victim") & part.credited]
+    if purified.kind.nunique() > 1:
+        shown["families"] = families(purified), ("Pruning against fine-tuning: a point is a setting, a bar the mean with "
+                                                 "its 95 % interval over settings.")
+        shown["recovery"] = recovery(purified), ("Recovery of triggered images, mean over settings with a 95 % bootstrap "
+                                                 "interval; the cross is the mean ACC.")
+    for kind, (figure, text) in shown.items():
+        paper.figure(f"{kind}_{stem}", figure, f"{text} ({where})")
 
 
 def _mean(values: np.ndarray, name: str) -> tuple[float, float, float]:
@@ -118,7 +132,7 @@ def recovery(table: pd.DataFrame):
         table: as in `families`.
     """
     known = table[table.value.notna()]
-    setting = ["attack", "attack_variant", "poison_rate", "budget"]
+    setting = ["attack", "attack_variant", "poison_rate"]
     wide = known[known.metric == "ra"].pivot_table(index=setting, columns="label", values="value")
     counts = wide.notna().sum()
     shared = wide.loc[:, counts >= counts.max() / 2].dropna()

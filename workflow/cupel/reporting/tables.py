@@ -1,19 +1,21 @@
 """The tidy table of all cells, and wide tables made from it."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
+from cupel.evaluation.settings import SETTING, validity
 from cupel.files import read_json, write_text
 
 IDENTITY = ["stage", "dataset", "model", "recipe", "attack", "attack_variant", "poison_rate", "defence", "budget",
             "variant", "seed"]
-SETTING = ["dataset", "model", "recipe", "attack", "attack_variant", "poison_rate", "budget", "method", "label", "metric"]
+#: what a row of a long table is named by: means are over seeds alone
+KEYS = (*SETTING, "method", "label", "metric")
 METRICS = ("acc", "asr", "ra", "der", "arr", "rdr")
 COLUMNS = ["paper", *IDENTITY, "metric", "value", "n", "low", "high", "rate_reached", "seconds", "peak_memory_mb",
-           "peak_vram_mb", "clean_samples", "status", "reason", "path"]
+           "peak_vram_mb", "clean_samples", "device", "precision", "threads", "status", "reason", "path"]
 
 
 def gather(cells: list[dict]) -> pd.DataFrame:
@@ -38,7 +40,7 @@ def gather(cells: list[dict]) -> pd.DataFrame:
                       "variant": variant, "budget": cell.get("budget", ""), "poison_rate": float(cell["rate"]),
                       "seed": int(cell["seed"]), "status": "failed", "reason": "no result: see its log"}
         base = {key: record.get(key) for key in (*IDENTITY, "rate_reached", "seconds", "peak_memory_mb", "peak_vram_mb",
-                                                 "clean_samples", "status")}
+                                                 "clean_samples", "device", "precision", "threads", "status")}
         base |= {"paper": cell["paper"], "path": cell["folder"], "reason": record.get("reason", "")}
         failed = record["status"] != "ok"
         nothing = {"value": np.nan, "n": 0, "low": np.nan, "high": np.nan}
@@ -52,7 +54,7 @@ def gather(cells: list[dict]) -> pd.DataFrame:
     table = pd.DataFrame(rows, columns=COLUMNS)
     return table.astype({"poison_rate": float, "value": float, "low": float, "high": float, "n": int, "seed": int,
                          "rate_reached": float, "seconds": float, "peak_memory_mb": float, "peak_vram_mb": float,
-                         "clean_samples": float})
+                         "clean_samples": float, "threads": float})
 
 
 def attack_name(row) -> str:
@@ -72,22 +74,31 @@ def with_names(cells: pd.DataFrame, labels: dict[str, str]) -> pd.DataFrame:
     return cells.assign(method=methods, label=[labels.get(method, method) for method in methods])
 
 
-def summary(cells: pd.DataFrame, keys: list[str] = SETTING, n: str = "sum") -> pd.DataFrame:
-    """Mean over seeds, with n summed (or another aggregate), and how many seeds failed; one row per `keys`."""
-    groups = cells.assign(failed=cells.status != "ok").groupby(keys, dropna=False, sort=False)
+def summary(cells: pd.DataFrame, keys: Sequence[str] = KEYS, n: str = "sum") -> pd.DataFrame:
+    """Mean over seeds, with n summed (or another aggregate), and how many seeds failed; one row per `keys`.
+
+    `credited` says that all victims behind it have their backdoor, `destroyed` that a defence destroyed one of the networks
+    (`cupel.evaluation.settings.validity`).
+    """
+    groups = validity(cells).assign(failed=cells.status != "ok").groupby(list(keys), dropna=False, sort=False)
     return groups.agg(value=("value", "mean"), low=("low", "mean"), high=("high", "mean"), n=("n", n),
                       seeds=("seed", "nunique"), failed=("failed", "sum"), seconds=("seconds", "mean"),
-                      rate_reached=("rate_reached", "mean")).reset_index()
+                      rate_reached=("rate_reached", "mean"), credited=("implanted", "all"),
+                      destroyed=("destroyed", "any")).reset_index()
 
 
 def attach_reported(table: pd.DataFrame, reported: pd.DataFrame) -> pd.DataFrame:
-    """Add the column `reported` (fractions); empty where the paper's number is not known."""
+    """Add the column `reported` (fractions); empty where the paper's number is not known, or fits several of our settings.
+
+    Reported rows are told apart by the columns of a setting that their file has; more columns settle what a number belongs to.
+    """
     if reported.empty:
         return table.assign(reported=np.nan)
     known = reported.assign(reported=reported.value / 100, metric=reported.metric.str.lower()).rename(
         columns={"defence": "method"})
-    keys = ["dataset", "model", "attack", "poison_rate", "method", "metric"]
-    return table.merge(known[[*keys, "reported"]], how="left", on=keys)
+    keys = [column for column in (*SETTING, "method", "metric") if column in known]
+    merged = table.merge(known[[*keys, "reported"]], how="left", on=keys)
+    return merged.assign(reported=merged.reported.mask(merged.duplicated(keys, keep=False)))
 
 
 def interval_text(row) -> str:
@@ -97,6 +108,17 @@ def interval_text(row) -> str:
     if row.n:
         return f"{100 * row.value:.1f} ({100 * row.low:.0f}–{100 * row.high:.0f}; n={row.n})"
     return f"{row.value:.3g}" + ("" if np.isnan(row.low) else f" ({row.low:.3g}–{row.high:.3g})")
+
+
+#: what `marked` adds, for captions
+MARKS = ("† less than two thirds of the victim's ACC are left; ‡ a victim without a backdoor (ASR below 80 %): in no mean, "
+         "and no defence's merit")
+
+
+def marked(rows: pd.DataFrame) -> pd.DataFrame:
+    """Add `setting` (attack and poison rate, ‡ where a victim has no backdoor) and `mark` († for a destroyed network)."""
+    names = [setting_name(row) + " ‡" * (not row.credited) for row in rows.itertuples()]
+    return rows.assign(setting=names, mark=np.where(rows.destroyed, " †", ""))
 
 
 def with_texts(rows: pd.DataFrame) -> pd.DataFrame:
@@ -145,34 +167,38 @@ def sideways(rows: pd.DataFrame, keys: list[str], metrics: Iterable[str]) -> pd.
 
 def wide(table: pd.DataFrame, order: list[str], metrics: tuple[str, ...] = ("acc", "asr")) -> pd.DataFrame:
     """Rows: defence; columns: setting and metric; entries in percent as text, `failed` where a cell failed."""
-    rows = table[table.metric.isin(metrics)]
-    texts = ["failed" if row.failed and np.isnan(row.value) else f"{100 * row.value:.1f}" + "*" * bool(row.failed)
+    rows = marked(table[table.metric.isin(metrics)])
+    texts = ["failed" if row.failed and np.isnan(row.value) else f"{100 * row.value:.1f}" + "*" * bool(row.failed) + row.mark
              for row in rows.itertuples()]
-    rows = rows.assign(text=texts, setting=[setting_name(row) for row in rows.itertuples()], metric=rows.metric.str.upper())
+    rows = rows.assign(text=texts, metric=rows.metric.str.upper())
     across = [(setting, metric.upper()) for setting in dict.fromkeys(rows.setting) for metric in metrics]
     return spread(rows, "label", ["setting", "metric"], [*order, *rows.label], across)
 
 
 def by_setting(table: pd.DataFrame, order: list[str]) -> pd.DataFrame:
     """Rows: setting and defence; columns: every metric in percent with its 95 % interval; `failed` where a cell failed."""
-    texts = [f"{100 * row.value:.1f} ({100 * row.low:.1f} to {100 * row.high:.1f})" if not np.isnan(row.value) else "failed"
-             for row in table.itertuples()]
-    settings = [setting_name(row) for row in table.itertuples()]
-    names = [f"{setting}: {label}" for setting, label in zip(settings, table.label, strict=True)]
+    table = marked(table)
+    texts = [f"{100 * row.value:.1f} ({100 * row.low:.1f} to {100 * row.high:.1f}){row.mark}" if not np.isnan(row.value)
+             else "failed" for row in table.itertuples()]
+    names = table.setting + ": " + table.label
     rows = table.assign(text=texts, metric=table.metric.str.upper(), row=names).drop_duplicates(["row", "metric"], keep="last")
-    index = [f"{setting}: {label}" for setting in dict.fromkeys(settings) for label in [*order, *table.label]]
+    index = [f"{setting}: {label}" for setting in dict.fromkeys(table.setting) for label in [*order, *table.label]]
     return spread(rows, "row", "metric", index, [metric.upper() for metric in METRICS])
 
 
 def means(table: pd.DataFrame, order: list[str]) -> pd.DataFrame:
-    """Rows: defence; columns: mean over settings of every metric in percent, of seconds, and the number of settings."""
+    """Rows: defence; columns: mean over settings of every metric in percent, of seconds, and the number of settings.
+
+    Settings of victims without a backdoor are left out; `destroyed` counts settings in which a defence destroyed a network.
+    """
+    table = table[table.credited]
     values = table.pivot_table(index="label", columns="metric", values="value", aggfunc="mean")
     present = [metric for metric in METRICS if metric in values]
     grid = values[present].map(lambda value: "" if np.isnan(value) else f"{100 * value:.1f}")
     first = table[table.metric == present[0]].groupby("label")
     grid["seconds"] = first.seconds.mean().map("{:.1f}".format)
     grid["settings"] = first.size().astype(str)
-    grid["failed"] = first.failed.sum().astype(str)
+    grid["failed"], grid["destroyed"] = first.failed.sum().astype(str), first.destroyed.sum().astype(str)
     grid.columns = pd.MultiIndex.from_tuples([("mean", name.upper() if name in METRICS else name) for name in grid.columns])
     return grid.loc[[label for label in order if label in grid.index]]
 

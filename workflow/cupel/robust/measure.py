@@ -11,7 +11,7 @@ import torch
 from cupel.cells import METHOD_ERRORS, fail, read_tensors, write_tensors
 from cupel.files import digest, read_json, workspace, write_json
 from cupel.images import datasets
-from cupel.job import peak_memory
+from cupel.job import costs
 from cupel.robust import released
 from cupel.robust.evaluations import Subject, evaluation
 from cupel.robust.experiment import fraction
@@ -71,7 +71,7 @@ def attack_network(spec: dict, settings: dict, network: Network, outputs: dict, 
         with workspace(Path(outputs["metrics"]).parent, {**asked, "model": digest(network.model)}) as work:
             rows, arrays = evaluate(load(network.model), test, asked, work, device)
             write_tensors(outputs["arrays"], arrays)
-            write_json(outputs["metrics"], {**base, **peak_memory(), "status": "ok", "rows": rows, "device": device,
+            write_json(outputs["metrics"], {**base, **costs(), "status": "ok", "rows": rows, "device": device,
                                             "seconds": time.perf_counter() - started})
     except METHOD_ERRORS as error:
         write_tensors(outputs["arrays"], {})

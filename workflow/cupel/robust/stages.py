@@ -15,7 +15,7 @@ from cupel.evaluation.intervals import wilson
 from cupel.files import write_json
 from cupel.images import datasets
 from cupel.images.datasets import Dataset, splits
-from cupel.job import peak_memory
+from cupel.job import costs
 from cupel.rng import derive, rng
 from cupel.robust.experiment import fraction
 from cupel.robust.models import build
@@ -93,7 +93,7 @@ def train_network(spec: dict, data: str, outputs: dict, device: str) -> None:
     checkpoint.save(model, outputs["model"])
     write_history(outputs["history"], history)
     write_json(outputs["metrics"], {
-        **base, **peak_memory(), "status": "ok", "rows": rows, "train_eps": objective.ramp.eps, "epochs": recipe.epochs,
+        **base, **costs(), "status": "ok", "rows": rows, "train_eps": objective.ramp.eps, "epochs": recipe.epochs,
         "steps": recipe.epochs * steps, "train_samples": len(train), "device": device,
         "precision": recipe.precision, "train_seconds": sum(seconds),
         "seconds": time.perf_counter() - started})

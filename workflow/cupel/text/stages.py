@@ -126,7 +126,7 @@ def _finish(work: Path, curve: Sequence[dict], history: Sequence[dict], record: 
 
 def train_victim(spec: Mapping, files: Files, device: str) -> None:
     """Train a victim's adapter on its poisoned texts and measure it; the untouched base model is measured beside it."""
-    from cupel.job import peak_memory
+    from cupel.job import costs
     from cupel.text.evaluation import Evaluation, tokenised
     from cupel.text.models import load_tokenizer
     from cupel.text.training import Budget, TrainingSettings, deployed, train_adapter
@@ -158,7 +158,7 @@ def train_victim(spec: Mapping, files: Files, device: str) -> None:
             return
         counts = {f"train_{kind}": len(samples.report[kind]) for kind in ("cut", "left_out", "empty_answers")}
         _finish(work, curve + [{"model": "this", **row} for row in own], history, {
-            **who, **before, **measured, **peak_memory(), "metrics": [*measured["metrics"], "perplexity_base"],
+            **who, **before, **measured, **costs(), "metrics": [*measured["metrics"], "perplexity_base"],
             "status": "ok", "rate_reached": summary["poison_rate"], "train_samples": len(samples), **counts,
             "updates": len(history), "device": device, "precision": settings["training"]["precision"],
             "seconds": time.perf_counter() - started, "train_seconds": train_seconds}, outputs)
@@ -169,7 +169,7 @@ def purify(spec: Mapping, defence: Mapping, files: Files, device: str) -> None:
 
     The output `model` is the adapter, or `rule.json`.
     """
-    from cupel.job import peak_memory
+    from cupel.job import costs
     from cupel.text import defences
     from cupel.text.evaluation import Evaluation, tokenised
     from cupel.text.models import load_tokenizer
@@ -206,5 +206,5 @@ def purify(spec: Mapping, defence: Mapping, files: Files, device: str) -> None:
             fail(error, {**who, "metrics": MISSING}, outputs)
             return
         _finish(work, [{"model": "this", **row} for row in curve], found.history, {
-            **who, **measured, **peak_memory(), "status": "ok", "clean_samples": len(clean), "device": device,
+            **who, **measured, **costs(), "status": "ok", "clean_samples": len(clean), "device": device,
             "rate_reached": before["rate_reached"], "updates": len(found.history) if tuned else 0, "seconds": seconds}, outputs)

@@ -49,4 +49,4 @@ def read_attention(spec: dict, inputs: Inputs, outputs: dict, device: str) -> No
     write_json(outputs["record"], {
         "samples": len(table), "layers": maps.shape[2], "image_tokens": model.image_tokens, "seconds": seconds,
         "samples_per_second": len(table) / seconds, "questions": [record["question"] for record in shown[0]],
-        "answers": [record.get("answer", "") for record in shown[0]], "device": device, **job.peak_memory()})
+        "answers": [record.get("answer", "") for record in shown[0]], "device": device, **job.costs()})

@@ -95,6 +95,6 @@ def measure_filters(spec: dict, asked: dict, inputs: Inputs, outputs: dict) -> N
               for k, (layer, column) in enumerate(zip(evidence.layers, evidence.values.T, strict=True))]
     write_json(outputs["record"], {"filters": accounts, "sweep": swept, "layers": layers, "attention": looked,
                                    "poisoned": np.flatnonzero(bad).tolist(), "unchanged": len(made["unchanged"])})
-    write_json(outputs["metrics"], {**base, **job.peak_memory(), "status": "ok", "rows": rows,
+    write_json(outputs["metrics"], {**base, **job.costs(), "status": "ok", "rows": rows,
                                     "rate_reached": made["count"] / made["total"], "clean_samples": 0,
                                     "seconds": looked["seconds"] + time.perf_counter() - started})

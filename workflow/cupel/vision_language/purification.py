@@ -198,5 +198,5 @@ def purify_pictures(spec: dict, defence: dict, inputs: Inputs, outputs: dict, de
         return
     cells.write_history(outputs["history"], [])
     write_json(outputs["metrics"], {
-        **record, **measured, **job.peak_memory(), "status": "ok", "clean_samples": 0, "device": device,
+        **record, **measured, **job.costs(), "status": "ok", "clean_samples": 0, "device": device,
         "rate_reached": known["rate_reached"], "seconds": seconds, "cp_before": known["cp"], "asr_before": known["asr"]})

@@ -91,7 +91,7 @@ def build(spec: dict, source: str | Path, outputs: dict, device: str, **sources)
     models.save(model, outputs["model"])
     cells.write_history(outputs["history"], history)
     write_json(outputs["record"], {
-        "dataset": spec["dataset"], "model": spec["model"], "seed": seed, **measured, **job.peak_memory(),
+        "dataset": spec["dataset"], "model": spec["model"], "seed": seed, **measured, **job.costs(),
         "samples": len(splits["pretrain"]), "parameters": sum(value.numel() for value in model.network.parameters()),
         "image_tokens": model.image_tokens, "layers": len(model.layers), "seconds": time.perf_counter() - started})
     checkpoint.unlink(missing_ok=True)
@@ -193,7 +193,7 @@ def train_victim(spec: dict, inputs: Inputs, outputs: dict, device: str) -> None
     models.save(model, outputs["model"])
     cells.write_history(outputs["history"], history)
     write_json(outputs["metrics"], {
-        **record, **measured, **job.peak_memory(), "status": "ok", "rate_reached": made["count"] / made["total"],
+        **record, **measured, **job.costs(), "status": "ok", "rate_reached": made["count"] / made["total"],
         "poisoned": made["count"], "train_samples": made["total"], "epochs": settings.epochs, "device": device,
         "precision": settings.precision, "seconds": time.perf_counter() - started, "train_seconds": fitted})
     checkpoint.unlink(missing_ok=True)
@@ -244,7 +244,7 @@ def refit(spec: dict, defence: dict, inputs: Inputs, outputs: dict, device: str)
     left = len(set(made["indices"]) - removed)
     numbers = {"removed": len(removed), "left": left, "left_share": left / len(kept)}
     write_json(outputs["metrics"], {
-        **record, **measured, **numbers, **job.peak_memory(), "metrics": [*measured["metrics"], *numbers], "status": "ok",
+        **record, **measured, **numbers, **job.costs(), "metrics": [*measured["metrics"], *numbers], "status": "ok",
         "clean_samples": 0, "rate_reached": known["rate_reached"], "device": device, "reused": reused,
         "refit_from": defence["refit_from"], "seconds": seconds, "cp_before": known["cp"], "asr_before": known["asr"]})
     checkpoint.unlink(missing_ok=True)

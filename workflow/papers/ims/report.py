@@ -5,6 +5,7 @@ import pandas as pd
 from cupel.reporting import images
 from cupel.reporting.figures import lines
 from cupel.reporting.paper import Paper, history
+from cupel.reporting.tables import setting_name, summary
 
 
 def draw(paper: Paper) -> None:
@@ -14,16 +15,18 @@ def draw(paper: Paper) -> None:
              if entry["function"] == "ims"}
     own, table = images.prepared(paper)
     runs = own[(own.metric == "asr") & own.method.isin(reach) & (own.status == "ok")]
-    flips = runs.assign(metric="flips", value=[flip_rate(path) for path in runs.path], low=float("nan"), high=float("nan"))
+    flips = summary(runs.assign(metric="flips", value=[flip_rate(path) for path in runs.path], low=float("nan"),
+                                high=float("nan")))
     rows = pd.concat([table[table.method.isin(reach)], flips])
     shown = {"asr": "ASR", "ra": "RA", "acc": "ACC", "flips": "predictions flipped by δ"}
-    for (dataset, model), part in rows.assign(reach=rows.method.map(reach)).groupby(["dataset", "model"], sort=False):
+    rows = rows.assign(reach=rows.method.map(reach), setting=[setting_name(row) for row in rows.itertuples()])
+    for names, part in rows.groupby(["dataset", "model", "recipe", "budget"], sort=False):
         if part.reach.nunique() > 2:
-            figure = lines(part, "reach", shown, "attack", xlabel="step × number of steps")
+            figure = lines(part, "reach", shown, "setting", xlabel="step × number of steps")
             figure.axes[0].axvline(0.02, color="grey", ls=":", lw=1)  # of the released settings
-            paper.figure(f"reach_{dataset}_{model}", figure, "The inner problem of IMS: how far its steps can move a pixel, "
+            paper.figure(f"reach_{'_'.join(names)}", figure, "The inner problem of IMS: how far its steps can move a pixel, "
                          "what is left of the backdoor, and how often they change the victim's prediction. "
-                         f"({dataset}, {model})")
+                         f"({', '.join(names)}, mean over {int(part.seeds.max())} seed(s))")
 
 
 def reach_of(hyperparameters: dict) -> float:

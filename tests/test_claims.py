@@ -1,0 +1,186 @@
+"""Verdicts: what may be averaged, what a verdict needs, and what must never earn one."""
+
+import itertools
+
+import numpy as np
+import pandas as pd
+import pytest
+from scipy.stats import t, ttest_1samp
+
+from cupel.evaluation.claims import SEEDS, judge, judge_all
+from cupel.evaluation.intervals import wilson
+from cupel.evaluation.settings import validity
+from cupel.evaluation.variation import least_effect, mean_effect
+from cupel.experiment import PAPERS, Grid
+from cupel.settings import read_yaml
+
+BLANK = {"paper": "p", "stage": "purified", "dataset": "d", "model": "m", "recipe": "r", "attack": "a", "attack_variant": "",
+         "poison_rate": 0.01, "defence": "", "variant": "", "budget": "", "status": "ok", "reason": ""}
+CLAIM = {"id": "c", "statement": "s", "source": "x", "scales": ["demo"],
+         "test": {"over": "mean", "metric": "asr", "where": {"variant": ""}, "a": {"defence": "ft"}, "b": {"defence": "fst"},
+                  "margin": 0.1}}
+
+
+def rows(values, **names):
+    """A cell: one row per metric."""
+    base = {**BLANK, **names}
+    path = "/".join(str(base[key]) for key in ("attack", "poison_rate", "recipe", "defence", "variant", "budget", "seed"))
+    made = []
+    for metric, value in values.items():
+        low, high = wilson(round(value * 9000), 9000)
+        made.append({**base, "metric": metric, "value": value, "n": 9000, "low": low, "high": high, "path": path})
+    return made
+
+
+def grid(left, attacks=("a0", "a1", "a2"), seeds=(0, 1, 2), budgets=("b",), victim=(0.86, 0.97)):
+    """Victims and purified models: `left(defence, attack, seed, budget)` is the ASR, or (ASR, ACC), that is left."""
+    made = []
+    for attack, seed in itertools.product(attacks, seeds):
+        made += rows({"acc": victim[0], "asr": victim[1]}, stage="victim", attack=attack, seed=seed)
+        for budget, defence in itertools.product(budgets, ("ft", "fst")):
+            asr, acc = np.broadcast_to(left(defence, attack, seed, budget), 2) if np.ndim(left(defence, attack, seed, budget)) \
+                else (left(defence, attack, seed, budget), 0.84)
+            made += rows({"asr": asr, "acc": acc}, attack=attack, seed=seed, budget=budget, defence=defence)
+    return pd.DataFrame(made)
+
+
+def strong(defence, attack, seed, budget):
+    """FT leaves nine tenths, FST almost nothing, with a little noise."""
+    noise = 0.02 * ((seed * 7 + int(attack[1]) * 3) % 5 - 2) / 2
+    return (0.9 if defence == "ft" else 0.05) + noise
+
+
+def changed(claim=CLAIM, **test):
+    return {**claim, "test": {**{k: v for k, v in claim["test"].items() if test.get(k, 0) is not None},
+                              **{k: v for k, v in test.items() if v is not None}}}
+
+
+EVERY = changed(over="every", a={"defence": "fst"}, b=None, constant=0.1, direction="less", margin=0.0)
+
+
+def test_an_effect_is_found_and_counted():
+    found = judge(CLAIM, grid(strong), "demo")
+    assert (found.verdict, found.direction, found.n, found.settings) == ("supported", "for", 9, 3)
+    assert found.effect.seeds == 3 and found.effect.low < 0.85 == pytest.approx(found.effect.value, abs=0.02)
+    assert judge(changed(a={"defence": "fst"}, b={"defence": "ft"}), grid(strong), "demo").verdict == "refuted"
+    assert judge(CLAIM, grid(strong), "paper").verdict == "not judged"
+    assert judge(EVERY, grid(strong), "demo").verdict == "supported"
+
+
+def test_fewer_than_three_trainings_give_no_verdict():
+    for seeds in ((0,), (0, 1)):
+        for claim in (CLAIM, EVERY):
+            found = judge(claim, grid(strong, seeds=seeds), "demo")
+            assert (found.verdict, found.direction, found.effect.seeds) == ("indicated", "for", len(seeds))
+
+
+@pytest.mark.parametrize("claim", [CLAIM, EVERY])
+def test_mutations_take_the_support_away(claim):
+    """An effect that is gone, one deviant seed, one deviant budget."""
+    assert judge(claim, grid(strong, budgets=("b", "c")), "demo").verdict == "supported"
+    gone = grid(lambda *cell: strong("ft", *cell[1:]))
+    assert judge(claim, gone, "demo").verdict == "refuted"
+    seed = grid(lambda *cell: 0.93 if cell[0] == "fst" and cell[2] == 1 else strong(*cell))
+    assert judge(claim, seed, "demo").verdict == "open"
+    budget = grid(lambda *cell: 0.93 if cell[0] == "fst" and cell[3] == "c" else strong(*cell), budgets=("b", "c"))
+    found = judge(claim, budget, "demo")
+    assert found.least_in.split()[-1] == "c" and found.least < 0
+    assert judge(EVERY, budget, "demo").verdict == "refuted"
+
+
+def test_one_bad_setting_refutes_every_and_not_the_mean():
+    table = grid(lambda *cell: strong("ft", *cell[1:]) if cell[1] == "a1" else strong(*cell))
+    assert judge(EVERY, table, "demo").verdict == "refuted" and "a1" in judge(EVERY, table, "demo").least_in
+    assert judge(CLAIM, table, "demo").verdict == "supported"
+
+
+def test_nothing_is_averaged_that_the_claim_does_not_name():
+    """Two budgets are two settings, two recipes likewise; two variants of one side are refused, or pooled where it says so."""
+    assert judge(CLAIM, grid(strong, budgets=("b", "c")), "demo").settings == 6
+    other = grid(strong).assign(recipe="other", path=lambda found: "other/" + found.path)
+    assert judge(CLAIM, pd.concat([grid(strong), other]), "demo").settings == 6
+    several = grid(strong)
+    twice = pd.concat([several, several[several.defence == "ft"].assign(variant="v", value=0.3, path="v")])
+    found = judge(changed(where=None), twice, "demo")
+    assert found.verdict == "not judged" and "variant" in found.reason
+    pooled = judge(changed(where=None, pooled=["variant"]), twice, "demo")
+    assert pooled.effect.value == pytest.approx((judge(CLAIM, several, "demo").effect.value + 0.25) / 2, abs=0.01)
+
+
+def test_pooled_cells_are_the_same_for_every_seed():
+    """A defence that ran for one seed only is no part of the mean."""
+    several = grid(strong)
+    one = several[(several.defence == "ft") & (several.seed == 0)].assign(defence="lp", value=0.0, path="lp")
+    claim = changed(a={"defence": ["ft", "lp"]}, pooled=["defence"])
+    assert judge(claim, pd.concat([several, one]), "demo").effect.value == judge(CLAIM, several, "demo").effect.value
+
+
+def test_a_victim_without_backdoor_earns_nobody_credit():
+    weak = grid(strong)
+    weak.loc[(weak.stage == "victim") & (weak.attack == "a1") & (weak.seed == 1) & (weak.metric == "asr"), "value"] = 0.5
+    assert not validity(weak).query("attack == 'a1' and seed == 1").implanted.any()
+    found = judge(CLAIM, weak, "demo")
+    assert (found.verdict, found.settings) == ("supported", 2) and "a1" in found.reason  # too few trainings of a1 are left
+    assert judge({**CLAIM, "min_settings": 3}, weak, "demo").verdict == "not judged"
+    assert judge(changed(gated=False), weak, "demo").settings == 3
+    assert judge(CLAIM, grid(strong, victim=(0.1, 1.0)), "demo").verdict == "not judged"
+    assert judge(CLAIM, grid(strong, victim=(0.86, 0.5)), "demo", {"asr": 0.4}).verdict == "supported"
+
+
+def test_a_destroyed_network_supports_nothing():
+    found = judge(CLAIM, grid(lambda *cell: (strong(*cell), 0.3) if cell[0] == "fst" and cell[1] == "a0" else strong(*cell)),
+                  "demo")
+    assert found.verdict == "open" and "destroyed" in found.reason
+
+
+def test_a_failed_cell_supports_nothing():
+    table = grid(strong)
+    table.loc[(table.defence == "fst") & (table.attack == "a2"), ["status", "value"]] = ["failed", np.nan]
+    found = judge(CLAIM, table, "demo")
+    assert found.verdict == "open" and "failed: a2" in found.reason
+
+
+def test_a_defence_beside_its_victim_at_several_budgets():
+    claim = changed(a={"defence": "fst"}, b={"stage": "victim"}, metric="acc", margin=-0.05)
+    found = judge(claim, grid(strong, budgets=("b", "c")), "demo")
+    assert (found.settings, found.verdict) == (6, "supported") and found.effect.value == pytest.approx(-0.02)
+
+
+def test_equal_values_have_no_interval_of_zero_width():
+    found = judge(CLAIM, grid(lambda defence, *_: 1.0 if defence == "ft" else 0.0), "demo").effect
+    assert found.low < found.value
+
+
+def test_intervals_are_those_of_students_t():
+    values = np.random.default_rng(0).normal(0.3, 0.1, (4, 5))
+    found, expected = mean_effect(values, np.zeros((4, 5))), ttest_1samp(values.mean(0), 0).confidence_interval(0.95)
+    assert np.allclose((found.low, found.high), expected)
+    least = least_effect(values, np.zeros((4, 5)))
+    worst = values.std(1, ddof=1) / np.sqrt(5)
+    assert least.low == pytest.approx((values.mean(1) - t.isf(0.025, 4) * worst).min())
+    assert least.high == pytest.approx((values.mean(1) + t.isf(0.025 / 4, 4) * worst).min())
+    tested = mean_effect(values, np.full((4, 5), 0.2))
+    assert tested.low == pytest.approx(values.mean() - 1.96 * 0.2, abs=0.03)
+
+
+GRIDS = [(paper, scale) for paper in ("fst", "ims", "ims_inner_step", "crow", "bye", "proper_interpretability")
+         for scale in ("demo", "desk", "bench", "paper")]
+
+
+@pytest.mark.parametrize("paper,scale", GRIDS)
+def test_no_claim_mixes_cells_in_any_grid(paper, scale):
+    """With every metric measured in every planned cell, no claim finds several cells where it needs one."""
+    content = read_yaml(PAPERS / paper / "claims.yaml")
+    if scale not in read_yaml(PAPERS / paper / "experiment.yaml")["scales"]:
+        pytest.skip(f"{paper} has no scale {scale}")
+    planned = Grid([paper], scale).of_paper(paper)
+    metrics = sorted({claim["test"]["metric"] for claim in content["claims"]} | {"acc"})
+    made = []
+    for cell in planned:
+        (attack, _, kind), (defence, _, variant) = cell["attack"].partition("~"), cell.get("defence", "").partition("~")
+        made += rows(dict.fromkeys(metrics, 0.9), **{
+            **cell, "attack": attack, "attack_variant": kind, "defence": defence, "variant": variant,
+            "budget": cell.get("budget", ""), "poison_rate": float(cell["rate"]), "paper": paper})
+    found = judge_all(content, pd.DataFrame(made), paper, scale)
+    assert not found.test.str.contains("several cells").any(), found[["claim", "test"]].to_dict("records")
+    assert (found.seeds >= SEEDS).sum() or scale != "desk"

@@ -1,0 +1,41 @@
+"""What may be averaged, and what counts: settings, victims that carry their backdoor, networks that a defence destroyed.
+
+A *setting* is everything about a measured model but its seed. Tables, figures and claims take means over the seeds of one
+setting; whoever averages over more says so.
+"""
+
+from collections.abc import Mapping
+
+import pandas as pd
+
+VICTIM = ["dataset", "model", "recipe", "attack", "attack_variant", "poison_rate"]
+SETTING = [*VICTIM, "budget"]
+#: a victim with less of one of these has no backdoor to remove, or is no classifier; what was not measured says nothing
+GATE = {"asr": 0.8, "acc": 0.2}
+#: a purified model that keeps less than this share of its victim's ACC is destroyed (ours; a third of all accuracy is no price
+#: that any of the papers calls acceptable)
+KEPT = 2 / 3
+
+
+def validity(cells: pd.DataFrame, gate: Mapping[str, float] = GATE) -> pd.DataFrame:
+    """The tidy table with two columns more.
+
+    `implanted`: the row's victim was trained and reaches `gate`; True where no victim of its setting and seed is known.
+    A victim without poison need not reach a gate on triggered samples. `destroyed`: a purified model with less than `KEPT`
+    of its victim's ACC.
+
+    Args:
+        cells: the tidy table (`cupel.reporting.tables.gather`).
+        gate: lowest value by metric, fractions.
+    """
+    keys = [*VICTIM, "seed"]
+    rows = cells[cells.metric.isin([*gate, "acc"])]
+    victims = rows[rows.stage == "victim"].assign(
+        lowest=lambda found: found.metric.map(gate).astype(float)).query("poison_rate > 0 or metric == 'acc'")
+    victims = victims.assign(below=victims.lowest.notna() & ((victims.status != "ok") | (victims.value < victims.lowest)))
+    found = victims.groupby(keys, as_index=False).agg(below=("below", "any"))
+    before = victims[victims.metric == "acc"].drop_duplicates(keys)[[*keys, "value"]].rename(columns={"value": "acc_victim"})
+    after = rows[(rows.stage == "purified") & (rows.metric == "acc")].merge(before, on=keys)
+    destroyed = set(after.path[after.value < KEPT * after.acc_victim.astype(float)])
+    below = cells[keys].merge(found, how="left", on=keys).below.to_numpy()
+    return cells.assign(implanted=below != True, destroyed=cells.path.isin(destroyed))  # noqa: E712 (NaN: no victim is known)
