@@ -30,7 +30,8 @@ def edit(file, change):
 def test_every_paper_plans_at_every_scale(scale):
     papers = [paper for paper in ALL if scale in read_yaml(PAPERS / paper / "experiment.yaml")["scales"]]
     grid = Grid(papers, scale)
-    assert set(ALL) - set(papers) <= {"ims_inner_step"}
+    lacking = {"desk": {"bye", "crow", "proper_interpretability", "ims", "ims_inner_step"}, "paper": {"ims_inner_step"}}
+    assert set(ALL) - set(papers) == lacking.get(scale, set())
     for paper in papers:
         assert grid.cells(paper=paper) == grid.of_paper(paper) or paper == "ims"
     paths = Paths("results", scale, "data")
