@@ -59,6 +59,12 @@ def test_papers_share_victims_by_recipe():
     assert len(both) == max(alone) < sum(alone)
 
 
+def test_defences_of_the_clean_twin_stand_at_rate_0():
+    cells = [cell for cell in Grid(["fst"], "bench").cells() if cell["attack"] == "clean"]
+    assert {cell["rate"] for cell in cells} == {"0"} and [cell["stage"] for cell in cells].count("victim") == 1
+    assert {cell["defence"] for cell in cells if cell["stage"] == "purified"} == {"lp", "ft", "fe_tuning", "ft_init", "fst"}
+
+
 def test_settings_are_overlaid_for_data_set_then_model_then_scale():
     entry = {"settings": {"a": 1, "part": {"x": 1, "y": 1}}, "datasets": {"d": {"part": {"y": 2}}},
              "models": {"m": {"part": {"y": 3, "z": 3}}}, "scales": {"demo": {"a": 4}}}

@@ -10,6 +10,7 @@ from cupel.rng import rng
 
 KINDS = {"pruning": COLOURS[5], "tuning": COLOURS[1], "inversion": COLOURS[3]}
 METRICS = ("asr", "acc", "ra")
+PLACE = ["dataset", "model", "recipe"]
 
 
 def prepared(paper: Paper) -> tuple[pd.DataFrame, pd.DataFrame]:
@@ -20,7 +21,7 @@ def prepared(paper: Paper) -> tuple[pd.DataFrame, pd.DataFrame]:
 
 
 def draw(paper: Paper) -> None:
-    """Tables by budget, and figures, for every data set and network.
+    """Tables by budget, and figures, for every data set, network and recipe; files name the recipe where there are several.
 
     `paper.labels` has `defences`; `paper.facts` has `kinds`: pruning, tuning or removal by added parts, by defence. Those
     without are in neither comparison.
@@ -29,9 +30,13 @@ def draw(paper: Paper) -> None:
     order = list(dict.fromkeys(["no defence", *paper.labels["defences"].values()]))
     sizes = {budget: size for budget, size in own.groupby("budget").clean_samples.max().items() if budget}
     paper.rows("cells", table.drop(columns="label"))
-    for (dataset, model), part in table.groupby(["dataset", "model"], sort=False):
+    clean = unpoisoned(paper)
+    for names, part in table.groupby(PLACE, sort=False):
+        dataset, model, recipe = names
+        stem = "_".join(names if table.recipe.nunique() > 1 else names[:2])
         for budget in dict.fromkeys(part.budget[part.budget != ""]):
-            _tables(paper, part, order, budget)
+            rows, costs = (side[side.budget.isin(["", budget])] for side in (part, clean.get(names, part.head(0))))
+            _tables(paper, rows, costs, order, f"{stem}_{budget}")
         present = [label for label in order if label in set(part.label)]
         purified = part[part.method != "victim"].assign(kind=part.method.map(paper.facts["kinds"]))
         sides = tables.sideways(part, ["poison_rate", "attack", "label"], METRICS)
@@ -52,20 +57,28 @@ def draw(paper: Paper) -> None:
         if len(sizes) > 1:
             shown["budgets"] = budget_curves(purified, sizes), "Sensitivity to the number of clean samples."
         for kind, (figure, text) in shown.items():
-            paper.figure(f"{kind}_{dataset}_{model}", figure, f"{text} ({dataset}, {model})")
+            paper.figure(f"{kind}_{stem}", figure, f"{text} ({dataset}, {model}, recipe {recipe})")
     if histories := victim_histories(own):
         paper.figure("training", figures.training_curves(histories), "Training of the victims: loss, accuracy on clean "
                      "samples, share of poisoned samples that hit the target.")
 
 
-def _tables(paper: Paper, part: pd.DataFrame, order: list[str], budget: str) -> None:
-    """Tables of one budget, from the rows of a data set and network."""
-    dataset, model = part[["dataset", "model"]].iloc[0]
+def unpoisoned(paper: Paper) -> dict[tuple[str, ...], pd.DataFrame]:
+    """ACC and ARR of the cells without an attack, means over seeds, by `PLACE`: what a defence costs without a backdoor."""
+    clean = paper.cells[(paper.cells.attack == "clean") & paper.cells.metric.isin(["acc", "arr"])]
+    table = tables.summary(tables.with_names(clean, {"victim": "no defence", **paper.labels["defences"]}))
+    return dict(iter(table.groupby(PLACE)))
+
+
+def _tables(paper: Paper, part: pd.DataFrame, clean: pd.DataFrame, order: list[str], stem: str) -> None:
+    """Tables of one budget, from the rows of a data set, network and recipe: with an attack, and without."""
+    dataset, model, recipe, budget = part.loc[part.budget != "", [*PLACE, "budget"]].iloc[0]
     samples, known = int(part.n.max()), "in cells.csv." if part.reported.notna().any() else "not known."
-    part = part[part.budget.isin(["", budget])]
-    settings = (f"in percent on {dataset}, {model}, budget {budget}, scale {paper.scale}; mean over {int(part.seeds.max())} "
-                f"seed(s), up to {samples} test images a cell. The paper's own numbers: {known}")
-    stem = f"{dataset}_{model}_{budget}"
+    settings = (f"in percent on {dataset}, {model}, recipe {recipe}, budget {budget}, scale {paper.scale}; mean over "
+                f"{int(part.seeds.max())} seed(s), up to {samples} test images a cell. The paper's own numbers: {known}")
+    if (clean.budget != "").any():
+        paper.table(f"clean_{stem}", tables.by_setting(clean, order), f"{paper.title}: ACC and ARR of networks without a "
+                    f"backdoor, with 95 % intervals, {settings}", "setting: defence")
     for kind, grid, text, index in (
             ("acc_asr", tables.wide(part, order), "ACC and ASR", "defence"),
             ("ra", tables.wide(part, order, ("ra",)), "RA", "defence"),
