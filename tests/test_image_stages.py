@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from pathlib import Path
 
 import pytest
 
@@ -44,6 +45,27 @@ def test_impossible_rate_becomes_a_failed_victim(tmp_path, cifar10):
 
     with pytest.raises(models.NotACheckpoint):
         models.load(outputs["model"])
+
+
+def test_a_defence_of_a_victim_without_a_backdoor(tmp_path, cifar10):
+    """There is nothing to remove: accuracy and its loss are all that is measured, and what compares ASR is absent."""
+    spec = {"dataset": "cifar10", "model": "preactresnet18", "recipe": "r", "poison_rate": 0.0, "seed": 0,
+            "attack": {"name": "clean", "function": "none", "settings": {}},
+            "settings": {"train_size": 200, "test_size": 100, "held_out": 0.001, "model": {"width": 8, "stem_stride": 2},
+                         "training": {"epochs": 1, "lr": 0.1, "batch_size": 50}}}
+    data, names = str(cifar10.parent), ("model.safetensors", "trigger.npz", "history.csv", "metrics.json", "details.npz")
+    outputs = {name.partition(".")[0]: str(tmp_path / name) for name in names}
+    stages.poison(spec, data, None, tmp_path / "poison.npz")
+    stages.train_victim(spec, stages.Inputs(data, record=tmp_path / "poison.npz"), outputs, "cpu")
+    inputs = stages.Inputs(data, victim=outputs["model"], trigger=outputs["trigger"], before=outputs["metrics"])
+    defence = {"name": "ft", "function": "ft", "settings": {"epochs": 1}, "budget": {"name": "h", "kind": "held_out"}}
+    after = {name: str(tmp_path / "after" / Path(path).name) for name, path in outputs.items() if name != "trigger"}
+    (tmp_path / "after").mkdir()
+    stages.purify(spec, defence, inputs, after, "cpu")
+    before, record = (json.loads((folder / "metrics.json").read_text()) for folder in (tmp_path, tmp_path / "after"))
+    assert record["status"] == "ok" and record["acc_before"] == before["acc"]
+    assert record["arr"] == 1 - record["acc"] / before["acc"] and record["arr_low"] < record["arr"] < record["arr_high"]
+    assert not {"asr", "ra", "der", "rdr", "asr_before", "ra_before"} & record.keys()
 
 
 def test_budgets(cifar10):

@@ -16,6 +16,7 @@ from cupel.files import read_json, write_json
 from cupel.images import stages
 from cupel.images.defences import Budget
 from cupel.paths import Paths
+from cupel.reporting.cross import cross_table, heat_map, write_cross
 from cupel.reporting.index import paper_section
 from cupel.reporting.notebook import write_card
 from cupel.reporting.paper import Paper, load, read_reported, write_report
@@ -74,14 +75,15 @@ def image_cells(key, scale, folder):
         if k % 11 == 10:
             record |= {"status": "failed", "reason": "Diverged"}
         else:
-            for metric in ("acc", "asr", "ra"):
+            for metric in ("acc", "asr", "ra") if attack != "clean" else ("acc",):
                 share = int(draw.integers(0, 500)) / 500
                 if cell["stage"] == "victim":
                     share = {"acc": 0.9, "asr": 0.95, "ra": 0.1}[metric]
                 record |= rate(share, 500, metric)
             if cell["stage"] == "purified":
-                samples = {"spc2": 20, "spc10": 100}.get(cell["budget"], 500)
-                record |= {"der": der(0.9, record["acc"], 1.0, record["asr"]), "arr": 0.1, "rdr": 0.4, "clean_samples": samples}
+                record |= {"arr": 0.1, "clean_samples": {"spc2": 20, "spc10": 100}.get(cell["budget"], 500)}
+                if attack != "clean":
+                    record |= {"der": der(0.9, record["acc"], 1.0, record["asr"]), "rdr": 0.4}
         write_json(folder / str(k) / "metrics.json", record)
         pd.DataFrame({"epoch": [1, 2], "loss": [2, 1], "acc": [0.4, 0.8], "flip_rate": [0.1, 0.3]}).to_csv(
             folder / str(k) / "history.csv", index=False)
@@ -388,6 +390,24 @@ def test_tables_of_image_papers(reports):
     kinds = [name.partition("_")[0] for name in paper.captions]
     assert kinds == [*2 * ["scatter", "asr", "acc", "ra", "families", "recovery"], "budgets", "training"]
     assert [name.partition("_")[0] for name in reports("fst").captions] == ["scatter", "asr", "acc", "ra", "training"]
+
+
+@pytest.mark.parametrize(("key", "stem"), [("fst", "resnet18_fst_heldout"), ("ims", "preactresnet18_ims_spc10")])
+def test_a_network_without_a_backdoor_has_costs_alone(tmp_path, key, stem):
+    paper = image_report(key, "bench", tmp_path)
+    clean = paper.cells[paper.cells.attack == "clean"]
+    grid = table(paper, f"clean_cifar10_{stem}")
+    assert list(grid.columns) == ["ACC", "ARR"] and len(grid) == clean[clean.stage == "purified"].path.nunique()
+    assert grid.index[0].startswith("clean 0 %: ")
+    assert not any("clean" in column for column in table(paper, f"acc_asr_cifar10_{stem}").columns)
+    cross = cross_table(paper.cells, paper.labels["defences"])
+    costs = cross[cross.attack == "clean"]
+    assert len(costs) == clean[clean.stage == "purified"].path.nunique() and costs.der.isna().all()
+    names = [label.get_text() for axis in heat_map(cross).axes for label in axis.get_xticklabels()]
+    assert len(names) > 4 and not any("clean" in name for name in names)
+    write_cross(paper.cells, paper.labels["defences"], "bench",
+                {"page": tmp_path / "cross.html", "table": tmp_path / "cross.csv", "figures": tmp_path / "cross"})
+    assert "clean" in (tmp_path / "cross.html").read_text()
 
 
 def test_the_report_of_the_documentation(tmp_path, reports):

@@ -290,7 +290,8 @@ def test_a_failed_cell_does_not_stop_the_report(finished, tmp_path):
 
 
 @pytest.mark.parametrize("file, old, new, texts", [
-    ("config.yaml", "scale: smoke", "scale: smok", ["config.yaml: scale: 'smok' is not allowed", "smoke, demo, bench, paper"]),
+    ("config.yaml", "scale: smoke", "scale: smok",
+     ["config.yaml: scale: 'smok' is not allowed", "smoke, demo, desk, bench, paper"]),
     ("workflow/papers/fst/experiment.yaml", "defences: [ft, fst]}", "defences: [ft, fts]}", ["unknown defence 'fts'", "fst"]),
     ("workflow/papers/fst/claims.yaml", "statement:", "statment:", ["claims.yaml: claims.0: unknown key 'statment'"]),
 ], ids=["config", "experiment", "claims"])

@@ -14,8 +14,8 @@ SMOKE = "scales.smoke.blocks.0"
 
 # what is set in config.yaml -> what the text must hold
 CONFIG = [
-    ({"scale": "dem"}, ["config.yaml: scale: 'dem'", "smoke, demo, bench, paper"]),
-    ({"scale": ["smoke"]}, ["config.yaml: scale:", "smoke, demo, bench, paper"]),
+    ({"scale": "dem"}, ["config.yaml: scale: 'dem'", "smoke, demo, desk, bench, paper"]),
+    ({"scale": ["smoke"]}, ["config.yaml: scale:", "smoke, demo, desk, bench, paper"]),
     ({"scael": "demo"}, ["config.yaml: unknown key 'scael'", "known are", "did you mean 'scale'?"]),
     ({"papers": "fst"}, ["config.yaml: papers: 'fst'", "array"]),
     ({"papers": ["fts"]}, ["config.yaml: papers: unknown paper 'fts'", "known are", "did you mean 'fst'?"]),
@@ -50,14 +50,15 @@ EXPERIMENTS = [
      ["recipes.fst.scales.smoke.training.epochs: 0", "at least 1"]),
     ("\n    seeds: [0]\n    blocks:\n      - {datasets", "\n    jobs: victims\n    seeds: [0]\n    blocks:\n      - {datasets",
      ["scales.smoke.jobs: 'victims'", "cell, victim"]),
-    ("scales:\n  smoke:\n    note", "scales:\n  smok:\n    note", ["scales: unknown key 'smok'", "bench, demo, paper, smoke"]),
+    ("scales:\n  smoke:\n    note", "scales:\n  smok:\n    note",
+     ["scales: unknown key 'smok'", "bench, demo, desk, paper, smoke"]),
     ("    function: ft\n", "    function: fttt\n", ["defences.ft~projected.function: unknown defence 'fttt'", "known are"]),
     ("paper: fst\n", "paper: [fst\n", ["experiment.yaml", "not valid YAML"]),
 ]
 # text replaced in claims.yaml
 CLAIM = [
     ("id: fst-purifies", "idd: fst-purifies", ["unknown key 'idd'", "did you mean 'id'?"]),
-    ("scales: [bench, paper]", "scales: [bench, huge]", ["claims.2.scales.1: 'huge'", "smoke, demo, bench, paper"]),
+    ("scales: [bench, paper]", "scales: [bench, huge]", ["claims.2.scales.1: 'huge'", "smoke, demo, desk, bench, paper"]),
     ("direction: less", "direction: fewer", ["claims.5.test.direction: 'fewer'", "greater, less"]),
     ("margin: 0.1}", "margin: some}", ["claims.4.test.margin: 'some'", "number"]),
     ("min_n: 3", "min_n: 0", ["min_n: 0", "at least 1"]),
@@ -65,7 +66,7 @@ CLAIM = [
 ]
 # arguments
 COMMAND = [
-    (["--config", "scale=dem"], ["scale: 'dem'", "smoke, demo, bench, paper"]),
+    (["--config", "scale=dem"], ["scale: 'dem'", "smoke, demo, desk, bench, paper"]),
     (["--config", "scael=demo"], ["unknown key 'scael'", "did you mean 'scale'?"]),
     (["--config", "seeds=[-1]"], ["seeds.0: -1", "at least 0"]),
     (["--config", "papers=[fst,imz]"], ["papers: unknown paper 'imz'", "known are"]),

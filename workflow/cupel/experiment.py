@@ -21,7 +21,7 @@ from cupel.settings import LIBRARY, PAPERS, ConfigError, check_schema, read_yaml
 
 #: kinds of papers: what is attacked and defended
 FAMILIES = ("images", "robust", "text", "vision_language")
-SCALES = ("smoke", "demo", "bench", "paper")
+SCALES = ("smoke", "demo", "desk", "bench", "paper")
 #: what an entry may overlay its settings for, by the key of a cell
 OVERLAYS = {"dataset": "datasets", "model": "models", "scale": "scales"}
 

@@ -155,7 +155,7 @@ def training(vram, memory, **minutes):
     """Resources of a job that trains: MB on the device and in memory, and minutes at each scale, doubled with every attempt."""
 
     def runtime(wildcards, attempt):
-        return {"smoke": 5, **minutes}[config["scale"]] * 2 ** (attempt - 1)
+        return {"smoke": 5, "desk": 60, **minutes}[config["scale"]] * 2 ** (attempt - 1)
 
     return {"gpu": GPU, "vram_mb": vram, "mem_mb": memory_of(memory), "runtime": runtime}
 

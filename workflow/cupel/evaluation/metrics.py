@@ -46,13 +46,14 @@ def rates(clean_predictions: np.ndarray, clean_labels: np.ndarray, triggered_pre
 
 
 def effects(before: dict, after: dict, stream: np.random.Generator) -> dict[str, float]:
-    """DER, ARR and RDR of a purified model, each with a 95 % interval.
+    """DER, ARR and RDR of a purified model, each with a 95 % interval; of a victim without a backdoor ARR alone.
 
     The interval is a parametric bootstrap over the finite test sets: every rate is drawn again as a binomial of its n.
     Before and after are drawn apart although they share the test images, so it is rather too wide than too narrow.
 
     Args:
-        before, after: records (`Rate.record`) of the victim and of the purified model, with acc, asr, ra and their n.
+        before, after: records (`Rate.record`) of the victim and of the purified model, with acc and its n, and for an
+            attacked victim asr, ra and theirs.
         stream: of 2000 draws.
 
     Returns:
@@ -63,15 +64,17 @@ def effects(before: dict, after: dict, stream: np.random.Generator) -> dict[str,
         return stream.binomial(n, record[name], 2000) / n
 
     acc = drawn(before, "acc"), drawn(after, "acc")
-    asr = drawn(before, "asr"), drawn(after, "asr")
-    ra = drawn(after, "ra")
     acc_before = np.maximum(acc[0], 1 / before["acc_n"])
-    samples = {"der": der(*acc, *asr), "arr": arr(acc_before, acc[1]), "rdr": rdr(acc_before, ra)}
-    found = {"der": float(der(before["acc"], after["acc"], before["asr"], after["asr"])),
-             "arr": arr(before["acc"], after["acc"]), "rdr": rdr(before["acc"], after["ra"])}
+    found, n = {"arr": arr(before["acc"], after["acc"])}, after["acc_n"]
+    samples = {"arr": arr(acc_before, acc[1])}
+    if "asr" in after:
+        n = min(n, after["asr_n"])
+        found |= {"der": float(der(before["acc"], after["acc"], before["asr"], after["asr"])),
+                  "rdr": rdr(before["acc"], after["ra"])}
+        samples |= {"der": der(*acc, drawn(before, "asr"), drawn(after, "asr")), "rdr": rdr(acc_before, drawn(after, "ra"))}
     for name, values in samples.items():
         low, high = np.quantile(values, [0.025, 0.975])
-        found |= {f"{name}_low": float(low), f"{name}_high": float(high), f"{name}_n": min(after["acc_n"], after["asr_n"])}
+        found |= {f"{name}_low": float(low), f"{name}_high": float(high), f"{name}_n": n}
     return found
 
 

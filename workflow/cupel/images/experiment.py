@@ -43,10 +43,7 @@ class Experiments(Family):
                 raise ConfigError(f"{where}.datasets: {unknown('dataset', name, DATASETS)}")
 
     def follow(self, victim: dict, block: Mapping, where: str) -> Iterator[dict]:
-        if victim["attack"] == "clean":
-            yield {**victim, "rate": "0"}
-        else:
-            yield from super().follow(victim, block, where)
+        yield from super().follow({**victim, "rate": "0"} if victim["attack"] == "clean" else victim, block, where)
 
     def attack(self, name: str, dataset: str) -> dict:
         """Name, function and settings of an attack; a path that begins with `mirror:` points into the user's mirror."""

@@ -102,7 +102,7 @@ def poison(spec: dict, data: str, trigger: str | None, out: str) -> None:
 
 
 def evaluate(model, test: Dataset, attack: Attack | None, target: int, device: str) -> dict:
-    """Flat record of ACC, ASR, RA with counts and 95 % intervals."""
+    """Flat record of ACC, ASR, RA with counts and 95 % intervals; ACC alone where there is no attack."""
     from cupel.training.engine import predict
 
     clean = predict(model, test.images, device=device).argmax(1)
@@ -239,7 +239,7 @@ def purify(spec: dict, defence: dict, inputs: Inputs, outputs: dict, device: str
     write_json(outputs["metrics"], {
         **base, **measured, **costs(), "status": "ok", "clean_samples": len(chosen), "device": device,
         "precision": budget.precision, "seconds": seconds, "rate_reached": victim["rate_reached"],
-        "acc_before": victim["acc"], "asr_before": victim["asr"], "ra_before": victim["ra"],
+        **{f"{name}_before": victim[name] for name in ("acc", "asr", "ra") if name in victim},
         **effects(victim, measured, rng(spec["seed"], "intervals"))})
     Path(budget.checkpoint).unlink(missing_ok=True)
 

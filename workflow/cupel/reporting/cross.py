@@ -273,10 +273,10 @@ def rank_figure(rankings: dict[str, Ranking]):
 def heat_map(cross: pd.DataFrame, metric: str = "asr"):
     """ACC or ASR in percent by defence and by attack and poison rate, a panel per recipe and budget; failures are crossed out.
 
-    The first row is the undefended victim. Entries are means over data sets and networks where there are several; a star
-    says that some of them failed or are missing, a cross that all did.
+    Victims without a backdoor have no ASR, and are left out. The first row is the undefended victim. Entries are means over
+    data sets and networks where there are several; a star says that some of them failed or are missing, a cross that all did.
     """
-    panels = [part for _, part in cross.groupby(["recipe", "budget"], sort=False)]
+    panels = [part for _, part in cross[cross.attack != "clean"].groupby(["recipe", "budget"], sort=False)]
     if not panels:
         return nothing("no purified cells")
     grids = [_heat_grid(part, metric) for part in panels]

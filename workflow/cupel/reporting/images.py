@@ -10,12 +10,12 @@ from cupel.rng import rng
 
 KINDS = {"pruning": COLOURS[5], "tuning": COLOURS[1], "inversion": COLOURS[3]}
 METRICS = ("asr", "acc", "ra")
+PLACE = ["dataset", "model", "recipe"]
 
 
 def prepared(paper: Paper) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """The cells with an attack, named, and their means over seeds beside reported numbers."""
-    labels = {"victim": "no defence", **paper.labels["defences"]}
-    own = tables.with_names(paper.cells[paper.cells.attack != "clean"], labels)
+    """The cells, named, and their means over seeds beside reported numbers."""
+    own = tables.with_names(paper.cells, {"victim": "no defence", **paper.labels["defences"]})
     return own, tables.attach_reported(tables.summary(own), paper.reported)
 
 
@@ -29,7 +29,8 @@ def draw(paper: Paper) -> None:
     order = list(dict.fromkeys(["no defence", *paper.labels["defences"].values()]))
     sizes = {budget: size for budget, size in own.groupby("budget").clean_samples.max().items() if budget}
     paper.rows("cells", table.drop(columns="label"))
-    for (dataset, model, recipe), part in table.groupby(["dataset", "model", "recipe"], sort=False):
+    clean = table[table.attack == "clean"]
+    for (dataset, model, recipe), part in table[table.attack != "clean"].groupby(PLACE, sort=False):
         kinds = part.method.map(paper.facts["kinds"])
         for budget in dict.fromkeys(part.budget[part.budget != ""]):
             chosen = part.assign(kind=kinds)[part.budget.isin(["", budget])]
@@ -37,6 +38,10 @@ def draw(paper: Paper) -> None:
                 f"{dataset}, {model}, recipe {recipe}, budget {budget} ({sizes[budget]:g} clean images), scale {paper.scale}, "
                 f"{_seeds(part)}, up to {int(part.n.max())} test images a cell")
             _tables(paper, chosen, order, stem, where)
+            costs = clean[(clean[[*PLACE, "budget"]] == [dataset, model, recipe, budget]).all(axis=1)]
+            if len(costs):
+                paper.table(f"clean_{stem}", tables.by_setting(costs, order, ("acc", "arr")), f"{paper.title}: what a defence "
+                            f"costs a network without a backdoor, in percent ({where}).", "setting: defence")
             _figures(paper, chosen, order, stem, where)
         if part.budget.nunique() > 2:
             paper.figure(f"budgets_{dataset}_{model}_{recipe}", budget_curves(part[part.method != "victim"], sizes),
