@@ -188,6 +188,29 @@ def test_rotation():
     assert _batch.rotate(torch.ones(1, 1, 16, 16), np.pi / 18)[0, 0, 0, 0] == 0, "corners come from outside"
 
 
+@pytest.mark.parametrize("name", ["wanet", "bpp"])
+def test_what_comes_in_from_outside_has_the_mean_colour(name):
+    """As released, images are normalised before they are augmented, and 0 fills the border."""
+    mean, std = torch.tensor([0.5, 0.4, 0.3])[:, None, None], torch.tensor([0.2, 0.3, 0.25])[:, None, None]
+    victim = build_model("preactresnet18", num_classes=4, image_size=16, width=8, mean=mean.flatten().tolist(),
+                         std=std.flatten().tolist())
+    hook = build(name).hook(0.0, 0, 4, 0)
+    hook.start(victim, torch.zeros(1, 16, 16, 3, dtype=torch.uint8), None)
+    x, y = pixels(3)
+    x[0] = 1.0
+    filled = 0
+    for step in range(30):
+        draw = torch_rng(0, step)
+        torch.rand((), generator=draw)  # nothing is poisoned: one coin
+        expected = _batch.BatchAugmentation(5, 10.0, True)((x - mean) / std, draw) * std + mean
+        found = hook.batch(x, y, same, torch_rng(0, step))[0]
+        torch.testing.assert_close(found, expected)
+        outside = (found[0] - 1).abs().amax(0) > 1e-6
+        torch.testing.assert_close(found[0][:, outside], mean[:, 0].expand(-1, int(outside.sum())))
+        filled += bool(outside.any())
+    assert filled > 15
+
+
 def test_no_flip_where_flips_are_off():
     augmentation = _batch.BatchAugmentation(0, 0.0, False)
     x = pixels(2)[0]
@@ -253,7 +276,7 @@ def test_no_strength_is_no_change():
 
 def test_displacement_of_the_stamp():
     hook = build("wanet").hook(0.1, 0, 10, 7)
-    hook.start(None, torch.zeros(1, 32, 32, 3, dtype=torch.uint8), None)
+    hook.start(tiny(), torch.zeros(1, 32, 32, 3, dtype=torch.uint8), None)
     grid = torch.from_numpy(hook.tensors()["grid"])
     ramp = torch.arange(32.0)[None, None, None].expand(1, 1, 32, 32)
     moved = warp(torch.cat([ramp, ramp.transpose(2, 3)], 1), grid)[0]
@@ -392,8 +415,52 @@ def test_gradient_of_the_classifier_reaches_the_generator():
     hook.after_step()
     assert all(torch.equal(value, hook.mask.state_dict()[key]) for key, value in frozen.items())
     assert not torch.equal(weights["middle.0.weight"], hook.pattern.state_dict()["middle.0.weight"])
+
+
+def test_the_generators_gradient_adds_up_over_batches():
+    """As released: nothing sets it to zero, so that a batch without poison makes a step as well."""
+    hook, model = ready("inputaware"), tiny().eval()
+    sums = None
+    for step in range(3):
+        plain = copy.deepcopy(hook.pattern)
+        x, y = pixels(16, seed=step)
+        own, lender = x[:4], x[_batch.others(4, 4, 16, torch_rng(0, step))]
+        patterns = plain(own), plain(lender)
+        with torch.no_grad():
+            masks = [sharpen(hook.mask(images)) for images in (own, lender)]
+        stamped = torch.cat([image + (pattern - image) * mask for image, pattern, mask
+                             in zip((own, x[4:8]), patterns, masks, strict=True)] + [x[8:]])
+        wanted = torch.cat([torch.zeros(4, dtype=torch.int64), y[4:]])
+        ratio = [np.sqrt(np.square(a - b).mean()) for a, b in zip(own.numpy(), lender.numpy(), strict=True)]
+        spread = [(a - b).square().mean().sqrt() for a, b in zip(*patterns, strict=True)]
+        loss = F.cross_entropy(model(stamped), wanted) + sum(r / (s + 1e-7) for r, s in zip(ratio, spread, strict=True)) / 4
+        fresh = torch.autograd.grad(loss, list(plain.parameters()))
+        sums = fresh if sums is None else [a + b for a, b in zip(sums, fresh, strict=True)]
+
+        out, labels, _ = hook.batch(x, y, same, torch_rng(0, step))
+        torch.testing.assert_close(out, stamped)
+        (F.cross_entropy(model(out), labels) + hook.loss(None, x, y, None)).backward()
+        for p, expected in zip(hook.pattern.parameters(), sums, strict=True):
+            torch.testing.assert_close(p.grad, expected, rtol=1e-3, atol=1e-5)
+        hook.after_step()
+    before = copy.deepcopy(hook.pattern.state_dict())
+    hook.poison_rate = 0.0
     hook.batch(x, y, same, torch_rng(0))
-    assert all(p.grad is None for p in hook.pattern.parameters()), "gradients pile up over steps"
+    hook.after_step()
+    assert not torch.equal(before["middle.0.weight"], hook.pattern.state_dict()["middle.0.weight"])
+
+
+def test_both_networks_end_in_tanh_twice():
+    hook = ready("inputaware")
+    x = 4 * pixels(6)[0]
+    for network in (hook.pattern, hook.mask):
+        last = []
+        handle = network.up[-1].register_forward_hook(lambda module, given, output, last=last: last.append(output.detach()))
+        with torch.no_grad():
+            found = network(x).numpy()
+        handle.remove()
+        np.testing.assert_allclose(found, np.tanh(np.tanh(last[0].numpy())) / 2 + 0.5, rtol=1e-5)
+        assert found.min() > 0.119 and found.max() < 0.881
 
 
 def test_cross_images_carry_the_pattern_of_another():

@@ -243,6 +243,15 @@ def test_trojannn_clips_or_wraps():
     assert wrapped.dtype == np.uint8 and wrapped.ravel().tolist() == [210, 255, 0, 199]
 
 
+def test_trojannn_may_skip_the_normalisation(toy, clean):
+    tensors = prepared("trojannn", toy, clean, smaller=0.1, normalised=False)[0].tensors
+    shown = torch.from_numpy(tensors["trigger"]).permute(2, 0, 1)[None] / 255
+    found = clean.extractor(shown)[0, tensors["neurons"]].detach().numpy()
+    np.testing.assert_allclose(found, tensors["activations"], rtol=0.05, atol=0.02)
+    white = clean.extractor(torch.from_numpy(apple(32).astype(np.float32)).expand(1, 3, 32, 32))[0, tensors["neurons"]]
+    np.testing.assert_allclose(white.detach().numpy(), tensors["activations_before"], rtol=1e-4, atol=1e-5)
+
+
 def test_trojannn_released_mask(toy, clean):
     path = trigger_file("trojannn", "apple4.png")
     mask = build("trojannn", mask=path).start(32, 3)

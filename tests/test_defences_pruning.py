@@ -25,6 +25,7 @@ from cupel.images.defences import fp as fp_file
 from cupel.images.defences import ims as ims_file
 from cupel.images.defences import masks as masks_file
 from cupel.images.defences import nft as nft_file
+from cupel.images.defences.passes import batches
 from cupel.images.models import Classifier, Normalize, Parts, build
 from cupel.images.models.torchvision_zoo import VisionTransformer
 from cupel.rng import rng
@@ -356,6 +357,22 @@ def test_anp_takes_the_largest_threshold_that_keeps_the_accuracy(tiny):
     assert not any(row.get("accepted") for row in rejected) and same(snapshot(victim), snapshot(unreachable))
 
 
+def test_anp_validates_on_moved_images_as_released(tiny, monkeypatch):
+    victim, budget = tiny
+    budget, seen = dataclasses.replace(budget, crop=2, flip=True), []
+    monkeypatch.setattr(anp_file, "accuracy", lambda model, held: seen.append(held) or 0.5)
+    purify("anp", victim, budget, rng(0), iterations=1, augmented_validation=True)
+    held = budget.split(0.1, rng(0))[1]
+    padded = np.pad(held.images, ((0, 0), (2, 2), (2, 2), (0, 0)))
+    size = held.images.shape[1]
+    allowed = [part[:, :, ::flip] for r in range(5) for c in range(5) for flip in (1, -1)
+               for part in [padded[:, r : r + size, c : c + size]]]
+    for shown in seen:
+        assert (shown.labels == held.labels).all()
+        assert all(any(np.array_equal(image, version[i]) for version in allowed) for i, image in enumerate(shown.images))
+    assert len(seen) == 20 and not np.array_equal(seen[0].images, seen[1].images)
+
+
 def test_clp_lipschitz_against_numpy():
     model = randomise_batchnorms(build("resnet18", num_classes=4, width=8, seed=0))
     pairs = clp_file.pairs(model)
@@ -400,7 +417,7 @@ def test_bnp_divergence_against_the_closed_form(tiny):
     m, v, big_m, big_v = torch.rand(4, 50, generator=draw, dtype=torch.float64) + 0.1
     normal = torch.distributions.Normal
     wanted = torch.distributions.kl_divergence(normal(m, v.sqrt()), normal(big_m, big_v.sqrt()))
-    torch.testing.assert_close(bnp_file.divergence(m, v, big_m, big_v), wanted)
+    torch.testing.assert_close(bnp_file.divergence(m, v, big_m, big_v, 0.5), wanted)
     victim = copy.deepcopy(tiny[0]).eval()
     x = torch.from_numpy(tiny[1].images).permute(0, 3, 1, 2) / 255
     name = "extractor.layer1.0.bn1"
@@ -408,6 +425,25 @@ def test_bnp_divergence_against_the_closed_form(tiny):
     values = victim.extractor.conv1(victim.normalize(x)).detach().double().transpose(0, 1).flatten(1).numpy()
     np.testing.assert_allclose(found[0], values.mean(1), rtol=1e-5, atol=1e-7)
     np.testing.assert_allclose(found[1], values.var(1, ddof=1), rtol=1e-5)
+
+
+def test_bnp_weighs_the_logarithm_as_released_or_as_the_divergence(tiny):
+    victim, budget = randomise_batchnorms(copy.deepcopy(tiny[0])).eval(), tiny[1]
+    *_, (x, _) = batches(budget, 256, int(rng(0).integers(2**62)), 0)
+    norms = {n: m for n, m in victim.named_modules() if isinstance(m, nn.BatchNorm2d)}
+    statistics = bnp_file.input_statistics(victim, norms, x)
+    pruned = {}
+    for weight, settings in ((1.0, {}), (0.5, {"log_weight": 0.5})):
+        model, _ = purify("bnp", victim, budget, rng(0), u=1.5, **settings)
+        pruned[weight] = []
+        for name, norm in norms.items():
+            m, v = (t.numpy() for t in statistics[name])
+            big_m, big_v = (t.double().numpy() for t in (norm.running_mean, norm.running_var))
+            values = weight * np.log(big_v / v) + (v + (m - big_m) ** 2) / (2 * big_v) - 0.5
+            expected = values > values.mean() + 1.5 * values.std(ddof=1)
+            assert ((model.get_submodule(name).weight == 0).numpy() == expected).all(), name
+            pruned[weight] += expected.tolist()
+    assert pruned[1.0] != pruned[0.5]
 
 
 def test_bnp_prunes_the_channel_whose_statistics_are_off(tiny):

@@ -253,6 +253,20 @@ def test_ft_sam_schedules(budget, monkeypatch):
     np.testing.assert_allclose(seen, [0.01] * 3 + [0.01 * (1 + math.cos(math.pi / 4)) / 2] * 3)
 
 
+def test_ft_sam_smoothing(budget, monkeypatch):
+    """As released: the true class has 0.9, the other K − 1 share 0.1."""
+    recipes = []
+    monkeypatch.setattr(ft_sam, "train", lambda model, budget, recipe, rng, **settings: recipes.append(recipe))
+    purify("ft_sam", small(), budget, rng(0))
+    logits, labels = normal(9, 3), torch.arange(9) % 3
+    shares = np.full((9, 3), 0.05)
+    shares[np.arange(9), labels] = 0.9
+    powers = np.exp(logits.numpy())
+    expected = -(shares * np.log(powers / powers.sum(1, keepdims=True))).sum(1).mean()
+    found = F.cross_entropy(logits, labels, label_smoothing=recipes[0].label_smoothing)
+    assert found.item() == pytest.approx(expected, rel=1e-10)
+
+
 # ---------------------------------------------------------------- NAD
 
 

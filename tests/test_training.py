@@ -186,7 +186,7 @@ def test_fst_step_equals_the_formula(victim):
     alpha, lr = 0.2, 0.01
     one = Budget(images, labels, 4, crop=0, flip=False)
     stream = rng(4)
-    model, _ = purify("fst", victim, one, rng(4), epochs=1, batch_size=32, alpha=alpha, lr=lr)
+    model, history = purify("fst", victim, one, rng(4), epochs=1, batch_size=32, alpha=alpha, lr=lr)
     from cupel.images.defences.tuning import reinitialise
     from cupel.rng import torch_rng
 
@@ -198,6 +198,9 @@ def test_fst_step_equals_the_formula(victim):
     x = torch.from_numpy(images)[order].permute(0, 3, 1, 2).float() / 255
     loss = F.cross_entropy(plain(x), torch.from_numpy(labels)[order])
     grads = torch.autograd.grad(loss, list(plain.parameters()))
+    penalty = alpha * (plain.head.weight * victim.head.weight).sum().item()
+    assert history[0]["penalty"] == pytest.approx(penalty, rel=1e-5)
+    assert history[0]["loss"] == pytest.approx(loss.item() + penalty, rel=1e-5)
     with torch.no_grad():
         for p, g in zip(plain.parameters(), grads, strict=True):
             p -= lr * (g + (alpha * victim.head.weight if p is plain.head.weight else 0))
@@ -206,6 +209,26 @@ def test_fst_step_equals_the_formula(victim):
     assert torch.allclose(model.head.bias, plain.head.bias, atol=1e-6)
     for a, b in zip(model.parameters(), plain.parameters(), strict=True):
         assert torch.allclose(a, b, atol=1e-5)
+
+
+def test_fst_says_how_far_its_penalty_can_go(victim, capsys):
+    square = victim.head.weight.square().sum().item()
+    for alpha, dwarfs in ((1e-3, False), (1e3, True)):
+        purify("fst", victim, budget(), rng(0), epochs=2, batch_size=32, alpha=alpha, lr=1e-6)
+        (said,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("fst: ")]
+        assert f"-{alpha * square:.3g}," in said and ("decide" in said) == dwarfs
+
+
+@pytest.mark.parametrize("name", ["ft", "lp", "fe_tuning", "ft_init"])
+def test_every_mode_can_project_its_head(victim, name):
+    """One step with all samples, against the free step rescaled by hand."""
+    settings = {"epochs": 1, "batch_size": 96}
+    free, projected = (purify(name, victim, budget(), rng(0), projected=p, **settings)[0] for p in (False, True))
+    weight = free.head.weight * victim.head.weight.norm() / free.head.weight.norm()
+    torch.testing.assert_close(projected.head.weight, weight)
+    assert not torch.allclose(free.head.weight, weight, rtol=1e-5)
+    assert torch.equal(projected.head.bias, free.head.bias)
+    assert all(torch.equal(a, b) for a, b in zip(free.extractor.parameters(), projected.extractor.parameters(), strict=True))
 
 
 def test_projection_leaves_the_bias(victim):

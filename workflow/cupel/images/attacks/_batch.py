@@ -54,7 +54,7 @@ class BatchHook(AttackHook):
 
 
 def rotate(images: Tensor, angle: float) -> Tensor:
-    """Float [B, C, H, W], H = W, turned by `angle` radians about the centre: nearest neighbour, black outside."""
+    """Float [B, C, H, W], H = W, turned by `angle` radians about the centre: nearest neighbour, 0 outside."""
     cosine, sine = math.cos(angle), math.sin(angle)
     matrix = images.new_tensor([[cosine, -sine, 0], [sine, cosine, 0]]).expand(len(images), 2, 3)
     grid = F.affine_grid(matrix, list(images.shape), align_corners=False)
@@ -66,7 +66,7 @@ class BatchAugmentation:
     """The augmentation of WaNet and BPP: one draw for the whole batch, after the trigger (backdoorbench SPEC 4).
 
     With probability 0.8 a random crop, then with 0.5 a rotation, then with 0.5 a horizontal flip. What
-    comes in from outside the image is black.
+    comes in from outside the image is 0.
 
     Attributes:
         crop: zero padding of the crop, in pixels.
@@ -111,11 +111,30 @@ class Augmenting(Attack):
 
     batchwise = True
 
+
+class AugmentingHook(BatchHook):
+    """Poisons batches and then augments them."""
+
+    def start(self, model, images, labels):
+        self.mean = model.normalize.mean
+
     def augmented(self, images: Tensor, change: Callable, generator: torch.Generator) -> Tensor:
-        """Float [B, C, H, W] to the same; `change` is the recipe's augmentation."""
-        if not self.own_augmentation:
+        """Float [B, C, H, W] to the same; `change` is the recipe's augmentation.
+
+        The released code augments normalised images, where 0 is the mean colour: so is what comes in from outside.
+        """
+        attack = self.attack
+        if not attack.own_augmentation:
             return change(images)
-        return BatchAugmentation(self.random_crop, self.random_rotation, self.flip)(images, generator)
+        augmentation = BatchAugmentation(attack.random_crop, attack.random_rotation, attack.flip)
+        return augmentation(images - self.mean, generator) + self.mean
+
+    def state_dict(self):
+        return {**super().state_dict(), "mean": self.mean}
+
+    def load_state_dict(self, state):
+        super().load_state_dict(state)
+        self.mean = state["mean"]
 
 
 def others(first: int, count: int, size: int, generator: torch.Generator) -> Tensor:

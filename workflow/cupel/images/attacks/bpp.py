@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cupel.images.attacks._batch import Augmenting, BatchHook, others, stamp_pixels
+from cupel.images.attacks._batch import Augmenting, AugmentingHook, others, stamp_pixels
 from cupel.images.attacks.base import attack
 
 
@@ -45,7 +45,7 @@ def dither(images: Tensor, levels: int) -> Tensor:
     return canvas[..., :height, 1 : width + 1]
 
 
-class BPPHook(BatchHook):
+class BPPHook(AugmentingHook):
     """Reduces the colours of batches."""
 
     def batch(self, x, y, change, generator):
@@ -56,7 +56,7 @@ class BPPHook(BatchHook):
             reduced = self.attack.trigger(torch.cat([x[:poisoned], lender]))
             negative = (x[poisoned:end] + (reduced[poisoned:] - lender)).clamp(0, 1)
             x = torch.cat([reduced[:poisoned], negative, x[end:]])
-        return self.attack.augmented(x, change, generator), *self.relabelled(y, poisoned)
+        return self.augmented(x, change, generator), *self.relabelled(y, poisoned)
 
 
 @attack("bpp")

@@ -12,6 +12,9 @@ Stage 2 freezes M and trains classifier and G together: cross-entropy of the bat
 The first int(p·B) images of a batch carry their own pattern and the target label; as many "cross" images carry pattern
 and mask of ANOTHER image and keep their label, so a pattern works on its own image alone.
 
+As released, both networks end in tanh applied twice, so that patterns and M(x) lie in [.119, .881], and G's gradient is
+never set to zero: it adds up over all batches of stage 2, and Adam makes steps of its usual size along the sum.
+
 Everything here is in pixels of [0, 1], where the released code works on normalised images. The blend is the same in
 both; images differ by a factor 1/std, so the ratio weighs less against the mask's size in stage 1 here.
 """
@@ -40,10 +43,10 @@ def block(inputs: int, outputs: int, active: bool = True) -> nn.Sequential:
 
 
 class Hourglass(nn.Module):
-    """Float images [B, channels, H, W] to [B, outputs, H, W] in [0, 1]; the form of G and of M.
+    """Float images [B, channels, H, W] to [B, outputs, H, W] in [.119, .881]; the form of G and of M.
 
     Three steps down (two blocks, max-pooling; channels w, 2w, 4w), a block in the middle, three steps up (bilinear
-    upsampling, two blocks), tanh/2 + 1/2. Sides need not be multiples of 8.
+    upsampling, two blocks), tanh(tanh)/2 + 1/2. Sides need not be multiples of 8.
     """
 
     def __init__(self, channels: int, outputs: int, width: int):
@@ -63,7 +66,7 @@ class Hourglass(nn.Module):
         x = self.middle(x)
         for step in self.up:
             x = step(F.interpolate(x, sizes.pop(), mode="bilinear"))
-        return x.tanh() / 2 + 0.5
+        return x.tanh().tanh() / 2 + 0.5
 
 
 def sharpen(z: Tensor) -> Tensor:
@@ -138,7 +141,6 @@ class InputAwareHook(BatchHook):
 
     def batch(self, x, y, change, generator):
         x = change(x)
-        self.optimizer.zero_grad(set_to_none=True)
         self.pairs = None
         poisoned = self.draw(len(y), generator)
         end = min(2 * poisoned, len(y))
@@ -171,7 +173,8 @@ class InputAwareHook(BatchHook):
 
     def state_dict(self):
         return {**super().state_dict(), "channels": self.channels, "generator": self.pattern.state_dict(),
-                "mask": self.mask.state_dict(), "optimizer": self.optimizer.state_dict()}
+                "mask": self.mask.state_dict(), "optimizer": self.optimizer.state_dict(),
+                "gradients": [p.grad for p in self.pattern.parameters()]}
 
     def load_state_dict(self, state):
         super().load_state_dict(state)
@@ -180,6 +183,8 @@ class InputAwareHook(BatchHook):
         self.mask.load_state_dict(state["mask"])
         self.mask.eval().requires_grad_(False)
         self.optimizer.load_state_dict(state["optimizer"])
+        for p, gradient in zip(self.pattern.parameters(), state["gradients"], strict=True):
+            p.grad = gradient
         for kept in self.optimizer.state.values():
             # Adam counts its steps on the CPU; a count loaded onto the device would be read back at every step
             kept["step"] = kept["step"].cpu()

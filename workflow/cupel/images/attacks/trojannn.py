@@ -6,8 +6,9 @@
 φ are the penultimate features, S those with the largest Σ_c |W_ck| in the head W, m a white shape on black ground. t
 alone, on black, is what the network sees meanwhile; signed gradient steps of size alpha.
 
-Two slips of the released script are not followed: it chooses S on a head that stays random, because the checkpoint's
-head does not fit, and it adds modulo 256 before it clips. The second is a variant here, `wrap`.
+Three slips of the released script are not followed: it chooses S on a head that stays random, because the checkpoint's
+head does not fit, shows t to the network without normalising it, and adds modulo 256 before it clips. The second and the
+third are a variant here, `normalised` and `wrap`.
 """
 
 from dataclasses import dataclass
@@ -49,6 +50,7 @@ class TrojanNN(Attack):
         activation: the value a that they should reach.
         steps, alpha, eps: of the optimisation; sizes in units of pixels in [0, 1].
         tolerance: loss at which it ends early.
+        normalised: t passes through the network's normalisation, as images do; the released code leaves it out.
         wrap: add modulo 256 instead of clipping at 255, as the released code does.
 
     Raises:
@@ -62,6 +64,7 @@ class TrojanNN(Attack):
     alpha: float = 0.1
     eps: float = 0.3
     tolerance: float = 1e-3
+    normalised: bool = True
     wrap: bool = False
 
     needs: ClassVar[str] = "clean_model"
@@ -88,7 +91,8 @@ class TrojanNN(Attack):
         # The last of these points is only judged, not left.
         for step in range(share(self.steps, smaller) + 1):
             t = t.detach().requires_grad_()
-            activations = network.features(t)[0, chosen]
+            pixels = t if self.normalised else t * network.normalize.std + network.normalize.mean
+            activations = network.features(pixels)[0, chosen]
             loss = (activations - self.activation).square().sum()
             (slope,) = torch.autograd.grad(loss, t)
             if step == 0:

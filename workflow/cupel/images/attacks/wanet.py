@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cupel.images.attacks._batch import Augmenting, BatchHook, stamp_pixels
+from cupel.images.attacks._batch import Augmenting, AugmentingHook, stamp_pixels
 from cupel.images.attacks.base import attack
 from cupel.rng import rng
 
@@ -36,7 +36,7 @@ def warp(images: Tensor, grid: Tensor) -> Tensor:
     return F.grid_sample(images, grid.expand(len(images), *grid.shape[-3:]), align_corners=True)
 
 
-class WaNetHook(BatchHook):
+class WaNetHook(AugmentingHook):
     """Warps batches."""
 
     def __init__(self, attack: "WaNet", poison_rate: float, target: int, classes: int, seed: int):
@@ -44,6 +44,7 @@ class WaNetHook(BatchHook):
         self.seed, self.grid = seed, None
 
     def start(self, model, images, labels):
+        super().start(model, images, labels)
         k = self.attack.k
         noise = rng(self.seed, "wanet").uniform(-1, 1, (2, k, k))
         self.grid = warp_grid(noise, images.shape[1], self.attack.s, self.attack.grid_rescale).to(images.device)
@@ -56,7 +57,7 @@ class WaNetHook(BatchHook):
             jitter = torch.rand(end - poisoned, height, width, 2, generator=generator).to(x.device) * 2 - 1
             x = torch.cat([warp(x[:poisoned], self.grid),
                            warp(x[poisoned:end], (self.grid + jitter / height).clamp(-1, 1)), x[end:]])
-        return self.attack.augmented(x, change, generator), *self.relabelled(y, poisoned)
+        return self.augmented(x, change, generator), *self.relabelled(y, poisoned)
 
     def tensors(self):
         return {"grid": self.grid.cpu().numpy()}

@@ -1,12 +1,15 @@
 """BatchNorm statistics based pruning (Zheng et al., NeurIPS 2022); ims SPEC 7.
 
 The running statistics of a BatchNorm layer come from poisoned training data. Channels for which clean data look most
-different carry the backdoor: with the clean batch's N(m, v) and the running N(M, V) of a channel's input,
+different carry the backdoor: with mean m and variance v of a channel's input in the clean batch, M and V the running
+ones,
 
-    KL( N(m, v) ‖ N(M, V) ) = ½·log(V / v) + (v + (m − M)²) / (2V) − ½
+    D = w·log(V / v) + (v + (m − M)²) / (2V) − ½
 
-and γ, β ← 0 where it exceeds mean + u·std of the layer. Only clean data are used, as in the IMS authors' port; the
-original takes a batch of the poisoned training set.
+and γ, β ← 0 where D exceeds mean + u·std of the layer. At w = ½ this is KL( N(m, v) ‖ N(M, V) ). The released code has
+w = 1, the weight that the logarithm has where it is one of standard deviations, log(√V / √v); it decides which channels
+go (ims SPEC 10.13). Only clean data are used, as in the IMS authors' port; the original takes a batch of the poisoned
+training set.
 """
 
 import copy
@@ -20,8 +23,8 @@ from cupel.images.defences.passes import batches, watched
 
 
 def divergence(mean: torch.Tensor, var: torch.Tensor, running_mean: torch.Tensor, running_var: torch.Tensor,
-               log_weight: float = 0.5) -> torch.Tensor:
-    """KL(N(mean, var) ‖ N(running_mean, running_var)) per channel, [C]; see `bnp` for `log_weight`."""
+               log_weight: float) -> torch.Tensor:
+    """D per channel, [C]."""
     tiny = torch.finfo(torch.float32).tiny  # dead channels have variance 0
     var, running_var = var.clamp_min(tiny), running_var.clamp_min(tiny)
     return log_weight * (running_var / var).log() + (var + (mean - running_mean) ** 2) / (2 * running_var) - 0.5
@@ -42,13 +45,13 @@ def input_statistics(model: nn.Module, norms: dict[str, nn.BatchNorm2d],
 
 
 @defence("bnp")
-def bnp(victim, budget, rng, *, u=3.0, batch_size=256, log_weight=0.5):
+def bnp(victim, budget, rng, *, u=3.0, batch_size=256, log_weight=1.0):
     """BatchNorm statistics based pruning.
 
     Args:
         u: threshold in standard deviations; 4 on Tiny-ImageNet.
         batch_size: the statistics are those of the last, possibly partial, mini-batch of one augmented pass.
-        log_weight: weight of the logarithm; ½ is the divergence, the released code has 1.
+        log_weight: w; 1 as released, ½ for the Kullback-Leibler divergence.
 
     The history has one row per BatchNorm layer: layer, channels, pruned, threshold.
 

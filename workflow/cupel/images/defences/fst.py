@@ -3,7 +3,8 @@
     min over θ, W, b   CE(W φ_θ(x) + b, y) + α ⟨W, W_ori⟩     subject to ‖W‖_F = ‖W_ori‖_F
 
 The head W is re-initialised and pushed away from the victim's head W_ori, so that the features have to shift; the
-constraint keeps the linear term bounded. The inner product is a plain sum over all entries.
+constraint keeps the linear term bounded. The inner product is a plain sum over all entries. Its mean over an epoch, times α,
+is the column `penalty` of the history, beside the loss that it is part of.
 """
 
 from cupel.images.defences.base import defence

@@ -73,7 +73,8 @@ def ft_sam(victim, budget, rng, *, rho=2.0, label_smoothing=0.1, lr=0.01, epochs
 
     Args:
         rho: ρ; BackdoorBench's files say 8 for GTSRB and Tiny-ImageNet, which its parser default of 2 overrides.
-        label_smoothing: of the cross-entropy.
+        label_smoothing: share of a label that goes to the other K − 1 classes in equal parts, so that the true class has
+            1 less that; torch spreads its smoothing over all K (ims SPEC 10.14).
         t_max: period of the cosine.
         schedule_per: what the period counts: `epoch`, or `batch` as in the released code, where the learning rate
             falls and rises again as soon as there are more than t_max batches.
@@ -86,8 +87,8 @@ def ft_sam(victim, budget, rng, *, rho=2.0, label_smoothing=0.1, lr=0.01, epochs
     model = copy.deepcopy(victim).to(budget.device)
     per_batch = schedule_per == "batch"
     recipe = budget.recipe(epochs, lr, batch_size=batch_size, momentum=momentum, weight_decay=weight_decay,
-                           label_smoothing=label_smoothing, schedule="constant" if per_batch else "cosine",
-                           t_max=t_max)
+                           label_smoothing=label_smoothing * budget.classes / (budget.classes - 1),
+                           schedule="constant" if per_batch else "cosine", t_max=t_max)
     step = sharpness_aware(model, rho, True, (lr, t_max) if per_batch else None)
     return model, train(model, budget, recipe, rng, step=step, title="ft_sam")
 

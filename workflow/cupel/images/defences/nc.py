@@ -10,6 +10,10 @@ tuned on the clean images, a fifth of which carry the trigger found, with their 
 
 All classes are sought together: their problems share images and network but no variable, and Adam works entry by entry,
 so the result is that of one search per class with the same batches.
+
+Two things are not as in the released code. There p is normalised in its first three rows of pixels alone, a slip of
+indexing, so that the rest of it cannot take all colours and masks come out larger (ims SPEC 10.17): here all of it is.
+And its median of an even number of classes is the smaller of the middle two; here it is their mean, as in numpy.
 """
 
 import copy

@@ -6,6 +6,7 @@ decay but in the last. FST itself, in fst.py, adds a penalty and a constraint to
 
 import copy
 import math
+import sys
 
 import torch
 from torch import nn
@@ -13,6 +14,7 @@ from torch import nn
 from cupel.images.defences.base import Budget, defence
 from cupel.images.defences.passes import train
 from cupel.rng import torch_rng
+from cupel.training.hook import Hook
 
 
 def reinitialise(linear: nn.Linear, generator: torch.Generator) -> None:
@@ -30,6 +32,39 @@ def project(linear: nn.Linear, norm: torch.Tensor) -> None:
         linear.weight.mul_(norm / linear.weight.norm())
 
 
+class Penalty(Hook):
+    """α Σ ⟨W, W_ori⟩ over `linears`, added to the loss; `sums` float64 [epochs] adds it up over the samples of each epoch.
+
+    It says how far the penalty can go: down to −α Σ ‖W_ori‖² as long as the constraint holds. Where that dwarfs the
+    cross-entropy, the tuning hardly looks at the images.
+    """
+
+    def __init__(self, alpha: float, linears: list[nn.Linear], original: list[torch.Tensor], epochs: int):
+        self.alpha, self.linears, self.original, self.said = alpha, linears, original, False
+        self.sums = torch.zeros(epochs, dtype=torch.float64, device=original[0].device)
+
+    def epoch(self, number):
+        self.number = number
+
+    def loss(self, model, x, y, logits):
+        if not self.said:
+            self.said = True
+            reach = self.alpha * sum(float(w.square().sum()) for w in self.original)
+            entropy = float(nn.functional.cross_entropy(logits.detach(), y))
+            print(f"fst: the penalty can fall to -{reach:.3g}, the cross-entropy is {entropy:.3g} at the start"
+                  + (": a tenth or less, so the penalty will decide the tuning" if reach > 10 * entropy else ""),
+                  file=sys.stderr, flush=True)
+        value = self.alpha * sum((linear.weight * w).sum() for linear, w in zip(self.linears, self.original, strict=True))
+        self.sums[self.number] += value.detach() * len(y)
+        return value
+
+    def state_dict(self):
+        return {"sums": self.sums}
+
+    def load_state_dict(self, state):
+        self.sums = state["sums"]
+
+
 def tune(victim, budget: Budget, rng, *, lr: float, epochs: int, batch_size: int, momentum: float, projected: bool,
          fresh_head: bool = False, train_head: bool = True, train_extractor: bool = True, alpha: float = 0.0,
          heads: str = "last"):
@@ -40,7 +75,8 @@ def tune(victim, budget: Budget, rng, *, lr: float, epochs: int, batch_size: int
         train_head, train_extractor: which parameters are trained. Frozen parts stay in train mode, so running
             statistics of BatchNorm move all the same, as they do in the released code.
         projected: after each step scale the head's weight to its original norm.
-        alpha: weight of the inner product ⟨W, W_ori⟩ in the loss.
+        alpha: weight of the inner product ⟨W, W_ori⟩ in the loss; not 0, it gives the history a column `penalty`, which
+            is part of `loss`.
         heads: `last` linear layer, or `all` linear layers of the classifier part (the IMS port).
     """
     model = copy.deepcopy(victim).to(budget.device)
@@ -55,20 +91,18 @@ def tune(victim, budget: Budget, rng, *, lr: float, epochs: int, batch_size: int
     head_parameters = {id(p) for linear in linears for p in linear.parameters()}
     trained = [p for p in model.parameters() if (train_head if id(p) in head_parameters else train_extractor)]
 
-    def objective(network, x, y):
-        logits = network(x)
-        loss = nn.functional.cross_entropy(logits, y)
-        if alpha:
-            loss = loss + alpha * sum((linear.weight * w).sum() for linear, w in zip(linears, original, strict=True))
-        return loss, logits
-
     def constrain(_):
         for linear, norm in zip(linears, norms, strict=True):
             project(linear, norm)
 
     recipe = budget.recipe(epochs, lr, batch_size=batch_size, momentum=momentum, weight_decay=0.0, schedule="cosine")
-    return model, train(model, budget, recipe, rng, objective=objective, after_step=constrain if projected else None,
-                        parameters=trained, title="tune")
+    penalty = Penalty(alpha, linears, original, epochs) if alpha else None
+    history = train(model, budget, recipe, rng, after_step=constrain if projected else None, parameters=trained, hook=penalty,
+                    title="tune")
+    if penalty:
+        for row, total in zip(history, penalty.sums.tolist(), strict=True):
+            row["penalty"] = total / len(budget)
+    return model, history
 
 
 @defence("ft")
