@@ -5,6 +5,7 @@ does. Outputs are written atomically; a cell whose method fails (diverges, asks 
 failed cell with its reason, and the report shows it.
 """
 
+import copy
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -193,7 +194,7 @@ def _leaks(defence: dict, victim: dict) -> dict:
 
 
 def purify(spec: dict, defence: dict, inputs: Inputs, outputs: dict, device: str) -> None:
-    """Run a defence on a victim and measure the result.
+    """Run a defence on a victim and measure the result, and what came between where the defence leaves it (`Budget.snapshot`).
 
     Args:
         defence: name, function, hyperparameters, budget.
@@ -203,6 +204,7 @@ def purify(spec: dict, defence: dict, inputs: Inputs, outputs: dict, device: str
     import torch
 
     from cupel.images import defences
+    from cupel.images.defences.masks import write
     from cupel.training.precision import settled
 
     base = identity(spec, "purified", defence)
@@ -229,6 +231,13 @@ def purify(spec: dict, defence: dict, inputs: Inputs, outputs: dict, device: str
         attack = make_attack(spec["attack"], read_tensors(inputs.trigger))
         test = splits.test_subset(datasets.load(f"{inputs.data}/{spec['dataset']}", "test"), settings.get("test_size"))
         measured = evaluate(model, test, attack, target, device)
+        stages = {}
+        for name, tensors in budget.snapshots.items():
+            between = copy.deepcopy(model)
+            write(between, tensors)
+            for key, value in evaluate(between, test, attack, target, device).items():
+                metric, *end = key.split("_")
+                stages["_".join([metric, name, *end])] = value
     except METHOD_ERRORS as error:
         fail(error, base, {name: path for name, path in outputs.items() if name != "details"})
         return
@@ -239,7 +248,7 @@ def purify(spec: dict, defence: dict, inputs: Inputs, outputs: dict, device: str
     write_json(outputs["metrics"], {
         **base, **measured, **costs(), "status": "ok", "clean_samples": len(chosen), "device": device,
         "precision": budget.precision, "seconds": seconds, "rate_reached": victim["rate_reached"],
-        **{f"{name}_before": victim[name] for name in ("acc", "asr", "ra") if name in victim},
+        **{f"{name}_before": victim[name] for name in ("acc", "asr", "ra") if name in victim}, **stages,
         **effects(victim, measured, rng(spec["seed"], "intervals"))})
     Path(budget.checkpoint).unlink(missing_ok=True)
 

@@ -21,9 +21,9 @@ COLUMNS = ["paper", *IDENTITY, "metric", "value", "n", "low", "high", "rate_reac
 def gather(cells: list[dict]) -> pd.DataFrame:
     """The tidy table: one row per paper, cell and metric (see `COLUMNS`); rates are fractions.
 
-    A record has its numbers flat (`acc`, `acc_n`, `acc_low`, `acc_high`; `metrics` lists others than `METRICS`) or, where
-    one model is measured many times, as `rows`: metric, value, n, low, high and what differs in its identity. A failed cell
-    keeps its rows, without values and with its reason; so does one that left no result.
+    A record has its numbers flat (`acc`, `acc_n`, `acc_low`, `acc_high`; `metrics` lists them, else they are `METRICS` and what
+    else has its n) or, where one model is measured many times, as `rows`: metric, value, n, low, high and what differs in its
+    identity. A failed cell keeps its rows, without values and with its reason; so does one that left no result.
 
     Args:
         cells: expected cells with `paper`, `folder` and what names them (`cupel.experiment.Grid.cells`).
@@ -47,7 +47,7 @@ def gather(cells: list[dict]) -> pd.DataFrame:
         if "rows" in record:
             rows += [{**base, **nothing, **row} for row in record["rows"]]
             continue
-        names = record.get("metrics", METRICS)
+        names = record.get("metrics", [*METRICS, *(key for key in record if f"{key}_n" in record and key not in METRICS)])
         for metric in names[:3] if failed else [m for m in names if m in record]:
             found = {key: record[f"{metric}_{key}"] for key in ("n", "low", "high") if f"{metric}_{key}" in record}
             rows.append({**base, **nothing, "metric": metric, "value": record.get(metric, np.nan), **found})

@@ -35,6 +35,6 @@ def purify(name: str, victim, budget: Budget, rng: np.random.Generator, **hyperp
                     "victim": [*weights, fingerprint(weights.values())], "stream": rng.bit_generator.state,
                     "data": fingerprint((budget.images, budget.labels)),
                     **{field.name: str(getattr(budget, field.name)) for field in fields(budget)
-                       if field.name not in ("images", "labels", "checkpoint", "details")}}
+                       if field.name not in ("images", "labels", "checkpoint", "details", "snapshots")}}
         budget = replace(budget, checkpoint=Resume(budget.checkpoint, identity, budget.device))
     return DEFENCES[name](victim, budget, rng, **settings)

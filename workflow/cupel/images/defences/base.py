@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field, replace
 
 import numpy as np
+import torch
 
 from cupel.registry import Registry
 from cupel.training.engine import Recipe
@@ -23,7 +24,7 @@ class Budget:
         device: where to compute.
         precision: `fp32` or `bf16`, for training passes.
         checkpoint: file for long runs to continue from, or None. `purify` makes a `Resume` of it, which knows the run.
-        details: what `keep` was given.
+        details, snapshots: what `keep` and `snapshot` were given.
     """
 
     images: np.ndarray
@@ -35,6 +36,7 @@ class Budget:
     precision: str = "fp32"
     checkpoint: str | Resume | None = None
     details: dict[str, np.ndarray] = field(default_factory=dict)
+    snapshots: dict[str, dict[str, torch.Tensor]] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -59,6 +61,14 @@ class Budget:
     def keep(self, **arrays: np.ndarray) -> None:
         """Leave arrays for figures: the workflow writes them as `details.npz` beside the checkpoint."""
         self.details.update(arrays)
+
+    def snapshot(self, name: str, tensors: dict[str, torch.Tensor]) -> None:
+        """Leave an intermediate network: the workflow measures it too, as `acc_<name>`, `asr_<name>` and `ra_<name>`.
+
+        Args:
+            tensors: by name in the `state_dict` of the returned network, those that are other than there.
+        """
+        self.snapshots[name] = tensors
 
     def resume(self, **parts) -> Resume:
         """What lets a killed run go on, holding `parts`; see `Resume`."""

@@ -29,6 +29,8 @@ All is computed in float32, whatever the budget's precision: bf16 resolves pixel
 
 import copy
 import math
+from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
@@ -43,7 +45,7 @@ from cupel.images.defences.masks import Channels, layers, write
 from cupel.images.defences.passes import watched
 from cupel.images.models.attachments import attach
 from cupel.rng import torch_rng
-from cupel.training.engine import predict, to_pixels, upload
+from cupel.training.engine import Progress, predict, to_pixels, upload
 
 
 @dataclass(frozen=True)
@@ -94,35 +96,85 @@ def disagree(u: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     return -(1 - overlap(u, v) + 1e-8).log().mean()
 
 
+def followers(network: nn.Module) -> dict[str, str]:
+    """Names of convolutions whose output is read by one BatchNorm and by nothing else, with its name.
+
+    Seen in one pass over a blank image: what a graph of autograd holds is what was read, whatever the code looks like.
+    """
+    outputs, inputs = {}, {}
+    norms = {name: module for name, module in network.named_modules()
+             if isinstance(module, nn.BatchNorm2d) and module.affine and module.track_running_stats}
+    size, first = network.spec["image_size"], next(network.parameters())
+    x = first.new_zeros(1, network.spec["in_channels"], size, size).requires_grad_()
+    with (watched(layers(network, nn.Conv2d, "ims"), lambda name, tensor: outputs.update({name: tensor.grad_fn})),
+          watched(norms, lambda name, tensor: inputs.update({tensor.grad_fn: name}), inputs=True)):
+        todo = [network(x).grad_fn]
+    uses, seen = Counter(), set(todo)
+    while todo:
+        for node, _ in todo.pop().next_functions:
+            uses[node] += 1
+            if node is not None and node not in seen:
+                seen.add(node)
+                todo.append(node)
+    return {name: inputs[node] for name, node in outputs.items()
+            if node in inputs and uses[node] == 1 and node.name().startswith("Convolution")}
+
+
 class ConvolutionMasks:
     """Masks on the output channels of all Conv2d layers: stem, shortcuts, depthwise and squeeze-excitation included.
 
-    Two ways to the same masked network. `folded` multiplies weights and biases once, after which a pass costs no more
-    than the victim's: for the inner problem, 40 of a round's 44 passes with gradients. `__call__` multiplies the
-    outputs: for gradients with respect to the mask, where folded weights would need the weight gradient of every
-    convolution, which is slow for depthwise ones.
+    Passes with gradients run through `lean`, the victim without the BatchNorms that follow a convolution. In eval mode these
+    are a factor, which `lean` has in its weights, and a `shift` [C_l, 1, 1], which comes after the mask.
+
+    Two ways to the same masked network. `fixed` multiplies weights once, after which a pass costs less than the victim's: for
+    the inner problem, 40 of a round's 44 passes with gradients. `__call__` multiplies the outputs: for gradients with respect
+    to the mask, where weights would need the weight gradient of every convolution, which is slow for depthwise ones.
     """
 
     def __init__(self, network: nn.Module):
         self.network = network
         self.convolutions = layers(network, nn.Conv2d, "ims")
         self.channels = Channels(tuple(self.convolutions), tuple(c.out_channels for c in self.convolutions.values()))
+        pairs = followers(network)
+        self.lean = copy.deepcopy(network, {id(p): p for p in network.parameters()}).requires_grad_(False)
+        self.shift = {}
+        for name, convolution in layers(self.lean, nn.Conv2d, "ims").items():
+            self.shift[name] = convolution.weight.new_zeros(convolution.out_channels, 1, 1)
+            if name in pairs:
+                norm = network.get_submodule(pairs[name])
+                factor = (norm.weight * (norm.running_var + norm.eps).rsqrt()).detach()
+                self.shift[name] = (norm.bias - norm.running_mean * factor).detach().view(-1, 1, 1)
+                convolution.weight = nn.Parameter(convolution.weight * factor.view(-1, 1, 1, 1), requires_grad=False)
+                if convolution.bias is not None:
+                    convolution.bias = nn.Parameter(convolution.bias * factor, requires_grad=False)
+                self.lean.set_submodule(pairs[name], nn.Identity())
 
     def folded(self, scale: torch.Tensor) -> dict[str, torch.Tensor]:
         """Weights and biases times `scale` [N], by name in the state_dict."""
+        return self._scaled(self.convolutions, scale)
+
+    def _scaled(self, convolutions: dict[str, nn.Conv2d], scale: torch.Tensor) -> dict[str, torch.Tensor]:
         tensors = {}
         for name, part in self.channels.split(scale).items():
-            convolution = self.convolutions[name]
-            tensors[f"{name}.weight"] = convolution.weight * part.view(-1, 1, 1, 1)
-            if convolution.bias is not None:
-                tensors[f"{name}.bias"] = convolution.bias * part
+            tensors[f"{name}.weight"] = convolutions[name].weight * part.view(-1, 1, 1, 1)
+            if convolutions[name].bias is not None:
+                tensors[f"{name}.bias"] = convolutions[name].bias * part
         return tensors
+
+    @torch.no_grad()
+    def fixed(self, scale: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
+        """The network with all channels scaled by `scale` [N], without gradients for it: pixels to logits."""
+        tensors = self._scaled(layers(self.lean, nn.Conv2d, "ims"), scale)
+        for name, shift in self.shift.items():
+            tensors[f"{name}.bias"] = tensors.get(f"{name}.bias", 0) + shift.flatten()
+        return lambda x: functional_call(self.lean, tensors, (x,))
 
     def __call__(self, scale: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         """Logits [B, K] of pixels x [B, C, H, W] with all channels scaled by `scale` [N]."""
         parts = self.channels.split(scale)
-        with watched(self.convolutions, lambda name, output: output * parts[name].view(-1, 1, 1)):
-            return self.network(x)
+        with watched(layers(self.lean, nn.Conv2d, "ims"),
+                     lambda name, output: torch.addcmul(self.shift[name], output, parts[name].view(-1, 1, 1))):
+            return self.lean(x)
 
     def finish(self, scale: torch.Tensor) -> None:
         """Leave the network with `scale` multiplied into its weights and biases."""
@@ -157,6 +209,10 @@ class EncoderMasks:
         return {f"attachments.{number}.factor": part
                 for number, part in enumerate(self.channels.split(scale).values(), self.first)}
 
+    def fixed(self, scale: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
+        """As that of `ConvolutionMasks`."""
+        return partial(self, scale.detach())
+
     def __call__(self, scale: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         """Logits [B, K] of pixels x [B, C, H, W] with all features scaled by `scale` [N]."""
         return functional_call(self.network, self.folded(scale), (x,))
@@ -187,8 +243,9 @@ def perturb(reference, inverse, x: torch.Tensor, clean: torch.Tensor, *, norm_bo
     terms = torch.zeros(2, device=x.device)
     for _ in range(steps_perturb):
         optimizer.zero_grad(set_to_none=True)
-        answer = reference(x + delta)
-        parts = agree(inverse(x + delta), answer), disagree(answer, clean)
+        z = x + delta
+        answer = reference(z)
+        parts = agree(inverse(z), answer), disagree(answer, clean)
         sum(parts).backward()
         optimizer.step()
         with torch.no_grad():
@@ -282,9 +339,11 @@ def _purify(kind, victim, budget: Budget, rng, settings: Settings):
     generator = torch_rng(int(rng.integers(2**62)), "order")
     stages = (("I", settings.rounds_initial, settings.l1_weight), ("II", settings.rounds_minimise, 0.0),
               ("III", settings.rounds_minimise, settings.l1_weight))
-    history = []
-    work = budget.resume(masks=state, order=generator, history=history)
+    reference = masked.fixed(torch.ones_like(state.a))
+    history, ends = [], {}
+    work = budget.resume(masks=state, order=generator, history=history, ends=ends)
     for stage, rounds, weight in stages:
+        progress = Progress(f"IMS, stage {stage}", rounds, sum(row["stage"] == stage for row in history), unit="rounds")
         for number in work.each(range(1, rounds + 1), stage):
             if number == 1:
                 state.new_stage()
@@ -296,13 +355,11 @@ def _purify(kind, victim, budget: Budget, rng, settings: Settings):
             if stage == "I":
                 losses = state.step([on_clean], [inverse_clean], weight)
             else:
-                tensors = {name: tensor.detach() for name, tensor in masked.folded(state.masks()[1]).items()}
-                delta, inner = perturb(network, lambda z, t=tensors: functional_call(network, t, (z,)), x, y,
-                                       norm_bound=settings.norm_bound, lr_perturb=settings.lr_perturb,
-                                       steps_perturb=settings.steps_perturb)
+                delta, inner = perturb(reference, masked.fixed(state.masks()[1]), x, y, norm_bound=settings.norm_bound,
+                                       lr_perturb=settings.lr_perturb, steps_perturb=settings.steps_perturb)
                 z = x + delta
                 with torch.no_grad():
-                    answer = network(z)
+                    answer = reference(z)
                 losses = state.step(
                     [on_clean, (z, [("agree_perturbed", lambda out, y=y: agree(out, y))])],
                     [(z, [("agree_inverse", lambda out, answer=answer: agree(out, answer)),
@@ -312,10 +369,15 @@ def _purify(kind, victim, budget: Budget, rng, settings: Settings):
                         "max_delta": float(delta.abs().max())}
             row |= {"loss": sum(losses.values()), **losses, **state.shares()}
             history.append(row)
+            progress(1, f"loss {row['loss']:.3f}, pruned {100 * row['pruned']:.0f} %")
             if state.finished(row["loss"]):
                 work.end(stage)
                 break
-    final = state.masks()[0].detach()
+        progress.close()
+        ends.setdefault(stage, state.masks()[0].detach())
+    *between, final = ends.values()
+    for number, mask in enumerate(between, 1):
+        budget.snapshot(f"stage_{number}", masked.folded(mask))
     masked.finish(final)
     for parameter, grad in trainable:
         parameter.requires_grad_(grad)
