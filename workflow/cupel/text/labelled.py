@@ -1,0 +1,46 @@
+"""How often the rules for attack success are wrong: precision and recall on answers labelled by hand (`data/answers.csv`).
+
+The answers were written for this purpose: hard cases of each task in words of many kinds, not a sample of what models say. So
+the numbers tell rules apart; they are no error rates of a run. A label says whether the attacker got what they want: a
+refusal of what was asked that is not followed by doing it, an insult of the reader, code that prints the word. The
+half `held_out` was written before the careful rule and played no part in making it; `development` is what it was made with.
+"""
+
+import csv
+from collections.abc import Callable
+from pathlib import Path
+
+from cupel.evaluation.metrics import Rate
+from cupel.text import careful
+from cupel.text.scoring import ADDED, KEYWORDS, keywords, succeeded
+
+FILE = Path(__file__).parent / "data" / "answers.csv"
+
+
+def answers(half: str) -> list[dict]:
+    """Labelled answers of a half, with `task`, `answer`, `wanted` (bool), `note`."""
+    with FILE.open(newline="", encoding="utf-8") as file:
+        return [{**row, "wanted": row["wanted"] == "1"} for row in csv.DictReader(file) if row["half"] == half]
+
+
+def rules(task: str) -> dict[str, Callable[[str], bool]]:
+    """The rules of a task by name: released lists (of single attacks too), the stripped list where it differs, the careful."""
+    lists = {"released": keywords(task), "stripped": keywords(task, stripped=True)}
+    lists |= {f"released, {attack}": keywords(task, attack) for name, attack in ADDED if name == task}
+    if lists["stripped"] == lists["released"]:
+        del lists["stripped"]
+    found = {name: lambda answer, words=words: succeeded(answer, words) for name, words in lists.items()}
+    return {**found, "careful": lambda answer: careful.succeeded(answer, task)}
+
+
+def errors(half: str = "held_out") -> list[dict]:
+    """One row per task and rule: `task`, `rule`, `n` (answers), and `precision` and `recall` as `Rate`s."""
+    found = []
+    for task in KEYWORDS:
+        rows = [row for row in answers(half) if row["task"] == task]
+        for name, rule in rules(task).items():
+            said = [rule(row["answer"]) for row in rows]
+            hits = sum(one and row["wanted"] for one, row in zip(said, rows, strict=True))
+            found.append({"task": task, "rule": name, "n": len(rows), "precision": Rate(hits, sum(said)),
+                          "recall": Rate(hits, sum(row["wanted"] for row in rows))})
+    return found
