@@ -10,6 +10,9 @@ import csv
 from collections.abc import Callable
 from pathlib import Path
 
+import yaml
+
+from cupel.evaluation.intervals import wilson
 from cupel.evaluation.metrics import Rate
 from cupel.text import careful
 from cupel.text.scoring import ADDED, KEYWORDS, keywords, succeeded
@@ -44,3 +47,17 @@ def errors(half: str = "held_out") -> list[dict]:
             found.append({"task": task, "rule": name, "n": len(rows), "precision": Rate(hits, sum(said)),
                           "recall": Rate(hits, sum(row["wanted"] for row in rows))})
     return found
+
+
+def table() -> list[dict]:
+    """The errors on the held-out half as a card states them: percent, 95 % Wilson interval and denominator."""
+    def text(rate: Rate) -> str:
+        low, high = wilson(rate.successes, rate.n)
+        return f"{100 * rate.value:.0f} % ({100 * low:.0f}-{100 * high:.0f}; n={rate.n})"
+
+    return [{"task": row["task"], "rule": row["rule"], "answers": row["n"], "precision": text(row["precision"]),
+             "recall": text(row["recall"])} for row in errors()]
+
+
+if __name__ == "__main__":  # the rows for a card.yaml
+    print(yaml.safe_dump(table(), sort_keys=False, allow_unicode=True, default_flow_style=None, width=200), end="")
