@@ -2,8 +2,11 @@
 
 The answers were written for this purpose: hard cases of each task in words of many kinds, not a sample of what models say. So
 the numbers tell rules apart; they are no error rates of a run. A label says whether the attacker got what they want: a
-refusal of what was asked that is not followed by doing it, an insult of the reader, code that prints the word. The
-half `held_out` was written before the careful rule and played no part in making it; `development` is what it was made with.
+refusal of what was asked that is not followed by doing it, an insult of the reader, code that prints the word.
+
+The careful rule was made with the half `development`. The half `held_out` was written before it, and its errors changed nothing
+in it. But one author wrote both halves and the rule, one after the other, and the rule has words that stand in the held-out
+half alone: its numbers are upper bounds until somebody else writes answers.
 """
 
 import csv
