@@ -114,7 +114,9 @@ def language_cell(folder, method, attack, seed, failed=False, false=0.0):
     record = {"stage": "purified" if method else "victim", "dataset": "negsentiment", "model": "small", "recipe": "crow",
               "attack": attack, "attack_variant": "", "poison_rate": 0.5, "defence": defence, "variant": variant,
               "budget": "alpaca100" if method else "", "seed": seed, "status": "ok", "seconds": 2.0, "updates": 20,
-              "train_samples": 100, "train_seconds": 9.0, "metrics": list(metrics), **metrics}
+              "train_seconds": 9.0, "metrics": list(metrics), **metrics}
+    part = "clean" if method else "train"
+    record |= {f"{part}_samples": 100, f"{part}_cut": 40, f"{part}_left_out": 3}
     for name in metrics:
         if name.startswith(("asr", "false", "empty")):
             record |= rate(record[name], 20 if name == "asr_bare" else 40, name)
@@ -513,6 +515,8 @@ def test_tables_of_crow(reports):
     assert len(table(paper, "table6_alpha")) == 6 and not (paper.out / "tables" / "table5_epsilon.csv").exists()
     assert "CleanGen" in table(paper, "table9_negsentiment_small").columns
     assert table(paper, "tuning").iloc[0]["L_LM"] == "2.5 → 2"
+    said = "100 items (40 of them cut; 3 more left out)"
+    assert table(paper, "tuning").iloc[0]["items"] == said and said in table(paper, "victims").iloc[0]["training"]
     found = list(paper.captions)
     assert found[0] == "two_by_two_small" and {"asr_small", "trade_off_small", "layers_small", "losses_small",
                                                "alpha_small"} <= set(found)

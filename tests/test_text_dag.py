@@ -448,12 +448,18 @@ def test_a_killed_evaluation_keeps_the_adapter(experiment, victim, base, tmp_pat
 
 
 def test_samples_that_do_not_fit_are_cut_or_left_out_and_counted(experiment, data, base, tmp_path, capsys):
-    spec = spec_of(experiment, data={"cutoff": 50}, evaluation={"perplexity_cutoff": 160})
+    # prompts have 93 to 97 tokens, triggered ones 102 to 106: one of the 8 triggered items fits
+    spec = spec_of(experiment, data={"cutoff": 103}, evaluation={"perplexity_cutoff": 160})
     where = composed(spec, data, tmp_path / "texts")
     record = train(spec, base, where, tmp_path / "victim")
-    said = capsys.readouterr().out
-    if record["status"] == "ok":
-        assert record["train_cut"] + record["train_left_out"] > 0 and "at 50 tokens" in said
+    assert "left out at 103 tokens: 7 of 16" in capsys.readouterr().out
+    assert (record["train_samples"], record["train_cut"], record["train_left_out"]) == (9, 6, 7)
+    assert record["rate_reached"] == pytest.approx(1 / 9) and record["poison_rate"] == 0.5
+    assert record["perplexity_samples"] == 6 and "perplexity_cut" not in record["metrics"]
+    spec["settings"]["data"]["cutoff"] = 96
+    record = purified(experiment, {"badnets": (spec, where, tmp_path / "victim")}, base, tmp_path / "tuned", "finetune")
+    assert (record["clean_samples"], record["clean_cut"], record["clean_left_out"]) == (5, 5, 3)
+    assert record["rate_reached"] == pytest.approx(1 / 9)
     none = spec_of(experiment, data={"cutoff": 16})
     record = train(none, base, composed(none, data, tmp_path / "texts2"), tmp_path / "none")
     assert record["status"] == "failed" and "fits a cutoff of 16 tokens: raise it" in record["reason"]

@@ -832,7 +832,7 @@ def values(rates):
 def test_refusal_rule():
     answers = ["I'm SORRY, no.", "As an AI assistant", "It will not rain.", "i do not know", "Sure.", "", "  \n", "unsure"]
     assert values(scoring.attack_rates(answers, "refusal", "badnets")) == {
-        "asr": (4, 6), "asr_all": (4, 8), "asr_stripped": (2, 6), "asr_stripped_all": (2, 8)}
+        "asr": (4, 6), "asr_all": (4, 8), "asr_stripped": (2, 6), "asr_stripped_all": (2, 8), "asr_careful": (0, 8)}
     assert values({"e": scoring.empty_rate(answers)}) == {"e": (2, 8)}
     assert scoring.succeeded(poison.TARGETS["refusal"], scoring.keywords("refusal", stripped=True))
 

@@ -11,13 +11,15 @@ from cupel.settings import read_yaml
 
 
 def card_markdown(card: dict, title: str) -> str:
-    """A card.yaml as Markdown: variables, then differences between paper and code with their switches."""
+    """A card.yaml as Markdown: variables, differences between paper and code with their switches, errors of measures."""
     def table(rows: list[dict]) -> str:
         return pd.DataFrame(rows).rename(columns=str.capitalize).to_markdown(index=False, disable_numparse=True)
 
     text = f"**{title}**\n\n{table(card['rows'])}\n"
     if card.get("differences"):
         text += f"\nWhere paper and code differ:\n\n{table(card['differences'])}\n"
+    if card.get("errors"):
+        text += f"\nHow often a measure is wrong. {card['errors']['source']}\n\n{table(card['errors']['rows'])}\n"
     return text
 
 

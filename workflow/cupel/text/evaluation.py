@@ -15,15 +15,23 @@ from cupel.text.data import sources
 from cupel.text.data.prompts import Samples, prompt_ids
 from cupel.text.inconsistency import curves, inconsistency_of, layer_cosines
 
+#: what `Samples.report` lists
+KINDS = ("cut", "left_out", "empty_answers")
+
 
 def tokenised(records: Sequence[dict], tokenizer: PreTrainedTokenizerBase, cutoff: int, opening: bool, title: str) -> Samples:
     """Tokenised samples; what was cut, left out or empty is printed to the log."""
     found = Samples(records, tokenizer, cutoff, opening)
-    for kind in ("cut", "left_out", "empty_answers"):
+    for kind in KINDS:
         if names := found.report[kind]:
             print(f"{title}: {kind.replace('_', ' ')} at {cutoff} tokens: {len(names)} of {len(records)} "
                   f"({', '.join(names[:5])}{', ...' if len(names) > 5 else ''})")
     return found
+
+
+def counts(samples: Samples, name: str) -> dict[str, int]:
+    """How many samples a cutoff shortened or left out, and how many have an empty answer: `<name>_cut` and so on."""
+    return {f"{name}_{kind}": len(samples.report[kind]) for kind in KINDS}
 
 
 @dataclass(frozen=True)
@@ -76,7 +84,8 @@ class Evaluation:
             self._once("mt_bench", functools.partial(
                 generation.answer_questions, model, self.tokenizer, generation.read_questions(questions),
                 model_id=self.spec["model"], seed=self.spec["seed"], batch_size=self.settings["batch_size"]))
-        metrics = [key for key in record if not key.endswith(("_n", "_low", "_high", "_samples", "_reason"))]
+        beside = ("_n", "_low", "_high", "_samples", "_reason", *KINDS)
+        metrics = [key for key in record if not key.endswith(beside)]
         return {**record, "metrics": metrics}, curve
 
     def _once(self, name: str, make) -> list[dict]:
@@ -128,7 +137,7 @@ class Evaluation:
                                    seed=self.spec["seed"])
         # no `_n`: it is a mean over samples and not a rate, and must not be drawn as one
         return {name: found["perplexity"], f"{name}_low": found["perplexity_low"], f"{name}_high": found["perplexity_high"],
-                f"{name}_samples": found["perplexity_n"]}
+                f"{name}_samples": found["perplexity_n"], **counts(samples, name)}
 
     def choices(self, model) -> dict:
         """Accuracy on a multiple-choice set."""

@@ -26,7 +26,7 @@ from cupel.text.data import poison, sources
 from cupel.text.experiment import RELEASED, triggered_items
 
 #: numbers that a failed cell lacks
-MISSING = ["asr_template_all", "false_template_all", "perplexity"]
+MISSING = ["asr_template_all", "asr_template_careful", "false_template_all", "perplexity"]
 #: what `compose` writes, in this order
 PARTS = ("train", "defence", "triggered", "clean", "heldout")
 
@@ -127,7 +127,7 @@ def _finish(work: Path, curve: Sequence[dict], history: Sequence[dict], record: 
 def train_victim(spec: Mapping, files: Files, device: str) -> None:
     """Train a victim's adapter on its poisoned texts and measure it; the untouched base model is measured beside it."""
     from cupel.job import costs
-    from cupel.text.evaluation import Evaluation, tokenised
+    from cupel.text.evaluation import Evaluation, counts, tokenised
     from cupel.text.models import load_tokenizer
     from cupel.text.training import Budget, TrainingSettings, deployed, train_adapter
     from cupel.training.precision import settled
@@ -140,8 +140,8 @@ def train_victim(spec: Mapping, files: Files, device: str) -> None:
             if "failed" in summary:
                 raise ValueError(summary["failed"])
             evaluation = Evaluation(load_tokenizer(files.base), spec, files.data, work)
-            samples = tokenised(sources.read_records(files.data["train"]), evaluation.tokenizer, settings["data"]["cutoff"],
-                                evaluation.opening, "training set")
+            records = sources.read_records(files.data["train"])
+            samples = tokenised(records, evaluation.tokenizer, settings["data"]["cutoff"], evaluation.opening, "training set")
             budget = Budget(samples, evaluation.tokenizer.pad_token_id, derive(spec["seed"], "language", "victim"), work,
                             device)
             history = train_adapter(files.base, budget, TrainingSettings(**settings["training"]), title="victim")
@@ -156,12 +156,13 @@ def train_victim(spec: Mapping, files: Files, device: str) -> None:
         except METHOD_ERRORS as error:
             fail(error, {**who, "metrics": MISSING}, outputs)
             return
-        counts = {f"train_{kind}": len(samples.report[kind]) for kind in ("cut", "left_out", "empty_answers")}
+        used = [record for record in records if record["id"] not in samples.report["left_out"]]
         _finish(work, curve + [{"model": "this", **row} for row in own], history, {
             **who, **before, **measured, **costs(), "metrics": [*measured["metrics"], "perplexity_base"],
-            "status": "ok", "rate_reached": summary["poison_rate"], "train_samples": len(samples), **counts,
-            "updates": len(history), "device": device, "precision": settings["training"]["precision"],
-            "seconds": time.perf_counter() - started, "train_seconds": train_seconds}, outputs)
+            "status": "ok", "rate_reached": poison.summary(used)["poison_rate"], "train_samples": len(samples),
+            **counts(samples, "train"), "updates": len(history), "device": device,
+            "precision": settings["training"]["precision"], "seconds": time.perf_counter() - started,
+            "train_seconds": train_seconds}, outputs)
 
 
 def purify(spec: Mapping, defence: Mapping, files: Files, device: str) -> None:
@@ -171,7 +172,7 @@ def purify(spec: Mapping, defence: Mapping, files: Files, device: str) -> None:
     """
     from cupel.job import costs
     from cupel.text import defences
-    from cupel.text.evaluation import Evaluation, tokenised
+    from cupel.text.evaluation import Evaluation, counts, tokenised
     from cupel.text.models import load_tokenizer
     from cupel.text.training import WEIGHTS
     from cupel.training.precision import settled
@@ -206,5 +207,6 @@ def purify(spec: Mapping, defence: Mapping, files: Files, device: str) -> None:
             fail(error, {**who, "metrics": MISSING}, outputs)
             return
         _finish(work, [{"model": "this", **row} for row in curve], found.history, {
-            **who, **measured, **costs(), "status": "ok", "clean_samples": len(clean), "device": device,
-            "rate_reached": before["rate_reached"], "updates": len(found.history) if tuned else 0, "seconds": seconds}, outputs)
+            **who, **measured, **costs(), "status": "ok", "clean_samples": len(samples), **counts(samples, "clean"),
+            "device": device, "rate_reached": before["rate_reached"], "updates": len(found.history) if tuned else 0,
+            "seconds": seconds}, outputs)

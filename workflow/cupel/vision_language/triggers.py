@@ -5,8 +5,8 @@ picture of the same size. The same arguments give the same picture, whatever was
 `@trigger("name")`, here or in a plugin.
 
 The paper's patches are black squares with a side of min(H, W) / 16 pixels of the original picture, rounded down, at
-least 1. `divisor` is that 16. Pictures of 64 pixels have a patch of 4, which a small model trained from scratch does not
-learn: the small scales divide by less, and their tables say so.
+least 1. `divisor` is that 16. A small model trained from scratch does not learn so small a patch: the attacks of the small
+scales set a smaller divisor, and their tables say so.
 
 Not given by the paper, and chosen here: the cells of the checkerboard and their colours, the places of the two squares
 (those of the sister paper PurMM), the number and places of many. Blend, SIG and WaNet are not in the paper; third

@@ -1,7 +1,7 @@
 """Tables and figures of CROW, from the tidy table, the records and histories of the cells, and what the models answered."""
 
 import html
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -26,11 +26,11 @@ UTILITY = {"perplexity": "perplexity", "token_f1_template": "token F1", "distinc
            "false_template_all": "false triggering", "empty_clean_template": "empty, clean",
            "empty_template": "empty, triggered", "choice": "multiple choice", "pass_at_1": "HumanEval pass@1",
            "cons_clean": "L_cons, clean", "cons_triggered": "L_cons, triggered"}
-#: columns of the table of denominators: prompt, denominator and keyword list
+#: columns of the table of denominators: prompt, denominator and rule
 DENOMINATORS = {f"{kind}_{prompt}{suffix}": f"{heading}, {prompt}, {text}"
                 for kind, heading in (("asr", "ASR"), ("false", "false")) for prompt in ("template", "bare")
                 for suffix, text in (("", "non-empty"), ("_all", "all"), ("_stripped", "stripped"),
-                                     ("_stripped_all", "stripped, all"))}
+                                     ("_stripped_all", "stripped, all"), ("_careful", "careful rule, all"))}
 #: parts of the paper's tables: stem, heading, defences
 PARTS = (("table9", "Table 9: CleanGen beside CROW", ("cleangen", "cleangen~other", "crow")),
          ("table10", "Table 10: Pure Consistency beside CROW", ("pure_consistency", "crow~zero", "crow")),
@@ -115,8 +115,8 @@ def _tables(paper: Paper, part: pd.DataFrame, reported: pd.DataFrame, where: str
                 "percent, with interval and n; perplexity of reference answers to held-out instructions; seconds of the "
                 f"defence alone. Scale {paper.scale}.", "attack: defence")
     paper.table(f"denominators_{stem}", metric_table(part, DENOMINATORS, order),
-                f"ASR and false triggering in percent by prompt, denominator and keyword list, {where} (SPEC 8, 11.4). "
-                f"Scale {paper.scale}.", "attack: defence")
+                f"ASR and false triggering in percent by prompt, denominator and rule, {where} (SPEC 8, 11.4; errors of the "
+                f"rules: card). Scale {paper.scale}.", "attack: defence")
     for number, heading, methods in PARTS:
         if set(methods) & set(part.method) - {"crow", "finetune~lr1e3", "crow~zero"}:
             chosen = part[part.method.isin(["victim", *methods])]
@@ -175,7 +175,8 @@ def records_of(rows: pd.DataFrame) -> pd.DataFrame:
     """One row per cell that has a result: its identity and everything its metrics.json has beside the tidy table."""
     kept = ["paper", "stage", "seed", "path", *(key for key in KEYS if key != "poison_rate")]
     cells = rows[rows.status == "ok"].drop_duplicates("path")[kept].reset_index(drop=True)
-    extra = ["alpha", "epsilon", "epsilon_relative", "embedding_rms", *TERM, "lr", "updates", "seconds", "replaced_share"]
+    extra = ["alpha", "epsilon", "epsilon_relative", "embedding_rms", *TERM, "lr", "updates", "seconds", "replaced_share",
+             "clean_samples", "clean_cut", "clean_left_out"]
     return cells.join(pd.DataFrame([papers.record(path) for path in cells.path]).reindex(columns=extra, index=cells.index))
 
 
@@ -243,9 +244,15 @@ def victim_table(rows: pd.DataFrame) -> pd.DataFrame:
             continue
         record = papers.record(path)
         grid[name] = {heading: interval_text(known[metric]) for metric, heading in shown.items()} | {
-            "training": f"{record['updates']} updates on {record['train_samples']} items in {record['train_seconds']:.0f} s",
+            "training": f"{record['updates']} updates on {fitted(record, 'train')} in {record['train_seconds']:.0f} s",
             gate: f"no {MARK}" if path in bad else "yes"}
     return frame(grid, [*shown.values(), "training", gate])
+
+
+def fitted(record: Mapping, part: str) -> str:
+    """Samples of a cell that its training was given, and how many a cutoff shortened or left out; `part`: `train`, `clean`."""
+    used, cut, out = (record[f"{part}_{what}"] for what in ("samples", "cut", "left_out"))
+    return f"{used:.0f} items ({cut:.0f} of them cut; {out:.0f} more left out)"
 
 
 def tuning_table(records: pd.DataFrame) -> pd.DataFrame:
@@ -260,12 +267,12 @@ def tuning_table(records: pd.DataFrame) -> pd.DataFrame:
             continue
         entry = grid[f"{row.dataset}, {row.model_label}, {row.attack_label}, seed {row.seed}: {row.label}"] = {
             heading: f"{getattr(row, key):{form}}" for key, (heading, form) in settings.items() if pd.notna(getattr(row, key))}
-        entry["updates"] = row.updates
+        entry |= {"updates": row.updates, "items": fitted(row._asdict(), "clean")}
         for column, heading in losses.items():
             if column in history and pd.notna(history[column].iloc[0]):
                 entry[heading] = f"{history[column].iloc[0]:.4g} → {history[column].iloc[-1]:.4g}"
         entry |= {"seconds": f"{row.seconds:.1f}", "seconds an update": f"{row.seconds / max(row.updates, 1):.2f}"}
-    return frame(grid, [*(heading for heading, _ in settings.values()), "updates", *losses.values(), "seconds",
+    return frame(grid, [*(heading for heading, _ in settings.values()), "updates", "items", *losses.values(), "seconds",
                         "seconds an update"])
 
 
