@@ -138,6 +138,16 @@ class Family:
         """The error for an entry: the file that has it, the key, what is wrong."""
         return ConfigError(f"{self.origin[section, name]}: {section}.{name}{where and '.' + where}: {what}")
 
+    def known(self, section: str, name: str, where: str, kind: str, given: Iterable[str], allowed: Iterable[str]) -> None:
+        """Names that an entry gives at a place are among those allowed; `kind` says what they are.
+
+        Raises:
+            ConfigError: one is not.
+        """
+        for key in given:
+            if key not in allowed:
+                raise self.wrong(section, name, where, unknown(kind, key, allowed))
+
     def check(self) -> None:
         """What the schema cannot say of entries.
 
@@ -158,13 +168,9 @@ class Family:
         for section in sections:
             for name, entry in self.entries[section].items():
                 kind, function = self.kind(section, name), self.function(section, name)
-                known = self.parameters[kind]
-                if function not in known:
-                    raise self.wrong(section, name, "function", unknown(kind, function, known))
+                self.known(section, name, "function", kind, [function], self.parameters[kind])
                 for place, settings in layers(entry):
-                    for key in settings:
-                        if key not in known[function]:
-                            raise self.wrong(section, name, place, unknown(f"setting of {function}", key, known[function]))
+                    self.known(section, name, place, f"setting of {function}", settings, self.parameters[kind][function])
 
     def check_block(self, where: str, block: Mapping) -> None:
         """What the schema cannot say of a block beside that its names are known.
