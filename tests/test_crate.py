@@ -35,10 +35,14 @@ def run(tmp_path):
     write(tmp_path, {"manifest.json": json.dumps({
         "name": "cifar10", "content_sha256": "ab" * 32, "counts": {"train": [1, 2], "test": [3]}, "licence": "none stated",
         "source": {"files": [{"origin": "npm package x@1", "checksum": "sha256:cd"}]}})})
+    same = {"content_sha256": "ef" * 32, "licence": "none stated"}
+    write(tmp_path, {"texts.json": json.dumps({**same, "name": "texts", "counts": {"records": 5}, "source": {
+        "kind": "made here", "files": []}}), "model.json": json.dumps({**same, "name": "a-model", "parameters": 7, "source": {
+            "kind": "hub", "repository": "owner/name", "commit": "c"}})})
     versions = {"python": "3.12.1", "torch": "2.13.0", "snakemake": "9.27.1", "system": "Linux-6"}
     return {"folder": base / "crate", "root": root, "config": CONFIG, "base": base, "benchmarks": times,
             "results": [base / name for name in ("index.html", "papers", "cells.parquet")],
-            "manifests": [tmp_path / "manifest.json"],
+            "manifests": [tmp_path / f"{name}.json" for name in ("manifest", "texts", "model")],
             "provenance": {"commit": COMMIT, "versions": versions, "processor": "a chip", "seeds": [0, 1]},
             "papers": [{"key": "fst", "title": "A title", "reference": "NeurIPS 2023"}]}
 
@@ -64,10 +68,13 @@ def test_the_profile(run):
     (action,) = [entity for entity in graph.values() if entity["@type"] == "CreateAction"]
     assert action["instrument"] == {"@id": "Snakefile"} and top["mentions"] == {"@id": action["@id"]}
     assert action["startTime"] == "2033-05-18T03:15:00+00:00" and action["endTime"] == "2033-05-18T03:33:20+00:00"
-    assert ids(action["object"]) == {"config.yaml", "#data-cifar10", *(f"#value-{name}" for name in PARAMETERS)}
+    assert ids(action["object"]) == {"config.yaml", "#data-cifar10", "#data-texts", "#data-a-model", *(
+        f"#value-{name}" for name in PARAMETERS)}
     assert ids(main["input"]) == {f"#parameter-{name}" for name in PARAMETERS}
     assert graph["#value-scale"]["exampleOfWork"] == {"@id": "#parameter-scale"}
-    assert graph["#data-cifar10"]["sha256"] == "ab" * 32 and "3 training and 3 test" in graph["#data-cifar10"]["description"]
+    assert graph["#data-cifar10"]["sha256"] == "ab" * 32 and "3 train, 3 test" in graph["#data-cifar10"]["description"]
+    assert "5 records" in graph["#data-texts"]["description"] and "7 parameters" in graph["#data-a-model"]["description"]
+    assert "From: owner/name" in graph["#data-a-model"]["description"]
     results = {f"results/smoke/{name}".replace(" ", "%20") for name in MADE}
     assert ids(action["result"]) == results and results <= ids(top["hasPart"])
 

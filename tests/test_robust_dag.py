@@ -441,7 +441,7 @@ def test_a_network_that_diverges_is_a_failed_cell_and_so_is_what_follows(tmp_pat
     network = measure.Network(str(mnist.parent), str(tmp_path / "model.safetensors"), str(tmp_path / "metrics.json"))
     measure.attack_network(spec, {"points": {"count": 4}, "pgd": {"eps": [0]}}, network,
                            outputs(tmp_path / "sweep", "arrays", "metrics"), "cpu")
-    assert "its training failed: Diverged" in read_json(tmp_path / "sweep" / "metrics.json")["reason"]
+    assert "its victim failed: Diverged" in read_json(tmp_path / "sweep" / "metrics.json")["reason"]
     table = gather([{"paper": KEY, "folder": str(path)} for path in (tmp_path, tmp_path / "sweep")])
     assert table.metric.tolist() == ["acc", "ata"] and (table.status == "failed").all()
 

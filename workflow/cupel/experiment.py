@@ -8,7 +8,6 @@ An entry of any section holds `settings`, and may overlay them for a data set, a
     fst: {settings: {alpha: 0.2, lr: 0.01}, datasets: {gtsrb: {alpha: 0.1}}, scales: {smoke: {epochs: 1}}}
 """
 
-import copy
 import functools
 import importlib
 import itertools
@@ -52,11 +51,14 @@ def schema_of(family: str) -> dict:
 
 
 def overlaid(entry: Mapping, **case: str) -> dict:
-    """Settings of an entry for a case (`dataset`, `model`, `scale`); sections are merged, all else is replaced."""
+    """Settings of an entry for a case (`dataset`, `model`, `scale`); sections are merged, all else is replaced.
+
+    Values are those of the entry, not copies: planning asks for thousands, and nobody changes them.
+    """
     settings: dict = {}
     layers = [entry.get("settings"), *((entry.get(over) or {}).get(case.get(key)) for key, over in OVERLAYS.items())]
     for layer in layers:
-        for key, value in copy.deepcopy(layer or {}).items():
+        for key, value in (layer or {}).items():
             both = isinstance(value, dict) and isinstance(settings.get(key), dict)
             settings[key] = {**settings[key], **value} if both else value
     return settings
@@ -136,6 +138,16 @@ class Family:
         """The error for an entry: the file that has it, the key, what is wrong."""
         return ConfigError(f"{self.origin[section, name]}: {section}.{name}{where and '.' + where}: {what}")
 
+    def known(self, section: str, name: str, where: str, kind: str, given: Iterable[str], allowed: Iterable[str]) -> None:
+        """Names that an entry gives at a place are among those allowed; `kind` says what they are.
+
+        Raises:
+            ConfigError: one is not.
+        """
+        for key in given:
+            if key not in allowed:
+                raise self.wrong(section, name, where, unknown(kind, key, allowed))
+
     def check(self) -> None:
         """What the schema cannot say of entries.
 
@@ -156,13 +168,9 @@ class Family:
         for section in sections:
             for name, entry in self.entries[section].items():
                 kind, function = self.kind(section, name), self.function(section, name)
-                known = self.parameters[kind]
-                if function not in known:
-                    raise self.wrong(section, name, "function", unknown(kind, function, known))
+                self.known(section, name, "function", kind, [function], self.parameters[kind])
                 for place, settings in layers(entry):
-                    for key in settings:
-                        if key not in known[function]:
-                            raise self.wrong(section, name, place, unknown(f"setting of {function}", key, known[function]))
+                    self.known(section, name, place, f"setting of {function}", settings, self.parameters[kind][function])
 
     def check_block(self, where: str, block: Mapping) -> None:
         """What the schema cannot say of a block beside that its names are known.
@@ -172,9 +180,8 @@ class Family:
         """
 
     def _cells(self, paper: str) -> list[dict]:
-        scale = self.experiments[paper]["scales"].get(self.scale)
-        found: dict[tuple, dict] = {}
-        for number, block in enumerate(scale["blocks"] if scale else []):
+        scale, found = self.experiments[paper]["scales"][self.scale], {}
+        for number, block in enumerate(scale["blocks"]):
             where = f"{self.file(paper)}: scales.{self.scale}.blocks.{number}"
             for section, key in self.SECTIONS.items():
                 names = block.get(key, [])
@@ -276,14 +283,14 @@ class Grid:
         for paper in self.papers:
             if paper not in known:
                 raise ConfigError(f"config.yaml: papers: {unknown('paper', paper, known)}")
-            scales = list(_experiment(known[paper], known[paper].stat().st_mtime_ns)["scales"])
-            if scale not in scales:
-                raise ConfigError(f"scale: {paper} has no scale {scale!r}; it has {', '.join(scales)}")
         if missing := [str(path) for path in plugins if not Path(path).is_file()]:
             raise ConfigError(f"config.yaml: plugins: no such file: {', '.join(missing)}")
         shared = {f"shared/{family}": self.folder / "shared" / f"{family}.yaml" for family in FAMILIES}
         files = {paper: file for paper, file in {**shared, **known}.items() if file.is_file()}
         self.experiments = {paper: _experiment(file, file.stat().st_mtime_ns) for paper, file in files.items()}
+        for paper in self.papers:
+            if scale not in (scales := self.experiments[paper]["scales"]):
+                raise ConfigError(f"scale: {paper} has no scale {scale!r}; it has {', '.join(scales)}")
         self.families: dict[str, Family] = {}
         for name in FAMILIES:
             contents = {key: content for key, content in self.experiments.items() if content["family"] == name}

@@ -1,6 +1,7 @@
 """Files that are whole or absent: atomic writes, checksums, work that a killed job leaves to the next."""
 
 import contextlib
+import csv
 import fcntl
 import hashlib
 import json
@@ -124,6 +125,15 @@ def write_json(path: str | Path, content: Any) -> None:
 def read_json(path: str | Path) -> Any:
     """Read a JSON file."""
     return json.loads(Path(path).read_text(encoding="utf-8"))
+
+
+def benchmarks(folder: str | Path) -> Iterator[tuple[Path, dict[str, str]]]:
+    """Benchmark files of Snakemake below a folder, sorted, each with the row of its job; those without one are left out."""
+    for path in sorted(Path(folder).rglob("*.tsv")):
+        with open(path, newline="", encoding="utf-8") as lines:
+            row = next(csv.DictReader(lines, delimiter="\t"), None)
+        if row:
+            yield path, row
 
 
 def noted(path: Path) -> Any:

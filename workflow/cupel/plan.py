@@ -19,10 +19,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from re import Pattern
 
-from cupel.experiment import SCALES
-from cupel.files import read_json, write_text
-from cupel.registry import unknown
-from cupel.settings import LIBRARY, PAPERS, ConfigError, check_schema, read_yaml, schema
+from cupel.experiment import SCALES, Grid
+from cupel.files import benchmarks, read_json, write_text
+from cupel.settings import LIBRARY, ConfigError, check_schema, read_yaml, schema
 
 COSTS = LIBRARY.parents[1] / "docs" / "results" / "costs.csv"
 
@@ -69,22 +68,6 @@ class Cost:
     hardware: str = ""
 
 
-def check(config: Mapping, source: str) -> None:
-    """Refuse in a moment what the workflow would refuse after it was read.
-
-    Raises:
-        ConfigError: a setting, paper or scale is not known, or a paper does not have the scale.
-    """
-    check_schema(config, schema("config"), source)
-    known = {file.parent.name: file for file in PAPERS.glob("*/experiment.yaml")}
-    for paper in config["papers"]:
-        if paper not in known:
-            raise ConfigError(f"{source}: papers: {unknown('paper', paper, known)}")
-        scales = read_yaml(known[paper])["scales"]
-        if config["scale"] not in scales:
-            raise ConfigError(f"{source}: scale: {paper} has no scale {config['scale']!r}; it has {', '.join(scales)}")
-
-
 def graph(config: Mapping, cores: int) -> tuple[list[Job], dict[str, Pattern]]:
     """Jobs of a dry run in the working folder, and the benchmark path of each rule as a regular expression of its wildcards.
 
@@ -129,16 +112,14 @@ def measured(results: str | Path, scale: str, jobs: Iterable[Job], patterns: Map
     """Times in `<results>/benchmark`: of these jobs, and of others of the rules, also at other scales."""
     known, found = {job.benchmark: job for job in jobs}, []
     top = Path(results) / "benchmark"
-    for file in sorted(top.rglob("*.tsv")):
+    for file, row in benchmarks(top):
         first, *rest = file.relative_to(top).parts
         job = known.get(str(file))
         if not job:
             here = str(top.joinpath(scale if first in SCALES else first, *rest))
             matches = ((rule, pattern.match(here)) for rule, pattern in patterns.items())
             job = next((Job(rule, frozenset(match.groupdict().items())) for rule, match in matches if match), None)
-        with open(file, newline="", encoding="utf-8") as lines:
-            row = next(csv.DictReader(lines, delimiter="\t"), None)
-        if job and row:
+        if job:
             found.append(Cost(job.rule, first if first in SCALES else "", job.wildcards, job.cells, float(row["s"])))
     return found
 
@@ -286,7 +267,9 @@ def main(arguments: list[str] | None = None) -> None:
     chosen = {key: value for key in ("scale", "papers") if (value := getattr(options, key))}
     try:
         config = read_yaml("config.yaml") | chosen
-        check(config, "command line" if chosen else "config.yaml")
+        # in a moment, what the workflow would refuse after it was read
+        check_schema(config, schema("config"), "command line" if chosen else "config.yaml")
+        Grid(config["papers"], config["scale"], config.get("seeds"), config.get("plugins", []))
     except ConfigError as error:
         sys.exit(str(error))
     from snakemake.exceptions import WorkflowError

@@ -9,9 +9,9 @@ rule judge_claims:
     output:
         report(f"{PAPER}/claims.csv", caption="../captions/claims.rst", category="{paper}", labels={"what": "claims"}),
     log:
-        log_of(PAPER, "judge_claims"),
+        PATHS.log(PAPER, "judge_claims"),
     benchmark:
-        benchmark_of(PAPER, "judge_claims")
+        PATHS.benchmark(PAPER, "judge_claims")
     localrule: True
     params:
         scale=config["scale"],

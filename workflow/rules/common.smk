@@ -1,8 +1,8 @@
 # Configuration, checked before any job, and what the rules of all families share.
+import fcntl
 import gc
 import os
 import re
-import sys
 from pathlib import Path
 
 from snakemake.exceptions import WorkflowError
@@ -68,10 +68,6 @@ def hold_lock():
     Snakemake's own lock files outlive a killed run and would ask the user to unlock; this lock is the kernel's and goes
     with the process (profiles/default says `nolock: true`).
     """
-    if sys.platform == "win32":
-        return
-    import fcntl
-
     os.makedirs(".snakemake", exist_ok=True)
     RUN_LOCK.append(open(".snakemake/cupel.lock", "w"))
     try:
@@ -103,14 +99,6 @@ def code(script, family=None, *kinds):
     return digest
 
 
-def log_of(pattern, name):
-    return PATHS.log(pattern, name)
-
-
-def benchmark_of(pattern, name):
-    return PATHS.benchmark(pattern, name)
-
-
 def only(names):
     """A wildcard constraint: one of these names, or none at all."""
     return "|".join(map(re.escape, names)) or "none"
@@ -124,11 +112,6 @@ def present(files):
 def cell_files():
     """The record of every cell."""
     return present(dict.fromkeys(f"{PATHS.cell(cell)}/metrics.json" for cell in GRID.cells()))
-
-
-def manifests(names):
-    """Prepared data, by its folder below that of all data, to its manifest."""
-    return {name: f"{DATA}/{name}/manifest.json" for name in names}
 
 
 # what jobs that train ask a cluster for
@@ -238,7 +221,6 @@ def reference_model(wildcards):
 BASE, POISONED, TRIGGERED, POISONED_MODEL, FILTERED, CLEANED = (
     PATHS.stage("vision_language", stage) for stage in ("base", "poisoned", "triggered", "victim", "filtered", "purified")
 )
-SAMPLES = f"{DATA}/vision_language/{{dataset}}/manifest.json"
 
 
 def base_model(wildcards):

@@ -17,9 +17,9 @@ rule make_crate:
     output:
         crate=directory(f"{RESULTS}/crate"),
     log:
-        log_of(RESULTS, "crate"),
+        PATHS.log(RESULTS, "crate"),
     benchmark:
-        benchmark_of(RESULTS, "crate")
+        PATHS.benchmark(RESULTS, "crate")
     params:
         config=config,
         papers=lambda wildcards: paper_headers(),

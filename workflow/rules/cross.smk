@@ -10,9 +10,9 @@ rule cross:
         table=f"{RESULTS}/cross.csv",
         figures=directory(f"{RESULTS}/cross"),
     log:
-        log_of(RESULTS, "cross"),
+        PATHS.log(RESULTS, "cross"),
     benchmark:
-        benchmark_of(RESULTS, "cross")
+        PATHS.benchmark(RESULTS, "cross")
     localrule: True
     params:
         labels=lambda wildcards: {

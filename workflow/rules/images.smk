@@ -9,9 +9,9 @@ rule prepare_trigger:
     output:
         trigger=f"{TRIGGER}/trigger.npz",
     log:
-        log_of(TRIGGER, "trigger"),
+        PATHS.log(TRIGGER, "trigger"),
     benchmark:
-        benchmark_of(TRIGGER, "trigger")
+        PATHS.benchmark(TRIGGER, "trigger")
     priority: FIRST
     resources:
         **training(4000, 4000, demo=10, desk=60, bench=60, paper=240),
@@ -33,9 +33,9 @@ rule poison:
     output:
         record=f"{VICTIM}/poison.npz",
     log:
-        log_of(VICTIM, "poison"),
+        PATHS.log(VICTIM, "poison"),
     benchmark:
-        benchmark_of(VICTIM, "poison")
+        PATHS.benchmark(VICTIM, "poison")
     priority: FIRST
     resources:
         mem_mb=memory_of(2000),
@@ -53,7 +53,7 @@ rule train_victim:
     """A classifier trained on poisoned images, and measured."""
     input:
         image_files,
-        record=f"{VICTIM}/poison.npz",
+        record=rules.poison.output.record,
         trigger=prepared_trigger,
     output:
         model=f"{VICTIM}/model.safetensors",
@@ -61,9 +61,9 @@ rule train_victim:
         history=f"{VICTIM}/history.csv",
         metrics=f"{VICTIM}/metrics.json",
     log:
-        log_of(VICTIM, "victim"),
+        PATHS.log(VICTIM, "victim"),
     benchmark:
-        benchmark_of(VICTIM, "victim")
+        PATHS.benchmark(VICTIM, "victim")
     priority: FIRST
     retries: 1
     resources:
@@ -82,17 +82,17 @@ rule purify:
     """What a defence makes of a victim, measured on the same images."""
     input:
         image_files,
-        victim=f"{VICTIM}/model.safetensors",
-        trigger=f"{VICTIM}/trigger.npz",
-        before=f"{VICTIM}/metrics.json",
+        victim=rules.train_victim.output.model,
+        trigger=rules.train_victim.output.trigger,
+        before=rules.train_victim.output.metrics,
     output:
         model=[f"{PURIFIED}/model.safetensors"],
         history=[f"{PURIFIED}/history.csv"],
         metrics=[f"{PURIFIED}/metrics.json"],
     log:
-        log_of(PURIFIED, "purify"),
+        PATHS.log(PURIFIED, "purify"),
     benchmark:
-        benchmark_of(PURIFIED, "purify")
+        PATHS.benchmark(PURIFIED, "purify")
     retries: 1
     resources:
         **training(6000, 4000, demo=15, desk=60, bench=60, paper=240),
@@ -130,9 +130,9 @@ for block in GRID.blocks():
             metrics=[f"{PATHS.cell(cell)}/metrics.json" for cell in block],
             model=[f"{PATHS.cell(cell)}/model.safetensors" for cell in block],
         log:
-            log_of(f"{RESULTS}/images/blocks/{block_name}", "purify"),
+            PATHS.log(f"{RESULTS}/images/blocks/{block_name}", "purify"),
         benchmark:
-            benchmark_of(f"{RESULTS}/images/blocks/{block_name}", "purify")
+            PATHS.benchmark(f"{RESULTS}/images/blocks/{block_name}", "purify")
         priority: len(block)
         retries: 1
         resources:

@@ -12,9 +12,9 @@ rule gather_cells:
     output:
         cells=f"{RESULTS}/cells.parquet",
     log:
-        log_of(RESULTS, "gather_cells"),
+        PATHS.log(RESULTS, "gather_cells"),
     benchmark:
-        benchmark_of(RESULTS, "gather_cells")
+        PATHS.benchmark(RESULTS, "gather_cells")
     localrule: True
     params:
         cells=expected_cells(),
@@ -47,9 +47,9 @@ rule report_paper:
             labels={"what": "{name}"},
         ),
     log:
-        log_of(PAPER, "report_paper"),
+        PATHS.log(PAPER, "report_paper"),
     benchmark:
-        benchmark_of(PAPER, "report_paper")
+        PATHS.benchmark(PAPER, "report_paper")
     localrule: True
     params:
         scale=config["scale"],
@@ -74,9 +74,9 @@ rule feature_maps:
         ),
         table=f"{PAPER}/features.csv",
     log:
-        log_of(PAPER, "feature_maps"),
+        PATHS.log(PAPER, "feature_maps"),
     benchmark:
-        benchmark_of(PAPER, "feature_maps")
+        PATHS.benchmark(PAPER, "feature_maps")
     resources:
         mem_mb=memory_of(4000),
     params:
@@ -101,9 +101,9 @@ rule contact_sheet:
             labels={"what": "{dataset}"},
         ),
     log:
-        log_of(RESULTS, "{sheet}/triggers_{dataset}"),
+        PATHS.log(RESULTS, "{sheet}/triggers_{dataset}"),
     benchmark:
-        benchmark_of(RESULTS, "{sheet}/triggers_{dataset}")
+        PATHS.benchmark(RESULTS, "{sheet}/triggers_{dataset}")
     wildcard_constraints:
         sheet="figures|zoo|gallery",
     localrule: True
@@ -131,9 +131,9 @@ rule notebook:
         html=report(f"{PAPER}/report.html", caption="../captions/notebook.rst", category="{paper}", labels={"what": "notebook"}),
         card=f"{PAPER}/card.md",
     log:
-        log_of(PAPER, "notebook"),
+        PATHS.log(PAPER, "notebook"),
     benchmark:
-        benchmark_of(PAPER, "notebook")
+        PATHS.benchmark(PAPER, "notebook")
     localrule: True
     resources:
         mem_mb=memory_of(2000),
@@ -158,9 +158,9 @@ rule index:
         claims=report(f"{RESULTS}/claims.csv", caption="../captions/claims.rst", category="all papers"),
         provenance=report(f"{RESULTS}/provenance.json", caption="../captions/provenance.rst", category="all papers"),
     log:
-        log_of(RESULTS, "index"),
+        PATHS.log(RESULTS, "index"),
     benchmark:
-        benchmark_of(RESULTS, "index")
+        PATHS.benchmark(RESULTS, "index")
     localrule: True
     params:
         papers=lambda wildcards: paper_headers(),

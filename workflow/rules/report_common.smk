@@ -4,7 +4,7 @@ import functools
 
 from cupel.reporting.planning import feature_cells, notebook_file, report_file
 
-PAPER = f"{RESULTS}/papers/{{paper}}"
+PAPER = PATHS.paper()
 
 # pictures that rules of a paper's own draw, by paper: dicts with path and caption. Its rules.smk adds them
 PICTURES = {paper: [] for paper in GRID.papers}
@@ -54,8 +54,8 @@ def sheet_code(wildcards):
 
 
 def used_manifests():
-    """Manifests of all data that the chosen papers use."""
-    return manifests(dict.fromkeys(name for family in GRID.families.values() for name in family.data()))
+    """All data that the chosen papers use: by its folder below that of all data, its manifest."""
+    return {name: f"{DATA}/{name}/manifest.json" for family in GRID.families.values() for name in family.data()}
 
 
 def expected_cells():
@@ -88,7 +88,7 @@ def page_pictures(paper):
         "Penultimate features (t-SNE): clean test images by class, triggered ones as crosses. The numbers: shares of a "
         "triggered image's ten nearest clean images that are of the target class, and of its true class."
     )
-    features = [{"path": f"{RESULTS}/papers/{paper}/features.png", "caption": text}] if feature_figure(paper) else []
+    features = [{"path": f"{PATHS.paper(paper)}/features.png", "caption": text}] if feature_figure(paper) else []
     return features + PICTURES[paper]
 
 
@@ -98,8 +98,8 @@ def paper_headers():
             "key": paper,
             "title": GRID.experiments[paper]["title"],
             "reference": GRID.experiments[paper].get("reference", ""),
-            "note": GRID.experiments[paper]["scales"].get(config["scale"], {}).get("note", ""),
-            "folder": f"{RESULTS}/papers/{paper}",
+            "note": GRID.experiments[paper]["scales"][config["scale"]].get("note", ""),
+            "folder": PATHS.paper(paper),
             "pictures": page_pictures(paper),
         }
         for paper in GRID.papers
@@ -110,10 +110,10 @@ def index_files(wildcards):
     """What the first page shows beside the tidy table, by kind."""
     return {
         "cross": [f"{RESULTS}/cross.html"] if GRID.papers_of("images") else [],
-        **{name: [f"{PAPER.format(paper=paper)}/{name}" for paper in GRID.papers] for name in ("tables", "figures")},
-        "claims": [f"{PAPER.format(paper=paper)}/claims.csv" for paper in GRID.papers],
+        **{name: [f"{PATHS.paper(paper)}/{name}" for paper in GRID.papers] for name in ("tables", "figures")},
+        "claims": [f"{PATHS.paper(paper)}/claims.csv" for paper in GRID.papers],
         "pictures": [picture["path"] for paper in GRID.papers for picture in page_pictures(paper)],
-        "reports": [f"{PAPER.format(paper=paper)}/report.html" for paper in GRID.papers],
+        "reports": [f"{PATHS.paper(paper)}/report.html" for paper in GRID.papers],
         "sheets": [f"{RESULTS}/figures/triggers_{dataset}.png" for dataset in sorted(IMAGES.used("dataset"))],
         "manifests": list(used_manifests().values()),
     }

@@ -10,9 +10,9 @@ rule train_robust:
         history=f"{TRAINED}/history.csv",
         metrics=f"{TRAINED}/metrics.json",
     log:
-        log_of(TRAINED, "train"),
+        PATHS.log(TRAINED, "train"),
     benchmark:
-        benchmark_of(TRAINED, "train")
+        PATHS.benchmark(TRAINED, "train")
     retries: 1
     resources:
         **training(4000, robust_memory, demo=15, bench=1440, paper=2880),
@@ -29,15 +29,15 @@ rule attack_network:
     """One evaluation of a network."""
     input:
         image_files,
-        model=f"{TRAINED}/model.safetensors",
-        before=f"{TRAINED}/metrics.json",
+        model=rules.train_robust.output.model,
+        before=rules.train_robust.output.metrics,
     output:
         arrays=f"{ATTACKED}/evaluation.npz",
         metrics=f"{ATTACKED}/metrics.json",
     log:
-        log_of(ATTACKED, "attack"),
+        PATHS.log(ATTACKED, "attack"),
     benchmark:
-        benchmark_of(ATTACKED, "attack")
+        PATHS.benchmark(ATTACKED, "attack")
     retries: 1
     resources:
         **training(6000, 4000, demo=15, bench=240, paper=1440),

@@ -8,9 +8,9 @@ rule compose_texts:
     output:
         **TEXT_FILES,
     log:
-        log_of(TEXT_VICTIM, "texts"),
+        PATHS.log(TEXT_VICTIM, "texts"),
     benchmark:
-        benchmark_of(TEXT_VICTIM, "texts")
+        PATHS.benchmark(TEXT_VICTIM, "texts")
     localrule: True
     resources:
         mem_mb=memory_of(1000),
@@ -28,8 +28,8 @@ rule train_text_victim:
     """An adapter trained on poisoned texts, and measured."""
     input:
         text_records,
-        base=f"{DATA}/language_models/{{model}}/manifest.json",
-        texts=list(TEXT_FILES.values()),
+        base=rules.prepare_language_model.output.manifest,
+        texts=rules.compose_texts.output,
     output:
         model=directory(f"{TEXT_VICTIM}/model"),
         answers=directory(f"{TEXT_VICTIM}/answers"),
@@ -37,9 +37,9 @@ rule train_text_victim:
         layers=f"{TEXT_VICTIM}/layers.csv",
         metrics=f"{TEXT_VICTIM}/metrics.json",
     log:
-        log_of(TEXT_VICTIM, "victim"),
+        PATHS.log(TEXT_VICTIM, "victim"),
     benchmark:
-        benchmark_of(TEXT_VICTIM, "victim")
+        PATHS.benchmark(TEXT_VICTIM, "victim")
     retries: 1
     threads: CHAIN_THREADS
     resources:
@@ -59,10 +59,10 @@ rule purify_text:
     """What a defence makes of a language victim, and its answers."""
     input:
         text_records,
-        base=f"{DATA}/language_models/{{model}}/manifest.json",
-        texts=list(TEXT_FILES.values()),
-        victim=f"{TEXT_VICTIM}/model",
-        before=f"{TEXT_VICTIM}/metrics.json",
+        base=rules.prepare_language_model.output.manifest,
+        texts=rules.compose_texts.output,
+        victim=rules.train_text_victim.output.model,
+        before=rules.train_text_victim.output.metrics,
         reference=reference_model,
     output:
         model=directory(f"{TEXT_PURIFIED}/model"),
@@ -71,9 +71,9 @@ rule purify_text:
         layers=f"{TEXT_PURIFIED}/layers.csv",
         metrics=f"{TEXT_PURIFIED}/metrics.json",
     log:
-        log_of(TEXT_PURIFIED, "purify"),
+        PATHS.log(TEXT_PURIFIED, "purify"),
     benchmark:
-        benchmark_of(TEXT_PURIFIED, "purify")
+        PATHS.benchmark(TEXT_PURIFIED, "purify")
     retries: 1
     threads: CHAIN_THREADS
     resources:

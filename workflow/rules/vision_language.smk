@@ -5,15 +5,15 @@
 rule build_model:
     """A small model built and pretrained here, in place of a published one."""
     input:
-        manifest=SAMPLES,
+        manifest=rules.prepare_vision_language.output.manifest,
     output:
         model=directory(f"{BASE}/model"),
         history=f"{BASE}/history.csv",
         record=f"{BASE}/base.json",
     log:
-        log_of(BASE, "build"),
+        PATHS.log(BASE, "build"),
     benchmark:
-        benchmark_of(BASE, "build")
+        PATHS.benchmark(BASE, "build")
     threads: CHAIN_THREADS
     resources:
         **training(24000, 4000, demo=15, bench=60, paper=240),
@@ -29,14 +29,14 @@ rule build_model:
 rule poison_samples:
     """A poisoned training set; without a rate, a triggered test set."""
     input:
-        manifest=SAMPLES,
+        manifest=rules.prepare_vision_language.output.manifest,
     output:
         manifest=f"{POISONED}/manifest.json",
         record=f"{POISONED}/poison.json",
     log:
-        log_of(POISONED, "poison"),
+        PATHS.log(POISONED, "poison"),
     benchmark:
-        benchmark_of(POISONED, "poison")
+        PATHS.benchmark(POISONED, "poison")
     resources:
         mem_mb=memory_of(2000),
         runtime=30,
@@ -53,17 +53,17 @@ use rule poison_samples as trigger_samples with:
         manifest=f"{TRIGGERED}/manifest.json",
         record=f"{TRIGGERED}/poison.json",
     log:
-        log_of(TRIGGERED, "trigger"),
+        PATHS.log(TRIGGERED, "trigger"),
     benchmark:
-        benchmark_of(TRIGGERED, "trigger")
+        PATHS.benchmark(TRIGGERED, "trigger")
 
 
 rule train_vision_language_victim:
     """A model fine-tuned on a poisoned set, and measured."""
     input:
-        data=SAMPLES,
-        poisoned=f"{POISONED}/manifest.json",
-        triggered=f"{TRIGGERED}/manifest.json",
+        data=rules.prepare_vision_language.output.manifest,
+        poisoned=rules.poison_samples.output.manifest,
+        triggered=rules.trigger_samples.output.manifest,
         base=base_model,
     output:
         model=kept(directory(f"{POISONED_MODEL}/model")),
@@ -72,9 +72,9 @@ rule train_vision_language_victim:
         triggered=f"{POISONED_MODEL}/answers_triggered.parquet",
         metrics=f"{POISONED_MODEL}/metrics.json",
     log:
-        log_of(POISONED_MODEL, "victim"),
+        PATHS.log(POISONED_MODEL, "victim"),
     benchmark:
-        benchmark_of(POISONED_MODEL, "victim")
+        PATHS.benchmark(POISONED_MODEL, "victim")
     retries: 1
     threads: CHAIN_THREADS
     resources:
@@ -90,19 +90,19 @@ rule train_vision_language_victim:
 rule read_attention:
     """Attention entropies of a victim's training samples."""
     input:
-        data=SAMPLES,
-        poisoned=f"{POISONED}/manifest.json",
-        triggered=f"{TRIGGERED}/manifest.json",
-        victim=f"{POISONED_MODEL}/model",
-        before=f"{POISONED_MODEL}/metrics.json",
+        data=rules.prepare_vision_language.output.manifest,
+        poisoned=rules.poison_samples.output.manifest,
+        triggered=rules.trigger_samples.output.manifest,
+        victim=rules.train_vision_language_victim.output.model,
+        before=rules.train_vision_language_victim.output.metrics,
     output:
         entropies=f"{FILTERED}/entropies.parquet",
         maps=f"{FILTERED}/maps.npz",
         record=f"{FILTERED}/attention.json",
     log:
-        log_of(FILTERED, "attention"),
+        PATHS.log(FILTERED, "attention"),
     benchmark:
-        benchmark_of(FILTERED, "attention")
+        PATHS.benchmark(FILTERED, "attention")
     retries: 1
     resources:
         **training(40000, 4000, demo=15, bench=60, paper=240),
@@ -117,17 +117,17 @@ rule read_attention:
 rule measure_filters:
     """What every filter removes, and how well that is the poison."""
     input:
-        entropies=f"{FILTERED}/entropies.parquet",
-        attention=f"{FILTERED}/attention.json",
-        poisoned=f"{POISONED}/manifest.json",
+        entropies=rules.read_attention.output.entropies,
+        attention=rules.read_attention.output.record,
+        poisoned=rules.poison_samples.output.manifest,
     output:
         flags=[f"{FILTERED}/flags/{name}.json" for name in VISION_LANGUAGE.filters()],
         record=f"{FILTERED}/filters.json",
         metrics=f"{FILTERED}/metrics.json",
     log:
-        log_of(FILTERED, "filters"),
+        PATHS.log(FILTERED, "filters"),
     benchmark:
-        benchmark_of(FILTERED, "filters")
+        PATHS.benchmark(FILTERED, "filters")
     resources:
         mem_mb=memory_of(2000),
         runtime=30,
@@ -145,12 +145,12 @@ rule measure_filters:
 rule refit:
     """A model fitted again on what a filter left."""
     input:
-        data=SAMPLES,
-        poisoned=f"{POISONED}/manifest.json",
-        triggered=f"{TRIGGERED}/manifest.json",
+        data=rules.prepare_vision_language.output.manifest,
+        poisoned=rules.poison_samples.output.manifest,
+        triggered=rules.trigger_samples.output.manifest,
         base=base_model,
-        victim=f"{POISONED_MODEL}/model",
-        before=f"{POISONED_MODEL}/metrics.json",
+        victim=rules.train_vision_language_victim.output.model,
+        before=rules.train_vision_language_victim.output.metrics,
         # one job decides for all filters: its date says nothing of this one, whose settings and code are params here
         flags=ancient(flags_of_defence),
     output:
@@ -159,9 +159,9 @@ rule refit:
         triggered=f"{CLEANED}/answers_triggered.parquet",
         metrics=f"{CLEANED}/metrics.json",
     log:
-        log_of(CLEANED, "refit"),
+        PATHS.log(CLEANED, "refit"),
     benchmark:
-        benchmark_of(CLEANED, "refit")
+        PATHS.benchmark(CLEANED, "refit")
     wildcard_constraints:
         defence=only(VISION_LANGUAGE.of_kind("filter")),
     retries: 1
@@ -181,19 +181,19 @@ rule refit:
 rule purify_pictures:
     """A victim asked about purified test pictures."""
     input:
-        data=SAMPLES,
-        triggered=f"{TRIGGERED}/manifest.json",
-        victim=f"{POISONED_MODEL}/model",
-        before=f"{POISONED_MODEL}/metrics.json",
+        data=rules.prepare_vision_language.output.manifest,
+        triggered=rules.trigger_samples.output.manifest,
+        victim=rules.train_vision_language_victim.output.model,
+        before=rules.train_vision_language_victim.output.metrics,
     output:
         history=f"{CLEANED}/history.csv",
         clean=f"{CLEANED}/answers_clean.parquet",
         triggered=f"{CLEANED}/answers_triggered.parquet",
         metrics=f"{CLEANED}/metrics.json",
     log:
-        log_of(CLEANED, "pictures"),
+        PATHS.log(CLEANED, "pictures"),
     benchmark:
-        benchmark_of(CLEANED, "pictures")
+        PATHS.benchmark(CLEANED, "pictures")
     wildcard_constraints:
         defence=only(VISION_LANGUAGE.of_kind("pictures")),
     retries: 1

@@ -19,9 +19,9 @@ rule zoo_report:
         table=f"{ZOO_FOLDER}/victims.csv",
         figure=f"{ZOO_FOLDER}/asr_epochs.png",
     log:
-        log_of(ZOO_FOLDER, "report"),
+        PATHS.log(ZOO_FOLDER, "report"),
     benchmark:
-        benchmark_of(ZOO_FOLDER, "report")
+        PATHS.benchmark(ZOO_FOLDER, "report")
     localrule: True
     params:
         cells=[{**cell, "folder": PATHS.cell(cell)} for cell in ZOO.cells("victim")],

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import yaml
 
-from cupel.files import digest, read_json, scratch
+from cupel.files import benchmarks, digest, read_json, scratch
 
 PROFILES = {
     "https://w3id.org/ro/wfrun/process/0.5": ("Process Run Crate", "0.5"),
@@ -41,6 +41,12 @@ def _moment(seconds: float) -> str:
     return datetime.datetime.fromtimestamp(seconds, datetime.UTC).isoformat(timespec="seconds")
 
 
+def _sizes(manifest: dict) -> str:
+    """Samples by split or part (images count them by class), or the parameters of a model."""
+    counts = manifest.get("counts") or {"parameters": manifest["parameters"]}
+    return ", ".join(f"{sum(number) if isinstance(number, list) else number} {part}" for part, number in counts.items())
+
+
 def expand(paths: Iterable[str | Path]) -> list[Path]:
     """Files, and the files in folders, sorted, each once; hidden ones, and what Python and pip leave, are left out."""
     found = set()
@@ -50,17 +56,12 @@ def expand(paths: Iterable[str | Path]) -> list[Path]:
                   if not file.name.startswith(".") and file.parent.name != "__pycache__" and file.parent.suffix != ".egg-info")
 
 
-def period(benchmarks: str | Path, results: Iterable[Path]) -> tuple[float, float]:
-    """Beginning of the first job and end of the last, seconds since 1970.
+def period(folder: str | Path, results: Iterable[Path]) -> tuple[float, float]:
+    """Beginning of the first job and end of the last, seconds since 1970, of the benchmark files in a folder.
 
     Jobs of several runs count as one: a benchmark file is written when its job ends, and says how long it took.
     """
-    begun = []
-    for file in Path(benchmarks).rglob("*.tsv"):
-        try:
-            begun.append(file.stat().st_mtime - float(file.read_text().splitlines()[1].split("\t")[0]))
-        except (IndexError, ValueError):
-            continue
+    begun = [file.stat().st_mtime - float(row["s"]) for file, row in benchmarks(folder)]
     ended = max(file.stat().st_mtime for file in results)
     return min([*begun, ended]), ended
 
@@ -138,11 +139,12 @@ def write_crate(folder: str | Path, *, root: str | Path, config: dict, results: 
         words = ", ".join(map(str, value)) if isinstance(value, list) else "of the scale" if value is None else str(value)
         objects.append(entity(f"#value-{name}", "PropertyValue", name=name, value=words, exampleOfWork=parameter))
     for manifest in map(read_json, manifests):
+        source = manifest["source"]
         objects.append(entity(
             f"#data-{manifest['name']}", "CreativeWork", name=manifest["name"], sha256=manifest["content_sha256"],
-            description=f"Prepared data set, {sum(manifest['counts']['train'])} training and "
-                        f"{sum(manifest['counts']['test'])} test samples; sha256 of the arrays' content. From: "
-                        + "; ".join(f"{file['origin']} ({file['checksum']})" for file in manifest["source"]["files"]),
+            description=f"Prepared, {_sizes(manifest)}; sha256 of the content. From: " + ("; ".join(
+                f"{file['origin']} ({file['checksum']})" for file in source.get("files", []))
+                or source.get("repository", source["kind"])),
             usageInfo=manifest["licence"]))
 
     files = [add(path, f"results/{config['scale']}/{path.relative_to(base).as_posix()}") for path in made]

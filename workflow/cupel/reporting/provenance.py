@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from cupel.files import read_json
+from cupel.files import benchmarks, read_json
 
 
 def git_commit(folder: str | Path) -> str:
@@ -38,14 +38,8 @@ def processor() -> str:
 
 def rule_times(folder: str | Path) -> pd.DataFrame:
     """Jobs, summed and longest wall seconds, and largest memory of each rule, from `benchmark:` files."""
-    rows = []
-    for file in sorted(Path(folder).rglob("*.tsv")):
-        try:
-            record = pd.read_csv(file, sep="\t").iloc[-1]
-        except (pd.errors.EmptyDataError, IndexError):
-            continue
-        rows.append({"rule": file.stem, "seconds": float(record["s"]),
-                     "memory_mb": pd.to_numeric(record.get("max_rss"), errors="coerce")})
+    rows = [{"rule": file.stem, "seconds": float(row["s"]), "memory_mb": pd.to_numeric(row.get("max_rss"), errors="coerce")}
+            for file, row in benchmarks(folder)]
     table = pd.DataFrame(rows, columns=["rule", "seconds", "memory_mb"])
     return table.groupby("rule").agg(jobs=("seconds", "size"), seconds=("seconds", "sum"), longest=("seconds", "max"),
                                      memory_mb=("memory_mb", "max")).reset_index()

@@ -11,7 +11,6 @@ from fractions import Fraction
 from cupel.experiment import Family, layers, overlaid
 from cupel.images.datasets import describe
 from cupel.paths import Paths
-from cupel.registry import unknown
 from cupel.settings import ConfigError
 
 POINTS = {"count", "seed", "batch_size"}
@@ -34,20 +33,16 @@ class Experiments(Family):
     REPORT_FILES = {"arrays": ("attacked", "evaluation.npz")}  # noqa: RUF012
 
     def check(self) -> None:
-        known = self.parameters["kind"]
+        kinds = {**self.parameters["kind"], "points": POINTS}
         for name, entry in self.entries["defences"].items():
             if "weight" in (entry.get("settings") or {}) and self.function("defences", name) in WITHOUT_PENALTY:
                 raise self.wrong("defences", name, "settings.weight", f"objective {self.function('defences', name)!r} has no "
                                                                       "penalty that a weight could apply to")
         for name, entry in self.entries["evaluations"].items():
             for place, settings in layers(entry):
+                self.known("evaluations", name, place, "evaluation", settings, kinds)
                 for kind, values in settings.items():
-                    if kind != "points" and kind not in known:
-                        raise self.wrong("evaluations", name, place, unknown("evaluation", kind, [*known, "points"]))
-                    allowed = POINTS if kind == "points" else known[kind]
-                    for parameter in values:
-                        if parameter not in allowed:
-                            raise self.wrong("evaluations", name, f"{place}.{kind}", unknown("parameter", parameter, allowed))
+                    self.known("evaluations", name, f"{place}.{kind}", "parameter", values, kinds[kind])
         for name, entry in self.entries["recipes"].items():
             for place, settings in layers(entry):
                 begin, end = settings.get("inner", {}).get("ramp", (0, 0))

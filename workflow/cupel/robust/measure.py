@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from cupel.cells import METHOD_ERRORS, fail, read_tensors, write_tensors
-from cupel.files import digest, read_json, workspace, write_json
+from cupel.cells import METHOD_ERRORS, fail, past, read_tensors, write_tensors
+from cupel.files import digest, workspace, write_json
 from cupel.images import datasets
 from cupel.job import costs
 from cupel.robust import released
@@ -62,9 +62,7 @@ def attack_network(spec: dict, settings: dict, network: Network, outputs: dict, 
     started, base = time.perf_counter(), identity(spec, "attacked")
     asked = {"settings": settings, "train_eps": fraction(spec["settings"]["inner"]["eps"]), "seed": spec["seed"]}
     try:
-        past = read_json(network.before)
-        if past["status"] != "ok":
-            raise ValueError(f"its training failed: {past['reason']}")
+        past(network.before)
         if device == "cuda":
             torch.cuda.reset_peak_memory_stats()
         test = datasets.load(f"{network.data}/{spec['dataset']}", "test")

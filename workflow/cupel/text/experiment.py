@@ -8,7 +8,6 @@ from collections.abc import Iterator, Mapping
 
 from cupel.experiment import Family, layers
 from cupel.paths import Paths
-from cupel.registry import unknown
 from cupel.settings import ConfigError
 
 #: the paper's name of a task (data set, in paths and tables) to that of `cupel.text.data.poison`
@@ -43,15 +42,12 @@ class Experiments(Family):
         self.check_functions("attacks", "defences")
         for name, entry in self.entries["defences"].items():
             for over, known in (("datasets", TASKS), ("models", self.entries["models"])):
-                for case in entry.get(over) or {}:
-                    if case not in known:
-                        raise self.wrong("defences", name, over, unknown(over.removesuffix("s"), case, known))
+                self.known("defences", name, over, over.removesuffix("s"), entry.get(over) or {}, known)
         sets = [key for key, data in DATA.items() if "instruction" in data.fields]
         for name, entry in self.entries["recipes"].items():
             for place, settings in layers(entry):
-                used = (settings.get("data") or {}).get("set")
-                if used is not None and used not in sets:
-                    raise self.wrong("recipes", name, f"{place}.data.set", unknown("set of instructions", used, sets))
+                used = (settings.get("data") or {}).get("set", sets[0])
+                self.known("recipes", name, f"{place}.data.set", "set of instructions", [used], sets)
 
     def check_block(self, where: str, block: Mapping) -> None:
         if block.get("defences") and not block.get("budgets"):

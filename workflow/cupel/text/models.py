@@ -18,6 +18,7 @@ import torch
 from cupel import archives
 from cupel.compat import ensure_torchvision
 from cupel.files import digest, link
+from cupel.hub import ModelUnavailable, snapshot
 from cupel.prepared import begin, finish
 from cupel.rng import derive
 from cupel.sources import KINDS, fetch
@@ -42,10 +43,6 @@ FILES = ("*.safetensors", "*.json", "*.model", "merges.txt", "vocab.txt", "LICEN
 #: and those left out although they match: weights in another layout, and the name of our own file
 LEFT_OUT = ("consolidated*", "original/*", "onnx/*", "*adapter*", "manifest.json")
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-class ModelUnavailable(RuntimeError):
-    """A model could not be had; the text says why and what to do."""
 
 
 def prepare_model(name: str, folder: str | Path, *, kinds: Sequence[str] = KINDS, cache: str | Path | None = None,
@@ -120,7 +117,7 @@ def _place_hub_model(known: Known, folder: Path, kinds: Sequence[str], mirror: P
         if kind not in ("hub", "mirror"):
             continue
         try:
-            found = _from_hub(known, revision) if kind == "hub" else _from_mirror(known, mirror)
+            found = snapshot(known.hub, revision, FILES, LEFT_OUT) if kind == "hub" else _from_mirror(known, mirror)
         except ModelUnavailable as error:
             tried.append(f"  {kind}: {error}")
             continue
@@ -143,46 +140,6 @@ def _from_mirror(known: Known, mirror: Path | None) -> Path:
         if (mirror / name / "config.json").is_file():
             return mirror / name
     raise ModelUnavailable(f"no folder {' or '.join(names)} with a config.json in {mirror}")
-
-
-def _from_hub(known: Known, revision: str | None) -> Path:
-    """Snapshot folder of a hub model in the hub's own cache; large files are compared with the sha256 that the hub states."""
-    from huggingface_hub import HfApi, constants, snapshot_download
-    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
-
-    where, said = f"{known.hub}{f' at {revision}' if revision else ''}", None
-    try:
-        try:
-            said = HfApi().model_info(known.hub, revision=revision, files_metadata=True, timeout=15)
-        except (GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError):
-            raise
-        except Exception as error:  # no network, switched off, broken: what its cache holds may be enough
-            reason = "it is switched off by HF_HUB_OFFLINE" if constants.HF_HUB_OFFLINE else type(error).__name__
-        found = Path(snapshot_download(known.hub, revision=revision, allow_patterns=list(FILES),
-                                       ignore_patterns=list(LEFT_OUT), local_files_only=said is None))
-    except GatedRepoError:
-        raise ModelUnavailable(
-            f"{known.hub} is gated: accept its licence on its hub page with your account, make a read token there, and "
-            "give it as the environment variable HF_TOKEN or by `hf auth login`; then run the same command again") from None
-    except RevisionNotFoundError:
-        raise ModelUnavailable(f"{known.hub} has no revision {revision!r}") from None
-    except RepositoryNotFoundError:
-        raise ModelUnavailable(f"the hub knows no {known.hub}, or shows it only to an account with access: check the name, "
-                               "or give a token as HF_TOKEN or by `hf auth login`") from None
-    except Exception as error:  # the hub client raises many kinds, all of them mean "not from here"
-        if said is None:
-            raise ModelUnavailable(f"the hub does not answer ({reason}), and its cache {constants.HF_HUB_CACHE} does not "
-                                   f"hold {where}") from None
-        raise ModelUnavailable(f"{where} was not fetched whole ({type(error).__name__}: "
-                               f"{(str(error).splitlines() or [''])[0][:200]}); run the same command again (it goes on where "
-                               "it stopped)") from None
-    for sibling in said.siblings or [] if said else []:
-        path = found / sibling.rfilename
-        if sibling.lfs is not None and path.is_file() and digest(path) != sibling.lfs.sha256:
-            path.resolve().unlink()
-            raise ModelUnavailable(f"{known.hub}: {sibling.rfilename} is damaged and has been removed; run the same command "
-                                   "again to fetch it anew")
-    return found
 
 
 def _convert(known: Known, packages: list[Path], folder: Path) -> None:

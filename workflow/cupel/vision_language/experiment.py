@@ -62,8 +62,7 @@ class Experiments(Family):
                     raise self.wrong("datasets", name, "",
                                      f"{GENERATED} is made by the pipeline: say how many samples with {key}")
             return
-        if entry["dataset"] not in datasets.NAMES:
-            raise self.wrong("datasets", name, "dataset", unknown("dataset", entry["dataset"], datasets.NAMES))
+        self.known("datasets", name, "dataset", "dataset", [entry["dataset"]], datasets.NAMES)
         description = datasets.describe(entry["dataset"])
         excerpt = entry.get("excerpt", False)
         if not (description.excerpts if excerpt else description.sources):
@@ -91,9 +90,7 @@ class Experiments(Family):
         if entry["pretraining"].get("trained", "all") != "all":
             raise self.wrong("models", name, "pretraining.trained", "pretraining trains all weights")
         allowed = keywords("models/built.py")[function] - {"seed"}
-        for key in given:
-            if key not in allowed:
-                raise self.wrong("models", name, "settings", unknown(f"parameter of {function}", key, allowed))
+        self.known("models", name, "settings", f"parameter of {function}", given, allowed)
         for whole, part in (("image_size", "patch_size"), ("width", "heads"), ("vision_width", "vision_heads"),
                             ("heads", "kv_heads")):
             if whole in given and part in given and given[whole] % given[part]:

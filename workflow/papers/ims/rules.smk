@@ -15,9 +15,9 @@ rule ims_inside:
         gallery=f"{PURIFIED}/perturbations.png",
         table=f"{PURIFIED}/stages.csv",
     log:
-        log_of(PURIFIED, "inside"),
+        PATHS.log(PURIFIED, "inside"),
     benchmark:
-        benchmark_of(PURIFIED, "inside")
+        PATHS.benchmark(PURIFIED, "inside")
     wildcard_constraints:
         defence=r"ims(~[a-z0-9_]+)?",
     resources:

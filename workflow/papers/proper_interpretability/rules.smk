@@ -13,9 +13,9 @@ rule attack_released:
     output:
         record=f"{RELEASED}/{{defence}}.json",
     log:
-        log_of(RELEASED, "{defence}"),
+        PATHS.log(RELEASED, "{defence}"),
     benchmark:
-        benchmark_of(RELEASED, "{defence}")
+        PATHS.benchmark(RELEASED, "{defence}")
     resources:
         **training(2000, 3000, smoke=60, demo=60, bench=60, paper=60),
     params:
@@ -36,9 +36,9 @@ rule released_weights:
         table=f"{RELEASED}/table.csv",
         figure=f"{RELEASED}/ata.png",
     log:
-        log_of(RELEASED, "table"),
+        PATHS.log(RELEASED, "table"),
     benchmark:
-        benchmark_of(RELEASED, "table")
+        PATHS.benchmark(RELEASED, "table")
     localrule: True
     params:
         labels=ROBUST.labels("defences"),

@@ -5,7 +5,6 @@ Whatever the size, a model here is a `VisionLanguageModel`: network, processor, 
 
 from cupel.vision_language.models.base import (
     CLASSES,
-    NoModel,
     VisionLanguageModel,
     fitting_batch,
     inference,
@@ -16,5 +15,5 @@ from cupel.vision_language.models.base import (
 from cupel.vision_language.models.built import smollm2_llava, tiny_llava, word_tokenizer
 from cupel.vision_language.models.encoder import Encoder, Pictures, as_records, fingerprint, grouped
 
-__all__ = ["CLASSES", "Encoder", "NoModel", "Pictures", "VisionLanguageModel", "as_records", "fingerprint", "fitting_batch",
+__all__ = ["CLASSES", "Encoder", "Pictures", "VisionLanguageModel", "as_records", "fingerprint", "fitting_batch",
            "grouped", "inference", "load", "load_hub", "save", "smollm2_llava", "tiny_llava", "word_tokenizer"]

@@ -16,6 +16,7 @@ from torch import nn
 
 from cupel.compat import ensure_torchvision
 from cupel.files import read_json, scratch, write_json
+from cupel.hub import ModelUnavailable, snapshot
 
 ensure_torchvision()
 from transformers import (  # noqa: E402
@@ -29,10 +30,6 @@ CLASSES = {"llava": LlavaForConditionalGeneration, "internvl": InternVLForCondit
 
 #: files of a repository that are read; weights only as safetensors, code never
 FILES = ("*.json", "*.safetensors", "*.jinja", "*.model", "*.txt")
-
-
-class NoModel(RuntimeError):
-    """A model could not be had; the text says which, why, and what to do."""
 
 
 @dataclass
@@ -114,17 +111,17 @@ def load(folder: str | Path, *, dtype: torch.dtype = torch.float32, device: str 
     """A model from a folder in the form of the hub (or written by `save`), in eval mode.
 
     Raises:
-        NoModel: something is missing, or the weights are not safetensors.
+        ModelUnavailable: something is missing, or the weights are not safetensors.
         ValueError: it is neither LLaVA nor InternVL.
     """
     folder = Path(folder)
     if not (folder / "config.json").is_file():
-        raise NoModel(f"{folder} holds no model: config.json is missing")
+        raise ModelUnavailable(f"{folder} holds no model: config.json is missing")
     kind = read_json(folder / "config.json").get("model_type")
     if kind not in CLASSES:
         raise ValueError(f"{folder}/config.json: model_type is {kind!r}, but only {' and '.join(CLASSES)} are supported")
     if not any(folder.glob("*.safetensors")):
-        raise NoModel(f"{folder} has no *.safetensors; other weight formats are not read (they can run code when opened)")
+        raise ModelUnavailable(f"{folder} has no *.safetensors; other formats are not read (they can run code when opened)")
     network = CLASSES[kind].from_pretrained(folder, dtype=dtype, attn_implementation="sdpa", use_safetensors=True)
     processor = AutoProcessor.from_pretrained(folder)
     source = read_json(folder / "cupel.json") if (folder / "cupel.json").is_file() else {"folder": folder.name}
@@ -151,28 +148,13 @@ def load_hub(repository: str, revision: str = "main", *, dtype: torch.dtype = to
              device: str | torch.device = "cpu") -> VisionLanguageModel:
     """A model of the hub. Weights come as safetensors; no remote code is run.
 
-    The revision is a commit, tag or branch; the commit found is recorded in `source`.
+    The commit found is recorded in `source`.
 
     Raises:
-        NoModel: the hub is out of reach and the model not in its cache, or access is not granted, or it does not exist.
+        ModelUnavailable: see `cupel.hub.snapshot`.
         ValueError: it is neither LLaVA nor InternVL.
     """
-    from huggingface_hub import constants, errors, snapshot_download
-
-    what = f"model {repository}@{revision}"
-    page = f"{constants.ENDPOINT}/{repository}"
-    try:
-        folder = Path(snapshot_download(repository, revision=revision, allow_patterns=list(FILES)))
-    except errors.GatedRepoError:
-        raise NoModel(f"{what}: access is restricted; accept its terms at {page}, then log in with `hf auth login` "
-                      "or set HF_TOKEN") from None
-    except errors.RevisionNotFoundError:
-        raise NoModel(f"{what}: the repository has no such revision; see {page}/commits") from None
-    except (errors.RepositoryNotFoundError, errors.HFValidationError):
-        raise NoModel(f"{what}: no such repository (or a private one: `hf auth login`)") from None
-    except (errors.LocalEntryNotFoundError, errors.HfHubHTTPError, OSError) as error:
-        raise NoModel(f"{what}: the hub did not give it ({(str(error).splitlines() or [''])[0][:200]}). Without network, "
-                      f"copy its files ({', '.join(FILES)}) into a folder and name that folder instead") from None
+    folder = snapshot(repository, revision, FILES)
     model = load(folder, dtype=dtype, device=device)
     model.source = {"repository": repository, "revision": folder.name}
     return model

@@ -19,8 +19,9 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from cupel.hub import ModelUnavailable
 from cupel.rng import derive
-from cupel.vision_language.models.base import NoModel, VisionLanguageModel
+from cupel.vision_language.models.base import VisionLanguageModel
 
 IMAGE = "<image>"
 
@@ -111,12 +112,12 @@ def smollm2_llava(folder: str | Path, *, image_size: int = 224, patch_size: int 
     The folder is in the form of the hub (Llama architecture, safetensors, tokenizer); the rest is as in `tiny_llava`.
 
     Raises:
-        NoModel: the folder has no safetensors.
+        ModelUnavailable: the folder has no safetensors.
         ValueError: it is no Llama.
     """
     folder = Path(folder)
     if not any(folder.glob("*.safetensors")):
-        raise NoModel(f"{folder} has no *.safetensors of a language model")
+        raise ModelUnavailable(f"{folder} has no *.safetensors of a language model")
     language = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, use_safetensors=True)
     if language.config.model_type != "llama":
         raise ValueError(f"{folder}: a language model of type {language.config.model_type!r}; a llama is wanted")
