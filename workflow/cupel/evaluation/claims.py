@@ -79,7 +79,7 @@ def compared(test: Mapping, table: pd.DataFrame) -> tuple[pd.DataFrame, list[str
     Both sides are paired on the columns of a setting and on those in `paired`, but for those that a side selects, those in
     `unpaired`, and the budget where a side has none (victims).
     """
-    where, named = test.get("where", {}), {*test["a"], *test.get("b", {})}
+    where, named = {"metric": test["metric"], **test.get("where", {})}, {*test["a"], *test.get("b", {})}
     selections = [{**where, **test[side]} for side in "ab" if side in test]
     sides = [select(table, selection) for selection in selections]
     budgets = [set(side.budget) != {""} for side in sides]
@@ -109,10 +109,10 @@ def credited(cells: pd.DataFrame) -> pd.Series:
 def judge(claim: Mapping, cells: pd.DataFrame, scale: str, gate: Mapping[str, float] = GATE) -> Verdict:
     """Judge one claim.
 
-    The test compares side A with side B, or with a constant, and asks for an effect A − B above a margin: in the mean over
-    settings (`over: mean`), or in every one of them (`over: every`). The verdict is `supported` when the whole interval
-    lies above the margin, `refuted` when it lies below, else `open`. With fewer than `SEEDS` trainings of a setting it is
-    `indicated`, whatever the interval. Seeds that not all settings have are left out.
+    The test compares a metric (a side may name another) of side A with that of side B, or with a constant, and asks for an
+    effect A − B above a margin: in the mean over settings (`over: mean`), or in every one of them (`over: every`). The verdict
+    is `supported` when the whole interval lies above the margin, `refuted` when it lies below, else `open`. With fewer than
+    `SEEDS` trainings of a setting it is `indicated`, whatever the interval. Seeds that not all settings have are left out.
 
     Left out are cells whose victim does not reach `gate` (unless the claim says `gated: false`): they earn nobody credit. Where
     this leaves fewer than `SEEDS` trainings of a setting, it is left out as a whole. A claim is not supported while cells
@@ -131,7 +131,7 @@ def judge(claim: Mapping, cells: pd.DataFrame, scale: str, gate: Mapping[str, fl
     where = test.get("where", {})
     asked = pd.concat([select(cells, {**where, **test[side]}) for side in "ab" if side in test]).drop_duplicates(
         ["path", "metric"])
-    measured = (cells.status == "ok") & (cells.metric == test["metric"]) & cells.value.notna()
+    measured = (cells.status == "ok") & cells.value.notna()
     try:
         pairs, keys = compared(test, cells[measured & cells.credited])
     except ValueError as error:
