@@ -7,6 +7,7 @@ import pandas as pd
 import pytest
 from scipy.stats import t, ttest_1samp
 
+from cupel.evaluation import agreement
 from cupel.evaluation.claims import SEEDS, judge, judge_all
 from cupel.evaluation.intervals import wilson
 from cupel.evaluation.settings import validity
@@ -184,3 +185,27 @@ def test_no_claim_mixes_cells_in_any_grid(paper, scale):
     found = judge_all(content, pd.DataFrame(made), paper, scale)
     assert not found.test.str.contains("several cells").any(), found[["claim", "test"]].to_dict("records")
     assert (found.seeds >= SEEDS).sum() or scale != "desk"
+
+
+def test_two_runs_are_compared_cell_by_cell_and_verdict_by_verdict(tmp_path, capsys):
+    content, runs = {"claims": [CLAIM, {**EVERY, "id": "every"}]}, {}
+    for name, left, seeds in (("a", strong, (0, 1, 2)), ("b", lambda *cell: strong("ft", *cell[1:]), (0, 1, 2)),
+                              ("c", strong, (3, 4, 5))):
+        table = grid(left, seeds=seeds).assign(device="cpu", precision="bf16", threads=2.0)
+        runs[name] = tmp_path / name
+        runs[name].mkdir()
+        table.to_parquet(runs[name] / "cells.parquet")
+        judge_all(content, table, "p", "demo").to_csv(runs[name] / "claims.csv", index=False)
+    assert agreement.main([str(runs["a"]), str(runs["b"]), "--out", str(tmp_path)]) == 1
+    said = capsys.readouterr().out
+    assert "54 cells" not in said and "27 cells on cpu, bf16, 2 threads" in said and "2 flip between" in said
+    cells = pd.read_csv(tmp_path / "agreement.csv")
+    assert set(cells.defence[cells.apart]) == {"fst"} and (cells.difference[~cells.apart] == 0).all()
+    assert agreement.main([str(runs["a"]), str(runs["c"]), "--out", str(tmp_path)]) == 0
+    assert "0 differ" in capsys.readouterr().out and len(pd.read_csv(tmp_path / "agreement.csv")) == 3 * 3 * 2
+
+
+def test_a_direction_that_turns_is_said():
+    both = [judge_all({"claims": [CLAIM]}, grid(left, seeds=(0,)), "p", "demo")
+            for left in (strong, lambda *cell: strong("ft", *cell[1:]))]
+    assert list(agreement.compare_claims(*both).change) == ["direction"]

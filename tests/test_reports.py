@@ -16,6 +16,7 @@ from cupel.files import read_json, write_json
 from cupel.images import stages
 from cupel.images.defences import Budget
 from cupel.paths import Paths
+from cupel.reporting import images
 from cupel.reporting.cross import cross_table, heat_map, write_cross
 from cupel.reporting.index import paper_section
 from cupel.reporting.notebook import write_card
@@ -418,6 +419,23 @@ def test_the_report_of_the_documentation(tmp_path, reports):
     paper = dataclasses.replace(reports("fst"), out=tmp_path / "out", captions={})
     write_report(paper, tmp_path / "report.py")
     assert "badnets" in table(paper, "mine") and list(paper.captions) == list(reports("fst").captions)
+
+
+def test_how_much_one_hyperparameter_decides():
+    defences = {"fst": {"function": "fst", "settings": {"alpha": 0.2, "projected": True}},
+                "fst~a": {"function": "fst", "settings": {"alpha": 0.1, "projected": True}},
+                "fst~free": {"function": "fst", "settings": {"alpha": 0.2, "projected": False}},
+                "fst~both": {"function": "fst", "settings": {"alpha": 0.3, "projected": False}},
+                "mine": {"function": "of_a_plugin", "settings": {}}}
+    assert images.sweeps(defences) == {("fst", "alpha"): {"fst~a": 0.1, "fst": 0.2}}
+    rows = pd.DataFrame([{"attack": attack, "attack_variant": "", "poison_rate": 0.1, "metric": metric, "method": method,
+                          "value": value, "credited": True}
+                         for attack in ("a", "b") for metric in ("asr", "acc", "ra")
+                         for method, value in (("fst", 0.2), ("fst~a", 0.5))
+                         if (attack, method) != ("b", "fst~a")])
+    grid = images.sensitivity(rows, defences)
+    assert list(grid.index) == ["fst: alpha 0.1", "fst: alpha 0.2", "fst: alpha, spread"]
+    assert list(grid.ASR) == ["50.0", "20.0", "30.0"] and set(grid.settings) == {"1"}
 
 
 def test_the_reach_of_the_inner_step(tmp_path):

@@ -1,8 +1,11 @@
 """The report of a paper on image classifiers: what any of them shows of ACC, ASR and RA."""
 
+import contextlib
+
 import numpy as np
 import pandas as pd
 
+from cupel.images.defences import DEFENCES
 from cupel.reporting import figures, tables
 from cupel.reporting.figures import COLOURS, handle, plt
 from cupel.reporting.paper import Paper, victim_histories
@@ -43,12 +46,56 @@ def draw(paper: Paper) -> None:
                 paper.table(f"clean_{stem}", tables.by_setting(costs, order, ("acc", "arr")), f"{paper.title}: what a defence "
                             f"costs a network without a backdoor, in percent ({where}).", "setting: defence")
             _figures(paper, chosen, order, stem, where)
+            paper.table(f"sensitivity_{stem}", sensitivity(chosen, paper.facts["defences"]), f"{paper.title}: how much one "
+                        f"hyperparameter decides, in percent ({where}).", "defence: hyperparameter")
         if part.budget.nunique() > 2:
             paper.figure(f"budgets_{dataset}_{model}_{recipe}", budget_curves(part[part.method != "victim"], sizes),
                          f"Sensitivity to the number of clean samples. ({dataset}, {model}, recipe {recipe}, {_seeds(part)})")
     if histories := victim_histories(own):
         paper.figure("training", figures.training_curves(histories), "Training of the victims: loss, accuracy on clean "
                      "samples, share of poisoned samples that hit the target.")
+
+
+def sweeps(defences: dict[str, dict]) -> dict[tuple[str, str], dict[str, float]]:
+    """Variants of one defence that differ in one number alone: label by (function, hyperparameter), values by method.
+
+    Args:
+        defences: `function` and `settings` by method, as experiment.yaml has them; what is not given is the function's default.
+    """
+    whole: dict[str, dict[str, dict]] = {}
+    for method, entry in defences.items():
+        with contextlib.suppress(ValueError):  # a plugin's defence, which no report loads
+            whole.setdefault(entry["function"], {})[method] = DEFENCES.settings(entry["function"], entry["settings"])
+    found: dict[tuple[str, str], dict[str, float]] = {}
+    for function, methods in whole.items():
+        for method in methods.keys() - {function}:
+            base = methods.get(function, {})
+            differ = [key for key, value in methods[method].items() if base and value != base[key]]
+            if len(differ) == 1 and all(isinstance(side[differ[0]], (int, float)) and not isinstance(side[differ[0]], bool)
+                                        for side in (base, methods[method])):
+                values = found.setdefault((function, differ[0]), {function: base[differ[0]]})
+                values[method] = methods[method][differ[0]]
+    return {key: dict(sorted(values.items(), key=lambda item: item[1])) for key, values in sorted(found.items())}
+
+
+def sensitivity(table: pd.DataFrame, defences: dict[str, dict]) -> pd.DataFrame:
+    """Rows: every value of a hyperparameter that variants of a defence sweep, then the spread over them; columns: ASR, ACC and
+    RA in percent, means over the settings that all its values have, and how many these are."""
+    rows = {}
+    for (function, name), values in sweeps(defences).items():
+        part = table[table.method.isin(values) & table.credited & table.metric.isin(METRICS)]
+        grid = part.pivot_table(index=["attack", "attack_variant", "poison_rate", "metric"], columns="method", values="value")
+        if len(grid.columns) < len(values) or (grid := grid.dropna()).empty:
+            continue
+        means = grid.groupby("metric").mean()
+        settings = str(len(grid.index.droplevel("metric").unique()))
+        for method, value in values.items():
+            rows[f"{function}: {name} {value:g}"] = {
+                **{metric.upper(): f"{100 * means.loc[metric, method]:.1f}" for metric in METRICS}, "settings": settings}
+        spread = means.max(axis=1) - means.min(axis=1)
+        rows[f"{function}: {name}, spread"] = {
+            **{metric.upper(): f"{100 * spread[metric]:.1f}" for metric in METRICS}, "settings": settings}
+    return tables.frame(rows)
 
 
 def _seeds(rows: pd.DataFrame) -> str:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pandas as pd
 
+from cupel.evaluation.agreement import MADE_WITH, made_with
 from cupel.files import read_json, write_json, write_text
 from cupel.reporting.page import write_page
 from cupel.reporting.provenance import provenance, rule_times
@@ -51,6 +52,8 @@ def write_index(papers: Iterable[dict], cells: pd.DataFrame, run: dict, out: Map
                  "caption": f"Triggers on {Path(path).stem.removeprefix('triggers_')}: stamped test images, and the difference "
                             "to the clean ones, ten times amplified around grey."} for path in run["sheets"]]
     failed = cells[cells.status != "ok"].drop_duplicates("path")[["path", "reason"]].to_dict("records")
-    write_page(page, "index.html.j2", scale=config["scale"], claims=claims.to_dict("records"), cross=run["cross"],
+    ways = cells.drop_duplicates("path")[MADE_WITH].dropna().drop_duplicates()
+    write_page(page, "index.html.j2", scale=config["scale"], computed=made_with(cells), mixed=len(ways) > 1,
+               claims=claims.to_dict("records"), cross=run["cross"],
                papers=[paper_section(paper, page) for paper in papers], triggers=triggers, failed=failed, made=made,
                times=rule_times(run["benchmarks"]).set_index("rule").round(1))

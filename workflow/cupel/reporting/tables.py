@@ -192,6 +192,8 @@ def means(table: pd.DataFrame, order: list[str]) -> pd.DataFrame:
     Settings of victims without a backdoor are left out; `destroyed` counts settings in which a defence destroyed a network.
     """
     table = table[table.credited]
+    if table.empty:
+        return pd.DataFrame()
     values = table.pivot_table(index="label", columns="metric", values="value", aggfunc="mean")
     present = [metric for metric in METRICS if metric in values]
     grid = values[present].map(lambda value: "" if np.isnan(value) else f"{100 * value:.1f}")
