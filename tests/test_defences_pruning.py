@@ -25,6 +25,7 @@ from cupel.images.defences import fp as fp_file
 from cupel.images.defences import ims as ims_file
 from cupel.images.defences import masks as masks_file
 from cupel.images.defences import nft as nft_file
+from cupel.images.defences import passes as passes_file
 from cupel.images.defences.passes import batches
 from cupel.images.models import Classifier, Normalize, Parts, build
 from cupel.images.models.torchvision_zoo import VisionTransformer
@@ -164,12 +165,13 @@ def test_gradient_of_a_step_against_finite_differences():
 @pytest.mark.parametrize("name, options", [("preactresnet18", {"width": 8}), ("efficientnet_b3", {}),
                                            ("mobilenet_v3_large", {})])
 def test_folded_masks_give_the_network_with_scaled_outputs(name, options):
-    model = randomise_batchnorms(build(name, num_classes=10, seed=0, **options)).requires_grad_(False)
+    model = randomise_batchnorms(build(name, num_classes=10, seed=0, **options)).double().requires_grad_(False)
     masked = ims_file.ConvolutionMasks(model)
     expected_total = {"preactresnet18": 600, "efficientnet_b3": 63728, "mobilenet_v3_large": 17280}[name]
     assert masked.channels.total == expected_total
-    scale = torch.rand(expected_total, generator=torch.Generator().manual_seed(0)) * 0.5 + 0.5
-    x, begin = pixels(4), 0
+    scale = torch.rand(expected_total, generator=torch.Generator().manual_seed(0)).double() * 0.5 + 0.5
+    scale.requires_grad_()
+    x, begin = pixels(4).double().requires_grad_(), 0
     reference = copy.deepcopy(model)
     for module in reference.modules():
         if isinstance(module, nn.Conv2d):
@@ -183,12 +185,54 @@ def test_folded_masks_give_the_network_with_scaled_outputs(name, options):
     assert (len(pairs) == 8 and "extractor.conv1" not in pairs if name == "preactresnet18" else len(pairs) > 40)
     assert len([m for m in masked.lean.modules() if isinstance(m, nn.BatchNorm2d)]) + len(pairs) == len(
         [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)])
-    close = {"atol": 1e-5 * float(wanted.abs().max()), "rtol": 1e-5}
-    torch.testing.assert_close(masked(scale, x), wanted, **close)
-    torch.testing.assert_close(masked.fixed(scale)(x), wanted, **close)
+    close = {"atol": 1e-11 * float(wanted.detach().abs().max()), "rtol": 1e-9}
+    scaled, fixed = masked(scale, x), masked.fixed(scale.detach())(x)
+    torch.testing.assert_close(scaled, wanted, **close)
+    torch.testing.assert_close(fixed, wanted, **close)
+    slope = torch.autograd.grad(wanted.square().sum(), [scale, x])
+    for found, expected in ((torch.autograd.grad(scaled.square().sum(), scale)[0], slope[0]),
+                            (torch.autograd.grad(fixed.square().sum(), x)[0], slope[1])):
+        torch.testing.assert_close(found, expected, atol=1e-11 * float(expected.abs().max()), rtol=1e-7)
     assert not any(module._forward_hooks for module in [*model.modules(), *masked.lean.modules()])
     masks_file.write(model, masked.folded(scale))
     torch.testing.assert_close(model(x), wanted, **close)
+
+
+def test_only_a_batchnorm_that_alone_reads_a_convolution_follows_it():
+    class Net(nn.Module):
+        spec = {"in_channels": 3, "image_size": 8}  # noqa: RUF012
+
+        def __init__(self):
+            super().__init__()
+            for number in range(7):
+                setattr(self, f"c{number}", nn.Conv2d(3, 3, 3, padding=1))
+                setattr(self, f"n{number}", nn.BatchNorm2d(3, affine=number != 4))
+                if number != 4:
+                    nn.init.uniform_(getattr(self, f"n{number}").weight, 0.5, 1.5)
+                    nn.init.uniform_(getattr(self, f"n{number}").bias)
+            self.c5.register_forward_hook(lambda module, given, output: 2 * output)
+
+        def forward(self, x):
+            x = F.relu_(self.n0(self.c0(x)))
+            y = self.c1(x)
+            x = y + self.n1(y)  # read twice
+            x = self.n2(F.relu_(self.c2(x)))  # not a convolution any more
+            x = self.n3(self.c3(x)) + self.n4(self.c4(x))  # the latter has no parameters
+            return self.n6(self.c6(self.n5(self.c5(x)))).mean((2, 3))
+
+    torch.manual_seed(0)
+    net, x = Net().double(), pixels(4, 8).double()
+    net(x)  # statistics
+    net.eval()
+    masked, scale = ims_file.ConvolutionMasks(net), torch.rand(21, dtype=torch.float64)
+    assert ims_file.followers(net) == {"c0": "n0", "c3": "n3", "c6": "n6"}
+    parts = masked.channels.split(scale)
+    with passes_file.watched(masked.convolutions, lambda name, output: output * parts[name].view(-1, 1, 1)):
+        wanted = net(x)
+    torch.testing.assert_close(masked(scale, x), wanted, atol=1e-12, rtol=1e-9)
+    torch.testing.assert_close(masked.fixed(scale)(x), wanted, atol=1e-12, rtol=1e-9)
+    masked.finish(scale)
+    torch.testing.assert_close(net(x), wanted, atol=1e-12, rtol=1e-9)
 
 
 def test_early_stop_counts_rounds_without_two_percent():
@@ -232,9 +276,20 @@ def test_no_pass_is_wasted(tiny):
     assert len(calls) == 1 + 1 + 2 * 2 + 2 * (20 * 2 + 1 + 4)
 
 
+def only_first(step, count):
+    """The step, and after `count` calls nothing."""
+    calls = []
+
+    def counted(self, *arguments):
+        calls.append(1)
+        return step(self, *arguments) if len(calls) <= count else {"nothing": 0.0}
+
+    return counted
+
+
 def test_history_and_masks_of_ims(tiny):
     victim, budget = tiny
-    budget = dataclasses.replace(budget, details={})
+    budget = dataclasses.replace(budget, details={}, snapshots={})
     model, history = purify("ims", victim, budget, rng(0), rounds_initial=4, rounds_minimise=3, lr_perturb=0.01,
                             steps_perturb=3, lr_mask=0.1)
     assert [row["stage"] for row in history] == ["I"] * 4 + ["II"] * 3 + ["III"] * 3
@@ -250,6 +305,15 @@ def test_history_and_masks_of_ims(tiny):
         torch.testing.assert_close(model.get_submodule(name).weight,
                                    convolutions[name].weight * m[:, None, None, None])
         assert min(a.min(), s.min()) >= 0 and max(a.max(), s.max()) <= 1
+    # the run cut after stage I or II ends with the network that was left of that stage
+    assert list(budget.snapshots) == ["stage_1", "stage_2"]
+    for number, rows in (("stage_1", 4), ("stage_2", 7)):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(ims_file.Refinement, "step", only_first(ims_file.Refinement.step, rows))
+            cut, _ = purify("ims", victim, dataclasses.replace(budget, details={}, snapshots={}), rng(0), rounds_initial=4,
+                            rounds_minimise=3, lr_perturb=0.01, steps_perturb=3, lr_mask=0.1)
+        masks_file.write(again := copy.deepcopy(model), budget.snapshots[number])
+        assert same(snapshot(again), snapshot(cut)) and not same(snapshot(again), snapshot(model))
     everything = torch.cat([kept[f"s:{name}"] for name in convolutions])
     assert history[-1]["selected"] == pytest.approx(float((everything < 0.5).float().mean()))
     assert not same(snapshot(victim), snapshot(model))
@@ -279,6 +343,9 @@ def test_ims_vit_leaves_its_masks_as_attachments(transformer):
     assert same(before, {key: after[key] for key in before})
     factors = [after[key] for key in after.keys() - before.keys()]
     assert [tuple(f.shape) for f in factors] == [(16,), (16,)] and any((f < 1).any() for f in factors)
+    assert list(budget.snapshots) == ["stage_1", "stage_2"]
+    masks_file.write(between := copy.deepcopy(model), budget.snapshots["stage_1"])
+    assert not same(after, between.state_dict()) and same(before, {key: between.state_dict()[key] for key in before})
     again, _ = purify("ims_vit", transformer, budget, rng(0), rounds_initial=6, rounds_minimise=4, steps_perturb=2,
                       lr_mask=0.2)
     assert same(after, again.state_dict())

@@ -61,10 +61,14 @@ def test_gather_reads_rows_and_named_metrics(tmp_path):
         {"metric": "acc", "value": 0.25, "n": 10, "low": 0.1, "high": 0.5, "attack": "pgd", "attack_variant": "0.3"}]})
     write_json(tmp_path / "b" / "metrics.json", {**base, "metrics": ["perplexity", "acc"], "perplexity": 12.5, "acc": 0.5,
                                                   "acc_n": 4})
-    table = gather([{**cell, "folder": str(tmp_path / name)} for name in ("a", "b", "missing")])
+    write_json(tmp_path / "c" / "metrics.json", {**base, "acc": 0.5, "acc_n": 4, "acc_before": 0.5, "acc_stage_2": 0.25,
+                                                  "acc_stage_2_n": 4, "acc_stage_2_low": 0.1, "acc_stage_2_high": 0.7})
+    table = gather([{**cell, "folder": str(tmp_path / name)} for name in ("a", "b", "c", "missing")])
     assert table[table.path.str.endswith("a")][["attack", "attack_variant", "value"]].values.tolist() == [
         ["none", "", 0.5], ["pgd", "0.3", 0.25]]
     second = table[table.path.str.endswith("b")].set_index("metric")
     assert second.value.to_dict() == {"perplexity": 12.5, "acc": 0.5}
     assert second.n.to_dict() == {"perplexity": 0, "acc": 4}
+    third = table[table.path.str.endswith("c")]
+    assert third[["metric", "value", "n"]].values.tolist() == [["acc", 0.5, 4], ["acc_stage_2", 0.25, 4]]
     assert set(table[table.path.str.endswith("missing")].status) == {"failed"}

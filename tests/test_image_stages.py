@@ -1,14 +1,16 @@
 """The stages of the image family: what cannot be done, clean budgets, blocks of defences."""
 
+import copy
 import json
 import os
 import shutil
 from pathlib import Path
 
 import pytest
+import torch
 
 from cupel.experiment import Grid
-from cupel.files import publish
+from cupel.files import publish, write_json
 from cupel.images import stages
 
 
@@ -148,3 +150,35 @@ def test_results_without_hard_links(tmp_path, monkeypatch):
     (tmp_path / "result").write_text("old")
     publish(tmp_path / "made", tmp_path / "result")
     assert (tmp_path / "result").read_text() == "new" and not (tmp_path / "made").exists()
+
+
+def test_what_a_defence_leaves_on_its_way_is_measured(tmp_path, cifar10, monkeypatch):
+    from cupel.images import defences, models
+    from cupel.reporting.tables import gather
+
+    def bent(victim, budget, rng):
+        """Sees class 0 everywhere, and class 3 half way."""
+        network, bias = copy.deepcopy(victim), torch.zeros(10)
+        bias[3] = 1e6
+        budget.snapshot("halfway", {"head.bias": bias})
+        network.head.bias.data = bias.roll(-3)
+        return network, []
+
+    monkeypatch.setitem(defences.DEFENCES, "bent", bent)
+    victim = models.build("preactresnet18", num_classes=10, width=8, stem_stride=2, seed=0)
+    models.save(victim, tmp_path / "victim.safetensors")
+    before = {key: value for name in ("acc", "asr", "ra") for key, value in ((name, 0.5), (f"{name}_n", 100))}
+    write_json(tmp_path / "victim.json", {"status": "ok", "rate_reached": 0.1, **before})
+    spec = {"dataset": "cifar10", "model": "preactresnet18", "recipe": "r", "poison_rate": 0.1, "seed": 0,
+            "attack": {"name": "blended", "function": "blended", "settings": {}},
+            "settings": {"train_size": 500, "test_size": 100, "training": {}}}
+    defence = {"name": "bent", "function": "bent", "settings": {}, "budget": {"name": "spc2", "kind": "spc", "spc": 2}}
+    inputs = stages.Inputs(str(cifar10.parent), victim=tmp_path / "victim.safetensors", before=tmp_path / "victim.json")
+    files = {name: tmp_path / file for name, file in (
+        ("model", "model.safetensors"), ("history", "history.csv"), ("metrics", "metrics.json"))}
+    stages.purify(spec, defence, inputs, files, "cpu")
+    table = gather([{"paper": "p", "folder": str(tmp_path)}]).set_index("metric")
+    assert list(table.index) == ["acc", "asr", "ra", "der", "arr", "rdr", "acc_halfway", "asr_halfway", "ra_halfway"]
+    assert table.value["asr"] == 1 and table.value["asr_halfway"] == 0 and table.value["ra"] == 0
+    assert 0 < table.value["ra_halfway"] < 0.5 and table.low["ra_halfway"] > 0
+    assert table.n["asr_halfway"] == table.n["asr"] and table.n["acc_halfway"] == 100
