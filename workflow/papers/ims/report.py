@@ -15,7 +15,8 @@ def draw(paper: Paper) -> None:
     own, table = images.prepared(paper)
     for names, part in table[table.method.isin(reach)].groupby([*images.PLACE, "budget"], sort=False):
         paper.table(f"stages_{'_'.join(names)}", stages(part), f"IMS after each stage, in percent with 95 % intervals of the "
-                    f"finite test set ({', '.join(names)}). In the second λ is 0, the third brings it back.", "setting: defence")
+                    f"finite test set ({', '.join(names)}). In the second λ is 0; the third brings it back.",
+                    "setting: defence")
     runs = own[(own.metric == "asr") & own.method.isin(reach) & (own.status == "ok")]
     flips = tables.summary(runs.assign(metric="flips", value=[flip_rate(path) for path in runs.path], low=float("nan"),
                                 high=float("nan")))
