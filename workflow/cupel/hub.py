@@ -19,7 +19,7 @@ def snapshot(repository: str, revision: str | None, files: Sequence[str], left_o
         files, left_out: patterns of the files that are taken, and of those among them that are not.
 
     Raises:
-        ModelUnavailable: the hub is out of reach and its cache does not have the model, gives no access, or knows no such model.
+        ModelUnavailable: the hub is out of reach and its cache without the model, or gives no access, or knows no such model.
     """
     from huggingface_hub import HfApi, constants, snapshot_download
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
