@@ -45,6 +45,8 @@ for paper in GRID.experiments:
 
 
 onstart:
+    gc.freeze()
+    gc.enable()
     hold_lock()
 
 

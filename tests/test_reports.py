@@ -674,7 +674,7 @@ def test_doses_are_residuals_and_answers(reports):
     report, paper = load(report_file("bye")), reports("bye")
     numbers = report.Numbers(paper)
     points = report.dose_points(numbers, numbers.mains)
-    assert sorted(zip(points.left, points.asr, points.oracle, strict=True)) == [
+    assert sorted(zip(points.left, points.value, points.oracle, strict=True)) == [
         (0, 0.0, False), (0, 0.0, True), (4, 0.3, True), (32, 0.9, False), (40, 0.9, True)]
 
 

@@ -138,7 +138,8 @@ class Family:
         """The error for an entry: the file that has it, the key, what is wrong."""
         return ConfigError(f"{self.origin[section, name]}: {section}.{name}{where and '.' + where}: {what}")
 
-    def known(self, section: str, name: str, where: str, kind: str, given: Iterable[str], allowed: Iterable[str]) -> None:
+    def known(self, section: str, name: str, where: str, kind: str, given: Iterable[str], *,
+              allowed: Iterable[str]) -> None:
         """Names that an entry gives at a place are among those allowed; `kind` says what they are.
 
         Raises:
@@ -168,9 +169,10 @@ class Family:
         for section in sections:
             for name, entry in self.entries[section].items():
                 kind, function = self.kind(section, name), self.function(section, name)
-                self.known(section, name, "function", kind, [function], self.parameters[kind])
+                self.known(section, name, "function", kind, [function], allowed=self.parameters[kind])
                 for place, settings in layers(entry):
-                    self.known(section, name, place, f"setting of {function}", settings, self.parameters[kind][function])
+                    self.known(section, name, place, f"setting of {function}", settings,
+                               allowed=self.parameters[kind][function])
 
     def check_block(self, where: str, block: Mapping) -> None:
         """What the schema cannot say of a block beside that its names are known.

@@ -10,6 +10,7 @@ and counts nowhere. What was not measured is unknown.
 import argparse
 import csv
 import functools
+import gc
 import os
 import statistics
 import sys
@@ -102,6 +103,7 @@ def graph(config: Mapping, cores: int) -> tuple[list[Job], dict[str, Pattern]]:
             return Job(rule, wildcards, cells, job.threads, bool(job.resources.get("gpu")), dag.needrun(job),
                        str(job.benchmark or ""), tuple(places[other] for other in dag.dependencies[job] if other in places))
 
+        gc.enable()  # the Snakefile plans without
         jobs = [job for job in dag.jobs if not job.is_norun]
         places = {job: place for place, job in enumerate(jobs)}
         patterns = {rule.name: rule.benchmark.regex() for rule in workflow.rules if rule.benchmark and not parent(rule)}

@@ -14,8 +14,8 @@ from cupel.experiment import Grid
 from cupel.paths import Paths
 from cupel.settings import LIBRARY, ConfigError, check_schema, schema, typed
 
-# planning makes millions of objects that stay, and the collector would walk through them again and again
-gc.set_threshold(200_000, 50, 1000)
+# planning makes millions of objects that stay: the collector has nothing to do before the first job, see `onstart`
+gc.disable()
 
 
 def checked(function):

@@ -81,9 +81,9 @@ def write_report(paper: Paper, file: str | Path) -> None:
     write_text(paper.out / "figures" / "captions.json", json.dumps(paper.captions, indent=1, ensure_ascii=False) + "\n")
 
 
-def history(folder: str | Path) -> pd.DataFrame:
-    """history.csv of a cell; empty where nothing was trained."""
-    file = Path(folder) / "history.csv"
+def history(folder: str | Path, name: str = "history.csv") -> pd.DataFrame:
+    """history.csv, or another table, of a cell; empty where there is none."""
+    file = Path(folder) / name
     return pd.read_csv(file) if file.is_file() and file.stat().st_size > 1 else pd.DataFrame()
 
 

@@ -40,9 +40,9 @@ class Experiments(Family):
                                                                       "penalty that a weight could apply to")
         for name, entry in self.entries["evaluations"].items():
             for place, settings in layers(entry):
-                self.known("evaluations", name, place, "evaluation", settings, kinds)
+                self.known("evaluations", name, place, "evaluation", settings, allowed=kinds)
                 for kind, values in settings.items():
-                    self.known("evaluations", name, f"{place}.{kind}", "parameter", values, kinds[kind])
+                    self.known("evaluations", name, f"{place}.{kind}", "parameter", values, allowed=kinds[kind])
         for name, entry in self.entries["recipes"].items():
             for place, settings in layers(entry):
                 begin, end = settings.get("inner", {}).get("ramp", (0, 0))

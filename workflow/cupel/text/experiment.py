@@ -42,12 +42,12 @@ class Experiments(Family):
         self.check_functions("attacks", "defences")
         for name, entry in self.entries["defences"].items():
             for over, known in (("datasets", TASKS), ("models", self.entries["models"])):
-                self.known("defences", name, over, over.removesuffix("s"), entry.get(over) or {}, known)
+                self.known("defences", name, over, over.removesuffix("s"), entry.get(over) or {}, allowed=known)
         sets = [key for key, data in DATA.items() if "instruction" in data.fields]
         for name, entry in self.entries["recipes"].items():
             for place, settings in layers(entry):
                 used = (settings.get("data") or {}).get("set", sets[0])
-                self.known("recipes", name, f"{place}.data.set", "set of instructions", [used], sets)
+                self.known("recipes", name, f"{place}.data.set", "set of instructions", [used], allowed=sets)
 
     def check_block(self, where: str, block: Mapping) -> None:
         if block.get("defences") and not block.get("budgets"):

@@ -5,7 +5,7 @@ import time
 import numpy as np
 
 from cupel import cells, job
-from cupel.files import atomic, read_json, write_json
+from cupel.files import atomic, write_json
 from cupel.rng import rng
 from cupel.vision_language import prepared
 from cupel.vision_language.inputs import Inputs
@@ -28,12 +28,13 @@ def read_attention(spec: dict, inputs: Inputs, outputs: dict, device: str) -> No
 
     from cupel.vision_language import entropy, models
 
-    known = read_json(inputs.before)
-    if known["status"] != "ok":
+    try:
+        cells.past(inputs.before)
+    except ValueError as error:
         with atomic(outputs["entropies"]) as temporary:
             pd.DataFrame({"id": []}).to_parquet(temporary)
         cells.write_tensors(outputs["maps"], {})
-        write_json(outputs["record"], {"failed": f"its victim failed: {known['reason']}"})
+        write_json(outputs["record"], {"failed": str(error)})
         return
     started = time.perf_counter()
     model = models.load(inputs.victim, dtype=dtype_of(spec), device=device)

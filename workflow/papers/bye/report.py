@@ -143,6 +143,10 @@ class Numbers:
         row = self.published.get((setting.dataset, setting.model, setting.trigger, setting.rate, method, metric))
         return "" if row is None else f"{row.value:g}" + ("" if row.own else " †")
 
+    def beside(self, setting: Setting, method: str, headings: dict[str, str]) -> dict[str, str]:
+        """Published numbers for a row of a table; `headings` by metric."""
+        return {f"{heading} reported": self.reported(setting, method, metric) for metric, heading in headings.items()}
+
     def methods(self, stage: str, settings: list[Setting]) -> list[str]:
         """Methods with a number in these settings, in the order of experiment.yaml, without the sweep's."""
         found = {method for setting, at, method, _ in self.rows if at == stage and setting in settings}
@@ -218,15 +222,9 @@ def _tables(paper: Paper, numbers: Numbers, records: list) -> None:
 
 def answers_table(numbers: Numbers, settings: list[Setting]) -> pd.DataFrame:
     """Table 1: CP and ASR, a row per defence, columns per data set."""
-    rows = {}
-    for method in numbers.answering(settings):
-        row = rows[numbers.labels[method]] = {}
-        for setting in settings:
-            row[setting.dataset, "CP"] = numbers.text(setting, "purified", method, "cp")
-            row[setting.dataset, "ASR"] = numbers.text(setting, "purified", method, "asr")
-            row[setting.dataset, "CP reported"] = numbers.reported(setting, method, "cp")
-            row[setting.dataset, "ASR reported"] = numbers.reported(setting, method, "asr")
-    return frame(rows)
+    return frame({numbers.labels[method]: {(setting.dataset, heading): text for setting in settings for heading, text in {
+        **numbers.texts(setting, "purified", method, {"cp": "CP", "asr": "ASR"}),
+        **numbers.beside(setting, method, {"cp": "CP", "asr": "ASR"})}.items()} for method in numbers.answering(settings)})
 
 
 def details_table(numbers: Numbers) -> pd.DataFrame:
@@ -248,7 +246,7 @@ def detection_table(numbers: Numbers) -> pd.DataFrame:
         **numbers.texts(setting, "filtered", method, {"flagged": "removed", "left": "poison left", "samples": "of samples"},
                         count=True),
         "clean removed": numbers.text(setting, "filtered", method, "false_alarm"),
-        **{f"{heading} reported": numbers.reported(setting, method, metric) for metric, heading in FOUND.items()}}
+        **numbers.beside(setting, method, FOUND)}
         for setting in numbers.mains for method in numbers.methods("filtered", [setting])})
 
 
@@ -266,7 +264,7 @@ def triggers_table(numbers: Numbers, functions: tuple[str, ...]) -> pd.DataFrame
         return None
     return frame({f"{setting.name('dataset', 'model')}: {numbers.attacks[setting.trigger]}": {
         **before_after(numbers, setting), **numbers.texts(setting, "filtered", "bye", {**FOUND, "auroc": "AUROC"}),
-        **{f"{metric.upper()} reported": numbers.reported(setting, "bye", metric) for metric in ("asr", "f1")}}
+        **numbers.beside(setting, "bye", {"asr": "ASR", "f1": "F1"})}
         for setting in sorted(settings, key=lambda setting: list(numbers.attacks).index(setting.trigger))})
 
 
@@ -308,32 +306,27 @@ def tau_table(numbers: Numbers, setting: Setting) -> pd.DataFrame:
 def clustering_table(numbers: Numbers) -> pd.DataFrame:
     """Table 7: F1 by what divides the aggregated entropies."""
     return frame({{"bye": "GMM (BYE)"}.get(method, numbers.labels[method]): {
-        (setting.name("dataset", "model"), f"F1{end}"): text for setting in numbers.mains
-        for end, text in (("", numbers.text(setting, "filtered", method, "f1")),
-                          (" reported", numbers.reported(setting, method, "f1")))}
+        (setting.name("dataset", "model"), heading): text for setting in numbers.mains for heading, text in (
+            ("F1", numbers.text(setting, "filtered", method, "f1")), ("F1 reported", numbers.reported(setting, method, "f1")))}
         for method in CLUSTERINGS if method in numbers.methods("filtered", numbers.mains)})
 
 
 def hazards_table(records: list[tuple[Setting, int, dict]], labels: dict[str, str]) -> pd.DataFrame:
     """What BYE does where its assumptions fail: no sensitive layer, most removed, far tails removed, clean data flagged."""
-    rows = {}
+    rows, said = {}, {True: "YES", False: "no"}
     for setting, seed, record in records:
         where = f"{setting.name('dataset', 'model', 'recipe', 'trigger', 'rate')}, seed {seed}"
         if "failed" in record:
             rows[where] = {"what it says": f"failed: {record['failed']}"}
-            continue
-        for name, entry in record["filters"].items():
-            if entry["function"] != "bye":
-                continue
+        for name, entry in record.get("filters", {}).items():
             hazards, false = entry["hazards"], entry["detection"].get("false_alarm")
-            rows[f"{where}: {labels[name]}"] = {
-                "sensitive layers": ", ".join(map(str, entry["record"]["sensitive"])) or "none",
-                "removed": f"{100 * hazards['share_flagged']:.1f} %",
-                "clean removed": "" if false is None else f"{100 * false:.1f} %",
-                "most removed": "YES" if hazards["majority_removed"] else "no",
-                "removed above kept": "YES" if hazards["non_monotone"] else "no",
-                "what it says": entry["record"]["message"],
-            }
+            if entry["function"] == "bye":
+                rows[f"{where}: {labels[name]}"] = {
+                    "sensitive layers": ", ".join(map(str, entry["record"]["sensitive"])) or "none",
+                    "removed": f"{100 * hazards['share_flagged']:.1f} %",
+                    "clean removed": "" if false is None else f"{100 * false:.1f} %",
+                    "most removed": said[hazards["majority_removed"]], "removed above kept": said[hazards["non_monotone"]],
+                    "what it says": entry["record"]["message"]}
     return frame(rows)
 
 
@@ -404,15 +397,12 @@ def _comparison_figures(paper: Paper, numbers: Numbers) -> None:
 
 def dose_points(numbers: Numbers, settings: list[Setting]) -> pd.DataFrame:
     """ASR and poisoned samples left, of victims and of refits by any filter: the points of `dose_response`."""
-    rows = []
-    for setting in settings:
-        for method in numbers.answering([setting]):
-            asr, left = numbers.row(setting, "purified", method, "asr"), numbers.value(*numbers.left(setting, method))
-            if asr is not None and not np.isnan(asr.value + left):
-                rows.append({"setting": setting.name("dataset", "model"), "label": numbers.labels[method],
-                             "oracle": method == VICTIM or method.partition("~")[0] == "oracle", "left": left,
-                             "asr": asr.value, "asr_low": asr.low, "asr_high": asr.high})
-    return pd.DataFrame(rows, columns=["setting", "label", "oracle", "left", "asr", "asr_low", "asr_high"])
+    rows = [(setting.name("dataset", "model"), numbers.labels[method], method == VICTIM or method.split("~")[0] == "oracle",
+             numbers.value(*numbers.left(setting, method)), asr.value, asr.low, asr.high)
+            for setting in settings for method in numbers.answering([setting])
+            if (asr := numbers.row(setting, "purified", method, "asr")) is not None]
+    return pd.DataFrame(rows, columns=["setting", "label", "oracle", "left", "value", "low", "high"]).dropna(
+        subset=["left", "value"], ignore_index=True)
 
 
 def histogram_panels(folder: Path, record: dict, labels: dict[str, str], most: int = 8) -> list[dict]:
@@ -420,16 +410,15 @@ def histogram_panels(folder: Path, record: dict, labels: dict[str, str], most: i
     values = pd.read_parquet(folder / "entropies.parquet").filter(regex=r"^layer_\d+$").to_numpy(np.float64)
     poisoned = np.zeros(len(values), bool)
     poisoned[record["poisoned"]] = True
-    panels = []
-    for name, entry in record["filters"].items():
-        if entry["function"] == "bye" and (layers := entry["record"]["sensitive"]):
-            panels.append({"title": f"{labels[name]}:\nmean of {len(layers)} sensitive layer(s)", "poisoned": poisoned,
-                           "values": values[:, layers].mean(1), "mixture": entry["record"]["aggregated"]})
+    decided = [{"title": f"{labels[name]}:\nmean of {len(layers)} sensitive layer(s)", "poisoned": poisoned,
+                "values": values[:, layers].mean(1), "mixture": entry["record"]["aggregated"]}
+               for name, entry in record["filters"].items()
+               if entry["function"] == "bye" and (layers := entry["record"]["sensitive"])]
     chosen = sorted(record["layers"], key=lambda layer: -layer["bsi_sum"])[:most]
-    panels += [{"title": f"layer {layer['layer']}\nseparation {layer['bsi_rss']:.2f} (paper), {layer['bsi_sum']:.2f} (code)",
-                "values": values[:, layer["layer"]], "poisoned": poisoned, "mixture": layer}
-               for layer in record["layers"] if layer in chosen]
-    return panels
+    return decided + [
+        {"title": f"layer {layer['layer']}\nseparation {layer['bsi_rss']:.2f} (paper), {layer['bsi_sum']:.2f} (code)",
+         "values": values[:, layer["layer"]], "poisoned": poisoned, "mixture": layer}
+        for layer in record["layers"] if layer in chosen]
 
 
 def map_rows(folder: Path, count: int, title: str = "") -> list[dict]:
@@ -446,10 +435,8 @@ def map_rows(folder: Path, count: int, title: str = "") -> list[dict]:
 def trigger_sheet(folder: str | Path, paper: Paper, used: set[str], count: int = 5):
     """The triggers on test pictures, those `used` in the grid first; None where the pictures differ in size."""
     samples = prepared.load(folder, "test")
-    firsts: dict[str, int] = {}
-    for k, record in enumerate(samples.records):
-        firsts.setdefault(record["image"], k)
-    chosen = list(firsts.values())[:count]
+    images = [record["image"] for record in samples.records]
+    chosen = [images.index(image) for image in list(dict.fromkeys(images))[:count]]
     clean = [samples.image(k) for k in chosen]
     if len({picture.shape for picture in clean}) > 1:
         return None
@@ -548,8 +535,7 @@ def layer_separation(settings: dict[str, list[dict]], tau: float):
 def dose_response(points: pd.DataFrame):
     """ASR against the poisoned samples that are left for fine-tuning (`dose_points`): a line through the oracle's doses,
     marks for the rest."""
-    names = points.label.mask(points.oracle, "oracle, by recall")
-    rows = points.assign(label=names, metric=points.setting, value=points.asr, low=points.asr_low, high=points.asr_high)
+    rows = points.assign(label=points.label.mask(points.oracle, "oracle, by recall"), metric=points.setting)
     rows = rows.sort_values("oracle", ascending=False, kind="stable")
     figure = figures.lines(rows, "left", {setting: setting for setting in dict.fromkeys(points.setting)}, "label",
                            ticks={}, xscale="linear", xlabel="poisoned samples left", ylim=(-0.02, 1.05))

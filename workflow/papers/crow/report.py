@@ -59,9 +59,9 @@ def draw(paper: Paper) -> None:
     rows = marked(prepared(paper.cells, defences, attacks, models))
     order = list(dict.fromkeys(["no defence", *defences.values()]))
     pool, records = pooled(rows), records_of(rows)
-    reported = paper.reported.assign(model_label=paper.reported.model.map(lambda key: models.get(key, key)),
-                                     attack_label=paper.reported.attack.map(lambda key: attacks.get(key, key)),
-                                     label=paper.reported.defence.map({"victim": "no defence", **defences}))
+    reported = paper.reported.assign(
+        model_label=paper.reported.model.replace(models), attack_label=paper.reported.attack.replace(attacks),
+        label=paper.reported.defence.map({"victim": "no defence", **defences}))
     scale = f"Scale {paper.scale}."
     paper.rows("cells", pool)
     paper.table("victims", victim_table(rows), f"Victims under the template. {MARK}: misses the gate (SPEC 11.3). {scale}",
@@ -88,10 +88,9 @@ def draw(paper: Paper) -> None:
                     f"CROW over {column} (Table {number}); rates in percent. {scale}", "setting")
     paper.table("tuning", tuning_table(records), "Tuning defences: settings, losses at the first and last update, and cost "
                 f"(RQ4). {scale}", "cell")
-    used = {name: read_json(path) for name, path in paper.facts["manifests"].items()}
     sources = {name: {"name": made.get("name", ""), "source": made["source"]["kind"],
                       "sha256 (first 16)": made["content_sha256"][:16], "licence": made.get("licence", "")}
-               for name, made in used.items()}
+               for name, path in paper.facts["manifests"].items() if (made := read_json(path))}
     paper.table("sources", frame(sources, ["name", "source", "sha256 (first 16)", "licence"]),
                 f"Models and texts that were used. {scale}", "folder")
 
@@ -131,9 +130,8 @@ def _tables(paper: Paper, part: pd.DataFrame, reported: pd.DataFrame, where: str
 def prepared(cells: pd.DataFrame, labels: dict[str, str], attacks: dict[str, str], models: dict[str, str]) -> pd.DataFrame:
     """The cells with the columns `KEYS`: keys and names for people of defence, attack and model."""
     own = tables.with_names(cells, {"victim": "no defence", **labels})
-    keys = own.attack + own.attack_variant.map(lambda variant: f"~{variant}" if variant else "")
-    return own.assign(attack_key=keys, attack_label=keys.map(lambda key: attacks.get(key, key)),
-                      model_label=own.model.map(lambda key: models.get(key, key)))
+    own = own.assign(attack_key=[tables.attack_name(row) for row in own.itertuples()])
+    return own.assign(attack_label=own.attack_key.replace(attacks), model_label=own.model.replace(models))
 
 
 def pooled_value(rows: pd.DataFrame) -> tuple[float, float, float, int]:
@@ -154,13 +152,10 @@ def pooled(rows: pd.DataFrame) -> pd.DataFrame:
 
 def missed(rows: pd.DataFrame) -> set[str]:
     """Folders of victims that miss the gate: they do not trigger, or trigger without being asked."""
-    victims = rows[(rows.stage == "victim") & (rows.status == "ok")].pivot_table(index="path", columns="metric",
-                                                                                 values="value")
-    if victims.empty:
-        return set()
-    weak = victims["asr_template_all"] < GATE["asr"]
-    loud = victims["false_template_all"] > GATE["false"]
-    return set(victims.index[weak | loud])
+    victims = rows[(rows.stage == "victim") & (rows.status == "ok")]
+    weak = (victims.metric == "asr_template_all") & (victims.value < GATE["asr"])
+    loud = (victims.metric == "false_template_all") & (victims.value > GATE["false"])
+    return set(victims.path[weak | loud])
 
 
 def marked(rows: pd.DataFrame) -> pd.DataFrame:
@@ -178,12 +173,6 @@ def records_of(rows: pd.DataFrame) -> pd.DataFrame:
     extra = ["alpha", "epsilon", "epsilon_relative", "embedding_rms", *TERM, "lr", "updates", "seconds", "replaced_share",
              "clean_samples", "clean_cut", "clean_left_out"]
     return cells.join(pd.DataFrame([papers.record(path) for path in cells.path]).reindex(columns=extra, index=cells.index))
-
-
-def history_of(path: str | Path) -> pd.DataFrame:
-    """Updates of a cell; empty where nothing was trained."""
-    frame = papers.history(path)
-    return frame if "loss_lm" in frame else pd.DataFrame()
 
 
 def sweep_table(pool: pd.DataFrame, records: pd.DataFrame, column: str) -> pd.DataFrame:
@@ -262,8 +251,8 @@ def tuning_table(records: pd.DataFrame) -> pd.DataFrame:
     losses = {"loss_lm": "L_LM", "loss_cons": "L_cons, perturbed", "loss_cons_clean": "L_cons, clean"}
     grid = {}
     for row in records[records.stage == "purified"].itertuples():
-        history = history_of(row.path)
-        if history.empty:
+        history = papers.history(row.path)
+        if "loss_lm" not in history:
             continue
         entry = grid[f"{row.dataset}, {row.model_label}, {row.attack_label}, seed {row.seed}: {row.label}"] = {
             heading: f"{getattr(row, key):{form}}" for key, (heading, form) in settings.items() if pd.notna(getattr(row, key))}
@@ -309,8 +298,7 @@ def answer_table(records: pd.DataFrame, methods: Iterable[str], count: int = 6) 
     first = records[records.stage == "victim"].head(1)
     same = records.merge(first[["attack_key", "seed", "recipe"]])
     columns, asked = {}, []
-    for row in same[same.method.isin(list(methods))].sort_values("method", key=lambda keys: keys.map(list(methods).index),
-                                                                  kind="stable").itertuples():
+    for row in (row for method in methods for row in same[same.method == method].itertuples()):
         file = Path(row.path) / "answers" / "template_triggered.jsonl"
         if file.is_file():
             answers = read_records(file)[:count]
@@ -377,10 +365,10 @@ def _figures(paper: Paper, pool: pd.DataFrame, records: pd.DataFrame, who: str, 
     runs = records[records.seed.isin(victims.seed[:1])]
     beside = runs.dataset.isin(victims.dataset[:1]) & runs.attack_key.isin(victims.attack_key[:1])
     runs = runs[(runs.stage == "victim") | beside & runs.method.isin(["crow", "crow~code", "finetune"])]
-    histories = {f"{row.dataset}, {row.attack_label}: {row.label}": history_of(row.path) for row in runs.itertuples()}
     # the loss of single updates is noise: a moving mean is shown
-    histories = {name: rows.assign(loss_lm=rows.loss_lm.rolling(max(1, len(rows) // 20), min_periods=1).mean())
-                 for name, rows in histories.items() if len(rows)}
+    histories = {f"{row.dataset}, {row.attack_label}: {row.label}": rows.assign(
+        loss_lm=rows.loss_lm.rolling(max(1, len(rows) // 20), min_periods=1).mean())
+        for row in runs.itertuples() if "loss_lm" in (rows := papers.history(row.path))}
     if histories:
         drawn = figures.histories(histories, "step", {"loss_lm": "L_LM (moving mean)",
                                                       "loss_cons": "L_cons at the perturbed embeddings"})
@@ -405,14 +393,10 @@ def square_means(pool: pd.DataFrame, square: pd.DataFrame) -> tuple[pd.DataFrame
 def first_curves(records: pd.DataFrame) -> pd.DataFrame:
     """Figure 1 of the first seed: base model, victim, and the defences that tell most."""
     shown = records[records.method.isin(["victim", "crow", "crow~code", "finetune", "finetune~lr1e3", "magnitude"])]
-    found = []
-    for row in shown[shown.seed == shown.seed.min()].itertuples():
-        file = Path(row.path) / "layers.csv"
-        if file.is_file() and file.stat().st_size > 1:
-            curve = pd.read_csv(file)
-            found.append(curve.assign(number=curve.pair.str.partition("-")[0].astype(int),
-                                      label=np.where(curve.model == "base", "base model", row.label),
-                                      panel=f"{row.dataset}: {row.attack_label}"))
+    found = [curve.assign(number=curve.pair.str.partition("-")[0].astype(int), panel=f"{row.dataset}: {row.attack_label}",
+                          label=np.where(curve.model == "base", "base model", row.label))
+             for row in shown[shown.seed == shown.seed.min()].itertuples()
+             if len(curve := papers.history(row.path, "layers.csv"))]
     return pd.concat(found, ignore_index=True) if found else pd.DataFrame()
 
 
