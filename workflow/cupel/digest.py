@@ -11,17 +11,11 @@ stands for, in the library or in a file beside the one at hand; what is not ours
 """
 
 import ast
-import atexit
-import contextlib
 import functools
 import hashlib
-import os
 import symtable
-import sys
 from collections import defaultdict
 from pathlib import Path
-
-from cupel.files import noted, write_json
 
 #: instead of the name of a definition: all of a file, or what it does on import
 WHOLE, IMPORT = "*", ""
@@ -240,36 +234,5 @@ class Code:
         return None
 
 
-LIBRARY = Path(__file__).parent
-CODE = Code(LIBRARY)
-
-
-@functools.cache
-def _known() -> dict[str, str]:
-    """Digests that an earlier process found, by their roots, while no file of the repository's code has changed since.
-
-    They are written at the end of this process, where the user's cache folder lets it; reading all code takes a second.
-    """
-    files = [path for pattern in ("*.py", "*.j2") for path in sorted(LIBRARY.parent.rglob(pattern))]
-    state = hashlib.sha256(repr([sys.version, *((path, path.read_bytes()) for path in files)]).encode()).hexdigest()
-    file = Path(os.environ.get("CUPEL_CACHE") or Path.home() / ".cache" / "cupel") / "code.json"
-    kept = noted(file) or {}
-    known = kept["known"] if kept.get("state") == state else {}
-    before = len(known)
-
-    def keep() -> None:
-        with contextlib.suppress(OSError):
-            if len(known) > before:
-                write_json(file, {"state": state, "known": known})
-
-    atexit.register(keep)
-    return known
-
-
-@functools.cache
-def code_digest(*roots: str | Path) -> str:
-    """`Code.digest` of this library."""
-    if not all(str(root).startswith(("cupel.", str(LIBRARY.parent))) for root in roots):
-        return CODE.digest(*roots)  # a file of the user's
-    key = " ".join(map(str, roots))
-    return _known().get(key) or _known().setdefault(key, CODE.digest(*roots))
+#: `Code.digest` of this library
+code_digest = functools.cache(Code(Path(__file__).parent).digest)
