@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from cupel.files import atomic, read_json, write_json, write_text
+from cupel.files import atomic, digest, read_json, write_json, write_text
 
 #: errors of a method or of its settings; anything else (no memory, no disk) is the machine's and is raised for a retry
 METHOD_ERRORS = (ValueError, ArithmeticError, NotImplementedError)
@@ -24,15 +24,23 @@ def identity(spec: dict, stage: str, defence: dict | None = None) -> dict:
             "variant": defence_variant, "budget": defence["budget"]["name"] if defence else "", "seed": spec["seed"]}
 
 
-def past(before: str | Path) -> dict:
-    """The record of a victim.
+class ChangedVictim(OSError):
+    """A victim's file is not the one that was measured. No fault of a method, so no cell is recorded as failed for it."""
+
+
+def past(before: str | Path, model: str | Path) -> dict:
+    """The record of a victim whose weights, a file or a folder, are those that it was measured with.
 
     Raises:
         ValueError: it failed.
+        ChangedVictim: the weights are others.
     """
     record = read_json(before)
     if record["status"] != "ok":
         raise ValueError(f"its victim failed: {record['reason']}")
+    if digest(model) != record["model_sha256"]:
+        raise ChangedVictim(f"{model} is not the network that {before} tells of: it was changed after it was measured. Remove "
+                            "the folder of the victim and run the same command again")
     return record
 
 
