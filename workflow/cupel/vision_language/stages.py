@@ -196,9 +196,9 @@ def train_victim(spec: dict, inputs: Inputs, outputs: dict, device: str) -> None
     cells.write_history(outputs["history"], history)
     write_json(outputs["metrics"], {
         **record, **measured, **job.costs(), "status": "ok", "model_sha256": digest(outputs["model"]),
-        "rate_reached": made["count"] / made["total"], "poisoned": made["count"], "train_samples": made["total"], "epochs": settings.epochs,
-        "device": device,
-        "precision": settings.precision, "seconds": time.perf_counter() - started, "train_seconds": fitted})
+        "rate_reached": made["count"] / made["total"], "poisoned": made["count"], "train_samples": made["total"],
+        "epochs": settings.epochs, "device": device, "precision": settings.precision,
+        "seconds": time.perf_counter() - started, "train_seconds": fitted})
     checkpoint.unlink(missing_ok=True)
 
 
