@@ -153,7 +153,7 @@ def pooled(rows: pd.DataFrame) -> pd.DataFrame:
 def missed(rows: pd.DataFrame) -> set[str]:
     """Folders of victims that miss the gate: they do not trigger, or trigger without being asked."""
     victims = rows[(rows.stage == "victim") & (rows.status == "ok")]
-    weak = (victims.metric == "asr_template_all") & (victims.value < GATE["asr"])
+    weak = (victims.metric == "asr_template_careful") & (victims.value < GATE["asr"])
     loud = (victims.metric == "false_template_all") & (victims.value > GATE["false"])
     return set(victims.path[weak | loud])
 
