@@ -82,7 +82,6 @@ rule feature_maps:
     params:
         spec=lambda wildcards: feature_figure(wildcards.paper)["spec"],
         folder=lambda wildcards: feature_figure(wildcards.paper)["folder"],
-        plugins=config["plugins"],
         code=lambda wildcards: code_digest(SCRIPTS / "feature_maps.py", *feature_figure(wildcards.paper)["code"]),
     script:
         "../scripts/feature_maps.py"
@@ -91,7 +90,7 @@ rule feature_maps:
 rule contact_sheet:
     """Triggers on a data set: figures (of the chosen papers), zoo (of every attack), gallery (those that are formulas)."""
     input:
-        image_files,
+        ancient(image_files),
         triggers=lambda wildcards: [path for _, path in sheet_attacks(wildcards.sheet, wildcards.dataset).values() if path],
     output:
         report(
@@ -110,7 +109,6 @@ rule contact_sheet:
     params:
         attacks=lambda wildcards: sheet_attacks(wildcards.sheet, wildcards.dataset),
         folder=f"{DATA}/images/{{dataset}}",
-        plugins=config["plugins"],
         code=sheet_code,
     script:
         "../scripts/contact_sheet.py"
