@@ -61,7 +61,8 @@ def write_cell(folder: Path, cell: dict, draw: np.random.Generator, number: int)
                 record |= {"der": der(0.88, record["acc"], 0.97, record["asr"]), "rdr": 0.4}
                 record["metrics"] = [*names, "der", "arr", "rdr"]
     write_json(folder / "metrics.json", record)
-    pd.DataFrame({"epoch": [1, 2, 3], "loss": [2.0, 1.2, 1.0], "acc": [0.4, 0.6, 0.8]}).to_csv(folder / "history.csv", index=False)
+    history = pd.DataFrame({"epoch": [1, 2, 3], "loss": [2.0, 1.2, 1.0], "acc": [0.4, 0.6, 0.8]})
+    history.to_csv(folder / "history.csv", index=False)
 
 
 def make_site(root: Path, papers=FIVE, scale="demo", seeds=None) -> Path:

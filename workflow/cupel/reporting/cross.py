@@ -13,7 +13,7 @@ from urllib.parse import urlencode
 
 import numpy as np
 import pandas as pd
-from matplotlib.ticker import NullFormatter
+from matplotlib.ticker import LogLocator, NullFormatter
 
 from cupel.evaluation.settings import SETTING, VICTIM, validity
 from cupel.files import write_json, write_text
@@ -231,6 +231,7 @@ def quality_against_cost(cross: pd.DataFrame):
         _front(row[1], shown, "asr", "acc_loss", front="front_loss", looks=looks)
         row[0].set(xscale="log", xlabel="seconds (lower is better)", ylabel="DER (higher is better)", title=note)
         row[0].xaxis.set_major_formatter("{x:g}")
+        row[0].xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         row[0].xaxis.set_minor_formatter(NullFormatter())
         row[1].set(xlabel="ASR left, % (lower is better)", ylabel="loss of ACC, points (lower is better)", title=note)
     handles = [handle(label, color=colour, marker=marker, ls="") for label, (colour, marker) in looks.items()]
@@ -244,11 +245,12 @@ def quality_against_cost(cross: pd.DataFrame):
 def overview(cross: pd.DataFrame):
     """Mean ACC against mean ASR after every defence, of the data set, network, recipe and budget in which most defences
     have gone through most settings; and what it shows, in words. None where no two defences can be compared."""
-    parts = [comparable(part, failures=False) for _, part in
+    parts = [(comparable(part, failures=False), part) for _, part in
              cross[cross.attack != "clean"].groupby(["dataset", "model", "recipe", "budget"], sort=False)]
-    best = max(parts, key=len, default=pd.DataFrame())
+    best, everything = max(parts, key=lambda pair: len(pair[0]), default=(pd.DataFrame(), None))
     if best.empty:
         return None
+    absent = [label for label in everything.label.unique() if label not in set(best.label)]
     means = best.groupby("label", sort=False)[["asr", "acc"]].mean().reset_index()
     none = best.drop_duplicates(VICTIM)[["asr_victim", "acc_victim"]].mean()
     means.loc[len(means)] = ["no defence", *none]
@@ -262,8 +264,9 @@ def overview(cross: pd.DataFrame):
                   loc="outside lower center", ncols=3, fontsize=8)
     first, settings, seeds = best.iloc[0], len(best.drop_duplicates(SETTING)), int(best.seeds.max())
     text = (f"Best stands top left. {first['model']} on {first.dataset}, recipe {first.recipe}, budget {first.budget} "
-            f"({first.clean_samples:g} clean images); means over the {settings} setting{'s' * (settings > 1)} (attack and poison "
-            f"rate) that all {len(means) - 1} defences have gone through, {seeds} seed{'s' * (seeds > 1)}.")
+            f"({first.clean_samples:g} clean images); means over the {settings} setting{'s' * (settings > 1)} (attack, poison "
+            f"rate) that all {len(means) - 1} defences have gone through, {seeds} seed{'s' * (seeds > 1)}."
+            + f" Not shown, for some of these cells failed or were not run: {', '.join(absent)}." * bool(absent))
     return with_numbers(figure, means), text
 
 

@@ -47,9 +47,10 @@ def claim_entries(papers: Iterable[dict], claims: pd.DataFrame, cells: pd.DataFr
         for claim in content["claims"]:
             row = rows.loc[claim["id"]]
             behind = evidence.cells_behind(claim, own, content.get("gate", GATE), lambda path: cell_link(path, root))
+            place = f"workflow/papers/{paper['key']}/claims.yaml:{evidence.line_of(text, claim['id'])}"
             entries.append({**row.to_dict(), "sure": evidence.sureness(row), "words": evidence.in_words(claim["test"]),
-                            "scales": claim["scales"], "place": f"workflow/papers/{paper['key']}/claims.yaml:{evidence.line_of(text, claim['id'])}",
-                            "yaml": evidence.text_of(text, claim["id"]), "cells": behind[:SHOWN],
+                            "scales": claim["scales"], "place": place, "yaml": evidence.text_of(text, claim["id"]),
+                            "cells": behind[:SHOWN], "line": claim["test"].get("margin", 0.0),
                             "more": max(0, len(behind) - SHOWN), "percent": "fraction" in row.unit})
     return entries
 
@@ -84,9 +85,12 @@ def write_index(papers: Iterable[dict], cells: pd.DataFrame, run: dict, out: Map
     gates = {paper["key"]: read_yaml(paper["claims"]).get("gate", GATE) if paper["claims"] else GATE for paper in papers}
     effects = {key: evidence.switch_effects(card, cells[cells.paper == key], gates[key]) for key, card in cards.items()}
     cross = pd.read_csv(run["cross"], dtype={"attack_variant": str}) if run["cross"] else pd.DataFrame()
+    entries = claim_entries(papers, claims, cells, page)
+    lines = {(entry["paper"], entry["claim"]): entry["line"] for entry in entries}
     write_page(page, "index.html.j2", **common, here="Overview", papers=papers, made=made, computed=made_with(cells),
                mixed=len(ways) > 1, cells=cells.path.nunique(), verdicts=VERDICTS, board=evidence.board(claims, cards),
-               findings=[{**row._asdict(), "sure": evidence.sureness(row), "percent": "fraction" in row.unit}
+               findings=[{**row._asdict(), "sure": evidence.sureness(row), "percent": "fraction" in row.unit,
+                          "line": lines[row.paper, row.claim]}
                          for row in evidence.findings(claims, cards)],
                buys=evidence.best_buys(cross.fillna({"attack_variant": ""}), run["budgets"]) if len(cross) else [],
                effects=effects,
@@ -98,7 +102,7 @@ def write_index(papers: Iterable[dict], cells: pd.DataFrame, run: dict, out: Map
                          for path in run["sheets"]],
                times=rule_times(run["benchmarks"]).set_index("rule").round(1))
     write_page(out["claims_page"], "claims.html.j2", **common, here="Claims", verdicts=VERDICTS,
-               papers=[paper["key"] for paper in papers], claims=claim_entries(papers, claims, cells, page))
+               papers=[paper["key"] for paper in papers], claims=entries)
 
 
 def _caption(file: Path) -> str:

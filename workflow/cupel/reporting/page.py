@@ -17,12 +17,17 @@ TEMPLATES = Path(__file__).parent
 
 def told(form: str, factor: int = 1) -> Callable:
     """A filter that writes a number in this form, an en dash for none."""
-    return lambda value: "–" if value is None or pd.isna(value) else form.format(factor * value)
+    return lambda value: "–" if value is None or pd.isna(value) else form.format(factor * value).replace("-", "−")
 
 
 def html_table(frame: pd.DataFrame) -> str:
     """A plain HTML table; two header rows where the columns have two levels."""
     return frame.to_html(border=0, classes="data", escape=True, na_rep="–")
+
+
+def sentence(text: str) -> str:
+    """The text with a capital in front."""
+    return text[:1].upper() + text[1:]
 
 
 def embedded(content) -> Markup:
@@ -48,5 +53,5 @@ def write_page(path: str | Path, template: str, **content) -> None:
     environment = Environment(loader=FileSystemLoader(TEMPLATES), autoescape=select_autoescape(["html", "j2"]),
                               trim_blocks=True, lstrip_blocks=True)
     environment.filters.update(percent=told("{:.1f} %", 100), points=told("{:+.1f}", 100), number=told("{:+.3g}"),
-                               plain=told("{:.1f}"), table=html_table, embedded=embedded)
+                               plain=told("{:.1f}"), sentence=sentence, table=html_table, embedded=embedded)
     write_text(path, environment.get_template(template).render(**content))
