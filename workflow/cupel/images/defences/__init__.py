@@ -12,14 +12,14 @@ DEFENCES = defence
 __all__ = ["DEFENCES", "Budget", "defence", "purify"]
 
 
-def purify(name: str, victim, budget: Budget, rng: np.random.Generator, **hyperparameters):
+def purify(name: str, victim, budget: Budget, rng: np.random.Generator | int, **hyperparameters):
     """Run a defence on a victim.
 
     Args:
         name: registered name, e.g. `fst`.
         victim: `cupel.images.models.Classifier`; it is not changed.
         budget: the defender's clean data; with a checkpoint, a killed run of the same arguments is continued.
-        rng: the only source of randomness.
+        rng: the only source of randomness, or a seed for one.
         hyperparameters: keyword arguments of the defence.
 
     Returns:
@@ -28,7 +28,7 @@ def purify(name: str, victim, budget: Budget, rng: np.random.Generator, **hyperp
     Raises:
         ValueError: unknown name or hyperparameter.
     """
-    settings = DEFENCES.settings(name, hyperparameters)
+    settings, rng = DEFENCES.settings(name, hyperparameters), np.random.default_rng(rng)
     if budget.checkpoint:
         weights = victim.state_dict()
         identity = {"defence": name, "hyperparameters": settings,
