@@ -20,7 +20,7 @@ class Experiments(Family):
 
     NAME = "images"
     SECTIONS = {"recipes": "recipe", "attacks": "attacks", "defences": "defences", "budgets": "budgets"}  # noqa: RUF012
-    REGISTERED = {kind: (kind, f"images/{kind}s/*.py") for kind in ("attack", "defence", "model")}  # noqa: RUF012
+    REGISTERED = {kind: (kind, f"images/{kind}s/*.py") for kind in ("attack", "dataset", "defence", "model")}  # noqa: RUF012
     REPORT_FILES = {"histories": ("victim", "history.csv")}  # noqa: RUF012
 
     def check(self) -> None:
@@ -35,9 +35,10 @@ class Experiments(Family):
         self.entries["attacks"]["clean"] = CLEAN  # no attack, it is the twin of all
 
     def check_block(self, where: str, block: Mapping) -> None:
+        known = (*DATASETS, *self.definitions["dataset"])
         for name in block["datasets"]:
-            if name not in DATASETS:
-                raise ConfigError(f"{where}.datasets: {unknown('dataset', name, DATASETS)}")
+            if name not in known:
+                raise ConfigError(f"{where}.datasets: {unknown('dataset', name, known)}")
 
     def follow(self, victim: dict, block: Mapping, where: str) -> Iterator[dict]:
         yield from super().follow({**victim, "rate": "0"} if victim["attack"] == "clean" else victim, block, where)
