@@ -35,7 +35,7 @@ class Experiments(Family):
         self.entries["attacks"]["clean"] = CLEAN  # no attack, it is the twin of all
 
     def check_block(self, where: str, block: Mapping) -> None:
-        known = (*DATASETS, *self.definitions["dataset"])
+        known = (*DATASETS, *self.registered["dataset"])
         for name in block["datasets"]:
             if name not in known:
                 raise ConfigError(f"{where}.datasets: {unknown('dataset', name, known)}")
