@@ -31,7 +31,7 @@ rule prepare_own_images:
         labels_test=f"{DATA}/images/{{dataset}}/test_labels.npy",
         manifest=f"{DATA}/images/{{dataset}}/manifest.json",
     wildcard_constraints:
-        dataset=only(IMAGES.definitions["dataset"]),
+        dataset=only(IMAGES.registered["dataset"]),
     log:
         "logs/data/images/{dataset}.log",
     benchmark:
