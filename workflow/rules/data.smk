@@ -22,35 +22,6 @@ rule prepare_images:
         "../scripts/prepare_images.py"
 
 
-rule prepare_own_images:
-    """An image data set that a plugin describes."""
-    output:
-        images_train=f"{DATA}/images/{{dataset}}/train_images.npy",
-        labels_train=f"{DATA}/images/{{dataset}}/train_labels.npy",
-        images_test=f"{DATA}/images/{{dataset}}/test_images.npy",
-        labels_test=f"{DATA}/images/{{dataset}}/test_labels.npy",
-        manifest=f"{DATA}/images/{{dataset}}/manifest.json",
-    wildcard_constraints:
-        dataset=only(IMAGES.registered["dataset"]),
-    log:
-        "logs/data/images/{dataset}.log",
-    benchmark:
-        f"{config['results']}/benchmark/data/images/{{dataset}}.tsv"
-    localrule: True
-    resources:
-        mem_mb=memory_of(2000),
-        runtime=60,
-    params:
-        **SOURCES,
-        plugins=config["plugins"],
-    script:
-        "../scripts/prepare_own_images.py"
-
-
-# what a plugin describes is for it to say, under whatever name
-ruleorder: prepare_own_images > prepare_images
-
-
 rule prepare_text:
     """A data set of texts as records."""
     output:
