@@ -1,5 +1,4 @@
 # Configuration, checked before any job, and what the rules of all families share.
-import fcntl
 import gc
 import os
 import re
@@ -9,6 +8,7 @@ from snakemake.exceptions import WorkflowError
 from snakemake.logging import logger
 from snakemake.utils import validate
 
+from cupel import locks
 from cupel.digest import code_digest
 from cupel.experiment import Grid
 from cupel.paths import Paths
@@ -58,25 +58,12 @@ wildcard_constraints:
     paper=r"[a-z0-9_]+",
 
 
-RUN_LOCK = []
-
-
-def hold_lock():
-    """One run at a time in a folder.
-
-    Snakemake's own lock files outlive a killed run and would ask the user to unlock; this lock is the kernel's and goes
-    with the process (profiles/default says `nolock: true`).
-    """
-    os.makedirs(".snakemake", exist_ok=True)
-    RUN_LOCK.append(open(".snakemake/cupel.lock", "w"))
+def before_the_first_job():
+    """What can only be known of the machine, and when something is to be run."""
     try:
-        fcntl.flock(RUN_LOCK[0], fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise WorkflowError(
-            f"Another run is active in {os.getcwd()}: wait for it, or use another folder (--directory)."
-        ) from None
-    except OSError as error:  # some network file systems know no locks
-        logger.warning(f"no lock could be taken ({error}): do not start a second run in {os.getcwd()}")
+        locks.hold(config["results"], logger.warning)
+    except RuntimeError as error:
+        raise WorkflowError(str(error)) from None
 
 
 def of_path(function):
