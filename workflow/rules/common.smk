@@ -2,21 +2,32 @@
 import gc
 import os
 import re
+import shlex
+import sys
 from pathlib import Path
 
 from snakemake.exceptions import WorkflowError
 from snakemake.logging import logger
 from snakemake.utils import validate
 
-from cupel import locks
+from cupel import devices, locks
 from cupel.digest import code_digest
 from cupel.experiment import Grid
+from cupel.images.experiment import UNSET
 from cupel.paths import Paths
 from cupel.prepared import content
 from cupel.settings import LIBRARY, ConfigError, check_schema, schema, typed
 
 # planning makes millions of objects that stay: the collector has nothing to do before the first job, see `onstart`
 gc.disable()
+
+
+# Snakemake hands this path to a shell as it is
+if shlex.quote(sys.executable) != sys.executable:
+    raise WorkflowError(
+        f"The path of Python has a space, a quote or the like: {sys.executable}\n"
+        "Move the folder, or make the environment elsewhere: make reproduce VENV=/a/plain/path"
+    )
 
 
 def checked(function):
@@ -59,11 +70,22 @@ wildcard_constraints:
 
 
 def before_the_first_job():
-    """What can only be known of the machine, and when something is to be run."""
+    """What may be missing while nothing is run but planned."""
+    wanting = [
+        job for job in workflow.dag.needrun_jobs() if not config["data"]["mirror"] and UNSET in str(job.params.get("spec"))
+    ]
+    if wanting:
+        attack = wanting[0].params.spec["attack"]
+        raise WorkflowError(
+            f"Nothing was run: config.yaml: data.mirror is not set, and attack {attack['name']} reads a file of it: "
+            f"{attack['settings']}"
+        )
     try:
+        if workflow.local_exec and (said := devices.check(config["device"])):
+            logger.warning(said)
         locks.hold(config["results"], logger.warning)
     except RuntimeError as error:
-        raise WorkflowError(str(error)) from None
+        raise WorkflowError(f"Nothing was run: {error}") from None
 
 
 def of_path(function):
