@@ -47,7 +47,7 @@ for paper in GRID.experiments:
 onstart:
     gc.freeze()
     gc.enable()
-    hold_lock()
+    before_the_first_job()
 
 
 rule all:
