@@ -1,7 +1,7 @@
 """Five papers on removing backdoors and on robustness, in one DAG.
 
     snakemake --cores all                 the whole report of what config.yaml asks for
-    snakemake --cores all fst             one paper
+    snakemake --cores all crow            one paper, also one that config.yaml does not name
     snakemake --cores all PATH            one cell, e.g. results/demo/images/victims/cifar10/.../metrics.json
     snakemake --list-target-rules         everything else that can be asked for by name
 
@@ -35,6 +35,7 @@ include: "workflow/rules/claims.smk"
 include: "workflow/rules/cross.smk"
 include: "workflow/rules/zoo.smk"
 include: "workflow/rules/crate.smk"
+include: "workflow/rules/terminal.smk"
 
 
 # rules of a paper's own
@@ -48,6 +49,15 @@ onstart:
     gc.freeze()
     gc.enable()
     before_the_first_job()
+    announce()
+
+
+onsuccess:
+    print_found()
+
+
+onerror:
+    print_found()
 
 
 rule all:
@@ -74,3 +84,5 @@ for paper in GRID.papers:
             f"{RESULTS}/papers/{paper}/report.html",
 
     workflow.get_rule(paper).docstring = f"Tables, figures, claims and notebook of: {GRID.experiments[paper]['title']}"
+
+check_targets()

@@ -83,31 +83,36 @@ def graph(config: Mapping, cores: int) -> tuple[list[Job], dict[str, Pattern]]:
     with SnakemakeApi(output) as api:
         run = api.workflow(resource_settings=ResourceSettings(cores=cores), config_settings=ConfigSettings(config=config))
         run.dag().execute_workflow(executor="dryrun", execution_settings=ExecutionSettings(lock=False))
-        workflow = run._workflow  # the API prints graphs, and hands none out
-        dag = workflow.dag
-        parents = [rule for rule in workflow.rules if rule.has_wildcards()]
-
-        @functools.cache
-        def parent(rule):
-            """The rule with wildcards of which this one is a case: same script, and its name begins this one's."""
-            return None if rule.has_wildcards() else next(
-                (known for known in parents if rule.script == known.script and rule.name.startswith(f"{known.name}_")), None)
-
-        def made(job) -> Job:
-            rule, wildcards, cells = job.rule.name, frozenset(job.wildcards_dict.items()), 1
-            like = parent(job.rule)
-            found = {frozenset(match.groupdict().items()) for pattern in (like.output if like else []) for file in job.output
-                     if (match := pattern.match(file))}
-            if found:
-                rule, wildcards, cells = like.name, frozenset.intersection(*found), len(found)
-            return Job(rule, wildcards, cells, job.threads, bool(job.resources.get("gpu")), dag.needrun(job),
-                       str(job.benchmark or ""), tuple(places[other] for other in dag.dependencies[job] if other in places))
-
         gc.enable()  # the Snakefile plans without
-        jobs = [job for job in dag.jobs if not job.is_norun]
-        places = {job: place for place, job in enumerate(jobs)}
-        patterns = {rule.name: rule.benchmark.regex() for rule in workflow.rules if rule.benchmark and not parent(rule)}
-        return [made(job) for job in jobs], patterns
+        jobs, patterns = jobs_of(run._workflow)  # the API prints graphs, and hands none out
+        return list(jobs.values()), patterns
+
+
+def jobs_of(workflow) -> tuple[dict, dict[str, Pattern]]:
+    """Jobs of Snakemake's `workflow`, whose graph is made, by its own; and benchmark paths of rules as in `graph`."""
+    dag = workflow.dag
+    parents = [rule for rule in workflow.rules if rule.has_wildcards()]
+
+    @functools.cache
+    def parent(rule):
+        """The rule with wildcards of which this one is a case: same script, and its name begins this one's."""
+        return None if rule.has_wildcards() else next(
+            (known for known in parents if rule.script == known.script and rule.name.startswith(f"{known.name}_")), None)
+
+    def made(job) -> Job:
+        rule, wildcards, cells = job.rule.name, frozenset(job.wildcards_dict.items()), 1
+        like = parent(job.rule)
+        found = {frozenset(match.groupdict().items()) for pattern in (like.output if like else []) for file in job.output
+                 if (match := pattern.match(file))}
+        if found:
+            rule, wildcards, cells = like.name, frozenset.intersection(*found), len(found)
+        return Job(rule, wildcards, cells, job.threads, bool(job.resources.get("gpu")), dag.needrun(job),
+                   str(job.benchmark or ""), tuple(places[other] for other in dag.dependencies[job] if other in places))
+
+    jobs = [job for job in dag.jobs if not job.is_norun]
+    places = {job: place for place, job in enumerate(jobs)}
+    patterns = {rule.name: rule.benchmark.regex() for rule in workflow.rules if rule.benchmark and not parent(rule)}
+    return {job: made(job) for job in jobs}, patterns
 
 
 def measured(results: str | Path, scale: str, jobs: Iterable[Job], patterns: Mapping[str, Pattern]) -> list[Cost]:

@@ -6,6 +6,7 @@ import shlex
 import sys
 from pathlib import Path
 
+from snakemake.cli import get_argument_parser
 from snakemake.exceptions import WorkflowError
 from snakemake.logging import logger
 from snakemake.utils import validate
@@ -16,7 +17,7 @@ from cupel.experiment import Grid
 from cupel.images.experiment import UNSET
 from cupel.paths import Paths
 from cupel.prepared import content
-from cupel.settings import LIBRARY, ConfigError, check_schema, schema, typed
+from cupel.settings import LIBRARY, PAPERS, ConfigError, check_schema, schema, typed
 
 # planning makes millions of objects that stay: the collector has nothing to do before the first job, see `onstart`
 gc.disable()
@@ -42,9 +43,22 @@ def checked(function):
     return call
 
 
+def targets():
+    """What the command line asks for; Snakemake has read it, and tells the Snakefile only later."""
+    if Path(sys.argv[0]).name not in ("snakemake", "__main__.py") or not workflow.is_main_process:
+        return []
+    return get_argument_parser().parse_known_args(sys.argv[1:])[0].targets
+
+
 config.update(typed(config, schema("config")))
 checked(check_schema)(config, schema("config"), "config.yaml")
 validate(config, "../schemas/config.schema.yaml")  # fills in the defaults
+TARGETS = targets()
+if papers := [name for name in TARGETS if name != "zoo" and (PAPERS / name / "experiment.yaml").is_file()]:
+    # a paper asked for by name is run whether or not it stands in `papers`, and alone; jobs on a cluster are told so
+    config["papers"] = papers
+    kept_settings = [text for text in workflow.config_settings.config_args or [] if not text.startswith("papers=")]
+    workflow.config_settings.config_args = [*kept_settings, f"papers=[{','.join(papers)}]"]
 ASKED = {"seeds": config["seeds"], "plugins": config["plugins"], "mirror": config["data"]["mirror"]}
 GRID = checked(Grid)(config["papers"], config["scale"], jobs=config["jobs"], **ASKED)
 ZOO = checked(Grid)(["zoo"], config["scale"], **ASKED)

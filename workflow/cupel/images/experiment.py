@@ -23,7 +23,7 @@ class Experiments(Family):
 
     NAME = "images"
     SECTIONS = {"recipes": "recipe", "attacks": "attacks", "defences": "defences", "budgets": "budgets"}  # noqa: RUF012
-    REGISTERED = {kind: (kind, f"images/{kind}s/*.py") for kind in ("attack", "defence", "model")}  # noqa: RUF012
+    REGISTERED = {kind: (kind, f"images/{kind}s/*.py") for kind in ("attack", "dataset", "defence", "model")}  # noqa: RUF012
     REPORT_FILES = {"histories": ("victim", "history.csv")}  # noqa: RUF012
 
     def check(self) -> None:
@@ -38,9 +38,10 @@ class Experiments(Family):
         self.entries["attacks"]["clean"] = CLEAN  # no attack, it is the twin of all
 
     def check_block(self, where: str, block: Mapping) -> None:
+        known = (*DATASETS, *self.registered["dataset"])
         for name in block["datasets"]:
-            if name not in DATASETS:
-                raise ConfigError(f"{where}.datasets: {unknown('dataset', name, DATASETS)}")
+            if name not in known:
+                raise ConfigError(f"{where}.datasets: {unknown('dataset', name, known)}")
 
     def follow(self, victim: dict, block: Mapping, where: str) -> Iterator[dict]:
         victim = {**victim, "rate": "0"} if victim["attack"] == "clean" else victim
@@ -53,8 +54,10 @@ class Experiments(Family):
         Raises:
             ConfigError: it has not.
         """
+        if cell["dataset"] in self.registered["dataset"]:
+            return  # a plugin's is not known before it is imported
         if cell["dataset"] not in DATASETS:
-            raise ConfigError(f"{where}: {unknown('dataset', cell['dataset'], DATASETS)}")
+            raise ConfigError(f"{where}: {unknown('dataset', cell['dataset'], (*DATASETS, *self.registered['dataset']))}")
         known, target = describe(cell["dataset"]), self.recipe(cell).get("target", 0)
         classes = len(known.classes)
         if target >= classes:

@@ -13,14 +13,14 @@ DEFENCES = defence
 __all__ = ["DEFENCES", "Budget", "defence", "purify"]
 
 
-def purify(name: str, victim, budget: Budget, rng: np.random.Generator, **hyperparameters):
+def purify(name: str, victim, budget: Budget, rng: np.random.Generator | int, **hyperparameters):
     """Run a defence on a victim.
 
     Args:
         name: registered name, e.g. `fst`.
         victim: `cupel.images.models.Classifier`; it is not changed.
         budget: the defender's clean data; with a checkpoint, a killed run of the same arguments is continued.
-        rng: the only source of randomness.
+        rng: the only source of randomness, or a seed for one.
         hyperparameters: keyword arguments of the defence.
 
     Returns:
@@ -30,7 +30,7 @@ def purify(name: str, victim, budget: Budget, rng: np.random.Generator, **hyperp
         ValueError: unknown name or hyperparameter.
         TypeError: it returns anything else; the text names its file.
     """
-    settings = DEFENCES.settings(name, hyperparameters)
+    settings, rng = DEFENCES.settings(name, hyperparameters), np.random.default_rng(rng)
     if budget.checkpoint:
         weights = victim.state_dict()
         identity = {"defence": name, "hyperparameters": settings,
