@@ -48,7 +48,7 @@ for paper in GRID.experiments:
 onstart:
     gc.freeze()
     gc.enable()
-    hold_lock()
+    before_the_first_job()
     announce()
 
 

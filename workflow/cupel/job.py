@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from cupel.devices import pick_device
+from cupel.locks import at_work
 from cupel.registry import load_plugins
 
 
@@ -15,7 +16,7 @@ from cupel.registry import load_plugins
 def logged(path: str | Path) -> Iterator[None]:
     """Send what is printed to a log file as well as any error, and keep the console for the scheduler."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "a", buffering=1, encoding="utf-8") as file:
+    with open(path, "a", buffering=1, encoding="utf-8") as file, at_work():
         with contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
             try:
                 yield

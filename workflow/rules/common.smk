@@ -1,8 +1,8 @@
 # Configuration, checked before any job, and what the rules of all families share.
-import fcntl
 import gc
 import os
 import re
+import shlex
 import sys
 from pathlib import Path
 
@@ -11,14 +11,24 @@ from snakemake.exceptions import WorkflowError
 from snakemake.logging import logger
 from snakemake.utils import validate
 
+from cupel import devices, locks
 from cupel.digest import code_digest
 from cupel.experiment import Grid
+from cupel.images.experiment import UNSET
 from cupel.paths import Paths
 from cupel.prepared import content
 from cupel.settings import LIBRARY, PAPERS, ConfigError, check_schema, schema, typed
 
 # planning makes millions of objects that stay: the collector has nothing to do before the first job, see `onstart`
 gc.disable()
+
+
+# Snakemake hands this path to a shell as it is
+if shlex.quote(sys.executable) != sys.executable:
+    raise WorkflowError(
+        f"The path of Python has a space, a quote or the like: {sys.executable}\n"
+        "Move the folder, or make the environment elsewhere: make reproduce VENV=/a/plain/path"
+    )
 
 
 def checked(function):
@@ -73,25 +83,23 @@ wildcard_constraints:
     paper=r"[a-z0-9_]+",
 
 
-RUN_LOCK = []
-
-
-def hold_lock():
-    """One run at a time in a folder.
-
-    Snakemake's own lock files outlive a killed run and would ask the user to unlock; this lock is the kernel's and goes
-    with the process (profiles/default says `nolock: true`).
-    """
-    os.makedirs(".snakemake", exist_ok=True)
-    RUN_LOCK.append(open(".snakemake/cupel.lock", "w"))
-    try:
-        fcntl.flock(RUN_LOCK[0], fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+def before_the_first_job():
+    """What may be missing while nothing is run but planned."""
+    wanting = [
+        job for job in workflow.dag.needrun_jobs() if not config["data"]["mirror"] and UNSET in str(job.params.get("spec"))
+    ]
+    if wanting:
+        attack = wanting[0].params.spec["attack"]
         raise WorkflowError(
-            f"Another run is active in {os.getcwd()}: wait for it, or use another folder (--directory)."
-        ) from None
-    except OSError as error:  # some network file systems know no locks
-        logger.warning(f"no lock could be taken ({error}): do not start a second run in {os.getcwd()}")
+            f"Nothing was run: config.yaml: data.mirror is not set, and attack {attack['name']} reads a file of it: "
+            f"{attack['settings']}"
+        )
+    try:
+        if workflow.local_exec and (said := devices.check(config["device"])):
+            logger.warning(said)
+        locks.hold(config["results"], logger.warning)
+    except RuntimeError as error:
+        raise WorkflowError(f"Nothing was run: {error}") from None
 
 
 def of_path(function):

@@ -104,7 +104,7 @@ rule purify:
 # wildcards, so Snakemake prefers them. `gather_cells` takes their outputs as files that know their rule: to look for the
 # rule of each of 18,000 files takes half a minute. history.csv is written beside the model and not declared: every declared file
 # costs time to plan, and one figure alone reads it.
-BLOCK_METRICS = {}
+BLOCK_METRICS, BLOCK_LOGS = {}, {}
 
 for block in GRID.blocks():
     names = (block[0][key] for key in ("paper", "dataset", "model", "recipe", "attack", "rate", "seed"))
@@ -139,3 +139,4 @@ for block in GRID.blocks():
             "../scripts/purify.py"
 
     BLOCK_METRICS |= {str(file): file for file in workflow.get_rule(block_name).output.metrics}
+    BLOCK_LOGS |= dict.fromkeys(map(PATHS.cell, block), PATHS.log(f"{RESULTS}/images/blocks/{block_name}", "purify"))

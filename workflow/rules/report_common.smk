@@ -60,7 +60,12 @@ def used_manifests():
 
 def expected_cells():
     """Cells of every paper with their folders: one that two papers share stands in the table once for each."""
-    return [{**cell, "folder": PATHS.cell(cell)} for paper in GRID.papers for cell in GRID.of_paper(paper)]
+    return [
+        {**cell, "folder": folder, "logs": BLOCK_LOGS.get(folder) or PATHS.log(folder, "*")}
+        for paper in GRID.papers
+        for cell in GRID.of_paper(paper)
+        for folder in [PATHS.cell(cell)]
+    ]
 
 
 @functools.cache
