@@ -166,7 +166,7 @@ rule index:
         papers=lambda wildcards: paper_headers(),
         run={
             "config": config,
-            "root": workflow.basedir,
+            "root": ROOT,
             "data": DATA,
             "datasets": list(used_manifests()),
             "seeds": sorted({int(cell["seed"]) for cell in GRID.cells()}),
