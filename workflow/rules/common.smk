@@ -14,6 +14,7 @@ from snakemake.utils import validate
 from cupel.digest import code_digest
 from cupel.experiment import Grid
 from cupel.paths import Paths
+from cupel.prepared import content
 from cupel.settings import LIBRARY, PAPERS, ConfigError, check_schema, schema, typed
 
 # planning makes millions of objects that stay: the collector has nothing to do before the first job, see `onstart`
@@ -58,8 +59,6 @@ DATA, RESULTS = PATHS.data, PATHS.root
 # not workflow.basedir, which differs between Snakefile and workflow/Snakefile
 ROOT, SCRIPTS = str(LIBRARY.parents[1]), LIBRARY.parent / "scripts"
 TEMPLATES = sorted((LIBRARY / "reporting").glob("*.j2"))
-#: where raw files come from, for rules that prepare data
-SOURCES = {key: config["data"][key] for key in ("sources", "mirror", "cache")}
 
 
 wildcard_constraints:
@@ -164,8 +163,9 @@ def training(vram, memory, **minutes):
 TRIGGER, VICTIM, PURIFIED = (PATHS.stage("images", stage) for stage in ("trigger", "victim", "purified"))
 
 
-def image_data(wildcards):
-    return f"{DATA}/images"
+def image_content(cell):
+    """What the data set of a cell holds. Prepared data count by this parameter, not by the age of their files."""
+    return content(f"{DATA}/images/{cell['dataset']}")
 
 
 def image_files(wildcards):
@@ -202,17 +202,17 @@ TEXT_FILES["summary"] = f"{TEXT_VICTIM}/texts/summary.json"
 
 
 def language_model(wildcards):
-    """Folder of a base model."""
-    return f"{DATA}/language_models/{wildcards.model}"
+    """A base model: what is asked for, and what is there."""
+    return of_path(TEXT.source)(wildcards), content(f"{DATA}/language_models/{wildcards.model}")
 
 
-def text_folders(wildcards):
-    """Prepared data sets that a cell reads, by name."""
-    return {name: f"{DATA}/text/{name}" for name in of_path(TEXT.texts)(wildcards)}
+def text_content(wildcards):
+    """What the prepared data sets hold that a cell reads, by name."""
+    return {name: content(f"{DATA}/text/{name}") for name in of_path(TEXT.texts)(wildcards)}
 
 
 def text_records(wildcards):
-    return [f"{folder}/{name}" for folder in text_folders(wildcards).values() for name in ("manifest.json", "records.jsonl")]
+    return [f"{DATA}/text/{name}/{file}" for name in text_content(wildcards) for file in ("manifest.json", "records.jsonl")]
 
 
 def text_needs(what):
@@ -242,6 +242,11 @@ BASE, POISONED, TRIGGERED, POISONED_MODEL, FILTERED, CLEANED = (
 def base_model(wildcards):
     """The model that the pipeline builds; published models come from the hub or a folder."""
     return f"{BASE}/model".format(**wildcards) if wildcards.model in VISION_LANGUAGE.built() else []
+
+
+def vision_language_content(wildcards):
+    """A data set: what is asked for, and what is there."""
+    return of_path(VISION_LANGUAGE.source)(wildcards), content(f"{DATA}/vision_language/{wildcards.dataset}")
 
 
 def kept(output):

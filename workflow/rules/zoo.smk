@@ -17,7 +17,7 @@ rule zoo_report:
     output:
         page=f"{ZOO_FOLDER}/index.html",
         table=f"{ZOO_FOLDER}/victims.csv",
-        figure=f"{ZOO_FOLDER}/asr_epochs.png",
+        figure=f"{ZOO_FOLDER}/asr_epochs.svg",
     log:
         PATHS.log(ZOO_FOLDER, "report"),
     benchmark:

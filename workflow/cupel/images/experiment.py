@@ -4,10 +4,7 @@ A cell of stage `victim` is a classifier trained on a poisoned set (`clean`: its
 makes of it with a budget of clean data. `name~variant` is a switch where paper and code differ, or an ablation.
 """
 
-import ast
-import functools
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 
 from cupel.experiment import Family, overlaid
 from cupel.images.datasets import NAMES as DATASETS
@@ -23,14 +20,14 @@ class Experiments(Family):
 
     NAME = "images"
     SECTIONS = {"recipes": "recipe", "attacks": "attacks", "defences": "defences", "budgets": "budgets"}  # noqa: RUF012
-    REGISTERED = {kind: (kind, f"images/{kind}s/*.py") for kind in ("attack", "defence", "model")}  # noqa: RUF012
+    REGISTERED = {kind: (kind, f"images/{kind}s/*.py") for kind in ("attack", "dataset", "defence", "model")}  # noqa: RUF012
     REPORT_FILES = {"histories": ("victim", "history.csv")}  # noqa: RUF012
 
     def check(self) -> None:
         for kind in ("attack", "defence"):
             # what a plugin registers can be asked for without an entry
-            for name, place in self.definitions[kind].items():
-                if place.rpartition(":")[0] in self.plugins:
+            for name, entry in self.registered[kind].items():
+                if entry.place.rpartition(":")[0] in self.plugins:
                     self.entries[f"{kind}s"].setdefault(name, {})
         for parameters in self.parameters["attack"].values():
             parameters.add("smaller")  # of the preparation, for every attack
@@ -38,9 +35,10 @@ class Experiments(Family):
         self.entries["attacks"]["clean"] = CLEAN  # no attack, it is the twin of all
 
     def check_block(self, where: str, block: Mapping) -> None:
+        known = (*DATASETS, *self.registered["dataset"])
         for name in block["datasets"]:
-            if name not in DATASETS:
-                raise ConfigError(f"{where}.datasets: {unknown('dataset', name, DATASETS)}")
+            if name not in known:
+                raise ConfigError(f"{where}.datasets: {unknown('dataset', name, known)}")
 
     def follow(self, victim: dict, block: Mapping, where: str) -> Iterator[dict]:
         yield from super().follow({**victim, "rate": "0"} if victim["attack"] == "clean" else victim, block, where)
@@ -75,14 +73,10 @@ class Experiments(Family):
                 "settings": self.settings("defences", cell["defence"], cell),
                 "budget": {"name": cell["budget"], **self.settings("budgets", cell["budget"], cell)}}
 
-    @functools.cache  # noqa: B019 (one object a run)
     def needs(self, name: str) -> str:
-        """What an attack must be given beforehand, `data` or `clean_model`: read from its file, nothing is imported."""
-        file = (self.code("attack", name) or "").rpartition(":")[0]
-        for node in ast.walk(ast.parse(Path(file).read_text(encoding="utf-8"))) if file else ():
-            if isinstance(node, ast.AnnAssign) and getattr(node.target, "id", "") == "needs":
-                return node.value.value
-        return ""
+        """What an attack must be given beforehand, `data` or `clean_model`; nothing: ""."""
+        entry = self.entry("attack", name)
+        return entry.values.get("needs", "") if entry else ""
 
     def report_labels(self, paper: str) -> dict[str, dict[str, str]]:
         labels, used = self.labels("defences"), self.used("defence", paper)

@@ -15,7 +15,8 @@ IDENTITY = ["stage", "dataset", "model", "recipe", "attack", "attack_variant", "
 KEYS = (*SETTING, "method", "label", "metric")
 METRICS = ("acc", "asr", "ra", "der", "arr", "rdr")
 COLUMNS = ["paper", *IDENTITY, "metric", "value", "n", "low", "high", "rate_reached", "seconds", "peak_memory_mb",
-           "peak_vram_mb", "clean_samples", "device", "precision", "threads", "status", "reason", "path"]
+           "peak_vram_mb", "clean_samples", "device", "precision", "threads", "status", "reason", "path",
+           "attack_parameters", "defence_parameters"]
 
 
 def gather(cells: list[dict]) -> pd.DataFrame:
@@ -40,7 +41,8 @@ def gather(cells: list[dict]) -> pd.DataFrame:
                       "variant": variant, "budget": cell.get("budget", ""), "poison_rate": float(cell["rate"]),
                       "seed": int(cell["seed"]), "status": "failed", "reason": "no result: see its log"}
         base = {key: record.get(key) for key in (*IDENTITY, "rate_reached", "seconds", "peak_memory_mb", "peak_vram_mb",
-                                                 "clean_samples", "device", "precision", "threads", "status")}
+                                                 "clean_samples", "device", "precision", "threads", "status",
+                                                 "attack_parameters", "defence_parameters")}
         base |= {"paper": cell["paper"], "path": cell["folder"], "reason": record.get("reason", "")}
         failed = record["status"] != "ok"
         nothing = {"value": np.nan, "n": 0, "low": np.nan, "high": np.nan}

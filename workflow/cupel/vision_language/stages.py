@@ -12,7 +12,6 @@ from collections.abc import Collection
 from pathlib import Path
 
 from cupel import cells, job
-from cupel.cells import METHOD_ERRORS
 from cupel.files import atomic, read_json, write_json
 from cupel.vision_language import datasets, prepared
 from cupel.vision_language.datasets import shapes
@@ -187,7 +186,7 @@ def train_victim(spec: dict, inputs: Inputs, outputs: dict, device: str) -> None
                                       title=f"{spec['attack']['name']}@{spec['poison_rate']:g}", bad=set(made["ids"]))
         fitted = time.perf_counter() - started
         measured = measure(model, spec, inputs, outputs)
-    except METHOD_ERRORS as error:
+    except Exception as error:
         cells.fail(error, {**record, "metrics": ["cp", "asr"]}, outputs)
         return
     models.save(model, outputs["model"])
@@ -237,7 +236,7 @@ def refit(spec: dict, defence: dict, inputs: Inputs, outputs: dict, device: str)
                                    title=f"refit, {defence['name']}")
             seconds = time.perf_counter() - started
             measured = measure(model, spec, inputs, outputs)
-    except METHOD_ERRORS as error:
+    except Exception as error:
         cells.fail(error, {**record, "metrics": ["cp", "asr"]}, outputs)
         return
     cells.write_history(outputs["history"], history)
