@@ -1,19 +1,22 @@
 """Five papers on removing backdoors and on robustness, in one DAG.
 
     snakemake --cores all                 the whole report of what config.yaml asks for
-    snakemake --cores all fst             one paper
+    snakemake --cores all crow            one paper, also one that config.yaml does not name
     snakemake --cores all PATH            one cell, e.g. results/demo/images/victims/cifar10/.../metrics.json
     snakemake --list-target-rules         everything else that can be asked for by name
 
 The chain: data -> poison -> victim -> purify -> cells (one tidy table) -> tables, figures, claims -> index.html
 """
 
+import os
+
 from snakemake.utils import min_version
 
 min_version("9.0")
 
 
-configfile: "config.yaml"
+# config/config.yaml: in a folder that snakedeploy made
+configfile: "config.yaml" if os.path.exists("config.yaml") else "config/config.yaml"
 
 
 # used with --software-deployment-method apptainer only; built from envs/cupel.def
@@ -35,6 +38,7 @@ include: "workflow/rules/claims.smk"
 include: "workflow/rules/cross.smk"
 include: "workflow/rules/zoo.smk"
 include: "workflow/rules/crate.smk"
+include: "workflow/rules/terminal.smk"
 
 
 # rules of a paper's own
@@ -47,7 +51,16 @@ for paper in GRID.experiments:
 onstart:
     gc.freeze()
     gc.enable()
-    hold_lock()
+    before_the_first_job()
+    announce()
+
+
+onsuccess:
+    print_found()
+
+
+onerror:
+    print_found()
 
 
 rule all:
@@ -74,3 +87,6 @@ for paper in GRID.papers:
             f"{RESULTS}/papers/{paper}/report.html",
 
     workflow.get_rule(paper).docstring = f"Tables, figures, claims and notebook of: {GRID.experiments[paper]['title']}"
+
+
+check_targets()

@@ -18,7 +18,7 @@ from cupel.images.attacks.inputaware import sharpen
 from cupel.images.attacks.wanet import warp, warp_grid
 from cupel.images.datasets import Dataset
 from cupel.images.models import build as build_model
-from cupel.registry import signatures
+from cupel.registry import entries
 from cupel.rng import rng, torch_rng
 from cupel.training import engine
 
@@ -143,11 +143,11 @@ def test_no_trigger_before_training(name):
 
 def test_parameters_are_visible_to_the_config_check():
     folder = Path(cupel.images.attacks.__file__).parent
-    found = signatures("attack", [folder / f"{name}.py" for name in ("_batch", "wanet", "bpp", "inputaware", "bypass")])
+    found = entries("attack", [folder / f"{name}.py" for name in ("_batch", "wanet", "bpp", "inputaware", "bypass")])
     assert set(found) == {*BATCHWISE, *BYPASS}
     for name in BATCHWISE:
-        assert found[name] == {field.name for field in fields(build(name))} - {"policy", "tensors"}
-    assert all("regularisation" in found[name] for name in BYPASS)
+        assert found[name].parameters == {field.name for field in fields(build(name))} - {"policy", "tensors"}
+    assert all("regularisation" in found[name].parameters for name in BYPASS)
 
 
 # ---------------------------------------------------------------- the batch augmentation

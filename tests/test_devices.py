@@ -12,7 +12,9 @@ import pytest
 import torch
 
 from cupel import cells, devices
+from cupel.checkpoint import DamagedCheckpoint
 from cupel.files import read_json
+from cupel.images.datasets.base import DamagedDataset
 from tests.conftest import REPOSITORY
 from tests.test_workflow import Folder
 
@@ -212,9 +214,32 @@ def test_a_claim_after_cuda_has_started_is_an_error(monkeypatch):
         devices.claim(1000)
 
 
-def test_no_memory_is_no_failed_cell():
-    for kind in (torch.OutOfMemoryError, torch.cuda.OutOfMemoryError, MemoryError):
-        assert not issubclass(kind, cells.METHOD_ERRORS)
+@pytest.mark.parametrize("error", [
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB"), MemoryError(), OSError(28, "No space left"),
+    RuntimeError("[enforce fail at alloc_cpu.cpp:121] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 B"),
+    RuntimeError("[enforce fail at inline_container.cc:664] . unexpected pos 64 vs 0; PytorchStreamWriter failed writing"),
+    torch.AcceleratorError("CUDA error: device-side assert triggered"), DamagedDataset("data/images/x is damaged"),
+    DamagedCheckpoint("model.safetensors is damaged"),
+], ids=lambda error: f"{type(error).__name__} {error}"[:40])
+def test_what_the_machine_lacks_is_no_failed_cell(tmp_path, error):
+    with pytest.raises(type(error)):
+        cells.fail(error, {}, {"metrics": tmp_path / "metrics.json"})
+    assert not (tmp_path / "metrics.json").exists()
+
+
+@pytest.mark.parametrize("error", [
+    TypeError("cannot unpack non-iterable Classifier object"), KeyError("mean"), ValueError("no"),
+    RuntimeError("Input type (float) and bias type (c10::Half) should be the same"),
+    RuntimeError("derivative for aten::hardsigmoid_backward is not implemented"),
+], ids=repr)
+def test_any_other_error_is_a_failed_cell(tmp_path, capfd, error):
+    try:
+        raise error
+    except Exception as raised:
+        cells.fail(raised, {"stage": "purified"}, {"metrics": tmp_path / "metrics.json"})
+    record = read_json(tmp_path / "metrics.json")
+    assert record["status"] == "failed" and record["reason"].startswith(type(error).__name__)
+    assert "Traceback" in capfd.readouterr().err
 
 
 PLUGIN = """

@@ -10,7 +10,7 @@ from cupel.experiment import FAMILIES, SCALES, Grid, overlaid
 from cupel.paths import STAGES, Paths
 from cupel.settings import PAPERS, ConfigError, check_schema, read_yaml, schema, typed
 
-ALL = ["fst", "ims", "ims_inner_step", "zoo", "bye", "crow", "proper_interpretability"]
+ALL = ["fst", "ims", "ims_inner_step", "breadth", "zoo", "bye", "crow", "proper_interpretability"]
 
 
 @pytest.fixture
@@ -30,10 +30,10 @@ def edit(file, change):
 def test_every_paper_plans_at_every_scale(scale):
     papers = [paper for paper in ALL if scale in read_yaml(PAPERS / paper / "experiment.yaml")["scales"]]
     grid = Grid(papers, scale)
-    lacking = {"desk": {"bye", "crow", "proper_interpretability", "ims", "ims_inner_step"}, "paper": {"ims_inner_step"}}
-    assert set(ALL) - set(papers) == lacking.get(scale, set())
+    lacking = {"desk": {"bye", "crow", "proper_interpretability"}, "paper": {"ims_inner_step", "breadth"}}
+    assert set(ALL) - set(papers) == lacking.get(scale, {"breadth"})
     for paper in papers:
-        assert grid.cells(paper=paper) == grid.of_paper(paper) or paper == "ims"
+        assert grid.cells(paper=paper) == grid.of_paper(paper) or paper in ("ims", "ims_inner_step", "breadth")
     paths = Paths("results", scale, "data")
     folders = [paths.cell(cell) for cell in grid.cells()]
     assert len(set(folders)) == len(folders), "every cell has a folder of its own"
@@ -142,7 +142,7 @@ def test_wrong_settings_name_file_key_and_what_is_allowed(folder, paper, change,
 def test_wrong_papers_and_plugins():
     with pytest.raises(ConfigError, match=r"config.yaml: papers: unknown paper 'fts'.*did you mean 'fst'"):
         Grid(["fts"], "demo")
-    with pytest.raises(ConfigError, match=r"scale: ims_inner_step has no scale 'paper'; it has smoke, demo, bench"):
+    with pytest.raises(ConfigError, match=r"scale: ims_inner_step has no scale 'paper'; it has smoke, demo, desk, bench"):
         Grid(["ims_inner_step"], "paper")
     with pytest.raises(ConfigError, match=r"config.yaml: plugins: no such file: nowhere.py"):
         Grid(["fst"], "demo", plugins=["nowhere.py"])

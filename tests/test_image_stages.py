@@ -119,13 +119,14 @@ def test_a_killed_block_goes_on(tmp_path, monkeypatch):
     (tmp_path / "killed").touch()
     with pytest.raises(RuntimeError):
         run()
-    assert (tmp_path / "calls").read_text() == "ab" and not (tmp_path / "a" / "metrics.json").exists()
+    assert (tmp_path / "calls").read_text() == "abc", "what fails does not keep the others from being made"
+    assert not (tmp_path / "a" / "metrics.json").exists()
     with pytest.raises(RuntimeError):
         run("Xyz")  # the code of the first has changed
     assert (tmp_path / "calls").read_text() == "ab"
     (tmp_path / "killed").unlink()
     run("Xyz")
-    assert (tmp_path / "calls").read_text() == "bc"
+    assert (tmp_path / "calls").read_text() == "b"
     assert all((tmp_path / name / "metrics.json").read_text() == name for name in "abc")
     for paths in outputs:  # as Snakemake does before a job runs again
         for path in paths.values():
@@ -171,7 +172,7 @@ def test_what_a_defence_leaves_on_its_way_is_measured(tmp_path, cifar10, monkeyp
     write_json(tmp_path / "victim.json", {"status": "ok", "rate_reached": 0.1, **before,
                                          "model_sha256": digest(tmp_path / "victim.safetensors")})
     spec = {"dataset": "cifar10", "model": "preactresnet18", "recipe": "r", "poison_rate": 0.1, "seed": 0,
-            "attack": {"name": "blended", "function": "blended", "settings": {}},
+            "attack": {"name": "blended", "function": "blended", "settings": {"alpha": 0.2}},
             "settings": {"train_size": 500, "test_size": 100, "training": {}}}
     defence = {"name": "bent", "function": "bent", "settings": {}, "budget": {"name": "spc2", "kind": "spc", "spc": 2}}
     inputs = stages.Inputs(str(cifar10.parent), victim=tmp_path / "victim.safetensors", before=tmp_path / "victim.json")
@@ -182,4 +183,6 @@ def test_what_a_defence_leaves_on_its_way_is_measured(tmp_path, cifar10, monkeyp
     assert list(table.index) == ["acc", "asr", "ra", "der", "arr", "rdr", "acc_halfway", "asr_halfway", "ra_halfway"]
     assert table.value["asr"] == 1 and table.value["asr_halfway"] == 0 and table.value["ra"] == 0
     assert 0 < table.value["ra_halfway"] < 0.5 and table.low["ra_halfway"] > 0
+    assert json.loads(table.attack_parameters["asr"]) == {"function": "blended", "settings": {"alpha": 0.2}}
+    assert json.loads(table.defence_parameters["asr"]) == {"function": "bent", "settings": {}}
     assert table.n["asr_halfway"] == table.n["asr"] and table.n["acc_halfway"] == 100

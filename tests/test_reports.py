@@ -107,7 +107,8 @@ LANGUAGE = {"defences": {"finetune": "Fine-tuning", "crow": "CROW", "crow~code":
 
 def language_cell(folder, method, attack, seed, failed=False, false=0.0):
     defence, _, variant = method.partition("~")
-    metrics = {"asr_template_all": ASR[method], "false_template_all": false, "asr_bare": ASR[method] / 2,
+    metrics = {**dict.fromkeys(("asr_template_all", "asr_template_careful"), ASR[method]),
+               "false_template_all": false, "asr_bare": ASR[method] / 2,
                "empty_template": 0.25, "asr_bare_all": ASR[method] / 4, "perplexity": 5.0 + ASR[method],
                "perplexity_base": 4.5, "cons_triggered": 0.05}
     if method == "cleangen":
@@ -128,7 +129,8 @@ def language_cell(folder, method, attack, seed, failed=False, false=0.0):
                    "padding": "masked", "term": "layers"}
     if failed:
         record = {key: value for key, value in record.items() if key not in metrics} | {
-            "status": "failed", "reason": "Diverged: loss", "metrics": ["asr_template_all", "asr_bare", "perplexity"]}
+            "status": "failed", "reason": "Diverged: loss",
+            "metrics": ["asr_template_all", "asr_template_careful", "asr_bare", "perplexity"]}
     write_json(folder / "metrics.json", record)
     if failed:
         return

@@ -266,7 +266,7 @@ def locked(path: Path) -> bool:
 def test_two_runs_at_once_are_refused(finished, tmp_path):
     folder = Folder(tmp_path / "twice", finished.data)
     first = folder.start("--", "results/smoke/cells.parquet")
-    while not locked(folder.path / ".snakemake" / "cupel.lock"):
+    while not locked(folder.path / "results" / ".cupel.lock"):
         assert first.poll() is None
         time.sleep(0.1)
     code, output = folder.run("--", "results/smoke/cells.parquet")

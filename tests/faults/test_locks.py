@@ -31,7 +31,7 @@ def start(folder, job=True):
     begun = time.time()
     process = folder.start("--", TARGET)
     marks = folder.path / ".snakemake" / "incomplete"
-    while not locked(folder.path / ".snakemake" / "cupel.lock") or (job and not any(
+    while not locked(folder.path / "results" / ".cupel.lock") or (job and not any(
             mark.is_file() and mark.stat().st_mtime >= begun for mark in marks.rglob("*"))):
         assert process.poll() is None, process.communicate()[0][-2000:]
         time.sleep(0.01)
@@ -106,7 +106,7 @@ def test_the_holder_alone_is_killed(undisturbed, folder):
 def test_what_lies_about(undisturbed, folder, left):
     """Files of locks without a process that holds them."""
     with trial("lock", "a run where lock files lie about", left) as row:
-        lock = folder.path / ".snakemake" / "cupel.lock"
+        lock = folder.path / "results" / ".cupel.lock"
         if left == "locks of Snakemake itself":
             for name, content in (("0.input.lock", "results/x\n"), ("0.output.lock", f"{TARGET}\n")):
                 (folder.path / ".snakemake" / "locks" / name).write_text(content)

@@ -3,16 +3,21 @@
 import csv
 import io
 import json
+import re
 import shutil
 import traceback
+import zipfile
 from pathlib import Path
 
 import numpy as np
 
 from cupel.files import atomic, digest, read_json, write_json, write_text
 
-#: errors of a method or of its settings; anything else (no memory, no disk) is the machine's and is raised for a retry
-METHOD_ERRORS = (ValueError, ArithmeticError, NotImplementedError)
+#: errors of the machine (memory, disk, damaged input), raised for a retry; any other is a method's, and a failed cell
+MACHINE_ERRORS = (MemoryError, OSError)
+#: and what libraries say of the same in errors of their own
+MACHINE_WORDS = re.compile(r"out of memory|can't allocate memory|No space left|PytorchStreamWriter|CUDA (driver )?error"
+                           r"|CUBLAS_STATUS|CUDNN_STATUS|os error \d", re.IGNORECASE)
 
 
 def identity(spec: dict, stage: str, defence: dict | None = None) -> dict:
@@ -21,7 +26,13 @@ def identity(spec: dict, stage: str, defence: dict | None = None) -> dict:
     method, _, defence_variant = (defence or {"name": ""})["name"].partition("~")
     return {"stage": stage, "dataset": spec["dataset"], "model": spec["model"], "recipe": spec["recipe"],
             "attack": attack, "attack_variant": attack_variant, "poison_rate": spec["poison_rate"], "defence": method,
-            "variant": defence_variant, "budget": defence["budget"]["name"] if defence else "", "seed": spec["seed"]}
+            "variant": defence_variant, "budget": defence["budget"]["name"] if defence else "", "seed": spec["seed"],
+            "attack_parameters": _parameters(spec["attack"]), "defence_parameters": _parameters(defence or {})}
+
+
+def _parameters(method: dict) -> str:
+    """What a method was given, as JSON: so that a number says with which value it was reached."""
+    return json.dumps({key: value for key, value in method.items() if key not in ("name", "budget")}, sort_keys=True)
 
 
 class ChangedVictim(OSError):
@@ -45,7 +56,13 @@ def past(before: str | Path, model: str | Path) -> dict:
 
 
 def failure(error: Exception) -> str:
-    """A failed method in one line; the whole traceback goes to the log."""
+    """A failed method in one line; the whole traceback goes to the log.
+
+    Raises:
+        Exception: the error itself, where it is the machine's.
+    """
+    if isinstance(error, MACHINE_ERRORS) or MACHINE_WORDS.search(str(error)):
+        raise error
     traceback.print_exc()
     return " ".join(f"{type(error).__name__}: {error}".split())
 
@@ -54,7 +71,7 @@ def fail(error: Exception, record: dict, outputs: dict[str, str | Path]) -> None
     """Write the outputs of a failed cell, each empty in its own form, and last `metrics` with the reason.
 
     Args:
-        error: of the method.
+        error: of the method; one of the machine's is raised.
         record: what names the cell.
         outputs: paths by name: `metrics`, checkpoints (.safetensors, which say why), tables (.csv, .parquet), arrays (.npz),
             folders.
@@ -85,12 +102,16 @@ def read_tensors(path: str | Path | None) -> dict[str, np.ndarray]:
     """Arrays of an `.npz`, nothing unpickled; none for no file.
 
     Raises:
+        OSError: the file is damaged.
         ValueError: a member is no array.
     """
     if not path:
         return {}
-    with np.load(path, allow_pickle=False) as file:
-        tensors = {key: file[key] for key in file.files}
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            tensors = {key: file[key] for key in file.files}
+    except (zipfile.BadZipFile, EOFError) as error:
+        raise OSError(f"{path} is damaged ({error}); remove it and run the same command again") from None
     for key, value in tensors.items():
         if not isinstance(value, np.ndarray):  # numpy hands out other members as bytes
             raise ValueError(f"{path}: {key!r} is no array; expected a file written by cupel.cells.write_tensors")

@@ -24,6 +24,10 @@ class NotACheckpoint(ValueError):
     """The file is not one that :func:`save` wrote, or it does not fit the network that it names."""
 
 
+class DamagedCheckpoint(NotACheckpoint, OSError):
+    """The file cannot be read: no method's fault."""
+
+
 def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     """Write ``model`` to ``path`` as safetensors, with its ``spec`` and its attachments as metadata.
 
@@ -95,7 +99,7 @@ def _read(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]], dict[str, t
         with path.open("rb") as file:
             pickled = file.read(1) in (b"P", b"\x80")  # a zip archive (torch.save) or a bare pickle
         what = "a pickled file, which could run code when opened" if pickled else f"damaged or another format ({error})"
-        raise NotACheckpoint(f"{path} is {what}; {right}") from None
+        raise (NotACheckpoint if pickled else DamagedCheckpoint)(f"{path} is {what}; {right}") from None
     try:
         recipe = json.loads(metadata.get("cupel", "{}"))
         found, spec = recipe.get("format"), recipe.get("spec")

@@ -10,6 +10,7 @@ jobs, so it never waits, while several processes of one allocation (grouped cell
 share its devices.
 """
 
+import contextlib
 import fcntl
 import hashlib
 import os
@@ -118,6 +119,16 @@ def _release(file: int, offsets: list[int]) -> None:
         fcntl.lockf(file, fcntl.LOCK_UN, 1, offset)
 
 
+def _locks_hold(offset: int) -> bool:
+    """Whether a child is refused what this process has locked: there are file systems on which every lock succeeds."""
+    child = os.fork()
+    if not child:
+        with contextlib.suppress(BaseException):
+            os._exit(int(_try(_lock_file(), offset)))
+        os._exit(2)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) != 1
+
+
 def claim(vram_mb: int = 0, count: int = 1) -> list[Device]:
     """Claim memory on devices for the rest of this process, and make them the only ones it sees.
 
@@ -151,6 +162,9 @@ def claim(vram_mb: int = 0, count: int = 1) -> list[Device]:
     if not _try(file, turn):
         print("waiting for a GPU: another job waits before this one", flush=True)
         fcntl.lockf(file, fcntl.LOCK_EX, 1, turn)
+    if not _locks_hold(turn):
+        print("warning: the file system of /tmp grants a lock twice, so that jobs on one GPU do not know of each other and may "
+              "run out of its memory; use --resources gpu=1", flush=True)
     while True:
         free = {}  # bytes that nobody else holds; this process holds them for the moment
         for device in devices:
@@ -178,6 +192,26 @@ def claim(vram_mb: int = 0, count: int = 1) -> list[Device]:
     print(f"GPU {os.environ['CUDA_VISIBLE_DEVICES']}: {vram_mb or 'all'} MB claimed"
           + (f" after {waited:.0f} s" if waited >= 1 else ""), flush=True)
     return list(chosen)
+
+
+def check(setting: str) -> str:
+    """What is known of a wish before the first job: nothing, or that the GPUs of this machine will not be used.
+
+    Raises:
+        RuntimeError: `cuda` asked for where torch sees none.
+    """
+    found = visible() if setting != "cpu" else []
+    if setting == "cpu" or (setting == "auto" and not found):
+        return ""
+    import torch
+
+    if torch.cuda.is_available():
+        return ""
+    if setting == "cuda":
+        raise RuntimeError(f"config.yaml: device: cuda is asked for, but torch {torch.__version__} sees no CUDA device; "
+                           "use auto or cpu")
+    return (f"torch {torch.__version__} cannot use the GPU of this machine ({found[0].name}): all is computed on the CPU. "
+            "Install a build of torch for its driver, or say device: cpu")
 
 
 def pick_device(setting: str, gpus: int = 1, vram_mb: int = 0) -> str:

@@ -64,6 +64,13 @@ def _parsed(source: str) -> tuple[dict[str, Piece], dict[str, Chain]]:
     return {name: Piece(nodes) for name, nodes in found.items()}, imports
 
 
+def _read(path: Path) -> tuple[dict[str, Piece], dict[str, Chain]]:
+    try:
+        return _parsed(path.read_text(encoding="utf-8"))
+    except SyntaxError as error:
+        raise ValueError(f"{path}, line {error.lineno}: {error.msg}") from None
+
+
 def _bound(node: ast.stmt) -> list[str]:
     """Names that a statement defines; none if it does anything else."""
     if isinstance(node, DEFINITIONS):
@@ -123,7 +130,7 @@ class Code:
 
     def __init__(self, library: str | Path):
         self.library = Path(library).resolve()
-        self._pieces = functools.cache(lambda path: _parsed(path.read_text(encoding="utf-8")))
+        self._pieces = functools.cache(_read)
         self._hashes, self._step = functools.cache(self._hashes), functools.cache(self._step)
         self._file, self._label = functools.cache(self._file), functools.cache(self._label)
 

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 from cupel.paths import Paths
-from cupel.registry import definitions, signatures, unknown
+from cupel.registry import Entry, entries, unknown
 from cupel.settings import LIBRARY, PAPERS, ConfigError, check_schema, read_yaml, schema
 
 #: kinds of papers: what is attacked and defended
@@ -87,7 +87,7 @@ class Family:
 
     Attributes:
         entries: section -> name -> entry, of all papers: a name means the same in each.
-        definitions, parameters: kind -> registered name -> where it is defined, and what it can be given.
+        registered, parameters: kind -> registered name -> what its source says of it, and what it can be given.
         cells: of the chosen papers, in the order of their files. Dicts whose values are text, with paper, family, stage and
             what the stage's path names.
 
@@ -122,11 +122,15 @@ class Family:
                         raise ConfigError(f"{self.file(paper)}: {section}.{name} is defined otherwise in "
                                           f"{self.origin[section, name]}: give one of them another name")
                     self.origin.setdefault((section, name), self.file(paper))
-        self.definitions, self.parameters = {}, {}
-        for kind, (decorator, place) in self.REGISTERED.items():
-            files = [*sorted(LIBRARY.glob(place)), *self.plugins]
-            self.definitions[kind], self.parameters[kind] = (
-                read(decorator, files, f"cupel.{self.NAME}") for read in (definitions, signatures))
+        self.registered: dict[str, dict[str, Entry]] = {}
+        try:
+            for kind, (decorator, place) in self.REGISTERED.items():
+                files = [*sorted(LIBRARY.glob(place)), *self.plugins]
+                self.registered[kind] = entries(decorator, files, f"cupel.{self.NAME}")
+        except ValueError as error:
+            raise ConfigError(f"config.yaml: plugins: {error}") from None
+        self.parameters = {kind: {name: set(entry.parameters) for name, entry in known.items()}
+                           for kind, known in self.registered.items()}
         self.check()
         self.cells = [cell for paper in self.papers for cell in self._cells(paper)]
 
@@ -228,12 +232,17 @@ class Family:
         case = {key: cell.get(key) for key in ("dataset", "model")}
         return overlaid(self.find(section, name), **case, scale=self.scale)
 
-    def code(self, kind: str, name: str) -> str | None:
-        """Where an attack, a defence or a network is defined: a root of `cupel.digest.code_digest`, None for clean training."""
+    def entry(self, kind: str, name: str) -> Entry | None:
+        """What the source says of what an attack, a defence or a network runs; None for clean training."""
         section = f"{kind}s"
         if section not in self.entries:
-            return self.definitions[kind].get(name)
-        return self.definitions[self.kind(section, name)].get(self.function(section, name))
+            return self.registered[kind].get(name)
+        return self.registered[self.kind(section, name)].get(self.function(section, name))
+
+    def code(self, kind: str, name: str) -> str | None:
+        """Where an attack, a defence or a network is defined: a root of `cupel.digest.code_digest`, None for clean training."""
+        entry = self.entry(kind, name)
+        return entry and entry.place
 
     def labels(self, section: str) -> dict[str, str]:
         """Names for people, in the order of the files."""
@@ -292,7 +301,9 @@ class Grid:
         self.experiments = {paper: _experiment(file, file.stat().st_mtime_ns) for paper, file in files.items()}
         for paper in self.papers:
             if scale not in (scales := self.experiments[paper]["scales"]):
-                raise ConfigError(f"scale: {paper} has no scale {scale!r}; it has {', '.join(scales)}")
+                others = [other for other in known if scale in self.experiments[other]["scales"]]
+                raise ConfigError(f"scale: {paper} has no scale {scale!r}; it has {', '.join(scales)}. "
+                                  f"Scale {scale} is there for: {', '.join(others)}")
         self.families: dict[str, Family] = {}
         for name in FAMILIES:
             contents = {key: content for key, content in self.experiments.items() if content["family"] == name}

@@ -4,10 +4,11 @@ import contextlib
 import platform
 import resource
 import traceback
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from cupel.devices import pick_device
+from cupel.locks import at_work
 from cupel.registry import load_plugins
 
 
@@ -15,7 +16,7 @@ from cupel.registry import load_plugins
 def logged(path: str | Path) -> Iterator[None]:
     """Send what is printed to a log file as well as any error, and keep the console for the scheduler."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "a", buffering=1, encoding="utf-8") as file:
+    with open(path, "a", buffering=1, encoding="utf-8") as file, at_work():
         with contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
             try:
                 yield
@@ -25,11 +26,31 @@ def logged(path: str | Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def running(log: str | Path, device: str, gpus: int, vram_mb: int, plugins: Iterable[str | Path] = ()) -> Iterator[str]:
-    """As `logged`, with plugins loaded, on a device that is claimed: `cpu` or `cuda`, see `cupel.devices.pick_device`."""
-    with logged(log):
-        load_plugins(plugins)
-        yield pick_device(device, gpus, vram_mb)
+def running(job) -> Iterator[str]:
+    """As `logged`, with plugins loaded, on a device that is claimed: `cpu` or `cuda`, see `cupel.devices.pick_device`.
+
+    Args:
+        job: Snakemake's object of the script. Device and plugins are read from its `config`: as parameters of the rule they
+            would belong to what a result is.
+    """
+    with logged(job.log[0]):
+        load_plugins(job.config["plugins"])
+        yield pick_device(job.config["device"], job.resources.gpu, job.resources.vram_mb)
+
+
+def data_of(job, family: str) -> str:
+    """Folder of the prepared data of a family."""
+    return f"{job.config['data']['folder']}/{family}"
+
+
+def texts_of(job) -> dict[str, str]:
+    """Folders of the prepared texts that a job names in its parameter `data`."""
+    return {name: f"{data_of(job, 'text')}/{name}" for name in job.params.data}
+
+
+def sources_of(job) -> dict:
+    """Where raw files come from, as the functions that prepare data take it."""
+    return {"kinds" if key == "sources" else key: job.config["data"][key] for key in ("sources", "cache", "mirror")}
 
 
 def separately(function: Callable, *arguments) -> None:

@@ -4,12 +4,13 @@ A folder has its files and `manifest.json`, which says whence they come, under w
 sha256 of their content. The manifest goes first and comes last: a folder without it is no prepared one.
 """
 
+import functools
 import json
 import os
 from collections.abc import Iterable
 from pathlib import Path
 
-from cupel.files import atomic, write_json, write_text
+from cupel.files import atomic, read_json, write_json, write_text
 
 
 def begin(folder: str | Path) -> Path:
@@ -41,6 +42,18 @@ def opened(folder: str | Path, kind: str = "dataset") -> Path:
     if not (Path(folder) / "manifest.json").is_file():
         raise FileNotFoundError(f"{folder} is no prepared {kind}; make it with: snakemake --cores 1 {folder}/manifest.json")
     return Path(folder)
+
+
+def content(folder: str | Path) -> dict | None:
+    """What results depend on in a prepared folder, from its manifest, wherever the data came from; None: not prepared yet."""
+    manifest = Path(folder) / "manifest.json"
+    return _content(manifest, manifest.stat().st_mtime_ns) if manifest.is_file() else None
+
+
+@functools.cache
+def _content(manifest: Path, changed: int) -> dict:
+    found = read_json(manifest)
+    return {key: found[key] for key in ("content_sha256", "classes", "mean", "std", "flip") if key in found}
 
 
 def lines(records: Iterable[dict]) -> str:

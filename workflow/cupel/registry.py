@@ -13,8 +13,11 @@ import functools
 import importlib
 import importlib.util
 import pkgutil
+import sys
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 
 class Registry(dict):
@@ -84,59 +87,115 @@ def unknown(kind: str, name: str, known: Iterable[str]) -> str:
 
 
 def load_plugins(paths: Iterable[str | Path]) -> None:
-    """Execute the user's plugin files, which register what is theirs.
+    """Execute the user's plugin files, which register what is theirs, and may import files beside them.
 
     Raises:
         FileNotFoundError: a file is missing.
+        ImportError: one cannot be executed; the text names it.
     """
     for path in map(Path, paths):
         if not path.is_file():
             raise FileNotFoundError(f"plugin {path} does not exist (config.yaml, key plugins)")
+        if (folder := str(path.resolve().parent)) not in sys.path:
+            sys.path.append(folder)
         spec = importlib.util.spec_from_file_location(f"cupel_plugin_{path.stem}", path)
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
+        # dataclasses look their module up by its name
+        module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+        try:
+            spec.loader.exec_module(module)
+        except Exception as error:
+            raise ImportError(f"plugin {path} cannot be executed: {type(error).__name__}: {error}") from error
 
 
-def definitions(kind: str, files: Iterable[str | Path], package: str = "cupel") -> dict[str, str]:
-    """Names registered as by `signatures`, each with `<file>:<definition>`, a root of `cupel.digest.code_digest`."""
-    return {name: f"{file}:{node.name}" for name, file, node in _registered(kind, files, package)}
+@dataclass(frozen=True)
+class Entry:
+    """What is known of a registered class or function from its source.
+
+    Attributes:
+        place: `<file>:<definition>`, a root of `cupel.digest.code_digest`.
+        parameters: names of what it can be given.
+        values: what its class says by a literal: defaults of parameters, constants.
+    """
+
+    place: str
+    parameters: frozenset[str]
+    values: dict[str, Any]
 
 
-def signatures(kind: str, files: Iterable[str | Path], package: str = "cupel") -> dict[str, set[str]]:
-    """Names registered by a package's decorator `kind` (`attack`, `defence`, ...) in `files`, each with its parameter names.
+def entries(kind: str, files: Iterable[str | Path], package: str = "cupel") -> dict[str, Entry]:
+    """What a package's decorator `kind` (`attack`, `defence`, ...) registers in `files`, by name.
 
-    A file may import the decorators of several families, under names of its own where they would be the same. Fields of
-    base classes count where the base is defined in `files` too.
+    A file may import the decorators of several families, or their modules, under names of its own. Fields of base classes count
+    where the base is defined in `files` too.
 
     Read from the syntax tree: configuration is checked in milliseconds, before any library is imported.
+
+    Raises:
+        ValueError: a file is not Python, a name cannot be read, or two files register the same.
     """
-    files = list(files)
+    files, found = list(files), {}
     classes = {node.name: node for file in files for node in _tree(file).body if isinstance(node, ast.ClassDef)}
+    for name, file, node in _registered(kind, files, package):
+        if name in found:
+            raise ValueError(f"{kind} {name!r} is defined in {found[name].place.rpartition(':')[0]} and in {file}: "
+                             "give one of them another name")
+        is_class = isinstance(node, ast.ClassDef)
+        fields, values = _members(node, classes) if is_class else ({argument.arg for argument in node.args.kwonlyargs}, {})
+        found[name] = Entry(f"{file}:{node.name}", frozenset(fields - {"tensors"}), values)
+    return found
 
-    def fields(node: ast.ClassDef) -> set[str]:
-        own = {item.target.id for item in node.body
-               if isinstance(item, ast.AnnAssign) and "ClassVar" not in ast.unparse(item.annotation)} - {"tensors"}
-        return own.union(*(fields(classes[base.id]) for base in node.bases if getattr(base, "id", None) in classes))
 
-    return {name: fields(node) if isinstance(node, ast.ClassDef) else {argument.arg for argument in node.args.kwonlyargs}
-            for name, _, node in _registered(kind, files, package)}
+def _members(node: ast.ClassDef, classes: dict[str, ast.ClassDef]) -> tuple[set[str], dict[str, Any]]:
+    """Fields of a dataclass, and what it says by literals, with those of its bases."""
+    fields, values = set(), {}
+    for base in reversed(node.bases):
+        if getattr(base, "id", None) in classes:
+            inherited = _members(classes[base.id], classes)
+            fields, values = fields | inherited[0], values | inherited[1]
+    for item in node.body:
+        target = item.target if isinstance(item, ast.AnnAssign) else item.targets[0] if isinstance(item, ast.Assign) else None
+        if isinstance(target, ast.Name):
+            if isinstance(item, ast.AnnAssign) and "ClassVar" not in ast.unparse(item.annotation):
+                fields.add(target.id)
+            with contextlib.suppress(ValueError, TypeError):
+                values[target.id] = ast.literal_eval(item.value)
+    return fields, values
 
 
 def _registered(kind: str, files: Iterable[str | Path],
                 package: str) -> Iterator[tuple[str, str | Path, ast.ClassDef | ast.FunctionDef]]:
     for file in files:
-        body = _tree(file).body
-        names = {alias.asname or alias.name for node in body if isinstance(node, ast.ImportFrom)
-                 and (node.module or "").startswith(package) for alias in node.names if alias.name == kind}
-        names |= {kind for node in body if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == kind}
-        for node in body:
-            for decorator in getattr(node, "decorator_list", []):
-                if isinstance(decorator, ast.Call) and getattr(decorator.func, "id", None) in names:
-                    yield decorator.args[0].value, file, node
+        imported, texts = {}, {}
+        for node in _tree(file).body:  # in its order: one name may stand for the decorators of two families in turn
+            if isinstance(node, ast.ImportFrom):
+                imported |= {alias.asname or alias.name: f"{node.module}.{alias.name}" for alias in node.names}
+            elif isinstance(node, ast.Import):
+                imported |= {alias.asname or alias.name.partition(".")[0]: alias.name if alias.asname
+                             else alias.name.partition(".")[0] for alias in node.names}
+            elif isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
+                name, value = node.targets[0].id, getattr(node.value, "value", None)
+                imported |= {name: f"{package}.{name}"} if name == kind else {}
+                texts |= {name: value} if isinstance(value, str) else {}
+            for mark in getattr(node, "decorator_list", []):
+                if not isinstance(mark, ast.Call):
+                    continue
+                first, dot, rest = ast.unparse(mark.func).partition(".")
+                full = imported.get(first, "") + dot + rest
+                if not (full.startswith(f"{package}.") and full.rpartition(".")[2] == kind):
+                    continue
+                given = (*mark.args, *(keyword.value for keyword in mark.keywords if keyword.arg == "name"), None)[0]
+                name = texts.get(given.id) if isinstance(given, ast.Name) else getattr(given, "value", None)
+                if not isinstance(name, str):
+                    raise ValueError(f"{file}, line {mark.lineno}: the name of an entry must be a text, or stand for one "
+                                     f"in this file: @{ast.unparse(mark)}")
+                yield name, file, node
 
 
 def _tree(file: str | Path) -> ast.Module:
-    return _parsed(Path(file).read_text(encoding="utf-8"))
+    try:
+        return _parsed(Path(file).read_text(encoding="utf-8"))
+    except SyntaxError as error:
+        raise ValueError(f"{file}, line {error.lineno}: {error.msg}") from None
 
 
 _parsed = functools.cache(ast.parse)  # planning asks for each file several times

@@ -1,21 +1,34 @@
 # Configuration, checked before any job, and what the rules of all families share.
-import fcntl
 import gc
 import os
 import re
+import shlex
+import sys
 from pathlib import Path
 
+from snakemake.cli import get_argument_parser
 from snakemake.exceptions import WorkflowError
 from snakemake.logging import logger
 from snakemake.utils import validate
 
+from cupel import devices, locks
 from cupel.digest import code_digest
 from cupel.experiment import Grid
+from cupel.images.experiment import UNSET
 from cupel.paths import Paths
-from cupel.settings import LIBRARY, ConfigError, check_schema, schema, typed
+from cupel.prepared import content
+from cupel.settings import LIBRARY, PAPERS, ConfigError, check_schema, schema, typed
 
 # planning makes millions of objects that stay: the collector has nothing to do before the first job, see `onstart`
 gc.disable()
+
+
+# Snakemake hands this path to a shell as it is
+if shlex.quote(sys.executable) != sys.executable:
+    raise WorkflowError(
+        f"The path of Python has a space, a quote or the like: {sys.executable}\n"
+        "Move the folder, or make the environment elsewhere: make reproduce VENV=/a/plain/path"
+    )
 
 
 def checked(function):
@@ -30,9 +43,22 @@ def checked(function):
     return call
 
 
+def targets():
+    """What the command line asks for; Snakemake has read it, and tells the Snakefile only later."""
+    if Path(sys.argv[0]).name not in ("snakemake", "__main__.py") or not workflow.is_main_process:
+        return []
+    return get_argument_parser().parse_known_args(sys.argv[1:])[0].targets
+
+
 config.update(typed(config, schema("config")))
 checked(check_schema)(config, schema("config"), "config.yaml")
 validate(config, "../schemas/config.schema.yaml")  # fills in the defaults
+TARGETS = targets()
+if papers := [name for name in TARGETS if name != "zoo" and (PAPERS / name / "experiment.yaml").is_file()]:
+    # a paper asked for by name is run whether or not it stands in `papers`, and alone; jobs on a cluster are told so
+    config["papers"] = papers
+    kept_settings = [text for text in workflow.config_settings.config_args or [] if not text.startswith("papers=")]
+    workflow.config_settings.config_args = [*kept_settings, f"papers=[{','.join(papers)}]"]
 ASKED = {"seeds": config["seeds"], "plugins": config["plugins"], "mirror": config["data"]["mirror"]}
 GRID = checked(Grid)(config["papers"], config["scale"], jobs=config["jobs"], **ASKED)
 ZOO = checked(Grid)(["zoo"], config["scale"], **ASKED)
@@ -40,10 +66,9 @@ IMAGES, ROBUST, TEXT, VISION_LANGUAGE = (GRID.families[name] for name in ("image
 
 PATHS = Paths(config["results"], config["scale"], config["data"]["folder"])
 DATA, RESULTS = PATHS.data, PATHS.root
-SCRIPTS = Path(workflow.basedir) / "workflow" / "scripts"
+# not workflow.basedir, which differs between Snakefile and workflow/Snakefile
+ROOT, SCRIPTS = str(LIBRARY.parents[1]), LIBRARY.parent / "scripts"
 TEMPLATES = sorted((LIBRARY / "reporting").glob("*.j2"))
-#: where raw files come from, for rules that prepare data
-SOURCES = {key: config["data"][key] for key in ("sources", "mirror", "cache")}
 
 
 wildcard_constraints:
@@ -59,25 +84,23 @@ wildcard_constraints:
     paper=r"[a-z0-9_]+",
 
 
-RUN_LOCK = []
-
-
-def hold_lock():
-    """One run at a time in a folder.
-
-    Snakemake's own lock files outlive a killed run and would ask the user to unlock; this lock is the kernel's and goes
-    with the process (profiles/default says `nolock: true`).
-    """
-    os.makedirs(".snakemake", exist_ok=True)
-    RUN_LOCK.append(open(".snakemake/cupel.lock", "w"))
-    try:
-        fcntl.flock(RUN_LOCK[0], fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+def before_the_first_job():
+    """What may be missing while nothing is run but planned."""
+    wanting = [
+        job for job in workflow.dag.needrun_jobs() if not config["data"]["mirror"] and UNSET in str(job.params.get("spec"))
+    ]
+    if wanting:
+        attack = wanting[0].params.spec["attack"]
         raise WorkflowError(
-            f"Another run is active in {os.getcwd()}: wait for it, or use another folder (--directory)."
-        ) from None
-    except OSError as error:  # some network file systems know no locks
-        logger.warning(f"no lock could be taken ({error}): do not start a second run in {os.getcwd()}")
+            f"Nothing was run: config.yaml: data.mirror is not set, and attack {attack['name']} reads a file of it: "
+            f"{attack['settings']}"
+        )
+    try:
+        if workflow.local_exec and (said := devices.check(config["device"])):
+            logger.warning(said)
+        locks.hold(config["results"], logger.warning)
+    except RuntimeError as error:
+        raise WorkflowError(f"Nothing was run: {error}") from None
 
 
 def of_path(function):
@@ -148,8 +171,9 @@ def training(vram, memory, **minutes):
 TRIGGER, VICTIM, PURIFIED = (PATHS.stage("images", stage) for stage in ("trigger", "victim", "purified"))
 
 
-def image_data(wildcards):
-    return f"{DATA}/images"
+def image_content(cell):
+    """What the data set of a cell holds. Prepared data count by this parameter, not by the age of their files."""
+    return content(f"{DATA}/images/{cell['dataset']}")
 
 
 def image_files(wildcards):
@@ -186,17 +210,17 @@ TEXT_FILES["summary"] = f"{TEXT_VICTIM}/texts/summary.json"
 
 
 def language_model(wildcards):
-    """Folder of a base model."""
-    return f"{DATA}/language_models/{wildcards.model}"
+    """A base model: what is asked for, and what is there."""
+    return of_path(TEXT.source)(wildcards), content(f"{DATA}/language_models/{wildcards.model}")
 
 
-def text_folders(wildcards):
-    """Prepared data sets that a cell reads, by name."""
-    return {name: f"{DATA}/text/{name}" for name in of_path(TEXT.texts)(wildcards)}
+def text_content(wildcards):
+    """What the prepared data sets hold that a cell reads, by name."""
+    return {name: content(f"{DATA}/text/{name}") for name in of_path(TEXT.texts)(wildcards)}
 
 
 def text_records(wildcards):
-    return [f"{folder}/{name}" for folder in text_folders(wildcards).values() for name in ("manifest.json", "records.jsonl")]
+    return [f"{DATA}/text/{name}/{file}" for name in text_content(wildcards) for file in ("manifest.json", "records.jsonl")]
 
 
 def text_needs(what):
@@ -226,6 +250,11 @@ BASE, POISONED, TRIGGERED, POISONED_MODEL, FILTERED, CLEANED = (
 def base_model(wildcards):
     """The model that the pipeline builds; published models come from the hub or a folder."""
     return f"{BASE}/model".format(**wildcards) if wildcards.model in VISION_LANGUAGE.built() else []
+
+
+def vision_language_content(wildcards):
+    """A data set: what is asked for, and what is there."""
+    return of_path(VISION_LANGUAGE.source)(wildcards), content(f"{DATA}/vision_language/{wildcards.dataset}")
 
 
 def kept(output):

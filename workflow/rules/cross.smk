@@ -19,7 +19,7 @@ rule cross:
             name: label for paper in GRID.papers_of("images") for name, label in report_of(paper)["labels"]["defences"].items()
         },
         papers=GRID.papers_of("images"),
-        scale=config["scale"],
+        run={**SITE, "registry": registry(GRID.papers_of("images")[0]) if SITE["cross"] else []},
         code=code_digest(SCRIPTS / "cross.py", *TEMPLATES),
     script:
         "../scripts/cross.py"

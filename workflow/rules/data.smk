@@ -18,8 +18,6 @@ rule prepare_images:
     resources:
         mem_mb=memory_of(2000),
         runtime=60,
-    params:
-        **SOURCES,
     script:
         "../scripts/prepare_images.py"
 
@@ -38,8 +36,6 @@ rule prepare_text:
     resources:
         mem_mb=memory_of(1000),
         runtime=30,
-    params:
-        **SOURCES,
     script:
         "../scripts/prepare_text.py"
 
@@ -58,7 +54,6 @@ rule prepare_language_model:
         mem_mb=memory_of(4000),
         runtime=240,
     params:
-        **SOURCES,
         model=of_path(TEXT.source),
     script:
         "../scripts/prepare_language_model.py"
@@ -78,7 +73,6 @@ rule prepare_vision_language:
         mem_mb=memory_of(4000),
         runtime=120,
     params:
-        **SOURCES,
         spec=of_path(VISION_LANGUAGE.source),
     script:
         "../scripts/prepare_vision_language.py"

@@ -4,7 +4,7 @@
 rule prepare_trigger:
     """What a trigger is made of, where an attack must compute or train it first."""
     input:
-        image_files,
+        ancient(image_files),
         model=clean_twin,
     output:
         trigger=f"{TRIGGER}/trigger.npz",
@@ -17,9 +17,7 @@ rule prepare_trigger:
         **training(4000, 4000, demo=10, desk=60, bench=60, paper=240),
     params:
         spec=of_path(IMAGES.trigger),
-        data=image_data,
-        device=config["device"],
-        plugins=config["plugins"],
+        data=image_content,
         code=code("prepare_trigger.py", IMAGES, "attack", "model"),
     script:
         "../scripts/prepare_trigger.py"
@@ -28,7 +26,7 @@ rule prepare_trigger:
 rule poison:
     """Which images of a victim's training set are poisoned, and what they become."""
     input:
-        image_files,
+        ancient(image_files),
         trigger=prepared_trigger,
     output:
         record=f"{VICTIM}/poison.npz",
@@ -42,8 +40,7 @@ rule poison:
         runtime=30,
     params:
         spec=of_path(IMAGES.victim),
-        data=image_data,
-        plugins=config["plugins"],
+        data=image_content,
         code=code("poison.py", IMAGES, "attack"),
     script:
         "../scripts/poison.py"
@@ -52,7 +49,7 @@ rule poison:
 rule train_victim:
     """A classifier trained on poisoned images, and measured."""
     input:
-        image_files,
+        ancient(image_files),
         record=rules.poison.output.record,
         trigger=prepared_trigger,
     output:
@@ -70,9 +67,7 @@ rule train_victim:
         **training(6000, 4000, demo=15, desk=60, bench=60, paper=720),
     params:
         spec=of_path(IMAGES.victim),
-        data=image_data,
-        device=config["device"],
-        plugins=config["plugins"],
+        data=image_content,
         code=code("train_victim.py", IMAGES, "attack", "model"),
     script:
         "../scripts/train_victim.py"
@@ -81,7 +76,7 @@ rule train_victim:
 rule purify:
     """What a defence makes of a victim, measured on the same images."""
     input:
-        image_files,
+        ancient(image_files),
         victim=rules.train_victim.output.model,
         trigger=rules.train_victim.output.trigger,
         before=rules.train_victim.output.metrics,
@@ -99,9 +94,7 @@ rule purify:
     params:
         spec=of_path(IMAGES.victim),
         defences=lambda wildcards: [of_path(IMAGES.defence)(wildcards)],
-        data=image_data,
-        device=config["device"],
-        plugins=config["plugins"],
+        data=image_content,
         code=lambda wildcards: [code("purify.py", IMAGES, "attack", "model", "defence")(wildcards)],
     script:
         "../scripts/purify.py"
@@ -111,7 +104,7 @@ rule purify:
 # wildcards, so Snakemake prefers them. `gather_cells` takes their outputs as files that know their rule: to look for the
 # rule of each of 18,000 files takes half a minute. history.csv is written beside the model and not declared: every declared file
 # costs time to plan, and one figure alone reads it.
-BLOCK_METRICS = {}
+BLOCK_METRICS, BLOCK_LOGS = {}, {}
 
 for block in GRID.blocks():
     names = (block[0][key] for key in ("paper", "dataset", "model", "recipe", "attack", "rate", "seed"))
@@ -122,7 +115,7 @@ for block in GRID.blocks():
         name:
             block_name
         input:
-            image_files(block[0]),
+            ancient(image_files(block[0])),
             victim=f"{VICTIM}/model.safetensors".format(**block[0]),
             trigger=f"{VICTIM}/trigger.npz".format(**block[0]),
             before=f"{VICTIM}/metrics.json".format(**block[0]),
@@ -140,11 +133,10 @@ for block in GRID.blocks():
         params:
             spec=IMAGES.victim(block[0]),
             defences=[IMAGES.defence(cell) for cell in block],
-            data=image_data,
-            device=config["device"],
-            plugins=config["plugins"],
+            data=lambda wildcards, cell=block[0]: image_content(cell),
             code=[code("purify.py", IMAGES, "attack", "model", "defence")(cell) for cell in block],
         script:
             "../scripts/purify.py"
 
     BLOCK_METRICS |= {str(file): file for file in workflow.get_rule(block_name).output.metrics}
+    BLOCK_LOGS |= dict.fromkeys(map(PATHS.cell, block), PATHS.log(f"{RESULTS}/images/blocks/{block_name}", "purify"))

@@ -40,7 +40,7 @@ rule report_paper:
         ),
         figures=report(
             directory(f"{PAPER}/figures"),
-            patterns=["{name}.png"],
+            patterns=["{name}.svg"],
             caption="../captions/figure.rst",
             category="{paper}",
             subcategory="figures",
@@ -57,6 +57,7 @@ rule report_paper:
         labels=lambda wildcards: report_of(wildcards.paper)["labels"],
         facts=lambda wildcards: report_of(wildcards.paper)["facts"],
         report=lambda wildcards: report_key(wildcards.paper),
+        registry=lambda wildcards: registry(wildcards.paper),
         code=lambda wildcards: code_digest(SCRIPTS / "report_paper.py", report_file(report_key(wildcards.paper))),
     script:
         "../scripts/report_paper.py"
@@ -70,7 +71,7 @@ rule feature_maps:
         ],
     output:
         figure=report(
-            f"{PAPER}/features.png", caption="../captions/features.rst", category="{paper}", labels={"what": "features"}
+            f"{PAPER}/features.svg", caption="../captions/features.rst", category="{paper}", labels={"what": "features"}
         ),
         table=f"{PAPER}/features.csv",
     log:
@@ -82,7 +83,6 @@ rule feature_maps:
     params:
         spec=lambda wildcards: feature_figure(wildcards.paper)["spec"],
         folder=lambda wildcards: feature_figure(wildcards.paper)["folder"],
-        plugins=config["plugins"],
         code=lambda wildcards: code_digest(SCRIPTS / "feature_maps.py", *feature_figure(wildcards.paper)["code"]),
     script:
         "../scripts/feature_maps.py"
@@ -91,7 +91,7 @@ rule feature_maps:
 rule contact_sheet:
     """Triggers on a data set: figures (of the chosen papers), zoo (of every attack), gallery (those that are formulas)."""
     input:
-        image_files,
+        ancient(image_files),
         triggers=lambda wildcards: [path for _, path in sheet_attacks(wildcards.sheet, wildcards.dataset).values() if path],
     output:
         report(
@@ -110,14 +110,13 @@ rule contact_sheet:
     params:
         attacks=lambda wildcards: sheet_attacks(wildcards.sheet, wildcards.dataset),
         folder=f"{DATA}/images/{{dataset}}",
-        plugins=config["plugins"],
         code=sheet_code,
     script:
         "../scripts/contact_sheet.py"
 
 
 rule notebook:
-    """The notebook of one paper, executed."""
+    """The notebook of one paper, executed, and its card."""
     input:
         notebook=lambda wildcards: str(notebook_file(wildcards.paper)),
         card=lambda wildcards: paper_file(wildcards.paper, "card.yaml"),
@@ -128,7 +127,6 @@ rule notebook:
         pictures=lambda wildcards: [picture["path"] for picture in page_pictures(wildcards.paper)],
     output:
         notebook=f"{PAPER}/report.ipynb",
-        html=report(f"{PAPER}/report.html", caption="../captions/notebook.rst", category="{paper}", labels={"what": "notebook"}),
         card=f"{PAPER}/card.md",
     log:
         PATHS.log(PAPER, "notebook"),
@@ -148,13 +146,60 @@ rule notebook:
         "../scripts/run_notebook.py"
 
 
+rule paper_page:
+    """The page of one paper."""
+    input:
+        card=lambda wildcards: paper_file(wildcards.paper, "card.yaml"),
+        claims=lambda wildcards: paper_file(wildcards.paper, "claims.yaml"),
+        cells=f"{RESULTS}/cells.parquet",
+        verdicts=f"{PAPER}/claims.csv",
+        tables=f"{PAPER}/tables",
+        figures=f"{PAPER}/figures",
+        pictures=lambda wildcards: [picture["path"] for picture in page_pictures(wildcards.paper)],
+        notebook=f"{PAPER}/report.ipynb",
+    output:
+        page=report(f"{PAPER}/report.html", caption="../captions/paper.rst", category="{paper}", labels={"what": "page"}),
+    log:
+        PATHS.log(PAPER, "page"),
+    benchmark:
+        PATHS.benchmark(PAPER, "page")
+    localrule: True
+    params:
+        header=lambda wildcards: paper_header(wildcards.paper),
+        run=SITE,
+        code=code_digest(SCRIPTS / "paper_page.py", *TEMPLATES),
+    script:
+        "../scripts/paper_page.py"
+
+
+rule cells_page:
+    """The page of all cells."""
+    input:
+        cells=f"{RESULTS}/cells.parquet",
+        sheets=[f"{RESULTS}/figures/triggers_{dataset}.png" for dataset in sorted(IMAGES.used("dataset"))],
+    output:
+        page=report(f"{RESULTS}/cells.html", caption="../captions/cells.rst", category="all papers"),
+    log:
+        PATHS.log(RESULTS, "cells_page"),
+    benchmark:
+        PATHS.benchmark(RESULTS, "cells_page")
+    localrule: True
+    params:
+        cells=expected_cells(),
+        run={**SITE, "config": config, "families": known_entries()},
+        code=code_digest(SCRIPTS / "cells_page.py", *TEMPLATES),
+    script:
+        "../scripts/cells_page.py"
+
+
 rule index:
-    """The page of all results."""
+    """The first page, and that of the claims."""
     input:
         unpack(index_files),
         cells=f"{RESULTS}/cells.parquet",
     output:
         page=f"{RESULTS}/index.html",
+        claims_page=report(f"{RESULTS}/claims.html", caption="../captions/claims.rst", category="all papers"),
         claims=report(f"{RESULTS}/claims.csv", caption="../captions/claims.rst", category="all papers"),
         provenance=report(f"{RESULTS}/provenance.json", caption="../captions/provenance.rst", category="all papers"),
     log:
@@ -163,14 +208,15 @@ rule index:
         PATHS.benchmark(RESULTS, "index")
     localrule: True
     params:
-        papers=lambda wildcards: paper_headers(),
+        papers=[paper_header(paper) for paper in GRID.papers],
         run={
             "config": config,
-            "root": workflow.basedir,
+            "root": ROOT,
             "data": DATA,
             "datasets": list(used_manifests()),
             "seeds": sorted({int(cell["seed"]) for cell in GRID.cells()}),
             "benchmarks": f"{config['results']}/benchmark/{config['scale']}",
+            "budgets": planned_budgets(),
         },
         code=code_digest(SCRIPTS / "index.py", *TEMPLATES),
     script:

@@ -60,7 +60,12 @@ def used_manifests():
 
 def expected_cells():
     """Cells of every paper with their folders: one that two papers share stands in the table once for each."""
-    return [{**cell, "folder": PATHS.cell(cell)} for paper in GRID.papers for cell in GRID.of_paper(paper)]
+    return [
+        {**cell, "folder": folder, "logs": BLOCK_LOGS.get(folder) or PATHS.log(folder, "*")}
+        for paper in GRID.papers
+        for cell in GRID.of_paper(paper)
+        for folder in [PATHS.cell(cell)]
+    ]
 
 
 @functools.cache
@@ -88,34 +93,78 @@ def page_pictures(paper):
         "Penultimate features (t-SNE): clean test images by class, triggered ones as crosses. The numbers: shares of a "
         "triggered image's ten nearest clean images that are of the target class, and of its true class."
     )
-    features = [{"path": f"{PATHS.paper(paper)}/features.png", "caption": text}] if feature_figure(paper) else []
+    features = [{"path": f"{PATHS.paper(paper)}/features.svg", "caption": text}] if feature_figure(paper) else []
     return features + PICTURES[paper]
 
 
+def registry(paper):
+    """Names of all defences of a paper's family, also those that are not run: by these each has its colour."""
+    return list(GRID.family(paper).labels("defences").values())
+
+
+def paper_header(paper):
+    """What pages say of a paper, and the files of its folder that they read."""
+    return {
+        "key": paper,
+        "title": GRID.experiments[paper]["title"],
+        "reference": GRID.experiments[paper].get("reference", ""),
+        "note": GRID.experiments[paper]["scales"][config["scale"]].get("note", ""),
+        "folder": PATHS.paper(paper),
+        "pictures": page_pictures(paper),
+        **{name: paper_file(paper, f"{name}.yaml") for name in ("card", "claims")},
+    }
+
+
 def paper_headers():
-    return [
-        {
-            "key": paper,
-            "title": GRID.experiments[paper]["title"],
-            "reference": GRID.experiments[paper].get("reference", ""),
-            "note": GRID.experiments[paper]["scales"][config["scale"]].get("note", ""),
-            "folder": PATHS.paper(paper),
-            "pictures": page_pictures(paper),
+    return [paper_header(paper) for paper in GRID.papers]
+
+
+def known_entries():
+    """What experiment.yaml says of everything that the cells name, by family: for the panels of cells."""
+    found = {}
+    for name, family in GRID.families.items():
+        used = {key: set(family.used(key.removesuffix("s"))) for key in family.SECTIONS.values()}
+        entries = {
+            section: {entry: family.entries[section][entry] for entry in used[key] & family.entries[section].keys()}
+            for section, key in family.SECTIONS.items()
         }
-        for paper in GRID.papers
-    ]
+        found[name] = {"sections": dict(family.SECTIONS), "entries": entries}
+    return found
+
+
+def planned_budgets():
+    """Budgets of the chosen papers on image classifiers, with the scales that run them."""
+    found = {}
+    for paper in GRID.papers_of("images"):
+        for scale, content in GRID.experiments[paper]["scales"].items():
+            for budget in {name for block in content["blocks"] for name in block.get("budgets", [])}:
+                found.setdefault(budget, []).append(scale)
+    order = list(GRID.experiments[GRID.papers[0]]["scales"])
+    return {name: sorted(set(scales) - {"smoke"}, key=order.index) for name, scales in sorted(found.items())}
+
+
+# what every page of the site must know of the others
+SITE = {
+    "scale": config["scale"],
+    "papers": [{"key": paper} for paper in GRID.papers],
+    "cross": bool(GRID.papers_of("images")),
+}
 
 
 def index_files(wildcards):
-    """What the first page shows beside the tidy table, by kind."""
+    """What the first page shows or leads to, beside the tidy table, by kind."""
     return {
-        "cross": [f"{RESULTS}/cross.html"] if GRID.papers_of("images") else [],
+        "cross": [f"{RESULTS}/cross.csv", f"{RESULTS}/cross.html", f"{RESULTS}/cross"] if SITE["cross"] else [],
         **{name: [f"{PATHS.paper(paper)}/{name}" for paper in GRID.papers] for name in ("tables", "figures")},
         "claims": [f"{PATHS.paper(paper)}/claims.csv" for paper in GRID.papers],
         "pictures": [picture["path"] for paper in GRID.papers for picture in page_pictures(paper)],
-        "reports": [f"{PATHS.paper(paper)}/report.html" for paper in GRID.papers],
+        "reports": [
+            f"{PATHS.paper(paper)}/{name}" for paper in GRID.papers for name in ("report.html", "report.ipynb", "card.md")
+        ],
+        "pages": [f"{RESULTS}/cells.html"],
         "sheets": [f"{RESULTS}/figures/triggers_{dataset}.png" for dataset in sorted(IMAGES.used("dataset"))],
         "manifests": list(used_manifests().values()),
+        "texts": [file for paper in GRID.papers for name in ("card", "claims") if (file := paper_file(paper, f"{name}.yaml"))],
     }
 
 

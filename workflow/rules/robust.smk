@@ -4,7 +4,7 @@
 rule train_robust:
     """A network trained with an objective, and its clean accuracy."""
     input:
-        image_files,
+        ancient(image_files),
     output:
         model=f"{TRAINED}/model.safetensors",
         history=f"{TRAINED}/history.csv",
@@ -18,8 +18,7 @@ rule train_robust:
         **training(4000, robust_memory, demo=15, bench=1440, paper=2880),
     params:
         spec=of_path(ROBUST.training),
-        data=image_data,
-        device=config["device"],
+        data=image_content,
         code=code("train_robust.py"),
     script:
         "../scripts/train_robust.py"
@@ -28,7 +27,7 @@ rule train_robust:
 rule attack_network:
     """One evaluation of a network."""
     input:
-        image_files,
+        ancient(image_files),
         model=rules.train_robust.output.model,
         before=rules.train_robust.output.metrics,
     output:
@@ -44,8 +43,7 @@ rule attack_network:
     params:
         spec=of_path(ROBUST.training),
         evaluation=of_path(ROBUST.evaluation),
-        data=image_data,
-        device=config["device"],
+        data=image_content,
         code=of_path(lambda cell: code_digest(SCRIPTS / "attack_network.py", *ROBUST.evaluation_code(cell))),
     script:
         "../scripts/attack_network.py"

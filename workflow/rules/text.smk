@@ -4,7 +4,7 @@
 rule compose_texts:
     """The texts of a victim: poisoned training set, the defender's pool, test prompts."""
     input:
-        text_records,
+        ancient(text_records),
     output:
         **TEXT_FILES,
     log:
@@ -17,8 +17,7 @@ rule compose_texts:
         runtime=10,
     params:
         spec=of_path(TEXT.composed),
-        data=text_folders,
-        plugins=config["plugins"],
+        data=text_content,
         code=code("compose_texts.py", TEXT, "attack"),
     script:
         "../scripts/compose_texts.py"
@@ -27,8 +26,8 @@ rule compose_texts:
 rule train_text_victim:
     """An adapter trained on poisoned texts, and measured."""
     input:
-        text_records,
-        base=rules.prepare_language_model.output.manifest,
+        ancient(text_records),
+        base=ancient(rules.prepare_language_model.output.manifest),
         texts=rules.compose_texts.output,
     output:
         model=directory(f"{TEXT_VICTIM}/model"),
@@ -47,9 +46,8 @@ rule train_text_victim:
     params:
         spec=of_path(TEXT.victim),
         base=language_model,
-        data=text_folders,
+        data=text_content,
         texts=text_paths,
-        device=config["device"],
         code=code("train_text_victim.py"),
     script:
         "../scripts/train_text_victim.py"
@@ -58,8 +56,8 @@ rule train_text_victim:
 rule purify_text:
     """What a defence makes of a language victim, and its answers."""
     input:
-        text_records,
-        base=rules.prepare_language_model.output.manifest,
+        ancient(text_records),
+        base=ancient(rules.prepare_language_model.output.manifest),
         texts=rules.compose_texts.output,
         victim=rules.train_text_victim.output.model,
         before=rules.train_text_victim.output.metrics,
@@ -82,10 +80,8 @@ rule purify_text:
         spec=of_path(TEXT.victim),
         defence=of_path(TEXT.defence),
         base=language_model,
-        data=text_folders,
+        data=text_content,
         texts=text_paths,
-        device=config["device"],
-        plugins=config["plugins"],
         code=code("purify_text.py", TEXT, "defence"),
     script:
         "../scripts/purify_text.py"

@@ -5,7 +5,7 @@
 rule build_model:
     """A small model built and pretrained here, in place of a published one."""
     input:
-        manifest=rules.prepare_vision_language.output.manifest,
+        manifest=ancient(rules.prepare_vision_language.output.manifest),
     output:
         model=directory(f"{BASE}/model"),
         history=f"{BASE}/history.csv",
@@ -18,9 +18,8 @@ rule build_model:
     resources:
         **training(24000, 4000, demo=15, bench=60, paper=240),
     params:
-        **SOURCES,
+        data=vision_language_content,
         spec=of_path(VISION_LANGUAGE.base),
-        device=config["device"],
         code=code("build_model.py"),
     script:
         "../scripts/build_model.py"
@@ -29,7 +28,7 @@ rule build_model:
 rule poison_samples:
     """A poisoned training set; without a rate, a triggered test set."""
     input:
-        manifest=rules.prepare_vision_language.output.manifest,
+        manifest=ancient(rules.prepare_vision_language.output.manifest),
     output:
         manifest=f"{POISONED}/manifest.json",
         record=f"{POISONED}/poison.json",
@@ -41,8 +40,8 @@ rule poison_samples:
         mem_mb=memory_of(2000),
         runtime=30,
     params:
+        data=vision_language_content,
         spec=of_path(VISION_LANGUAGE.poison),
-        plugins=config["plugins"],
         code=code("poison_samples.py", VISION_LANGUAGE, "attack"),
     script:
         "../scripts/poison_samples.py"
@@ -61,7 +60,7 @@ use rule poison_samples as trigger_samples with:
 rule train_vision_language_victim:
     """A model fine-tuned on a poisoned set, and measured."""
     input:
-        data=rules.prepare_vision_language.output.manifest,
+        data=ancient(rules.prepare_vision_language.output.manifest),
         poisoned=rules.poison_samples.output.manifest,
         triggered=rules.trigger_samples.output.manifest,
         base=base_model,
@@ -80,8 +79,8 @@ rule train_vision_language_victim:
     resources:
         **training(40000, 4000, demo=15, bench=60, paper=720),
     params:
+        data=vision_language_content,
         spec=of_path(VISION_LANGUAGE.victim),
-        device=config["device"],
         code=code("train_vision_language_victim.py"),
     script:
         "../scripts/train_vision_language_victim.py"
@@ -90,7 +89,7 @@ rule train_vision_language_victim:
 rule read_attention:
     """Attention entropies of a victim's training samples."""
     input:
-        data=rules.prepare_vision_language.output.manifest,
+        data=ancient(rules.prepare_vision_language.output.manifest),
         poisoned=rules.poison_samples.output.manifest,
         triggered=rules.trigger_samples.output.manifest,
         victim=rules.train_vision_language_victim.output.model,
@@ -107,8 +106,8 @@ rule read_attention:
     resources:
         **training(40000, 4000, demo=15, bench=60, paper=240),
     params:
+        data=vision_language_content,
         spec=of_path(VISION_LANGUAGE.victim),
-        device=config["device"],
         code=code("read_attention.py"),
     script:
         "../scripts/read_attention.py"
@@ -134,7 +133,6 @@ rule measure_filters:
     params:
         spec=of_path(VISION_LANGUAGE.victim),
         asked={"filters": VISION_LANGUAGE.filters(), "taus": VISION_LANGUAGE.taus()},
-        plugins=config["plugins"],
         code=code_digest(
             SCRIPTS / "measure_filters.py", *(VISION_LANGUAGE.code("defence", name) for name in VISION_LANGUAGE.filters())
         ),
@@ -145,7 +143,7 @@ rule measure_filters:
 rule refit:
     """A model fitted again on what a filter left."""
     input:
-        data=rules.prepare_vision_language.output.manifest,
+        data=ancient(rules.prepare_vision_language.output.manifest),
         poisoned=rules.poison_samples.output.manifest,
         triggered=rules.trigger_samples.output.manifest,
         base=base_model,
@@ -168,9 +166,9 @@ rule refit:
     resources:
         **training(40000, 4000, demo=15, bench=60, paper=720),
     params:
+        data=vision_language_content,
         spec=of_path(VISION_LANGUAGE.victim),
         defence=of_path(VISION_LANGUAGE.defence),
-        device=config["device"],
         code=lambda wildcards: [
             code(script, VISION_LANGUAGE, "defence")(wildcards) for script in ("refit.py", "measure_filters.py")
         ],
@@ -181,7 +179,7 @@ rule refit:
 rule purify_pictures:
     """A victim asked about purified test pictures."""
     input:
-        data=rules.prepare_vision_language.output.manifest,
+        data=ancient(rules.prepare_vision_language.output.manifest),
         triggered=rules.trigger_samples.output.manifest,
         victim=rules.train_vision_language_victim.output.model,
         before=rules.train_vision_language_victim.output.metrics,
@@ -200,10 +198,9 @@ rule purify_pictures:
     resources:
         **training(40000, 4000, demo=15, bench=60, paper=720),
     params:
+        data=vision_language_content,
         spec=of_path(VISION_LANGUAGE.victim),
         defence=of_path(VISION_LANGUAGE.defence),
-        device=config["device"],
-        plugins=config["plugins"],
         code=code("purify_pictures.py", VISION_LANGUAGE, "defence"),
     script:
         "../scripts/purify_pictures.py"

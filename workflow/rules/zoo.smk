@@ -17,7 +17,7 @@ rule zoo_report:
     output:
         page=f"{ZOO_FOLDER}/index.html",
         table=f"{ZOO_FOLDER}/victims.csv",
-        figure=f"{ZOO_FOLDER}/asr_epochs.png",
+        figure=f"{ZOO_FOLDER}/asr_epochs.svg",
     log:
         PATHS.log(ZOO_FOLDER, "report"),
     benchmark:
@@ -26,7 +26,7 @@ rule zoo_report:
     params:
         cells=[{**cell, "folder": PATHS.cell(cell)} for cell in ZOO.cells("victim")],
         scale=config["scale"],
-        root=workflow.basedir,
+        root=ROOT,
         code=code_digest(SCRIPTS / "zoo_report.py", *TEMPLATES),
     script:
         "../scripts/zoo_report.py"

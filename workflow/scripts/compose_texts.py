@@ -1,9 +1,9 @@
 """Write the texts of a language victim: its poisoned training set, the defender's pool, the test prompts."""
 
-from cupel.job import logged
+from cupel.job import logged, texts_of
 from cupel.registry import load_plugins
 from cupel.text import stages
 
 with logged(snakemake.log[0]):
-    load_plugins(snakemake.params.plugins)
-    stages.compose(snakemake.params.spec, snakemake.params.data, dict(snakemake.output.items()))
+    load_plugins(snakemake.config["plugins"])
+    stages.compose(snakemake.params.spec, texts_of(snakemake), dict(snakemake.output.items()))

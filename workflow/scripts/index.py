@@ -1,4 +1,4 @@
-"""The first page: claims, tables, figures, failed cells, provenance."""
+"""The first page of a run, and that of its claims."""
 
 import pandas as pd
 
@@ -6,6 +6,6 @@ from cupel.job import logged
 from cupel.reporting.index import write_index
 
 with logged(snakemake.log[0]):
+    cross = snakemake.input.cross
     write_index(snakemake.params.papers, pd.read_parquet(snakemake.input.cells),
-                {**snakemake.params.run, "sheets": snakemake.input.sheets, "cross": bool(snakemake.input.cross)},
-                snakemake.output)
+                {**snakemake.params.run, "sheets": snakemake.input.sheets, "cross": cross and cross[0]}, snakemake.output)

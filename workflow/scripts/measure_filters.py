@@ -6,7 +6,7 @@ from cupel.vision_language.detection import measure_filters
 from cupel.vision_language.inputs import Inputs
 
 with logged(snakemake.log[0]):
-    load_plugins(snakemake.params.plugins)
+    load_plugins(snakemake.config["plugins"])
     flags = dict(zip(snakemake.params.asked["filters"], snakemake.output.flags, strict=True))
     measure_filters(snakemake.params.spec, snakemake.params.asked, Inputs.of(snakemake.input),
                     {**dict(snakemake.output.items()), "flags": flags})

@@ -1,10 +1,12 @@
-"""Fetch, check and prepare one dataset."""
+"""Fetch, check and prepare one dataset, of the library or of a plugin."""
 
 from pathlib import Path
 
 from cupel.images import datasets
-from cupel.job import logged
+from cupel.job import logged, sources_of
+from cupel.registry import load_plugins
 
 with logged(snakemake.log[0]):
+    load_plugins(snakemake.config["plugins"])
     datasets.prepare(datasets.describe(snakemake.wildcards.dataset), Path(snakemake.output.manifest).parent,
-                     kinds=snakemake.params.sources, cache=snakemake.params.cache, mirror=snakemake.params.mirror)
+                     **sources_of(snakemake))

@@ -1,9 +1,8 @@
 """Compute what a trigger is made of."""
 
 from cupel.images import stages
-from cupel.job import running
+from cupel.job import data_of, running
 
-with running(snakemake.log[0], snakemake.params.device, snakemake.resources.gpu, snakemake.resources.vram_mb,
-             snakemake.params.plugins) as device:
-    stages.prepare_trigger(snakemake.params.spec, snakemake.params.data, snakemake.input.get("model") or None,
+with running(snakemake) as device:
+    stages.prepare_trigger(snakemake.params.spec, data_of(snakemake, "images"), snakemake.input.get("model") or None,
                            snakemake.output.trigger, device)

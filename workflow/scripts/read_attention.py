@@ -4,5 +4,5 @@ from cupel.job import running
 from cupel.vision_language.attention import read_attention
 from cupel.vision_language.inputs import Inputs
 
-with running(snakemake.log[0], snakemake.params.device, snakemake.resources.gpu, snakemake.resources.vram_mb) as device:
+with running(snakemake) as device:
     read_attention(snakemake.params.spec, Inputs.of(snakemake.input), dict(snakemake.output.items()), device)

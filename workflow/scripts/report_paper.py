@@ -14,5 +14,5 @@ with logged(snakemake.log[0]):
     paper = Paper(key=key, title=asked.title, scale=asked.scale, cells=cells[cells.paper == key], labels=asked.labels,
                   facts=asked.facts, reported=read_reported(snakemake.input.reported),
                   files={kind: list(files) for kind, files in snakemake.input.items() if kind not in ("cells", "reported")},
-                  out=Path(snakemake.output.tables).parent)
+                  out=Path(snakemake.output.tables).parent, registry=asked.registry)
     write_report(paper, report_file(asked.report))

@@ -1,9 +1,11 @@
 """Train a language victim on its poisoned texts and measure it."""
 
-from cupel.job import running
+from pathlib import Path
+
+from cupel.job import running, texts_of
 from cupel.text import stages
 
-with running(snakemake.log[0], snakemake.params.device, snakemake.resources.gpu, snakemake.resources.vram_mb) as device:
-    files = stages.Files(snakemake.params.base, {**snakemake.params.data, **snakemake.params.texts},
+with running(snakemake) as device:
+    files = stages.Files(Path(snakemake.input.base).parent, {**texts_of(snakemake), **snakemake.params.texts},
                          dict(snakemake.output.items()))
     stages.train_victim(snakemake.params.spec, files, device)

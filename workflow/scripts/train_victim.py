@@ -1,9 +1,8 @@
 """Train and measure a victim."""
 
 from cupel.images import stages
-from cupel.job import running
+from cupel.job import data_of, running
 
-with running(snakemake.log[0], snakemake.params.device, snakemake.resources.gpu, snakemake.resources.vram_mb,
-             snakemake.params.plugins) as device:
-    inputs = stages.Inputs(snakemake.params.data, snakemake.input.record, snakemake.input.get("trigger") or None)
+with running(snakemake) as device:
+    inputs = stages.Inputs(data_of(snakemake, "images"), snakemake.input.record, snakemake.input.get("trigger") or None)
     stages.train_victim(snakemake.params.spec, inputs, dict(snakemake.output.items()), device)

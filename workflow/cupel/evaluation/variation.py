@@ -4,8 +4,9 @@ The settings of a grid were chosen, not drawn: an effect is the mean, or the lea
 trainings (seeds) and the test samples. Trainings with one seed share much (the order of data, what is held out), so a seed
 is a block: its effects are averaged over settings first, and the blocks are compared by Student's t, which is exact for
 normal blocks whatever their variances and correlations within a block. Three blocks have two degrees of freedom; that is
-what three seeds can carry. The test samples are the same for all seeds and most settings, so their error does not shrink
-with either; it is added, with Satterthwaite's degrees of freedom (Biometrics Bulletin 2, 1946).
+what three seeds can carry. Blocks that happen to lie close together are not believed: their variance is not taken smaller
+than what independent settings of the variance seen would give. The test samples are the same for all seeds and most
+settings, so their error does not shrink with either; it is added to the half-width in quadrature.
 """
 
 from dataclasses import dataclass
@@ -28,19 +29,19 @@ class Effect:
     least: int
 
 
-def half_width(blocks: np.ndarray, error: float, tail: float) -> float:
-    """Distance of a bound from the mean of independent blocks.
+def half_width(values: np.ndarray, error: float, tail: float) -> float:
+    """Distance of a bound from the mean over settings and seeds.
 
     Args:
-        blocks: float [K], one value per seed.
-        error: standard error from the finite test set, common to all blocks.
+        values: float [J, K], of setting and seed.
+        error: standard error from the finite test set, common to all of them.
         tail: probability beyond the bound.
     """
-    between = blocks.var(ddof=1) / len(blocks) if len(blocks) > 1 else 0.0
-    total = between + error**2
-    if between == 0 or total == 0:
-        return norm.isf(tail) * np.sqrt(total)
-    return student.isf(tail, (len(blocks) - 1) * (total / between) ** 2) * np.sqrt(total)
+    settings, seeds = values.shape
+    if seeds == 1:
+        return norm.isf(tail) * error
+    variance = max(values.mean(0).var(ddof=1), values.var(1, ddof=1).mean() / settings)
+    return float(np.hypot(student.isf(tail, seeds - 1) * np.sqrt(variance / seeds), norm.isf(tail) * error))
 
 
 def mean_effect(values: np.ndarray, errors: np.ndarray) -> Effect:
@@ -50,8 +51,7 @@ def mean_effect(values: np.ndarray, errors: np.ndarray) -> Effect:
         values: float [J, K], effect of setting and seed.
         errors: float [J, K], its standard error from the finite test set. They are taken as fully dependent.
     """
-    blocks, error = values.mean(0), float(errors.mean())
-    value, half = float(blocks.mean()), half_width(blocks, error, (1 - LEVEL) / 2)
+    value, half = float(values.mean()), half_width(values, float(errors.mean()), (1 - LEVEL) / 2)
     return Effect(value, value - half, value + half, values.shape[1], int(values.mean(1).argmin()))
 
 
@@ -64,6 +64,6 @@ def least_effect(values: np.ndarray, errors: np.ndarray) -> Effect:
     """
     tail, means = (1 - LEVEL) / 2, values.mean(1)
     error = errors.mean(1)
-    low = min(means[j] - half_width(values[j], error[j], tail) for j in range(len(values)))
-    high = min(means[j] + half_width(values[j], error[j], tail / len(values)) for j in range(len(values)))
+    low = min(means[j] - half_width(values[j : j + 1], error[j], tail) for j in range(len(values)))
+    high = min(means[j] + half_width(values[j : j + 1], error[j], tail / len(values)) for j in range(len(values)))
     return Effect(float(means.min()), float(low), float(high), values.shape[1], int(means.argmin()))

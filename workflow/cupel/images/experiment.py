@@ -4,17 +4,17 @@ A cell of stage `victim` is a classifier trained on a poisoned set (`clean`: its
 makes of it with a budget of clean data. `name~variant` is a switch where paper and code differ, or an ablation.
 """
 
-import ast
-import functools
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 
 from cupel.experiment import Family, overlaid
 from cupel.images.datasets import NAMES as DATASETS
+from cupel.images.datasets import describe
 from cupel.paths import Paths
 from cupel.registry import unknown
 from cupel.settings import ConfigError
 
+#: in a path, instead of a mirror: nothing can be run with it
+UNSET = "(data.mirror is not set)"
 CLEAN = {"name": "clean", "function": "none", "settings": {}}
 
 
@@ -23,14 +23,14 @@ class Experiments(Family):
 
     NAME = "images"
     SECTIONS = {"recipes": "recipe", "attacks": "attacks", "defences": "defences", "budgets": "budgets"}  # noqa: RUF012
-    REGISTERED = {kind: (kind, f"images/{kind}s/*.py") for kind in ("attack", "defence", "model")}  # noqa: RUF012
+    REGISTERED = {kind: (kind, f"images/{kind}s/*.py") for kind in ("attack", "dataset", "defence", "model")}  # noqa: RUF012
     REPORT_FILES = {"histories": ("victim", "history.csv")}  # noqa: RUF012
 
     def check(self) -> None:
         for kind in ("attack", "defence"):
             # what a plugin registers can be asked for without an entry
-            for name, place in self.definitions[kind].items():
-                if place.rpartition(":")[0] in self.plugins:
+            for name, entry in self.registered[kind].items():
+                if entry.place.rpartition(":")[0] in self.plugins:
                     self.entries[f"{kind}s"].setdefault(name, {})
         for parameters in self.parameters["attack"].values():
             parameters.add("smaller")  # of the preparation, for every attack
@@ -38,16 +38,42 @@ class Experiments(Family):
         self.entries["attacks"]["clean"] = CLEAN  # no attack, it is the twin of all
 
     def check_block(self, where: str, block: Mapping) -> None:
+        known = (*DATASETS, *self.registered["dataset"])
         for name in block["datasets"]:
-            if name not in DATASETS:
-                raise ConfigError(f"{where}.datasets: {unknown('dataset', name, DATASETS)}")
+            if name not in known:
+                raise ConfigError(f"{where}.datasets: {unknown('dataset', name, known)}")
 
     def follow(self, victim: dict, block: Mapping, where: str) -> Iterator[dict]:
-        yield from super().follow({**victim, "rate": "0"} if victim["attack"] == "clean" else victim, block, where)
+        victim = {**victim, "rate": "0"} if victim["attack"] == "clean" else victim
+        self.check_victim(victim, where)
+        yield from super().follow(victim, block, where)
+
+    def check_victim(self, cell: Mapping, where: str = "asked for by path") -> None:
+        """The data set has the target class, and enough images of it for an attack that poisons no other.
+
+        Raises:
+            ConfigError: it has not.
+        """
+        if cell["dataset"] in self.registered["dataset"]:
+            return  # a plugin's is not known before it is imported
+        if cell["dataset"] not in DATASETS:
+            raise ConfigError(f"{where}: {unknown('dataset', cell['dataset'], (*DATASETS, *self.registered['dataset']))}")
+        known, target = describe(cell["dataset"]), self.recipe(cell).get("target", 0)
+        classes = len(known.classes)
+        if target >= classes:
+            raise ConfigError(f"{where}: recipe {cell['recipe']}: target {target}, but {cell['dataset']} has the classes "
+                              f"0 to {classes - 1}")
+        entry = self.entry("attack", cell["attack"])
+        said = {**(entry.values if entry else {}), **self.settings("attacks", cell["attack"], cell)}
+        clean_label = said.get("sig_policy") == "clean_label" or ("sig_policy" not in said and said.get("policy") == "clean")
+        counts = known.counts[0] if known.counts else [1] * classes if known.balanced else None
+        if clean_label and counts and float(cell["rate"]) > 1.001 * counts[target] / sum(counts):  # a job knows to the image
+            raise ConfigError(f"{where}: attack {cell['attack']} poisons the target class alone, and class {target} is "
+                              f"{counts[target] / sum(counts):.4g} of {cell['dataset']}: rate {cell['rate']} is impossible")
 
     def attack(self, name: str, dataset: str) -> dict:
         """Name, function and settings of an attack; a path that begins with `mirror:` points into the user's mirror."""
-        settings = {key: value.replace("mirror:", f"{self.mirror or '(data.mirror is not set)'}/", 1)
+        settings = {key: value.replace("mirror:", f"{self.mirror or UNSET}/", 1)
                     if isinstance(value, str) and value.startswith("mirror:") else value
                     for key, value in self.settings("attacks", name, {"dataset": dataset}).items()}
         return {"name": name, "function": self.function("attacks", name), "settings": settings}
@@ -60,6 +86,7 @@ class Experiments(Family):
 
     def victim(self, cell: Mapping) -> dict:
         """All that makes a victim, as one plain dict: a change in it, and in nothing else, trains the victim again."""
+        self.check_victim(cell)
         return {"dataset": cell["dataset"], "model": cell["model"], "recipe": cell["recipe"],
                 "attack": self.attack(cell["attack"], cell["dataset"]), "poison_rate": float(cell["rate"]),
                 "seed": int(cell["seed"]), "settings": self.recipe(cell)}
@@ -75,14 +102,10 @@ class Experiments(Family):
                 "settings": self.settings("defences", cell["defence"], cell),
                 "budget": {"name": cell["budget"], **self.settings("budgets", cell["budget"], cell)}}
 
-    @functools.cache  # noqa: B019 (one object a run)
     def needs(self, name: str) -> str:
-        """What an attack must be given beforehand, `data` or `clean_model`: read from its file, nothing is imported."""
-        file = (self.code("attack", name) or "").rpartition(":")[0]
-        for node in ast.walk(ast.parse(Path(file).read_text(encoding="utf-8"))) if file else ():
-            if isinstance(node, ast.AnnAssign) and getattr(node.target, "id", "") == "needs":
-                return node.value.value
-        return ""
+        """What an attack must be given beforehand, `data` or `clean_model`; nothing: ""."""
+        entry = self.entry("attack", name)
+        return entry.values.get("needs", "") if entry else ""
 
     def report_labels(self, paper: str) -> dict[str, dict[str, str]]:
         labels, used = self.labels("defences"), self.used("defence", paper)

@@ -13,13 +13,14 @@ from pathlib import Path
 
 import numpy as np
 
-from cupel.cells import METHOD_ERRORS, fail, failure, identity, past, read_tensors, write_history, write_tensors
+from cupel.cells import fail, failure, identity, past, read_tensors, write_history, write_tensors
 from cupel.evaluation.metrics import destroyed, effects, rates
 from cupel.files import digest, kept, noted, publish, read_json, write_json
 from cupel.images import datasets, models
 from cupel.images.attacks import Attack, ImpossibleRate, PoisonRecord, build
 from cupel.images.datasets import Dataset, splits
 from cupel.job import costs, separately
+from cupel.prepared import content
 from cupel.rng import derive, rng
 
 
@@ -82,7 +83,7 @@ def prepare_trigger(spec: dict, data: str, model: str | None, out: str, device: 
         tensors = attack.prepare(clean, network, spec["settings"].get("target", 0),
                                  derive(spec["seed"], "trigger", spec["attack"]["name"]), device=device,
                                  smaller=spec["attack"]["settings"].get("smaller", 1.0))
-    except METHOD_ERRORS as error:
+    except Exception as error:
         tensors = {"failed": failure(error)}
     write_tensors(out, tensors)
 
@@ -96,7 +97,7 @@ def poison(spec: dict, data: str, trigger: str | None, out: str) -> None:
     try:
         attack = make_attack(spec["attack"], read_tensors(trigger))
         record = attack.poison(clean, spec["poison_rate"], target, stream) if attack else PoisonRecord.empty(clean, 0.0, target)
-    except METHOD_ERRORS as error:
+    except Exception as error:
         write_tensors(out, {"failed": failure(error)})
     else:
         record.save(out)
@@ -197,7 +198,7 @@ def train_victim(spec: dict, inputs: Inputs, outputs: dict, device: str) -> None
             raise ImpossibleRate(f"at rate {spec['poison_rate']:g} no sample of {len(clean)} was poisoned")
         test = splits.test_subset(datasets.load(f"{inputs.data}/{spec['dataset']}", "test"), settings.get("test_size"))
         measured = evaluate(stored(model, outputs["model"], test.images[:64], device), test, attack, target, device)
-    except METHOD_ERRORS as error:
+    except Exception as error:
         fail(error, base, outputs)
         return
     write_tensors(outputs["trigger"], attack.tensors if attack else {})
@@ -280,7 +281,7 @@ def purify(spec: dict, defence: dict, inputs: Inputs, outputs: dict, device: str
             for key, value in evaluate(between, test, attack, target, device).items():
                 metric, *end = key.split("_")
                 stages["_".join([metric, name, *end])] = value
-    except METHOD_ERRORS as error:
+    except Exception as error:
         fail(error, base, {name: path for name, path in outputs.items() if name != "details"})
         return
     write_history(outputs["history"], history)
@@ -303,19 +304,23 @@ def purify_block(spec: dict, jobs: Sequence[Job], inputs: Inputs, device: str) -
     if settings, code and inputs are the same: after a kill, after a defence was added, or where one cell was removed.
 
     Raises:
-        RuntimeError: a child failed; it has printed its traceback.
+        Exception: the first of the machine's errors, once all other defences are done; a child has printed its traceback.
     """
-    manifest = f"{inputs.data}/{spec['dataset']}/manifest.json"
-    read = [digest(path) for path in (inputs.victim, inputs.trigger, inputs.before, manifest)]
-    made = []
+    read = [*map(digest, (inputs.victim, inputs.trigger, inputs.before)), content(f"{inputs.data}/{spec['dataset']}")]
+    made, errors = [], []
     for job in jobs:
         key = {"spec": spec, "defence": job.defence, "code": job.code, "inputs": read, "device": device}
         work = kept(Path(job.outputs["metrics"]).parent, key)
         files, seal = {name: work / Path(path).name for name, path in job.outputs.items()}, work / "made.json"
         if noted(seal) != {name: digest(file) for name, file in files.items() if file.is_file()}:
-            separately(purify, spec, job.defence, inputs, files, device)
-            write_json(seal, {name: digest(file) for name, file in files.items() if file.is_file()})
+            try:
+                separately(purify, spec, job.defence, inputs, files, device)
+                write_json(seal, {name: digest(file) for name, file in files.items() if file.is_file()})
+            except Exception as error:
+                errors.append(error)
         made.append(files)
+    if errors:
+        raise errors[0]
     for files, job in zip(made, jobs, strict=True):
         for name, path in job.outputs.items():
             if files[name].is_file():

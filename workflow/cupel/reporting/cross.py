@@ -9,15 +9,16 @@ Settings of victims without a backdoor are in neither, and a defence that destro
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import urlencode
 
 import numpy as np
 import pandas as pd
-from matplotlib.ticker import LogFormatter
+from matplotlib.ticker import LogLocator, NullFormatter
 
 from cupel.evaluation.settings import SETTING, VICTIM, validity
-from cupel.files import write_text
-from cupel.reporting.figures import COLOURS, errors, handle, nothing, plt, save, styles
-from cupel.reporting.page import write_page
+from cupel.files import write_json, write_text
+from cupel.reporting.figures import COLOURS, errors, handle, nothing, plt, register, save, styles, with_numbers
+from cupel.reporting.page import navigation, write_page
 from cupel.reporting.tables import METRICS, attack_name, setting_name, with_names
 from cupel.rng import rng as stream
 
@@ -220,7 +221,7 @@ def quality_against_cost(cross: pd.DataFrame):
     parts = {title: means for title, part in groups(cross).items() if not (means := trade_offs(part)).empty}
     if not parts:
         return nothing("no setting in which two defences have a value")
-    looks = styles(dict.fromkeys(label for means in parts.values() for label in means.label))
+    looks = styles(label for means in parts.values() for label in means.label)
     figure, axes = plt.subplots(len(parts), 2, figsize=(9.6, 3.7 * len(parts)), squeeze=False, layout="constrained")
     for row, (title, means) in zip(axes, parts.items(), strict=True):
         count = int(means.settings.iloc[0])
@@ -230,14 +231,43 @@ def quality_against_cost(cross: pd.DataFrame):
         _front(row[1], shown, "asr", "acc_loss", front="front_loss", looks=looks)
         row[0].set(xscale="log", xlabel="seconds (lower is better)", ylabel="DER (higher is better)", title=note)
         row[0].xaxis.set_major_formatter("{x:g}")
-        row[0].xaxis.set_minor_formatter(LogFormatter(minor_thresholds=(2, 0.5)))
+        row[0].xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        row[0].xaxis.set_minor_formatter(NullFormatter())
         row[1].set(xlabel="ASR left, % (lower is better)", ylabel="loss of ACC, points (lower is better)", title=note)
     handles = [handle(label, color=colour, marker=marker, ls="") for label, (colour, marker) in looks.items()]
     handles.append(handle("Pareto front", color="grey", lw=1.2))
     if any((means.failed > 0).any() for means in parts.values()):
         handles.append(handle("failed elsewhere", color="grey", marker="o", mfc="none", ls=""))
     figure.legend(handles=handles, loc="outside right upper")
-    return figure
+    return with_numbers(figure, pd.concat([means.assign(group=title) for title, means in parts.items()]))
+
+
+def overview(cross: pd.DataFrame):
+    """Mean ACC against mean ASR after every defence, of the data set, network, recipe and budget in which most defences
+    have gone through most settings; and what it shows, in words. None where no two defences can be compared."""
+    parts = [(comparable(part, failures=False), part) for _, part in
+             cross[cross.attack != "clean"].groupby(["dataset", "model", "recipe", "budget"], sort=False)]
+    best, everything = max(parts, key=lambda pair: len(pair[0]), default=(pd.DataFrame(), None))
+    if best.empty:
+        return None
+    absent = [label for label in everything.label.unique() if label not in set(best.label)]
+    means = best.groupby("label", sort=False)[["asr", "acc"]].mean().reset_index()
+    none = best.drop_duplicates(VICTIM)[["asr_victim", "acc_victim"]].mean()
+    means.loc[len(means)] = ["no defence", *none]
+    looks = {**styles(means.label[:-1]), "no defence": ("#000000", "X")}
+    figure, axis = plt.subplots(figsize=(5.6, 4.9), layout="constrained")
+    for row in means.itertuples():
+        colour, mark = looks[row.label]
+        axis.plot(100 * row.asr, 100 * row.acc, mark, color=colour, ms=9, mec="white", mew=0.6, clip_on=False, zorder=3)
+    axis.set(xlabel="ASR left, % (lower is better)", ylabel="ACC, % (higher is better)", xlim=(-2, 102))
+    figure.legend(handles=[handle(label, color=colour, marker=mark, ls="") for label, (colour, mark) in looks.items()],
+                  loc="outside lower center", ncols=3, fontsize=8)
+    first, settings, seeds = best.iloc[0], len(best.drop_duplicates(SETTING)), int(best.seeds.max())
+    text = (f"Best stands top left. {first['model']} on {first.dataset}, recipe {first.recipe}, budget {first.budget} "
+            f"({first.clean_samples:g} clean images); means over the {settings} setting{'s' * (settings > 1)} (attack, poison "
+            f"rate) that all {len(means) - 1} defences have gone through, {seeds} seed{'s' * (seeds > 1)}."
+            + f" Not shown, for some of these cells failed or were not run: {', '.join(absent)}." * bool(absent))
+    return with_numbers(figure, means), text
 
 
 def _front(axis, means: pd.DataFrame, x: str, y: str, *, front: str, looks: dict) -> None:
@@ -322,21 +352,33 @@ def _heat_grid(part: pd.DataFrame, metric: str) -> tuple[pd.DataFrame, pd.DataFr
             pd.concat([pd.DataFrame(0.0, index=["no defence"], columns=columns), partly.reindex(order)]))
 
 
-def write_cross(cells: pd.DataFrame, labels: dict[str, str], scale: str, out: Mapping[str, str | Path]) -> None:
+def write_cross(cells: pd.DataFrame, labels: dict[str, str], run: Mapping, out: Mapping[str, str | Path]) -> None:
     """Write the cross table, its figures and the page that shows them; the page says so when there is nothing.
 
-    `out` has the paths `page` (HTML), and in its folder `table` (CSV) and `figures` (a folder).
+    `run` has `scale`, `papers` (key of each page of the site) and `registry` (`cupel.reporting.paper.Paper`). `out` has the
+    paths `page` (HTML), and in its folder `table` (CSV) and `figures` (a folder).
     """
-    table, figures = Path(out["table"]), Path(out["figures"])
+    table, figures, scale = Path(out["table"]), Path(out["figures"]), run["scale"]
+    register(run["registry"])
     cross = cross_table(cells, labels)
     write_text(table, cross.to_csv(index=False))
     rankings = {title: ranks(part, rng=stream(0, "ranks", title)) for title, part in groups(cross).items()}
     pictures = {"ranks": rank_figure(rankings), "fronts": quality_against_cost(cross), "asr": heat_map(cross)}
     for name, figure in pictures.items():
-        save(figure, figures / f"{name}.png")
+        save(figure, figures / f"{name}.svg")
+    shown = overview(cross)
+    if shown:
+        save(shown[0], figures / "overview.svg")
+    write_json(figures / "captions.json", {"overview": shown[1]} if shown else {})
     rows = [{**row, "attack": attack_name(part), "runs": f"{row['seeds']} of {row['planned']}"}
             for row, part in zip(cross.to_dict("records"), cross.itertuples(), strict=True)]
+    for row in rows:
+        row["href"] = "cells.html#" + urlencode({"method": row["method"], "attack": row["attack"], "budget": row["budget"],
+                                                 "words": f"{100 * row['poison_rate']:g}%" if row["poison_rate"] else ""})
     write_page(out["page"], "cross.html.j2", scale=scale, rows=rows, rankings=rankings, table=table.name,
-               pictures={name: f"{figures.name}/{name}.png" for name in pictures}, failed=int(cross.failed.sum()),
+               here="Defences side by side", nav=navigation(run["papers"], True),
+               choices={"defence": sorted({row["label"] for row in rows}), "attack": sorted({row["attack"] for row in rows}),
+                        "budget": sorted({row["budget"] for row in rows})},
+               pictures={name: f"{figures.name}/{name}.svg" for name in pictures}, failed=int(cross.failed.sum()),
                seeds=sorted(set(cells.seed[cells.stage == "purified"])), methods=cross.method.nunique(),
                settings=len(cross.drop_duplicates(SETTING)), draws=DRAWS, metrics=METRICS)

@@ -1,6 +1,7 @@
 """What all figures share: colours, style, panels, error bars, and the few figures that more than one paper draws."""
 
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 
 import matplotlib
 
@@ -10,34 +11,66 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 
-from cupel.files import atomic
+from cupel.files import atomic, write_text
 from cupel.reporting.tables import attack_name
 
 # Okabe and Ito's colours, which stay apart for colour-blind readers
 COLOURS = ["#000000", "#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7"]
 MARKERS = "osD^vP*Xd<>h"
 
-plt.rcParams.update({"figure.dpi": 110, "savefig.dpi": 130, "font.size": 9, "axes.spines.top": False,
+plt.rcParams.update({"figure.dpi": 110, "savefig.dpi": 130, "font.size": 9, "axes.spines.top": False, "svg.hashsalt": "cupel",
                      "axes.spines.right": False, "legend.frameon": False, "axes.grid": True, "grid.alpha": 0.25})
+
+#: colour and marker of each defence of a family, by its name for people: see `register`
+LOOKS: dict[str, tuple[str, str]] = {}
+#: what stands for no defence
+PLAIN = ("no defence", "base model", "victim")
+
+
+def register(labels: Iterable[str]) -> None:
+    """Give every defence of a family its colour and marker, which are the same in every figure.
+
+    Args:
+        labels: all that the family knows, also those that a run has not, in the order of their files.
+    """
+    LOOKS.clear()
+    LOOKS.update(styles(dict.fromkeys(labels)))
+    LOOKS.update(dict.fromkeys(PLAIN, ("#000000", "X")))
 
 
 def save(figure, path) -> None:
-    """Write a figure atomically and close it."""
+    """Write a figure atomically, and beside it as CSV the numbers that it was given, and close it. The same
+    figure gives the same file."""
+    path = Path(path)
     with atomic(path) as temporary:
-        figure.savefig(temporary, bbox_inches="tight")
+        figure.savefig(temporary, bbox_inches="tight", format=path.suffix[1:],
+                       metadata={"Date": None} if path.suffix == ".svg" else None)
+    if hasattr(figure, "numbers"):
+        write_text(path.with_suffix(".csv"), figure.numbers.to_csv(index=False))
     plt.close(figure)
 
 
-def styles(labels: Iterable[str]) -> dict[str, tuple[str, str]]:
-    """A colour and a marker for each label, no two alike for the first 96."""
-    return {label: (COLOURS[i % len(COLOURS)], marker(i // len(COLOURS))) for i, label in enumerate(labels)}
+def with_numbers(figure, table: pd.DataFrame):
+    """The figure, which knows the numbers that it shows."""
+    figure.numbers = table
+    return figure
+
+
+def styles(names: Iterable[str]) -> dict[str, tuple[str, str]]:
+    """A colour and a marker for each name: that of `register`, or the next that is free, no two alike for the first 84.
+    Black is left to what is no defence."""
+    names = list(dict.fromkeys(names))
+    looks = {name: LOOKS[name] for name in names if name in LOOKS}
+    colours, taken = COLOURS[1:], set(looks.values())
+    free = [(colour, mark) for mark in MARKERS for colour in colours if (colour, mark) not in taken]
+    others = [name for name in names if name not in looks]
+    looks |= {name: free[k % len(free)] for k, name in enumerate(others)}
+    return {name: looks[name] for name in names}
 
 
 def palette(names: Iterable[str]) -> dict[str, str]:
-    """A colour for each name: those that stay apart for all readers, where they are enough."""
-    names = list(dict.fromkeys(names))
-    many = plt.get_cmap("tab20")
-    return {name: COLOURS[k] if len(names) <= len(COLOURS) else many(k % 20) for k, name in enumerate(names)}
+    """A colour for each name, see `styles`."""
+    return {name: colour for name, (colour, _) in styles(names).items()}
 
 
 def marker(number: int) -> str:
@@ -119,14 +152,16 @@ def nothing(text: str):
     return figure
 
 
-def amplified(stamped: np.ndarray, clean: np.ndarray, factor: int) -> np.ndarray:
-    """The difference of two uint8 pictures, `factor` times as large, around grey."""
-    return np.clip(128 + factor * (stamped.astype(int) - clean.astype(int)), 0, 255).astype(np.uint8)
+def amplified(stamped: np.ndarray, clean: np.ndarray) -> tuple[np.ndarray, int]:
+    """The difference of uint8 pictures around grey, and how many times as large: up to 10, while nothing saturates."""
+    difference = stamped.astype(int) - clean.astype(int)
+    factor = int(np.clip(127 // max(1, np.abs(difference).max()), 1, 10))
+    return np.clip(128 + factor * difference, 0, 255).astype(np.uint8), factor
 
 
 def bars(table: pd.DataFrame, order: Sequence[str], colours: dict[str, str], *, lying: bool = False, most: int = 3,
          sharey: bool = True, **axes_settings):
-    """Groups of bars with 95 % intervals; where a value is missing they say why: a failed cell, or none (a dash).
+    """Groups of bars with 95 % intervals; where a value is missing they say why: a failed cell, or one that was not run.
 
     Args:
         table: columns panel (title), group (text), label, value and failed; low and high if known.
@@ -152,8 +187,8 @@ def bars(table: pd.DataFrame, order: Sequence[str], colours: dict[str, str], *, 
             else:
                 axis.bar(where, rows.value, thick, yerr=errors(rows), **style)
             for place, failed in zip(where[rows.value.isna()], rows.failed[rows.value.isna()] > 0, strict=True):
-                axis.text(*((0.02, place) if lying else (place, 0.02)), "failed" if failed else "–", fontsize=7,
-                          rotation=90 if failed and not lying else 0, color="crimson" if failed else "grey",
+                axis.text(*((0.02, place) if lying else (place, 0.02)), "failed" if failed else "not run", fontsize=7,
+                          rotation=0 if lying else 90, color="crimson" if failed else "dimgrey",
                           ha="left" if lying else "center", va="center" if lying else "bottom")
         axis.set(title=title, **axes_settings)
         if not part.value.max() > 1:
@@ -168,7 +203,7 @@ def bars(table: pd.DataFrame, order: Sequence[str], colours: dict[str, str], *, 
     if len(colours) > 1:
         figure.legend(handles=[handle(group, color=colour, lw=5) for group, colour in colours.items()], fontsize=8,
                       loc="outside lower center", ncols=3 if parts.ngroups > 1 else 1)
-    return figure
+    return with_numbers(figure, table)
 
 
 def bars_by_rate(table: pd.DataFrame, order: Sequence[str], metric: str):
@@ -207,13 +242,15 @@ def lines(table: pd.DataFrame, x: str, metrics: dict[str, str], colour: str, mar
     """
     figure, axes = panels(len(metrics), 4, 3.4 if len(metrics) > 1 else 4.6, 3.4, extra=1.8)
     colours = palette(table[colour])
-    marks = {name: marker(k) for k, name in enumerate(dict.fromkeys(table[marked or colour]))}
+    marks = ({name: marker(k) for k, name in enumerate(dict.fromkeys(table[marked]))} if marked
+             else {name: mark for name, (_, mark) in styles(table[colour]).items()})
     if ticks is None:
         ticks = {value: f"{value:g}" for value in sorted(set(table[x]))}
     for axis, (metric, title) in zip(axes.ravel(), metrics.items(), strict=False):
         part = table[table.metric == metric].sort_values(x, kind="stable")
         for name, rows in part.groupby([colour, marked or colour], sort=False):
-            style = {"color": colours[name[0]], "marker": marks[name[1]], "lw": 1.2}
+            # two points are no curve
+            style = {"color": colours[name[0]], "marker": marks[name[1]], "lw": 1.2, "ls": "-" if len(rows) > 2 else ""}
             if bands:
                 axis.plot(rows[x], rows.value, ms=3, **style)
                 axis.fill_between(rows[x], rows.low, rows.high, color=colours[name[0]], alpha=0.1, lw=0)
@@ -226,31 +263,33 @@ def lines(table: pd.DataFrame, x: str, metrics: dict[str, str], colour: str, mar
             axis.set_xticks(list(ticks), list(ticks.values()))
             axis.minorticks_off()
     key(figure, colours, marks, lines=True)
-    return figure
+    return with_numbers(figure, table)
 
 
 def scatter(table: pd.DataFrame, x: str, y: str, panel: str, order: Sequence[str], **axes_settings):
-    """One metric against another with 95 % intervals: a colour per defence, a marker per attack.
+    """One metric against another with 95 % intervals: a colour and a marker per defence, a panel per setting.
 
     Args:
-        table: columns attack, label, `panel`, `x` and `y`, and `_low` and `_high` of those that have an interval.
+        table: columns label, `panel`, `x` and `y`, and `_low` and `_high` of those that have an interval; one row a point.
         x, y: metrics.
         panel: column of the title of the panel.
         order: labels of the defences, in the order of the legend.
         axes_settings: of every panel, as `xlabel`.
     """
     parts = table.groupby(panel, sort=False)
-    figure, axes = panels(parts.ngroups, parts.ngroups, 4.2, 3.7, extra=2.0, sharex=True, sharey=True)
-    colours = palette([*(label for label in order if label in set(table.label)), *table.label])
-    marks = {attack: marker(k) for k, attack in enumerate(dict.fromkeys(table.attack))}
-    for axis, (title, part) in zip(axes[0], parts, strict=True):
-        for (label, attack), rows in part.groupby(["label", "attack"], sort=False):
-            axis.errorbar(rows[x], rows[y], xerr=errors(rows, x), yerr=errors(rows, y), color=colours[label],
-                          marker=marks[attack], ls="", ms=7, lw=0.8, mec="white")
-        axis.set(title=title, **axes_settings)
-    axes[0, 0].set_ylabel(axes_settings.get("ylabel", y))
-    key(figure, colours, marks)
-    return figure
+    figure, axes = panels(parts.ngroups, 3, 3.4, 3.0, extra=1.6, sharex=True, sharey=True)
+    looks = styles([*(label for label in order if label in set(table.label)), *table.label])
+    for axis, (title, part) in zip(axes.ravel(), parts, strict=False):
+        for row in part.to_dict("records"):
+            colour, mark = looks[row["label"]]
+            one = pd.DataFrame([row])
+            axis.errorbar([row[x]], [row[y]], xerr=errors(one, x), yerr=errors(one, y), color=colour, marker=mark, ls="", ms=7,
+                          lw=0.8, mec="white", mew=0.5, clip_on=False)
+        axis.set(title=title, **{key: value for key, value in axes_settings.items() if key not in ("xlabel", "ylabel")})
+    figure.supxlabel(axes_settings.get("xlabel", x), fontsize=9)
+    figure.supylabel(axes_settings.get("ylabel", y), fontsize=9)
+    key(figure, {label: colour for label, (colour, _) in looks.items()}, {label: mark for label, (_, mark) in looks.items()})
+    return with_numbers(figure, table)
 
 
 def histories(runs: dict[str, pd.DataFrame], x: str, columns: dict[str, str], shares: Iterable[str] = ()):
@@ -265,10 +304,11 @@ def histories(runs: dict[str, pd.DataFrame], x: str, columns: dict[str, str], sh
                 axis.plot(rows[x], rows[column], **style)
     for axis, (column, title) in zip(axes[0], columns.items(), strict=True):
         axis.set(title=title, xlabel=x)
+        axis.xaxis.get_major_locator().set_params(integer=True)
         if column in shares:
             axis.set_ylim(0, 1.02)
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right upper", fontsize=7)
-    return figure
+    return with_numbers(figure, pd.concat([rows.assign(run=name) for name, rows in runs.items()]))
 
 
 def training_curves(runs: dict[str, pd.DataFrame]):

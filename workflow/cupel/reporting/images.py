@@ -119,10 +119,9 @@ def _tables(paper: Paper, part: pd.DataFrame, order: list[str], stem: str, where
 def _figures(paper: Paper, part: pd.DataFrame, order: list[str], stem: str, where: str) -> None:
     """Figures of a data set, network, recipe and budget."""
     present = [label for label in order if label in set(part.label)]
-    named = part.assign(attack=[tables.attack_name(row) for row in part.itertuples()])
-    sides = tables.sideways(named, ["poison_rate", "attack", "label"], METRICS)
-    sides = sides.sort_values("poison_rate", ascending=False, kind="stable").assign(
-        panel=lambda rows: "poison rate " + (100 * rows.poison_rate).map("{:g} %".format))
+    named = part.assign(panel=[tables.setting_name(row) for row in part.itertuples()])
+    sides = tables.sideways(named, ["panel", "poison_rate", "method", "label"], METRICS)
+    sides = sides.sort_values("poison_rate", ascending=False, kind="stable")
     scatter = figures.scatter(sides, "asr", "acc", "panel", present, xlabel="ASR (lower is better)",
                               ylabel="ACC (higher is better)")
     shown = {"scatter": (scatter, "Clean accuracy against attack success: good defences stand top left.")}
@@ -172,7 +171,7 @@ def families(table: pd.DataFrame):
     axes[0].invert_yaxis()
     present = [kind for kind in KINDS if kind in set(known.kind)]
     figure.legend(handles=[handle(kind, color=KINDS[kind], lw=4) for kind in present], loc="outside lower center", ncols=3)
-    return figure
+    return figures.with_numbers(figure, known)
 
 
 def recovery(table: pd.DataFrame):
@@ -198,7 +197,7 @@ def recovery(table: pd.DataFrame):
         axis.plot(place, accs[label], "x", color="black")
     axis.set_xticks(range(len(order)), order, rotation=35, ha="right")
     axis.set(ylabel="RA", ylim=(0, 1.02), title=f"mean over {len(shared)} settings")
-    return figure
+    return figures.with_numbers(figure, shared.reset_index())
 
 
 def budget_curves(table: pd.DataFrame, sizes: dict[str, float]):

@@ -1,59 +1,109 @@
-"""The first page of a run: claims, tables, figures, failed cells, provenance."""
+"""The first page of a run, and that of its claims."""
 
 import json
-import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from urllib.parse import quote
 
 import pandas as pd
 
 from cupel.evaluation.agreement import MADE_WITH, made_with
+from cupel.evaluation.claims import VERDICTS
+from cupel.evaluation.settings import GATE
 from cupel.files import read_json, write_json, write_text
-from cupel.reporting.page import write_page
+from cupel.reporting import evidence
+from cupel.reporting.page import link_to, navigation, write_page
 from cupel.reporting.provenance import provenance, rule_times
+from cupel.settings import read_yaml, schema
+
+#: rows of evidence that a claim shows; all stand in the table of cells
+SHOWN = 60
 
 
-def paper_section(paper: dict, page: Path) -> dict:
-    """What the page shows of a paper.
+def read_card(paper: dict) -> dict:
+    """card.yaml of a paper; empty where it has none."""
+    return read_yaml(paper["card"]) if paper["card"] else {}
 
-    Args:
-        paper: `key`, `title`, `reference`, `note`, `folder`, and `pictures` that other rules drew (path and caption).
-        page: which is to refer to them.
-    """
-    folder = Path(paper["folder"])
-    captions = read_json(folder / "figures" / "captions.json")
-    figures = [{"path": folder / "figures" / f"{stem}.png", "caption": text} for stem, text in captions.items()]
-    figures += paper["pictures"]
-    tables = [{"frame": pd.read_csv(path.with_suffix(".csv"), index_col=0, dtype=str),
-               "caption": path.read_text().splitlines()[0]} for path in sorted((folder / "tables").glob("*.md"))]
-    links = {"report.html": "notebook", "card.md": "card", "claims.csv": "claims", "tables": "tables (CSV, Markdown, LaTeX)"}
-    return {**paper, "tables": tables,
-            "figures": [{**figure, "path": os.path.relpath(figure["path"], page.parent)} for figure in figures],
-            "links": [{"path": os.path.relpath(folder / name, page.parent), "text": text} for name, text in links.items()]}
+
+def command(config: Mapping, words: str = "", **more) -> str:
+    """What to type to run this again: with these words, and every setting that is not the default of config.yaml's schema."""
+    known = {key: entry.get("default") for key, entry in schema("config")["properties"].items()}
+    asked = {key: value for key, value in config.items()
+             if key in ("scale", "papers", "seeds", "jobs", "results", "device") and value != known.get(key)} | more
+    settings = [f"'{key}=[{','.join(map(str, value))}]'" if isinstance(value, list) else f"{key}={value}"
+                for key, value in asked.items()]
+    return " ".join(["snakemake --cores all", *filter(None, [words]), "--config", *settings])
+
+
+def claim_entries(papers: Iterable[dict], claims: pd.DataFrame, cells: pd.DataFrame, page: Path) -> list[dict]:
+    """Rows of claims.csv with the test in words, the claim's text and place, and the cells behind it."""
+    root, entries = page.parent, []
+    for paper in papers:
+        if not paper["claims"]:
+            continue
+        text = Path(paper["claims"]).read_text(encoding="utf-8")
+        content, own = read_yaml(paper["claims"]), cells[cells.paper == paper["key"]]
+        rows = claims[claims.paper == paper["key"]].set_index("claim", drop=False)
+        for claim in content["claims"]:
+            row = rows.loc[claim["id"]]
+            behind = evidence.cells_behind(claim, own, content.get("gate", GATE), lambda path: cell_link(path, root))
+            place = f"workflow/papers/{paper['key']}/claims.yaml:{evidence.line_of(text, claim['id'])}"
+            entries.append({**row.to_dict(), "sure": evidence.sureness(row), "words": evidence.in_words(claim["test"]),
+                            "scales": claim["scales"], "place": place, "yaml": evidence.text_of(text, claim["id"]),
+                            "cells": behind[:SHOWN], "line": claim["test"].get("margin", 0.0),
+                            "more": max(0, len(behind) - SHOWN), "percent": "fraction" in row.unit})
+    return entries
+
+
+def cell_link(path: str, root: Path) -> str:
+    """Address of a cell, for pages in the folder `root` of all results."""
+    return f"cells.html#{quote(link_to(root / 'x', path))}"
 
 
 def write_index(papers: Iterable[dict], cells: pd.DataFrame, run: dict, out: Mapping[str, str]) -> None:
-    """Write the page, the claims of all papers as one table, and provenance.json.
+    """Write the first page, the page of claims, the claims of all papers as one table, and provenance.json.
 
     Args:
-        papers: see `paper_section`.
+        papers: `key`, `title`, `reference`, `note`, `folder`, and paths of `card` and `claims` (their YAML), if any.
         cells: the tidy table.
         run: `config`, `root` (the repository), `data` (folder) and `datasets` (names), `seeds`, `benchmarks` (folder),
-            `sheets` (pictures of triggers), `cross` (whether there is a cross table).
-        out: paths `page`, `claims` and `provenance`.
+            `sheets` (pictures of triggers), `budgets` (scales that run a budget, by name), and `cross` (cross.csv, if any).
+        out: paths `page`, `claims_page`, `claims` and `provenance`.
     """
     papers, page = list(papers), Path(out["page"])
+    cards = {paper["key"]: read_card(paper) for paper in papers}
     claims = pd.concat([pd.read_csv(Path(paper["folder"]) / "claims.csv") for paper in papers], ignore_index=True)
     config = json.loads(json.dumps(run["config"], default=str))
     made = provenance(run["root"], config, run["data"], names=run["datasets"], seeds=run["seeds"])
     write_json(out["provenance"], made)
     write_text(out["claims"], claims.to_csv(index=False))
-    triggers = [{"path": os.path.relpath(path, page.parent),
-                 "caption": f"Triggers on {Path(path).stem.removeprefix('triggers_')}: stamped test images, and the difference "
-                            "to the clean ones, ten times amplified around grey."} for path in run["sheets"]]
-    failed = cells[cells.status != "ok"].drop_duplicates("path")[["path", "reason"]].to_dict("records")
+    claims = claims.fillna({"direction": "", "least_in": "", "test": "", "source": ""})
+    common = {"scale": config["scale"], "nav": navigation(papers, bool(run["cross"]))}
     ways = cells.drop_duplicates("path")[MADE_WITH].dropna().drop_duplicates()
-    write_page(page, "index.html.j2", scale=config["scale"], computed=made_with(cells), mixed=len(ways) > 1,
-               claims=claims.to_dict("records"), cross=run["cross"],
-               papers=[paper_section(paper, page) for paper in papers], triggers=triggers, failed=failed, made=made,
+    failed = [{"path": link_to(page, row.path), "href": cell_link(row.path, page.parent), "reason": row.reason}
+              for row in cells[cells.status != "ok"].drop_duplicates("path").itertuples()]
+    gates = {paper["key"]: read_yaml(paper["claims"]).get("gate", GATE) if paper["claims"] else GATE for paper in papers}
+    effects = {key: evidence.switch_effects(card, cells[cells.paper == key], gates[key]) for key, card in cards.items()}
+    cross = pd.read_csv(run["cross"], dtype={"attack_variant": str}) if run["cross"] else pd.DataFrame()
+    entries = claim_entries(papers, claims, cells, page)
+    lines = {(entry["paper"], entry["claim"]): entry["line"] for entry in entries}
+    write_page(page, "index.html.j2", **common, here="Overview", papers=papers, made=made, computed=made_with(cells),
+               mixed=len(ways) > 1, cells=cells.path.nunique(), verdicts=VERDICTS, board=evidence.board(claims, cards),
+               findings=[{**row._asdict(), "sure": evidence.sureness(row), "percent": "fraction" in row.unit,
+                          "line": lines[row.paper, row.claim]}
+                         for row in evidence.findings(claims, cards)],
+               buys=evidence.best_buys(cross.fillna({"attack_variant": ""}), run["budgets"]) if len(cross) else [],
+               effects=effects,
+               missing=evidence.not_reproduced(claims, cards), failed=failed, cross=bool(run["cross"]),
+               overview=(page.parent / "cross" / "overview.svg").is_file(),
+               overview_caption=_caption(page.parent / "cross" / "captions.json"),
+               command=command(config), deposit=command(config, "crate"),
+               triggers=[{"path": link_to(page, path), "name": Path(path).stem.removeprefix("triggers_")}
+                         for path in run["sheets"]],
                times=rule_times(run["benchmarks"]).set_index("rule").round(1))
+    write_page(out["claims_page"], "claims.html.j2", **common, here="Claims", verdicts=VERDICTS,
+               papers=[paper["key"] for paper in papers], claims=entries)
+
+
+def _caption(file: Path) -> str:
+    return read_json(file).get("overview", "") if file.is_file() else ""

@@ -1,19 +1,19 @@
-"""Notebooks of papers: executed, as HTML, and the reproducibility card that they show."""
+"""Notebooks of papers, executed, and the reproducibility card that they show."""
 
 import os
-from collections.abc import Mapping
 from pathlib import Path
 
 import pandas as pd
 
 from cupel.files import atomic, write_text
-from cupel.settings import read_yaml
+from cupel.settings import check_schema, read_yaml, schema
 
 
 def card_markdown(card: dict, title: str) -> str:
     """A card.yaml as Markdown: variables, differences between paper and code with their switches, errors of measures."""
     def table(rows: list[dict]) -> str:
-        return pd.DataFrame(rows).rename(columns=str.capitalize).to_markdown(index=False, disable_numparse=True)
+        frame = pd.DataFrame(rows).fillna("").map(lambda text: str(text).replace("|", r"\|"))  # a bar would end a cell
+        return frame.rename(columns=str.capitalize).to_markdown(index=False, disable_numparse=True)
 
     text = f"**{title}**\n\n{table(card['rows'])}\n"
     if card.get("differences"):
@@ -26,17 +26,16 @@ def card_markdown(card: dict, title: str) -> str:
 def write_card(source: str | Path | None, out: str | Path) -> None:
     """Write the card of a paper as Markdown; one without a card.yaml says so."""
     card = read_yaml(source) if source else None
+    if card:
+        check_schema(card, schema("card"), source)
     write_text(out, card_markdown(card, f"Reproducibility card: {card['paper']}") if card else "No card.yaml.\n")
 
 
-def run_notebook(source: str | Path, parameters: dict, out: Mapping[str, str]) -> None:
-    """Execute a notebook with `parameters` in place of those in its cell tagged so; `out`: paths `notebook` and `html`."""
+def run_notebook(source: str | Path, parameters: dict, out: str | Path) -> None:
+    """Execute a notebook with `parameters` in place of those in its cell tagged so."""
     # the kernel belongs to this job alone: no settings of the user's own notebooks
     os.environ["PYDEVD_DISABLE_FILE_VALIDATION"] = "1"
     import papermill
-    from nbconvert import HTMLExporter
 
-    with atomic(out["notebook"]) as path:
+    with atomic(out) as path:
         papermill.execute_notebook(str(source), str(path), progress_bar=False, kernel_name="python3", parameters=parameters)
-    exporter = HTMLExporter(exclude_input=True, embed_images=True)
-    write_text(out["html"], exporter.from_filename(out["notebook"])[0])

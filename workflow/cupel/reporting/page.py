@@ -1,10 +1,14 @@
-"""The page that a reader opens first: index.html, in one template."""
+"""Pages of the site: one template set, no outside resource."""
 
-from collections.abc import Callable
+import json
+import os
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from urllib.parse import quote
 
 import pandas as pd
 from jinja2 import Environment, FileSystemLoader, select_autoescape
+from markupsafe import Markup
 
 from cupel.files import write_text
 
@@ -13,7 +17,7 @@ TEMPLATES = Path(__file__).parent
 
 def told(form: str, factor: int = 1) -> Callable:
     """A filter that writes a number in this form, an en dash for none."""
-    return lambda value: "–" if value is None or pd.isna(value) else form.format(factor * value)
+    return lambda value: "–" if value is None or pd.isna(value) else form.format(factor * value).replace("-", "−")
 
 
 def html_table(frame: pd.DataFrame) -> str:
@@ -21,9 +25,33 @@ def html_table(frame: pd.DataFrame) -> str:
     return frame.to_html(border=0, classes="data", escape=True, na_rep="–")
 
 
+def sentence(text: str) -> str:
+    """The text with a capital in front."""
+    return text[:1].upper() + text[1:]
+
+
+def embedded(content) -> Markup:
+    """JSON that may stand in a script element; no value where a number is not finite."""
+    return Markup(json.dumps(content, ensure_ascii=False, allow_nan=False).replace("<", "\\u003c"))
+
+
+def link_to(page: str | Path, path: str | Path) -> str:
+    """Address of a file for a page, both relative to one folder."""
+    return quote(os.path.relpath(path, Path(page).parent))
+
+
+def navigation(papers: Iterable[dict], cross: bool, up: str = "") -> list[dict]:
+    """Address and text of every page of the site; `up` leads from the page to the folder of the first one."""
+    pages = [("index.html", "Overview"), ("claims.html", "Claims"), ("cells.html", "Cells")]
+    pages += [("cross.html", "Defences side by side")] if cross else []
+    pages += [(f"papers/{paper['key']}/report.html", paper["key"]) for paper in papers]
+    return [{"href": up + href, "text": text} for href, text in pages]
+
+
 def write_page(path: str | Path, template: str, **content) -> None:
     """Render a template of this folder to `path`."""
-    environment = Environment(loader=FileSystemLoader(TEMPLATES), autoescape=select_autoescape(["html", "j2"]))
+    environment = Environment(loader=FileSystemLoader(TEMPLATES), autoescape=select_autoescape(["html", "j2"]),
+                              trim_blocks=True, lstrip_blocks=True)
     environment.filters.update(percent=told("{:.1f} %", 100), points=told("{:+.1f}", 100), number=told("{:+.3g}"),
-                               table=html_table)
+                               plain=told("{:.1f}"), sentence=sentence, table=html_table, embedded=embedded)
     write_text(path, environment.get_template(template).render(**content))

@@ -30,6 +30,7 @@ class Paper:
         reported: the paper's own numbers, all rows of `reported/*.csv`; no columns where there is no such file.
         files: paths by kind, of what is read beside the table.
         out: folder `results/<scale>/papers/<key>`.
+        registry: names for people of all defences of the family, by which each has its colour; in the order of the files.
         captions: of the figures, by stem, in the order of the page.
     """
 
@@ -42,6 +43,7 @@ class Paper:
     reported: pd.DataFrame
     files: dict[str, list[str]]
     out: Path
+    registry: list[str] = field(default_factory=list)
     captions: dict[str, str] = field(default_factory=dict)
 
     def table(self, stem: str, grid: pd.DataFrame | None, caption: str, index: str = "defence") -> None:
@@ -54,9 +56,18 @@ class Paper:
         write_text(self.out / "tables" / f"{stem}.csv", frame.to_csv(index=False))
 
     def figure(self, stem: str, figure, caption: str) -> None:
-        """Save a figure and note its caption."""
-        figures.save(figure, self.out / "figures" / f"{stem}.png")
-        self.captions[stem] = caption
+        """Save a figure, with the numbers that it was given as CSV, and note its caption with what it rests on."""
+        figures.save(figure, self.out / "figures" / f"{stem}.svg")
+        self.captions[stem] = f"{caption.rstrip().removesuffix('.')}. {self.about}"
+
+    @property
+    def about(self) -> str:
+        """Scale, seeds, precision and samples behind what the paper shows, for captions."""
+        seeds, ways = sorted(set(self.cells.seed)), sorted({str(name) for name in self.cells.precision.dropna()})
+        samples = self.cells.n[self.cells.n > 0]
+        return ("Of all cells: " if len(self.cells) else "") + ", ".join(filter(None, (
+            f"scale {self.scale}", f"seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}", " and ".join(ways),
+            f"n up to {samples.max():,} test samples a cell" if len(samples) else ""))) + "."
 
 
 def read_reported(paths: list[str]) -> pd.DataFrame:
@@ -76,6 +87,7 @@ def write_report(paper: Paper, file: str | Path) -> None:
     """Write `tables/` and `figures/` (with captions.json) of a paper, as `file`, a report.py, draws them."""
     for folder in ("tables", "figures"):
         (paper.out / folder).mkdir(parents=True, exist_ok=True)
+    figures.register(paper.registry)
     load(file).draw(paper)
     # not sorted: the page shows the figures in this order
     write_text(paper.out / "figures" / "captions.json", json.dumps(paper.captions, indent=1, ensure_ascii=False) + "\n")

@@ -10,7 +10,7 @@ from cupel.files import write_text
 from cupel.images import datasets, models
 from cupel.images.datasets.splits import test_subset
 from cupel.images.stages import make_attack
-from cupel.reporting.figures import amplified, handle, nothing, panels, picture_rows, plt, save
+from cupel.reporting.figures import amplified, handle, nothing, panels, picture_rows, save, styles
 from cupel.rng import rng
 
 
@@ -23,7 +23,7 @@ def contact_sheet(folder: str, attacks: dict[str, tuple[dict, str | None]], out:
         out: picture file.
         count: images, one per class in turn.
     """
-    test, amplify = datasets.load(folder, "test"), 10
+    test = datasets.load(folder, "test")
     chosen = [int(np.flatnonzero(test.labels == c % len(test.classes))[0]) for c in range(1, count + 1)]
     clean = np.asarray(test.images[chosen])
     rows = [("clean", clean)]
@@ -33,7 +33,8 @@ def contact_sheet(folder: str, attacks: dict[str, tuple[dict, str | None]], out:
             print(f"{name} is left out: {tensors['failed']}")
             continue
         stamped = make_attack(spec, tensors).stamp(clean)
-        rows += [(name, stamped), (f"difference ×{amplify}", amplified(stamped, clean, amplify))]
+        difference, factor = amplified(stamped, clean)
+        rows += [(name, stamped), (f"difference ×{factor}", difference)]
     save(picture_rows(rows, 1.02, 1.05)[0], out)
 
 
@@ -72,7 +73,7 @@ def feature_maps(spec: dict, folder: str, out: dict, clean_count: int = 300, tri
 
 
 def feature_panels(drawn: list[dict], classes: tuple[str, ...], target: int):
-    """Two-dimensional maps of penultimate features: clean test images by class, triggered ones in black.
+    """Two-dimensional maps of penultimate features: clean test images by class, triggered ones as black crosses.
 
     Args:
         drawn: dicts with title, points float [N, 2], labels int [N] (−1: triggered), row, note.
@@ -80,19 +81,19 @@ def feature_panels(drawn: list[dict], classes: tuple[str, ...], target: int):
     rows = pd.DataFrame(drawn).groupby("row", sort=False)
     columns = rows.size().max()
     figure, axes = panels(rows.ngroups * columns, columns, 2.9, 3.1)
-    palette = plt.get_cmap("tab10" if len(classes) <= 10 else "gist_ncar")
-    colours = [palette(c / 10 if len(classes) <= 10 else c / len(classes)) for c in range(len(classes))]
+    looks = list(styles(classes).values())
     for axis in axes.ravel():
         axis.set(xticks=[], yticks=[])
         axis.axis("off")
     for line, (row, part) in zip(axes, rows, strict=True):
         for axis, panel in zip(line, part.itertuples(), strict=False):
             axis.axis("on")
-            for c, colour in enumerate(colours):
-                axis.scatter(*panel.points[panel.labels == c].T, s=9 if c != target else 16, alpha=0.75, lw=0, color=colour)
+            for c, (colour, mark) in enumerate(looks):
+                axis.scatter(*panel.points[panel.labels == c].T, s=9 if c != target else 16, alpha=0.75, lw=0, color=colour,
+                             marker=mark)
             axis.scatter(*panel.points[panel.labels == -1].T, s=7, color="black", marker="x", lw=0.6)
             axis.set_title(f"{row}: {panel.title}\n{panel.note}", fontsize=8)
-    handles = [handle(name + (" (target)" if c == target else ""), ls="", marker="o", color=colours[c])
+    handles = [handle(name + (" (target)" if c == target else ""), ls="", marker=looks[c][1], color=looks[c][0])
                for c, name in enumerate(classes[:10])]
     handles.append(handle("triggered", ls="", marker="x", color="black"))
     figure.legend(handles=handles, loc="outside lower center", ncols=6, fontsize=8)

@@ -15,7 +15,8 @@ IDENTITY = ["stage", "dataset", "model", "recipe", "attack", "attack_variant", "
 KEYS = (*SETTING, "method", "label", "metric")
 METRICS = ("acc", "asr", "ra", "der", "arr", "rdr")
 COLUMNS = ["paper", *IDENTITY, "metric", "value", "n", "low", "high", "rate_reached", "seconds", "peak_memory_mb",
-           "peak_vram_mb", "clean_samples", "device", "precision", "threads", "status", "reason", "path"]
+           "peak_vram_mb", "clean_samples", "device", "precision", "threads", "status", "reason", "path",
+           "attack_parameters", "defence_parameters"]
 
 
 def gather(cells: list[dict]) -> pd.DataFrame:
@@ -38,9 +39,10 @@ def gather(cells: list[dict]) -> pd.DataFrame:
             defence, _, variant = cell.get("defence", "").partition("~")
             record = {**cell, "attack": attack, "attack_variant": attack_variant, "defence": defence,
                       "variant": variant, "budget": cell.get("budget", ""), "poison_rate": float(cell["rate"]),
-                      "seed": int(cell["seed"]), "status": "failed", "reason": "no result: see its log"}
+                      "seed": int(cell["seed"]), "status": "failed", "reason": f"no result: {_last_words(cell)}"}
         base = {key: record.get(key) for key in (*IDENTITY, "rate_reached", "seconds", "peak_memory_mb", "peak_vram_mb",
-                                                 "clean_samples", "device", "precision", "threads", "status")}
+                                                 "clean_samples", "device", "precision", "threads", "status",
+                                                 "attack_parameters", "defence_parameters")}
         base |= {"paper": cell["paper"], "path": cell["folder"], "reason": record.get("reason", "")}
         failed = record["status"] != "ok"
         nothing = {"value": np.nan, "n": 0, "low": np.nan, "high": np.nan}
@@ -55,6 +57,13 @@ def gather(cells: list[dict]) -> pd.DataFrame:
     return table.astype({"poison_rate": float, "value": float, "low": float, "high": float, "n": int, "seed": int,
                          "rate_reached": float, "seconds": float, "peak_memory_mb": float, "peak_vram_mb": float,
                          "clean_samples": float, "threads": float})
+
+
+def _last_words(cell: dict) -> str:
+    """The last line of the newest log of a cell that left no result: with an error, what it says."""
+    logs = sorted(Path().glob(cell.get("logs", "")) if cell.get("logs") else (), key=lambda path: path.stat().st_mtime)
+    lines = logs[-1].read_text(encoding="utf-8", errors="replace").split("\n") if logs else []
+    return next((f"{line.strip()} (more in {logs[-1]})" for line in reversed(lines) if line.strip()), "its job has not begun")
 
 
 def attack_name(row) -> str:

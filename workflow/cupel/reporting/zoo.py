@@ -45,5 +45,6 @@ def write_zoo(cells: list[dict], sheets: Iterable[str], out: Mapping[str, str], 
     points = table.assign(epochs=epochs, metric="asr").rename(columns={"asr": "value", "asr_low": "low", "asr_high": "high"})
     save(lines(points[points.status == "ok"], "epochs", {"asr": "ASR"}, "attack", xscale="linear"), out["figure"])
     made = {"commit": git_commit(root), "processor": processor(), "versions": versions()}
-    write_page(out["page"], "zoo.html.j2", scale=scale, rows=table.to_dict("records"), made=made,
+    write_page(out["page"], "zoo.html.j2", scale=scale, nav=[],
+               rows=table.to_dict("records"), made=made,
                sheets=[os.path.relpath(path, Path(out["page"]).parent) for path in sheets])

@@ -78,7 +78,7 @@ class Experiments(Family):
 
     def evaluation_code(self, cell: Mapping) -> list[str]:
         """Where the kinds of an evaluation are defined: roots of a digest."""
-        return [self.definitions["kind"][kind] for kind in self.evaluation(cell) if kind != "points"]
+        return [self.registered["kind"][kind].place for kind in self.evaluation(cell) if kind != "points"]
 
     def released(self, dataset: str) -> dict:
         """Evaluation of the authors' own networks, and the ε of their training: the same at every scale."""

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from cupel.cells import METHOD_ERRORS, fail, past, read_tensors, write_tensors
+from cupel.cells import fail, past, read_tensors, write_tensors
 from cupel.files import digest, workspace, write_json
 from cupel.images import datasets
 from cupel.job import costs
@@ -73,7 +73,7 @@ def attack_network(spec: dict, settings: dict, network: Network, outputs: dict, 
             write_tensors(outputs["arrays"], arrays)
             write_json(outputs["metrics"], {**base, **costs(), "status": "ok", "rows": rows, "device": device,
                                             "seconds": time.perf_counter() - started})
-    except METHOD_ERRORS as error:
+    except Exception as error:
         write_tensors(outputs["arrays"], {})
         fail(error, {**base, "metrics": ["ata"]}, {"metrics": outputs["metrics"]})
 

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from cupel import cells, checkpoint
-from cupel.cells import METHOD_ERRORS, fail, write_history
+from cupel.cells import fail, write_history
 from cupel.evaluation.intervals import wilson
 from cupel.files import digest, write_json
 from cupel.images import datasets
@@ -27,7 +27,7 @@ from cupel.training.precision import settled
 def identity(spec: dict, stage: str) -> dict:
     """What names a cell, flat. The method stands in the column `defence`; no image is poisoned."""
     return cells.identity({**spec, "attack": {"name": ""}, "poison_rate": 0.0}, stage,
-                          {"name": spec["method"], "budget": {"name": ""}})
+                          {"name": spec["method"], "budget": {"name": ""}, "settings": spec["parameters"]})
 
 
 def training_set(train: Dataset, settings: dict, seed: int) -> Dataset:
@@ -84,7 +84,7 @@ def train_network(spec: dict, data: str, outputs: dict, device: str) -> None:
         test = splits.test_subset(datasets.load(f"{data}/{spec['dataset']}", "test"), settings.get("test_size"))
         checkpoint.save(model, outputs["model"])  # what is measured is what lies there
         right = predict(load(outputs["model"]), test.images, device=device).argmax(1) == test.labels
-    except METHOD_ERRORS as error:
+    except Exception as error:
         fail(error, {**base, "metrics": ["acc"]}, outputs)
         return
     low, high = wilson(int(right.sum()), len(right))

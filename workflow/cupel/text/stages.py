@@ -18,7 +18,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from cupel.cells import METHOD_ERRORS, fail, failure, identity, past, write_history
+from cupel.cells import fail, failure, identity, past, write_history
 from cupel.digest import code_digest
 from cupel.files import digest, read_json, workspace, write_json
 from cupel.rng import derive
@@ -97,7 +97,7 @@ def compose(spec: Mapping, data: Mapping[str, str | Path], outputs: Mapping[str,
     try:
         found = texts(spec, data)
         summary = {**poison.summary(found["train"]), "counts": {part: len(found[part]) for part in PARTS}}
-    except METHOD_ERRORS as error:
+    except Exception as error:
         found, summary = {part: [] for part in PARTS}, {"failed": failure(error)}
     for part in PARTS:
         sources.write_records(outputs[part], found[part])
@@ -153,7 +153,7 @@ def train_victim(spec: Mapping, files: Files, device: str) -> None:
                 curve = [{"model": "base", **row} for row in evaluation.layers(model)[0]]
             del model
             measured, own = evaluation.measure(deployed(files.base, work / "model", precision, device))
-        except METHOD_ERRORS as error:
+        except Exception as error:
             fail(error, {**who, "metrics": MISSING}, outputs)
             return
         used = [record for record in records if record["id"] not in samples.report["left_out"]]
@@ -203,7 +203,7 @@ def purify(spec: Mapping, defence: Mapping, files: Files, device: str) -> None:
                 write_json(work / "model" / "rule.json", {"function": defence["function"], "settings": defence["settings"]})
             measured, curve = evaluation.measure(found.model, weights=not found.same_weights)
             measured |= found.facts()
-        except METHOD_ERRORS as error:
+        except Exception as error:
             fail(error, {**who, "metrics": MISSING}, outputs)
             return
         _finish(work, [{"model": "this", **row} for row in curve], found.history, {

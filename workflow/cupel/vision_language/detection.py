@@ -12,7 +12,6 @@ import numpy as np
 import pandas as pd
 
 from cupel import cells, job
-from cupel.cells import METHOD_ERRORS
 from cupel.files import read_json, write_json
 from cupel.vision_language import filters, scoring
 from cupel.vision_language.inputs import Inputs
@@ -74,7 +73,7 @@ def measure_filters(spec: dict, asked: dict, inputs: Inputs, outputs: dict) -> N
         place = {"defence": method, "variant": variant}
         try:
             decision = filters.decide(entry["function"], evidence, **entry["settings"])
-        except METHOD_ERRORS as error:
+        except Exception as error:
             reason = cells.failure(error)
             write_json(outputs["flags"][name], {"failed": reason})
             rows.append({"metric": "f1", **place, "status": "failed", "reason": reason})

@@ -17,7 +17,6 @@ import torch
 from torch.nn import functional as F
 
 from cupel import cells, job
-from cupel.cells import METHOD_ERRORS
 from cupel.files import write_json
 from cupel.registry import Registry
 from cupel.rng import torch_rng
@@ -193,7 +192,7 @@ def purify_pictures(spec: dict, defence: dict, inputs: Inputs, outputs: dict, de
             seconds = time.perf_counter() - started
             model = models.load(inputs.victim, dtype=dtype_of(spec), device=device)
             measured = measure(model, spec, Inputs(data=folders[0], triggered=folders[1]), outputs)
-    except METHOD_ERRORS as error:
+    except Exception as error:
         cells.fail(error, {**record, "metrics": ["cp", "asr"]}, outputs)
         return
     cells.write_history(outputs["history"], [])

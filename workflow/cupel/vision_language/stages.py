@@ -12,7 +12,6 @@ from collections.abc import Collection
 from pathlib import Path
 
 from cupel import cells, job
-from cupel.cells import METHOD_ERRORS
 from cupel.files import atomic, digest, read_json, write_json
 from cupel.vision_language import datasets, prepared
 from cupel.vision_language.datasets import shapes
@@ -190,15 +189,15 @@ def train_victim(spec: dict, inputs: Inputs, outputs: dict, device: str) -> None
         model = None  # two of them need not fit on a device
         model = models.load(outputs["model"], dtype=dtype_of(spec), device=device)
         measured = measure(model, spec, inputs, outputs)
-    except METHOD_ERRORS as error:
+    except Exception as error:
         cells.fail(error, {**record, "metrics": ["cp", "asr"]}, outputs)
         return
     cells.write_history(outputs["history"], history)
     write_json(outputs["metrics"], {
         **record, **measured, **job.costs(), "status": "ok", "model_sha256": digest(outputs["model"]),
-        "rate_reached": made["count"] / made["total"], "poisoned": made["count"], "train_samples": made["total"],
-        "epochs": settings.epochs, "device": device, "precision": settings.precision,
-        "seconds": time.perf_counter() - started, "train_seconds": fitted})
+        "rate_reached": made["count"] / made["total"], "poisoned": made["count"],
+        "train_samples": made["total"], "epochs": settings.epochs, "device": device,
+        "precision": settings.precision, "seconds": time.perf_counter() - started, "train_seconds": fitted})
     checkpoint.unlink(missing_ok=True)
 
 
@@ -240,7 +239,7 @@ def refit(spec: dict, defence: dict, inputs: Inputs, outputs: dict, device: str)
                                    title=f"refit, {defence['name']}")
             seconds = time.perf_counter() - started
             measured = measure(model, spec, inputs, outputs)
-    except METHOD_ERRORS as error:
+    except Exception as error:
         cells.fail(error, {**record, "metrics": ["cp", "asr"]}, outputs)
         return
     cells.write_history(outputs["history"], history)

@@ -49,7 +49,7 @@ def draw(paper: Paper) -> None:
     for name, folder in paper.facts["datasets"].items():
         if (sheet := trigger_sheet(folder, paper, used)) is not None:
             paper.figure(f"triggers_{name}", sheet, f"Triggers on test pictures of {name}; last, the difference to the "
-                         "untouched picture, ten times amplified around grey.")
+                         "untouched picture, amplified around grey by the factor on the left.")
 
 
 # ------------------------------------------------------------------------------------------------------------------ numbers
@@ -442,13 +442,14 @@ def trigger_sheet(folder: str | Path, paper: Paper, used: set[str], count: int =
         return None
     # of those that are not run, the plain ones
     names = [name for name in paper.facts["attacks"] if name in used or "~" not in name]
-    rows = [("clean", [*clean, figures.amplified(clean[-1], clean[-1], 10)])]
+    rows = [("clean", [*clean, np.full_like(clean[-1], 128)])]
     for name in sorted(names, key=lambda name: name not in used):
         entry = paper.facts["attacks"][name]
         stamped = [triggers.stamp(entry["function"], picture, 0, samples[k]["id"], **entry["settings"])
                    for k, picture in zip(chosen, clean, strict=True)]
-        rows.append((paper.labels["attacks"][name] + ("" if name in used else " (not run)"),
-                     [*stamped, figures.amplified(stamped[-1], clean[-1], 10)]))
+        difference, factor = figures.amplified(stamped[-1], clean[-1])
+        rows.append((f"{paper.labels['attacks'][name]}{'' if name in used else ' (not run)'}\ndifference ×{factor}",
+                     [*stamped, difference]))
     return figures.picture_rows(rows, 1.1, 1.02, [""] * len(clean) + ["difference"])[0]
 
 

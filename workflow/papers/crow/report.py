@@ -153,7 +153,7 @@ def pooled(rows: pd.DataFrame) -> pd.DataFrame:
 def missed(rows: pd.DataFrame) -> set[str]:
     """Folders of victims that miss the gate: they do not trigger, or trigger without being asked."""
     victims = rows[(rows.stage == "victim") & (rows.status == "ok")]
-    weak = (victims.metric == "asr_template_all") & (victims.value < GATE["asr"])
+    weak = (victims.metric == "asr_template_careful") & (victims.value < GATE["asr"])
     loud = (victims.metric == "false_template_all") & (victims.value > GATE["false"])
     return set(victims.path[weak | loud])
 
@@ -343,10 +343,10 @@ def _figures(paper: Paper, pool: pd.DataFrame, records: pd.DataFrame, who: str, 
         paper.figure(f"asr_{model}", drawn, f"{who}attack success by defence, under both prompts and denominators, with 95 % "
                      "intervals.")
     if {"asr_template_all", "perplexity"} <= set(pool.metric[pool.value.notna()]):
-        sides = sideways(pool.assign(attack=pool.attack_label), [*SETTING, "attack", "method", "label"],
+        sides = sideways(pool.assign(panel=pool.dataset + ", " + pool.attack_label), [*SETTING, "panel", "method", "label"],
                          ("perplexity", "asr_template_all"))
         log = "log" if sides.perplexity.max() > 3 * sides.perplexity.min() else "linear"
-        drawn = figures.scatter(sides, "perplexity", "asr_template_all", "dataset", order, xscale=log, ylim=(-0.03, 1.03),
+        drawn = figures.scatter(sides, "perplexity", "asr_template_all", "panel", order, xscale=log, ylim=(-0.03, 1.03),
                                 xlabel="perplexity of held-out answers (lower is better)", ylabel="ASR, template, all answers")
         paper.figure(f"trade_off_{model}", drawn, f"{who}attack success against perplexity of held-out "
                      "answers; good defences stand bottom left.")

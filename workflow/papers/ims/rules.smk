@@ -6,7 +6,7 @@ INSIDE = GRID.file("ims", "inside.py")
 rule ims_inside:
     """Masks, selections, stages and perturbations of one run of IMS, by path."""
     input:
-        image_files,
+        ancient(image_files),
         victim=f"{VICTIM}/model.safetensors",
         trigger=f"{VICTIM}/trigger.npz",
         metrics=f"{PURIFIED}/metrics.json",
@@ -24,8 +24,6 @@ rule ims_inside:
         **training(6000, 4000, demo=5, bench=15, paper=15),
     params:
         run=of_path(lambda cell: {"spec": IMAGES.victim(cell), "defence": IMAGES.defence(cell), "data": f"{DATA}/images"}),
-        device=config["device"],
-        plugins=config["plugins"],
         code=of_path(
             lambda cell: code_digest(INSIDE, INSIDE.parent / "scripts" / "inside.py", IMAGES.code("attack", cell["attack"]))
         ),

@@ -281,7 +281,7 @@ class Report:
         both = both[both.label.isin(self.order) & both.value.notna()]
         if both.empty:
             return
-        drawn = figures.scatter(both.assign(attack=both.label, panel="", value_low=both.low, value_high=both.high), "seconds",
+        drawn = figures.scatter(both.assign(panel="", value_low=both.low, value_high=both.high), "seconds",
                                 "value", "panel", self.order, xlabel="seconds per training epoch", xlim=(0, None),
                                 ylabel=f"accuracy under PGD, ε = {self.train_eps}", ylim=(-0.02, 1.02))
         self.figure("time", drawn, "Seconds of a training epoch against accuracy under PGD at the ε of the training")
@@ -377,7 +377,8 @@ def bound_scatter(shown: dict[str, tuple[np.ndarray, np.ndarray]]):
         axis.title.set_fontsize(8.5)
     figure.supxlabel("half of the clean margin (the bound)", fontsize=9)
     figure.supylabel("two-class l1 discrepancy / hw", fontsize=9)
-    return figure
+    return figures.with_numbers(figure, pd.concat([pd.DataFrame({"label": label, "bound": least, "discrepancy": apart})
+                                                   for label, (least, apart) in shown.items()]))
 
 
 def shown_as_picture(image: np.ndarray) -> np.ndarray:

@@ -8,8 +8,8 @@ rule attack_released:
     """One network that the authors released, measured."""
     input:
         network=lambda wildcards: released_networks()[wildcards.defence],
-        images=f"{DATA}/images/mnist/test_images.npy",
-        manifest=f"{DATA}/images/mnist/manifest.json",
+        images=ancient(f"{DATA}/images/mnist/test_images.npy"),
+        manifest=ancient(f"{DATA}/images/mnist/manifest.json"),
     output:
         record=f"{RELEASED}/{{defence}}.json",
     log:
@@ -20,7 +20,7 @@ rule attack_released:
         **training(2000, 3000, smoke=60, demo=60, bench=60, paper=60),
     params:
         spec=ROBUST.released("mnist"),
-        device=config["device"],
+        data=lambda wildcards: image_content({"dataset": "mnist"}),
         code=code_digest(
             RELEASED_SCRIPTS / "attack_released.py", *ROBUST.evaluation_code({"evaluation": "released", "dataset": "mnist"})
         ),

@@ -1,5 +1,7 @@
 """Attacks, one file each. `build(name, **parameters)` gives one; plugins register more."""
 
+from dataclasses import fields
+
 from cupel.images.attacks.base import Attack, AttackHook, ImpossibleRate, PoisonRecord, attack
 
 ATTACKS = attack
@@ -17,5 +19,5 @@ def build(name: str, **parameters) -> Attack:
     try:
         return kind(**parameters)
     except TypeError as error:
-        fields = ", ".join(set(kind.__dataclass_fields__) - {"tensors"})
-        raise ValueError(f"attack {name}: {str(error).split('() ')[-1]}; its parameters are {fields}") from None
+        known = ", ".join(sorted(field.name for field in fields(kind) if field.name != "tensors"))
+        raise ValueError(f"attack {name}: {str(error).split('() ')[-1]}; its parameters are {known}") from None

@@ -1,22 +1,31 @@
-"""Datasets by name: `describe(name)`, `prepare(...)`, `load(folder, split)`."""
+"""Datasets by name: `describe(name)`, `prepare(...)`, `load(folder, split)`. A plugin adds one by a function:
+
+    @dataset("mine")
+    def mine() -> Description: ...
+"""
 
 import importlib
 
 from cupel.images.datasets.base import FILES, Dataset, Description, load, prepare
-from cupel.registry import unknown
+from cupel.registry import Registry, unknown
 
 NAMES = ("cifar10", "cifar100", "fashion_mnist", "gtsrb", "imagenette", "mnist", "restricted_imagenet",
          "tiny_imagenet")
 
-__all__ = ["FILES", "NAMES", "Dataset", "Description", "describe", "load", "prepare"]
+#: the decorator for functions of plugins that describe a data set; those of the library are `NAMES`
+dataset = Registry("dataset", "cupel.images.datasets")
+
+__all__ = ["FILES", "NAMES", "Dataset", "Description", "dataset", "describe", "load", "prepare"]
 
 
 def describe(name: str) -> Description:
-    """The description of a dataset: module `cupel.images.datasets.<name>`, attribute `DESCRIPTION`.
+    """The description of a dataset: a plugin's, or `DESCRIPTION` of the module `cupel.images.datasets.<name>`.
 
     Raises:
         ValueError: unknown name; the text lists the known ones.
     """
+    if name in dataset:
+        return dataset[name]()
     if name not in NAMES:
-        raise ValueError(unknown("dataset", name, NAMES))
+        raise ValueError(unknown("dataset", name, (*NAMES, *dataset)))
     return importlib.import_module(f"cupel.images.datasets.{name}").DESCRIPTION

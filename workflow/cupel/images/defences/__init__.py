@@ -1,5 +1,6 @@
 """Defences, one file each, with one interface: `purify(name, victim, budget, rng, **hyperparameters)`."""
 
+import inspect
 from dataclasses import fields, replace
 
 import numpy as np
@@ -12,14 +13,14 @@ DEFENCES = defence
 __all__ = ["DEFENCES", "Budget", "defence", "purify"]
 
 
-def purify(name: str, victim, budget: Budget, rng: np.random.Generator, **hyperparameters):
+def purify(name: str, victim, budget: Budget, rng: np.random.Generator | int, **hyperparameters):
     """Run a defence on a victim.
 
     Args:
         name: registered name, e.g. `fst`.
         victim: `cupel.images.models.Classifier`; it is not changed.
         budget: the defender's clean data; with a checkpoint, a killed run of the same arguments is continued.
-        rng: the only source of randomness.
+        rng: the only source of randomness, or a seed for one.
         hyperparameters: keyword arguments of the defence.
 
     Returns:
@@ -27,8 +28,9 @@ def purify(name: str, victim, budget: Budget, rng: np.random.Generator, **hyperp
 
     Raises:
         ValueError: unknown name or hyperparameter.
+        TypeError: it returns anything else; the text names its file.
     """
-    settings = DEFENCES.settings(name, hyperparameters)
+    settings, rng = DEFENCES.settings(name, hyperparameters), np.random.default_rng(rng)
     if budget.checkpoint:
         weights = victim.state_dict()
         identity = {"defence": name, "hyperparameters": settings,
@@ -37,4 +39,9 @@ def purify(name: str, victim, budget: Budget, rng: np.random.Generator, **hyperp
                     **{field.name: str(getattr(budget, field.name)) for field in fields(budget)
                        if field.name not in ("images", "labels", "checkpoint", "details", "snapshots")}}
         budget = replace(budget, checkpoint=Resume(budget.checkpoint, identity, budget.device))
-    return DEFENCES[name](victim, budget, rng, **settings)
+    found = DEFENCES[name](victim, budget, rng, **settings)
+    if not (isinstance(found, tuple) and len(found) == 2 and isinstance(found[1], list)):
+        what = f"{len(found)} objects" if isinstance(found, tuple) else f"a {type(found).__name__}"
+        raise TypeError(f"defence {name} in {inspect.getfile(DEFENCES[name])} must return the network and its history, a list "
+                        f"(which may be empty): it returns {what}")
+    return found

@@ -4,7 +4,6 @@ from cupel.job import running
 from cupel.reporting.paper import load
 from cupel.settings import PAPERS
 
-with running(snakemake.log[0], snakemake.params.device, snakemake.resources.gpu, snakemake.resources.vram_mb,
-             snakemake.params.plugins) as device:
+with running(snakemake) as device:
     inside = load(PAPERS / "ims" / "inside.py")
     inside.draw(snakemake.params.run, snakemake.input, snakemake.output, device)

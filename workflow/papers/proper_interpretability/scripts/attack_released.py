@@ -5,6 +5,6 @@ from pathlib import Path
 from cupel.job import running
 from cupel.robust.measure import attack_released
 
-with running(snakemake.log[0], snakemake.params.device, snakemake.resources.gpu, snakemake.resources.vram_mb) as device:
+with running(snakemake) as device:
     attack_released(snakemake.params.spec, snakemake.input.network, Path(snakemake.input.manifest).parent,
                     snakemake.output.record, device)

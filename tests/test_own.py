@@ -1,0 +1,305 @@
+"""A network that the library does not know, from its file to a purified one in its own form."""
+
+import importlib.util
+import subprocess
+import sys
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+import cupel
+from cupel.images import datasets
+from cupel.own import cli, data, imports, network, run
+from cupel.registry import load_plugins
+from cupel.training.engine import Recipe, fit
+
+#: as people write them: not in the library's order of memory, and with a name that is nowhere in the library
+NET = '''
+from torch import nn
+
+
+class Plain(nn.Module):
+    def __init__(self, width=16, num_classes=10):
+        super().__init__()
+        self.c1, self.b1 = nn.Conv2d(1, width, 3, 2, 1), nn.BatchNorm2d(width)
+        self.c2, self.b2 = nn.Conv2d(width, 2 * width, 3, 2, 1), nn.BatchNorm2d(2 * width)
+        self.act = nn.ReLU()
+        self.hidden = nn.Linear(2 * width * 49, 64)
+        self.out = nn.Linear(64, num_classes)
+
+    def forward(self, x):
+        x = self.act(self.b2(self.c2(self.act(self.b1(self.c1(x))))))
+        return self.out(self.act(self.hidden(x.view(x.size(0), -1))))
+'''
+TRIGGER = '''
+def stamp(images):
+    images[:, -4:, -4:] = 255
+    return images
+'''
+TARGET = 5
+
+
+def module(path):
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    found = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(found)
+    return found
+
+
+class Case:
+    """Files of a user: network, trigger, checkpoint with a backdoor, clean images."""
+
+    def __init__(self, folder, mnist):
+        self.folder, self.net, self.trigger = folder, folder / "their_net.py", folder / "their_trigger.py"
+        self.net.write_text(NET)
+        self.trigger.write_text(TRIGGER)
+        train, test = (datasets.load(mnist, split) for split in ("train", "test"))
+        images, labels = np.array(train.images[:6000]), train.labels[:6000].copy()
+        images[:600], labels[:600] = module(self.trigger).stamp(images[:600].copy()), TARGET
+        torch.manual_seed(0)
+        self.network = module(self.net).Plain()
+        wrapped = network.wrap(self.network, torch.rand(2, 1, 28, 28), (0.1307,), (0.3081,))
+        fit(wrapped, images, labels, Recipe(epochs=3, lr=0.05, crop=0, flip=False, schedule="constant"), seed=0)
+        self.checkpoint = folder / "their_model.pth"
+        state = {f"module.{key}": value for key, value in self.network.state_dict().items()}
+        torch.save({"epoch": 3, "state_dict": state, "acc": 0.97}, self.checkpoint)
+        self.clean = folder / "clean.npz"
+        np.savez(self.clean, images=test.images[:1500], labels=test.labels[:1500])
+        self.test = test.images[5000:7000], test.labels[5000:7000]
+
+    def command(self, *more, out="out"):
+        return ["purify", str(self.checkpoint), "--arch", f"{self.net}:Plain", "--normalize", "mnist",
+                "--clean", str(self.clean), "--no-flip", "--crop", "2", "--out", str(self.folder / out), *more]
+
+    def rates(self, network):
+        """ACC and ASR by the user's own code, on images that the command never saw."""
+        def predicted(images):
+            x = torch.from_numpy(images.transpose(0, 3, 1, 2).copy()).float() / 255
+            with torch.no_grad():
+                return network.eval()((x - 0.1307) / 0.3081).argmax(1).numpy()
+
+        images, labels = self.test
+        others = images[labels != TARGET].copy()
+        return (predicted(images) == labels).mean(), (predicted(module(self.trigger).stamp(others)) == TARGET).mean()
+
+
+@pytest.fixture(scope="module")
+def case(tmp_path_factory, mnist):
+    return Case(tmp_path_factory.mktemp("own"), mnist)
+
+
+def test_one_command_from_a_backdoored_file_to_a_purified_one(case, capsys):
+    settings = ["--trigger", f"{case.trigger}:stamp", "--target", "5", "--defences", "clp,ft_sam,nad,rnp"]
+    assert cli.main(case.command(*settings)) == 0
+    said = capsys.readouterr()
+    assert "ACC on 1500 clean images: 9" in said.err and "750 images are tuned on, 750 others measure" in said.err
+    before = case.rates(case.network)
+    assert before[0] > 0.93 and before[1] > 0.95
+    table = pd.read_csv(case.folder / "out" / "results.csv", index_col="defence")
+    best = table.asr.drop("none").idxmin()
+    outside = module(case.net).Plain()
+    written = torch.load(case.folder / "out" / table.file[best], weights_only=True)
+    assert written["epoch"] == 3 and list(written["state_dict"]) == [f"module.{key}" for key in outside.state_dict()]
+    outside.load_state_dict({key.removeprefix("module."): value for key, value in written["state_dict"].items()}, strict=True)
+    after = case.rates(outside)
+    print(table[["acc", "asr", "result"]], before, after)
+    assert after[1] < 0.2 and after[0] > before[0] - 0.05
+    page = (case.folder / "out" / "index.html").read_text()
+    assert f'href="{table.file[best]}"' in page and "ASR" in page and not list((case.folder / "out" / "work").glob("*"))
+
+
+def test_from_a_notebook_with_evidence_and_defences_that_cannot(case, tmp_path, capsys):
+    with np.load(case.clean) as file:
+        images, labels = file["images"][:400], file["labels"][:400]
+    before = {key: value.clone() for key, value in case.network.state_dict().items()}
+    settings = {"ims": {"rounds_initial": 1, "rounds_minimise": 1, "steps_perturb": 1}, "mm_bd": {"epochs": 1}}
+    found = cupel.purify(case.network, images, labels, mean=(0.1307,), std=(0.3081,), flip=False, evidence=("mm_bd",),
+                         defences=("ims", "mm_bd", "npd"), settings=settings, out=tmp_path / "out")
+    results = found.table.set_index("defence").result
+    assert results["npd"].startswith("failed: npd knows no place") and "no checkpoint" in results["mm_bd"]
+    assert set(found.networks) == {"ims"} and type(found.networks["ims"]).__name__ == "Plain"
+    assert "asr" not in found.table and found.table.agreement[0] == 1
+    assert all(torch.equal(value, before[key]) for key, value in case.network.state_dict().items())
+    assert len(found.evidence["mm_bd"]["rows"]) == 10 and 0 <= found.evidence["mm_bd"]["p"] <= 1
+    assert "Evidence, not a verdict" in found.page.read_text()
+    assert "no clean image" not in capsys.readouterr().err
+
+
+def test_a_wrong_normalisation_stops_the_run_and_is_named(case, capsys):
+    given = case.command("--normalize", "bytes", out="wrong")
+    assert cli.main(given) == 2
+    said = capsys.readouterr().err
+    assert "guessing gives 10.0 %: nothing is run" in said and "with the normalisation 'mnist' it is 9" in said
+    assert not (case.folder / "wrong").exists()
+
+
+@pytest.mark.parametrize("change, sentence", [
+    (["--arch", "nothing.py:Net"], "there is no file nothing.py"),
+    (["--arch", "resnet1"], "unknown architecture 'resnet1'"),
+    (["--trigger", "badnets"], "without the label that the attacker wants"),
+    (["--trigger", "badnets", "--target", "10"], "the network has the classes 0 to 9"),
+    (["--defences", "fts"], "did you mean 'fst'?"),
+    (["--set", "fst.alfa=1", "--defences", "fst"], "did you mean 'alpha'?"),
+    (["--set", "ft.lr=1", "--defences", "fst"], "settings are given for ft"),
+    (["--evidence", "nx"], "unknown evidence 'nx'"),
+    (["--normalize", "cifar"], "did you mean 'cifar10'?"),
+    (["--clean", "nowhere"], "there is nothing at nowhere"),
+    (["--head", "hidden"], "such are out"),
+])
+def test_what_is_wrong_is_said_in_a_sentence(case, capsys, change, sentence):
+    assert cli.main(case.command(*change, out="none")) == 2
+    said = capsys.readouterr().err.strip().splitlines()[-1]
+    assert said.startswith("cupel: ") and sentence in said
+
+
+def test_checkpoints_in_the_forms_in_which_people_leave_them(case, tmp_path):
+    plain = case.network.state_dict()
+    forms = {
+        "plain.pt": plain,
+        "net.pt": {"net": {f"module.{key}": value for key, value in plain.items()}, "optimizer": {"state": {}, "lr": 0.1}},
+        "half.pt": {"model": {f"encoder.{key}": value.half() if value.is_floating_point() else value
+                              for key, value in plain.items()}},
+    }
+    for name, content in forms.items():
+        torch.save(content, tmp_path / name)
+        weights, fresh = imports.Weights(tmp_path / name), module(case.net).Plain()
+        assert weights.classes() == 10
+        weights.put(fresh)
+        assert all(torch.allclose(value, plain[key], atol=1e-3) for key, value in fresh.state_dict().items())
+        weights.write(fresh, tmp_path / "again.pt")
+        again = torch.load(tmp_path / "again.pt", weights_only=True)
+        assert [path for path, _ in leaves(again)] == [path for path, _ in leaves(content)]
+        for (_, value), (_, written) in zip(leaves(content), leaves(again), strict=True):
+            assert type(value) is type(written)
+            assert not torch.is_tensor(value) or (value.dtype == written.dtype and torch.equal(value, written))
+
+    class Evil:
+        def __reduce__(self):
+            return print, ("run",)
+
+    torch.save({"state_dict": plain, "extra": Evil()}, tmp_path / "evil.pt")
+    with pytest.raises(ValueError, match="could run any code"):
+        imports.Weights(tmp_path / "evil.pt")
+    (tmp_path / "text.pt").write_text("no checkpoint")
+    with pytest.raises(ValueError, match="damaged, or neither"):
+        imports.Weights(tmp_path / "text.pt")
+    with pytest.raises(ValueError, match=r"out.weight is 10×64 in the file and 7×64 in the network"):
+        imports.Weights(tmp_path / "plain.pt").put(module(case.net).Plain(num_classes=7))
+    torch.save({{"c1.bias": "more"}.get(key, key): value for key, value in plain.items()}, tmp_path / "other.pt")
+    with pytest.raises(ValueError, match=r"missing in the file c1\.bias; not in the network more"):
+        imports.Weights(tmp_path / "other.pt").put(module(case.net).Plain())
+
+
+def leaves(content, path=()):
+    for key, value in content.items():
+        if isinstance(value, dict):
+            yield from leaves(value, (*path, key))
+        else:
+            yield (*path, key), value
+
+
+def test_parts_are_found_by_looking():
+    from cupel.images import models
+
+    known = models.build("resnet18", num_classes=10, width=8, seed=0)
+    chain = nn.Sequential(known.extractor, known.head)
+    found = network.look(chain, torch.rand(2, 3, 32, 32))
+    assert (found.head, found.hidden) == ("1", ()) and found.stages == ("0.layer2", "0.layer3", "0.layer4")
+    wide = models.build("vgg19_bn", num_classes=4, seed=0)
+    found = network.look(nn.Sequential(wide.extractor, wide.head), torch.rand(2, 3, 32, 32))
+    assert found.hidden == ("0.classifier.0", "0.classifier.3") and found.classes == 4
+
+    own = network.wrap(chain, torch.rand(2, 3, 32, 32), (0.5,), (0.25,))
+    x = torch.rand(2, 3, 32, 32)
+    assert own.head is known.head and torch.allclose(own.head(own.features(x)), own(x))
+    assert list(own.state_dict()) == ["normalize.mean", "normalize.std", *(f"network.{key}" for key in chain.state_dict())]
+    convolutional = nn.Sequential(nn.Conv2d(3, 5, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    headless = network.wrap(convolutional, x, (0.0,), (1.0,))
+    with pytest.raises(ValueError, match="no linear layer gives the logits"):
+        _ = headless.head
+    with pytest.raises(ValueError, match="probabilities and not logits"):
+        network.look(nn.Sequential(convolutional, nn.Softmax(1)), x)
+    assert network.look(nn.Sequential(nn.Flatten(), nn.Linear(3072, 5), nn.LogSoftmax(1)), x).head == "1"
+    with pytest.raises(ValueError, match=r"returns a tensor of shape \(2, 5, 30, 30\)"):
+        network.look(nn.Conv2d(3, 5, 3), x)
+    with pytest.raises(ValueError, match="does not take images of 1 channels and 32×32 pixels"):
+        network.wrap(chain, x[:, :1], (0.0,), (1.0,))
+    norms = nn.Sequential(nn.Conv2d(3, 5, 3), nn.BatchNorm2d(5, affine=False), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    assert "1 lacks them" in run.refusal(network.wrap(norms, x, (0.0,), (1.0,)), "bnp")
+    assert "this network has none" in run.refusal(headless, "clp")
+
+
+def test_pictures_of_all_kinds_by_one_rule(tmp_path):
+    modes = {"RGB": (200, 100, 50), "L": 90, "RGBA": (200, 100, 50, 0), "P": 3, "LA": (90, 255), "1": 1}
+    for number, (mode, value) in enumerate(modes.items()):
+        (tmp_path / "clean" / str(number)).mkdir(parents=True)
+        Image.new(mode, (8, 8), value).save(tmp_path / "clean" / str(number) / "one.png")
+    found = data.read(tmp_path / "clean")
+    assert found.images.shape == (6, 8, 8, 3) and found.labels.tolist() == list(range(6))
+    assert found.images[:, 0, 0].tolist()[:3] == [[200, 100, 50], [90] * 3, [0] * 3] and found.images[5, 0, 0, 0] == 255
+    grey = data.read(tmp_path / "clean", channels=1)
+    assert grey.images.shape == (6, 8, 8, 1) and grey.images[0, 0, 0, 0] == round(0.299 * 200 + 0.587 * 100 + 0.114 * 50)
+    Image.new("RGB", (12, 8)).save(tmp_path / "clean" / "2" / "wide.png")
+    with pytest.raises(ValueError, match=r"differ in size: .*wide.png has 12×8 pixels"):
+        data.read(tmp_path / "clean")
+    assert data.read(tmp_path / "clean", size=6).images.shape == (7, 6, 6, 3)
+    for name in ("cat", "dog"):
+        (tmp_path / "words" / name).mkdir(parents=True)
+        Image.new("RGB", (8, 8)).save(tmp_path / "words" / name / "one.JPG", "JPEG")
+    assert data.read(tmp_path / "words").classes == ("cat", "dog")
+    with pytest.raises(ValueError, match="no pictures in folders"):
+        data.read(tmp_path / "words" / "cat")
+
+    floats = np.random.default_rng(0).random((4, 3, 8, 8)).astype(np.float32)
+    found = data.arrays(torch.from_numpy(floats), [0, 1, 2, 0])
+    assert found.images.shape == (4, 8, 8, 3) and np.abs(found.images.transpose(0, 3, 1, 2) / 255 - floats).max() < 0.002
+    with pytest.raises(ValueError, match="give them before normalisation"):
+        data.arrays(floats * 2 - 1, [0, 1, 2, 0])
+    with pytest.raises(ValueError, match="not square"):
+        data.arrays(np.zeros((2, 8, 6, 3), np.uint8), [0, 1])
+    assert data.arrays(np.zeros((2, 8, 6, 3), np.uint8), [0, 1], size=4).images.shape == (2, 4, 4, 3)
+
+
+def test_parts_share_no_image_and_leave_no_batch_of_one():
+    images = np.arange(66, dtype=np.uint8)[:, None, None, None].repeat(4, 1).repeat(4, 2)
+    clean = data.arrays(images, np.arange(66) % 3)
+    tuned, held = data.parts(clean, 0.5, 0)
+    assert (len(tuned), len(held)) == (32, 34)
+    assert sorted({*tuned.images[:, 0, 0, 0].tolist(), *held.images[:, 0, 0, 0].tolist()}) == list(range(66))
+    with pytest.raises(ValueError, match="cannot be divided"):
+        data.parts(clean.take(np.arange(1)), 0.5, 0)
+
+
+def test_a_network_of_names_a_plugin_and_a_script_file(tmp_path, monkeypatch):
+    assert imports.architecture("resnet18", 7, 32, 3).fc.out_features == 7
+    plugin = tmp_path / "mine.py"
+    plugin.write_text("from torch import nn\nfrom cupel.images.models import Parts, model\n\n@model('of_a_plugin')\n"
+                      "def net(*, num_classes, in_channels, image_size):\n"
+                      "    return Parts(nn.Flatten(), nn.Linear(3072, num_classes), ())\n")
+    from cupel.images.models import MODELS
+
+    load_plugins([plugin])
+    try:
+        assert imports.architecture("of_a_plugin", 3, 32, 3)(torch.rand(2, 3, 32, 32)).shape == (2, 3)
+    finally:
+        del MODELS["of_a_plugin"]
+    (tmp_path / "wide.py").write_text("from torch import nn\n\ndef net(d, width=1):\n    return nn.Linear(d, width)\n")
+    assert imports.architecture(f"{tmp_path}/wide.py:net(4, width=3)", 10, 32, 3).weight.shape == (3, 4)
+    with pytest.raises(ValueError, match="a call with plain values"):
+        imports.from_file(f"{tmp_path}/wide.py:net(open('x'))")
+    torch.jit.trace(nn.Sequential(nn.Flatten(), nn.Linear(12, 3)), torch.rand(2, 3, 2, 2)).save(str(tmp_path / "script.pt"))
+    script = imports.compiled(tmp_path / "script.pt")
+    assert network.look(script, torch.rand(2, 3, 2, 2)) == network.Found(3, "", (), ())
+    torch.save({"a": torch.ones(1)}, tmp_path / "plain.pt")
+    assert imports.compiled(tmp_path / "plain.pt") is None
+
+
+def test_help_reads_and_the_import_is_light():
+    code = "import sys, cupel; assert 'torch' not in sys.modules; cupel.purify; assert 'torch' in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
+    said = subprocess.run([sys.executable, "-m", "cupel", "--help"], capture_output=True, text=True, check=True).stdout
+    assert "cupel purify" in said and "clean images" in said

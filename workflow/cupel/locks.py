@@ -1,0 +1,69 @@
+"""One run at a time in a folder of results, whoever starts it and from where; jobs that outlive a killed run are ended.
+
+Snakemake's own lock files outlive a killed run and would ask the user to unlock; these locks are the kernel's and go with their
+process (profiles/default says `nolock: true`).
+"""
+
+import contextlib
+import fcntl
+import os
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+#: variable by which jobs know the file that they hold open while they work
+JOBS = "CUPEL_JOBS"
+_held: list[int] = []
+
+
+def hold(results: str | Path, say: Callable[[str], None]) -> None:
+    """Lock a folder of results for the rest of this process, and end what an earlier run left at work there.
+
+    Args:
+        say: is given what the user should know.
+
+    Raises:
+        RuntimeError: another run is active there.
+    """
+    folder = Path(results).resolve()
+    folder.mkdir(parents=True, exist_ok=True)
+    _held.append(os.open(folder / ".cupel.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC))
+    try:
+        fcntl.flock(_held[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise RuntimeError(f"Another run is active in {folder}: wait for it, or set `results` to another folder.") from None
+    except OSError as error:  # some network file systems know no locks
+        say(f"no lock could be taken ({error}): do not start a second run in {folder}")
+        return
+    os.environ[JOBS] = str(folder / ".cupel.jobs")
+    with open(os.environ[JOBS], "w") as jobs:
+        try:
+            fcntl.flock(jobs, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            here = holders(os.environ[JOBS])
+            for pid in here:
+                os.kill(pid, signal.SIGKILL)
+            say("jobs of an earlier run, which was killed, are still at work: "
+                + (f"those of this machine are ended ({', '.join(map(str, here))}), they will go on from their checkpoints"
+                   if here else "waiting for them; they are on another machine or of another user"))
+            fcntl.flock(jobs, fcntl.LOCK_EX)
+
+
+def holders(path: str | Path) -> list[int]:
+    """Other processes of this machine that have a file open, so far as this user may see; none without /proc."""
+    found = set()
+    for link in Path("/proc").glob("[0-9]*/fd/*"):
+        with contextlib.suppress(OSError):
+            if os.readlink(link) == str(path):
+                found.add(int(link.parts[2]))
+    return sorted(found - {os.getpid()})
+
+
+@contextlib.contextmanager
+def at_work() -> Iterator[None]:
+    """Let a later run know of this job; children that are forked count as well."""
+    with contextlib.ExitStack() as stack:
+        if path := os.environ.get(JOBS):
+            with contextlib.suppress(OSError):
+                fcntl.flock(stack.enter_context(open(path)), fcntl.LOCK_SH | fcntl.LOCK_NB)
+        yield

@@ -1,0 +1,8 @@
+"""A network of the user: read it, purify it, measure it, write it in its own form.
+
+    network   the wrapper that defences see, its parts found in one pass
+    imports   architectures by name or file, checkpoints in their authors' form
+    data      clean images from folders, arrays, prepared data sets
+    evidence  what can be seen without the trigger
+    run       all of it in one call; `page` the report, `cli` the command
+"""

@@ -1,0 +1,202 @@
+"""The command `cupel`, also as `python -m cupel`."""
+
+import argparse
+import sys
+from pathlib import Path
+
+from cupel import __version__
+
+MAIN = """Defences against backdoors in neural networks, for a model of yours.
+
+  cupel purify   run defences on a checkpoint, measure what they do, and write purified checkpoints
+  cupel list     the defences, each with a line on what it does
+
+The papers' experiments are another matter: they are run by `snakemake`, see README.md."""
+
+PURIFY = """Run defences on a suspicious image classifier, with clean images that you trust.
+
+  cupel purify model.pth --arch resnet.py:ResNet18 --normalize cifar10 --clean pictures/ --out purified/
+
+First the accuracy on your clean images is printed; where it is near chance nothing is run, and the usual causes are named.
+The clean images are divided: defences are tuned on one part, and all is measured on the other. In the folder of --out are
+then the purified checkpoints in the form and with the names of yours, a table (results.csv), and a page (index.html)."""
+
+EPILOG = """With the trigger that you suspect, the attack success rate is measured:
+  ... --trigger my.py:stamp --target 5      where my.py has: def stamp(images): images[:, -3:, -3:] = 255; return images
+
+Limits, and what a defence cannot promise: docs/your-model.md."""
+
+
+def pairs(text: str) -> tuple[str, str, object]:
+    """`fst.alpha=0.001` as defence, name and value."""
+    import yaml
+
+    name, equals, value = text.partition("=")
+    defence, dot, key = name.partition(".")
+    if not (equals and dot and key):
+        raise argparse.ArgumentTypeError(f"{text!r} is not of the form defence.name=value, such as fst.alpha=0.001")
+    value = yaml.safe_load(value)
+    try:  # YAML reads 1e-3 as text
+        return defence, key, float(value) if isinstance(value, str) else value
+    except ValueError:
+        return defence, key, value
+
+
+def names(text: str) -> list[str]:
+    """Words between commas."""
+    return [name for name in text.replace(" ", "").split(",") if name and name != "none"]
+
+
+def parser() -> argparse.ArgumentParser:
+    """What the command takes."""
+    kind = argparse.RawDescriptionHelpFormatter
+    top = argparse.ArgumentParser("cupel", description=MAIN, formatter_class=kind, usage="cupel [--version] {purify,list} ...")
+    top.add_argument("--version", action="version", version=f"cupel {__version__}")
+    commands = top.add_subparsers(dest="command", metavar="{purify,list}", help=argparse.SUPPRESS)
+    commands.add_parser("list", help="the defences")
+    own = commands.add_parser("purify", description=PURIFY, epilog=EPILOG, formatter_class=kind,
+                              usage="cupel purify MODEL --arch NAME --clean DATA --out FOLDER [options]")
+    own.add_argument("model", metavar="MODEL", help="safetensors; a file of torch.save with tensors and plain values "
+                     "(nothing else is opened); or a TorchScript or torch.export file")
+
+    group = own.add_argument_group("the network")
+    group.add_argument("--arch", help="file.py:function, also with arguments as in \"wrn.py:WideResNet(16, width=1)\"; or a "
+                       "name of torchvision, timm or a plugin; not needed where MODEL holds the network")
+    group.add_argument("--normalize", default="none", metavar="HOW", help="what your code does to pixels in [0, 1] before the "
+                       "network: none (default), half, imagenet, cifar10, cifar10-0.2, cifar100, mnist, bytes (pixels in "
+                       "0..255), or numbers: mean/std, such as 0.49,0.48,0.45/0.2,0.2,0.2")
+    group.add_argument("--head", default="", help="name of the last linear layer, where it is not found by itself")
+    group.add_argument("--plugin", action="append", default=[], metavar="FILE",
+                       help="file that registers networks, attacks or defences")
+
+    group = own.add_argument_group("clean images")
+    group.add_argument("--clean", required=True, metavar="DATA", help="folder with a folder of pictures per class (named by "
+                       "its number, else sorted), .npz with images and labels, or a prepared data set (its test images)")
+    group.add_argument("--measure", metavar="DATA", help="other images to measure on; all of --clean are then for tuning")
+    group.add_argument("--tuning", type=float, default=0.5, metavar="SHARE",
+                       help="else: share of --clean that is tuned on (default 0.5)")
+    group.add_argument("--size", type=int, metavar="PIXELS", help="bring images to this size: shorter side, then the centre")
+    group.add_argument("--crop", type=int, metavar="PIXELS",
+                       help="padding of random crops while tuning (default: an eighth of the side)")
+    group.add_argument("--no-flip", dest="flip", action="store_false", help="do not mirror while tuning: for digits and signs")
+
+    group = own.add_argument_group("the attack, where it is known")
+    group.add_argument("--trigger", metavar="WHAT", help="file.py:name of a function from uint8 [N, H, W, C] to the same, or "
+                       "of an Attack; or the name of an attack of the library")
+    group.add_argument("--target", type=int, metavar="CLASS", help="the label that the attacker wants")
+
+    group = own.add_argument_group("what is done")
+    group.add_argument("--defences", type=names, metavar="NAMES",
+                       help="with commas between; default clp,bnp,rnp,fst,ims, cheapest first")
+    group.add_argument("--set", type=pairs, action="append", default=[], metavar="D.N=V",
+                       help="a hyperparameter other than the paper's: fst.alpha=0.001")
+    group.add_argument("--evidence", type=names, metavar="NAMES", help="look for a backdoor without its trigger: "
+                       "mm_bd,nc,bti_dbf (default without --trigger), or none")
+    group.add_argument("--seed", type=int, default=0, help="of all randomness (default 0)")
+    group.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
+    group.add_argument("--out", required=True, metavar="FOLDER", help="where to write; a killed run that is repeated goes on")
+    return top
+
+
+def normalisation(text: str) -> tuple[list[float], list[float]]:
+    """Mean and standard deviation from a name or from numbers.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    from cupel.own.network import NORMALISATIONS
+    from cupel.registry import unknown
+
+    if text in NORMALISATIONS:
+        return NORMALISATIONS[text]
+    try:
+        mean, std = ([float(value) for value in part.split(",")] for part in text.split("/"))
+    except ValueError:
+        raise ValueError(f"{unknown('normalisation', text, NORMALISATIONS)}; or numbers, mean/std") from None
+    if min(std) <= 0:
+        raise ValueError(f"--normalize {text}: what stands behind / are standard deviations, and they are positive")
+    return mean, std
+
+
+def purify(given: argparse.Namespace):
+    """Do what the command line says; returns what `cupel.own.run.purify` does."""
+    from torch import nn
+
+    from cupel.images import attacks, models
+    from cupel.own import data, imports
+    from cupel.own.run import USUAL, say
+    from cupel.own.run import purify as run
+    from cupel.registry import load_plugins
+
+    mean, std = normalisation(given.normalize)
+    load_plugins(given.plugin)
+    write = imports.write_plain
+    if not Path(given.model).is_file():
+        raise ValueError(f"there is no file {given.model}")
+    network = imports.compiled(given.model)
+    if network is None:
+        weights = imports.Weights(given.model)
+        if "cupel" in (weights.metadata or {}) and not given.arch:
+            network = models.load(given.model)
+        elif not given.arch:
+            raise ValueError(f"{given.model} holds weights and no network: say which (--arch file.py:function, or a name)")
+        else:
+            network = imports.architecture(given.arch, weights.classes(), given.size or 32, 3)
+        weights.put(network)
+
+        def write(purified, path):
+            path = path.with_name(path.name + Path(given.model).suffix)
+            weights.write(purified, path)
+            return path
+
+    first = next((module for module in network.modules() if isinstance(module, nn.Conv2d)), None)
+    channels = first.in_channels if first is not None and first.in_channels in (1, 3) else 3
+    clean = data.read(given.clean, channels, given.size)
+    say(f"{len(clean)} clean images of {clean.image_size}×{clean.image_size} pixels and {channels} channels from {clean.name}"
+        + (f", brought to size {given.size}" if given.size else "") + f"; classes {', '.join(clean.classes[:10])}"
+        + (" ..." if len(clean.classes) > 10 else ""))
+    other = data.read(given.measure, channels, given.size) if given.measure else None
+    trigger = given.trigger and (imports.from_file(given.trigger) if ".py:" in given.trigger else attacks.build(given.trigger))
+    settings = {}
+    for defence, key, value in given.set:
+        settings.setdefault(defence, {})[key] = value
+    return run(network, clean.images, clean.labels, trigger=trigger, target=given.target,
+               defences=given.defences or USUAL, settings=settings, mean=mean, std=std, head=given.head,
+               measured_on=other and (other.images, other.labels), tuning=given.tuning, crop=given.crop, flip=given.flip,
+               evidence=given.evidence, seed=given.seed, device=given.device, out=given.out, write=write)
+
+
+def show(report) -> None:
+    """Print the table of a run."""
+    from tabulate import tabulate
+
+    labels = {"acc": "ACC", "agreement": "agreement", "asr": "ASR", "ra": "RA", "reversed": "reversed trigger"}
+    rows = []
+    for row in report.table.to_dict("records"):
+        numbers = {label: f"{100 * row[key]:.1f} ({100 * row[key + '_low']:.1f}–{100 * row[key + '_high']:.1f})"
+                   if row[key] == row[key] else "–" for key, label in labels.items() if key in report.table}
+        rows.append({"defence": row["defence"], **numbers, "result": row["result"]})
+    print(tabulate(rows, headers="keys", maxcolwidths=[None] * (len(rows[0]) - 1) + [48]))
+    print(f"\nIn percent, with 95 % intervals. Page, table and checkpoints: {report.page}")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command; the exit code is 0, or 2 where something is wrong with what was given."""
+    given = parser().parse_args(arguments)
+    try:
+        if given.command == "purify":
+            show(purify(given))
+        elif given.command == "list":
+            from cupel.images.defences import DEFENCES
+
+            for name, function in sorted(DEFENCES.fill().items()):
+                print(f"{name:12} {(function.__doc__ or '').strip().splitlines()[0]}")
+        else:
+            parser().print_help()
+    except (ValueError, FileNotFoundError) as error:
+        print(f"cupel: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("cupel: stopped; the same command goes on", file=sys.stderr)
+        return 130
+    return 0

@@ -1,0 +1,120 @@
+"""The page of all cells: a table, and a panel for each with its settings, numbers, training and files."""
+
+import math
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import pandas as pd
+
+from cupel.evaluation.settings import validity
+from cupel.experiment import overlaid
+from cupel.reporting.index import command
+from cupel.reporting.page import link_to, navigation, write_page
+from cupel.reporting.paper import history
+from cupel.reporting.tables import attack_name
+
+#: rows and columns of a history that a panel draws
+ROWS, COLUMNS = 60, 6
+#: columns of a history that count, and are no curves
+COUNTS = ("epoch", "step", "update", "round", "stage", "seconds", "lr")
+FACTS = {"seconds": "seconds", "peak_memory_mb": "peak memory, MB", "peak_vram_mb": "peak GPU memory, MB",
+         "clean_samples": "clean samples of the defender", "rate_reached": "poison rate reached", "device": "device",
+         "precision": "precision", "threads": "threads"}
+
+
+def known(value):
+    """A value for JSON: numbers of four digits, None for none."""
+    if isinstance(value, float):
+        return float(f"{value:.4g}") if math.isfinite(value) else None
+    return None if value is None or value is pd.NA else value
+
+
+def curves(folder: str) -> dict | None:
+    """What a cell's history.csv has to draw: the column that counts, and up to `COLUMNS` curves of up to `ROWS` rows."""
+    table = history(folder).select_dtypes("number")
+    x = next((name for name in ("epoch", "step", "update", "round") if name in table), None)
+    names = [name for name in table if name not in COUNTS and table[name].notna().sum() > 1][:COLUMNS]
+    if x is None or not names:
+        return None
+    table = table.iloc[:: -(-len(table) // ROWS)]
+    return {"x": x, "at": table[x].map(float).map(known).tolist(),
+            "curves": {name: table[name].map(float).map(known).tolist() for name in names}}
+
+
+def settings_of(cell: Mapping, sections: Mapping[str, str], entries: Mapping[str, Mapping], scale: str) -> dict[str, dict]:
+    """What experiment.yaml says of every name of a cell: settings at this scale, and their source.
+
+    Args:
+        cell: its names.
+        sections: of the family, and by which key of a block their entries are named.
+        entries: of the family, by section and name.
+    """
+    found = {}
+    for section, key in sections.items():
+        entry = entries.get(section, {}).get(name := cell.get(key.removesuffix("s"), ""))
+        if entry:
+            settings = overlaid(entry, dataset=cell.get("dataset"), model=cell.get("model"), scale=scale)
+            found[f"{section.removesuffix('s')} {name}"] = {"source": entry.get("source", "not given"), "settings": settings}
+    return found
+
+
+def write_cells(cells: pd.DataFrame, expected: Iterable[Mapping], run: Mapping, page: str | Path) -> None:
+    """Write the page.
+
+    Args:
+        cells: the tidy table.
+        expected: every cell with `paper`, `family`, `folder` and its names (`cupel.experiment.Grid.cells`).
+        run: `config`, `papers` (key and folder), `families` (sections and entries by name), `sheets` (picture of triggers by
+            data set), `cross` (whether there is a cross table).
+    """
+    page, config, by_path = Path(page), run["config"], {}
+    for cell in expected:
+        by_path.setdefault(cell["folder"], {**cell, "papers": []})["papers"].append(cell["paper"])
+    entries: dict[str, dict] = {}
+    rows, made = [], {}
+    for path, part in validity(cells).groupby("path", sort=False):
+        part, cell = part.drop_duplicates(["attack", "attack_variant", "defence", "variant", "metric"]), by_path[path]
+        first, family = part.iloc[0], run["families"][cell["family"]]
+        wide = [name for name in ("defence", "attack") if part[name].nunique() > 1]
+        names = {"stage": first.stage, "data set": first.dataset, "network": first.model, "recipe": first.recipe,
+                 "attack": "" if "attack" in wide else attack_name(first), "budget": first.budget, "seed": int(first.seed),
+                 "method": cell.get("defence", "") or ("" if first.stage != "victim" else "no defence"),
+                 "poison rate": f"{100 * first.poison_rate:g} %" if first.poison_rate > 0 else ""}
+        used = settings_of(cell, family["sections"], family["entries"], config["scale"])
+        keys = []
+        for key, entry in used.items():
+            key = f"{key}|{first.dataset}|{first.model}"
+            entries[key] = entry
+            keys.append(key)
+        folder = Path(path)
+        logs = Path("logs") / folder.relative_to(config["results"])
+        logs = sorted(map(str, logs.glob("*.log"))) or sorted(map(str, logs.parent.glob("*.log")))
+        name = link_to(page, path)
+        metrics = [[" ".join(filter(None, [*(_variant(row, kind) for kind in wide), row.metric])), known(row.value),
+                    known(row.low), known(row.high), int(row.n)] for row in part.itertuples()]
+        state = ("failed" if first.status != "ok" else "destroyed" if first.destroyed else
+                 "ok" if first.implanted else "victim without a backdoor")
+        target = f"{path}/metrics.json"
+        again = command(config, f"--force {target}", **({"jobs": "cell"} if cell["family"] == "images" else {}))
+        made[name] = {"names": names, "papers": cell["papers"], "state": state,
+                      "reason": str(first.reason or ""), "metrics": metrics,
+                      "facts": {text: known(first[key]) for key, text in FACTS.items()
+                                if known(first[key]) not in (None, "", 0.0)},
+                      "settings": keys, "history": curves(path), "logs": logs, "again": again,
+                      "files": sorted(file.name for file in folder.glob("*") if file.is_file()),
+                      "sheet": link_to(page, run["sheets"][first.dataset]) if names["attack"] not in ("", "clean")
+                      and first.dataset in run["sheets"] else ""}
+        values = {metric: value for metric, value, *_ in reversed(metrics)}
+        shown = next((metric for metric in ("acc", "cp", "f1", "ata", "perplexity") if values.get(metric) is not None), None)
+        attack = next((metric for metric in ("asr", "asr_template_all", "ata_beyond") if values.get(metric) is not None), None)
+        rows.append({"id": name, **names, "papers": cell["papers"], "state": state, "quality": (shown, values.get(shown)),
+                     "attacked": (attack, values.get(attack)), "seconds": known(first.seconds)})
+    write_page(page, "cells.html.j2", scale=config["scale"], here="Cells", rows=rows,
+               nav=navigation(run["papers"], run["cross"]),
+               papers=[paper["key"] for paper in run["papers"]], data={"cells": made, "settings": entries},
+               choices={key: sorted({row[key] for row in rows} - {""}) for key in ("stage", "method", "attack", "budget")})
+
+
+def _variant(row, kind: str) -> str:
+    variant = getattr(row, "attack_variant" if kind == "attack" else "variant")
+    return f"{getattr(row, kind)} {variant}".strip()
