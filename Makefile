@@ -7,10 +7,10 @@ BIN := $(VENV)/bin
 
 .PHONY: reproduce plan test test-all faults lint
 
-# what config.yaml says (make reproduce SCALE=bench for another scale): installs on first use, downloads data, reports
+# what config.yaml says (another scale, some papers: make reproduce SCALE=bench PAPERS="fst ims"): installs on first use, downloads
+# data, reports
 reproduce: $(VENV)/.installed
-	$(BIN)/snakemake --cores all $(if $(SCALE),--config scale=$(SCALE))
-	@echo "The report: $(CURDIR)/$$(ls -t results/*/index.html | head -n 1)"
+	$(BIN)/snakemake --cores all $(if $(SCALE),--config scale=$(SCALE)) $(if $(PAPERS),-- $(PAPERS))
 
 # what a scale takes, before anything is run: jobs, and hours where such jobs were measured (PAPERS="fst ims", CORES=8)
 plan: $(VENV)/.installed
@@ -38,5 +38,5 @@ $(VENV)/.installed: pyproject.toml envs/constraints.txt
 	echo "Snakemake cannot run Python from a path with a space, a quote or the like: $$path"; \
 	echo "Move this folder, or have the environment elsewhere: make reproduce VENV=/a/plain/path"; exit 1;; esac
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c envs/constraints.txt -e ".[$(EXTRAS)]"
+	$(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check -c envs/constraints.txt -e ".[$(EXTRAS)]"
 	touch $@

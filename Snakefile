@@ -8,12 +8,15 @@
 The chain: data -> poison -> victim -> purify -> cells (one tidy table) -> tables, figures, claims -> index.html
 """
 
+import os
+
 from snakemake.utils import min_version
 
 min_version("9.0")
 
 
-configfile: "config.yaml"
+# config/config.yaml: in a folder that snakedeploy made
+configfile: "config.yaml" if os.path.exists("config.yaml") else "config/config.yaml"
 
 
 # used with --software-deployment-method apptainer only; built from envs/cupel.def
@@ -84,5 +87,6 @@ for paper in GRID.papers:
             f"{RESULTS}/papers/{paper}/report.html",
 
     workflow.get_rule(paper).docstring = f"Tables, figures, claims and notebook of: {GRID.experiments[paper]['title']}"
+
 
 check_targets()

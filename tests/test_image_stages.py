@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from cupel.experiment import Grid
-from cupel.files import publish, write_json
+from cupel.files import digest, publish, write_json
 from cupel.images import stages
 
 
@@ -169,7 +169,8 @@ def test_what_a_defence_leaves_on_its_way_is_measured(tmp_path, cifar10, monkeyp
     victim = models.build("preactresnet18", num_classes=10, width=8, stem_stride=2, seed=0)
     models.save(victim, tmp_path / "victim.safetensors")
     before = {key: value for name in ("acc", "asr", "ra") for key, value in ((name, 0.5), (f"{name}_n", 100))}
-    write_json(tmp_path / "victim.json", {"status": "ok", "rate_reached": 0.1, **before})
+    write_json(tmp_path / "victim.json", {"status": "ok", "rate_reached": 0.1, **before,
+                                         "model_sha256": digest(tmp_path / "victim.safetensors")})
     spec = {"dataset": "cifar10", "model": "preactresnet18", "recipe": "r", "poison_rate": 0.1, "seed": 0,
             "attack": {"name": "blended", "function": "blended", "settings": {"alpha": 0.2}},
             "settings": {"train_size": 500, "test_size": 100, "training": {}}}

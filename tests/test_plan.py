@@ -122,14 +122,16 @@ def test_sums_by_hand():
     assert rows[1:] == [["prepare", "0", "1", "", "277.8 h", "1", ""],
                         ["odd", "1", "0", "", "", "0", "1 unknown"],
                         ["train", "2", "0", "yes", "2 min (2 min to 3 min)", "2", "5 min"],
-                        ["purify", "1 (3 cells)", "0", "yes", "30.0 s a cell *", "1", "90.0 s"],
+                        ["purify", "1 (3 cells)", "0", "yes", "30 s a cell *", "1", "90 s"],
                         ["report", "1", "0", "", "277.8 h at paper", "1", "1 unknown"]]
     assert "5 jobs to run, 1 done. Of those to run 3 ask for a GPU" in text and "The time of 3 is known, of 2 unknown." in text
     # two threads of 150 s each, twice, and 90 s; one of the two and the 90 s wait for each other
-    assert "Known: 0.19 core-hours, 0.11 h in jobs that ask for a GPU; at least 4 min with 4 cores." in text
+    assert "like the one below, 4 cores: at least 4 min. 0.19 core-hours, 0.11 h of them in jobs that ask for a GPU." in text
     assert f"measured on {CHIP};" in text
     assert max(plan.ends(graph, [0, 150, 150, 90, 0, 0])) == 240
     assert "core-hours" not in plan.show(graph, plan.Times("bench", costs[1:], ""), 4)  # nothing is made up
+    text = plan.show(graph, plan.Times("demo", costs, "", gpu=False), 4)
+    assert "core-hours" not in text and "meant for GPUs, and none is seen here" in text
 
 
 def test_costs_are_kept_in_a_table(tmp_path):

@@ -13,7 +13,7 @@ import pytest
 from sklearn.metrics import precision_recall_fscore_support, roc_auc_score
 
 from cupel.experiment import SCALES, Grid
-from cupel.files import read_json, write_json
+from cupel.files import digest, read_json, write_json
 from cupel.registry import load_plugins
 from cupel.reporting import tables
 from cupel.settings import PAPERS, ConfigError, check_schema, read_yaml, schema
@@ -308,9 +308,9 @@ def test_filters_of_a_failed_victim_are_failed_cells(chain):
     assert list(table.status) == ["failed"] and "Diverged" in table.reason[0] and table.metric[0] == "f1"
     outputs = {name: made["filtered"] / "refit" / file for name, file in (
         ("history", "history.csv"), ("clean", "c.parquet"), ("triggered", "t.parquet"), ("metrics", "metrics.json"))}
-    write_json(made["filtered"] / "victim.json", {"status": "ok", "metrics": []})
-    inputs = Inputs(before=made["filtered"] / "victim.json", flags=made["filtered"] / "flags" / "bye.json",
-                    poisoned=made["poisoned"])
+    write_json(made["filtered"] / "victim.json", {"status": "ok", "metrics": [], "model_sha256": digest(made["poisoned"])})
+    inputs = Inputs(before=made["filtered"] / "victim.json", victim=made["poisoned"], poisoned=made["poisoned"],
+                    flags=made["filtered"] / "flags" / "bye.json")
     stages.refit(made["spec"], plan("smoke").defence({"defence": "bye"}), inputs, outputs, "cpu")
     record = read_json(outputs["metrics"])
     assert record["status"] == "failed" and "its filter failed" in record["reason"] and outputs["clean"].exists()
@@ -328,14 +328,14 @@ def test_one_filter_that_fails_does_not_stop_the_others(chain):
 def test_fitting_again_on_everything_is_the_victim(chain, tmp_path):
     before, flags = tmp_path / "victim" / "metrics.json", tmp_path / "bye.json"
     write_json(before, {"status": "ok", "metrics": ["cp", "asr"], "cp": 0.8, "cp_n": 40, "cp_low": 0.7, "cp_high": 0.9,
-                        "asr": 0.9, "rate_reached": 0.1})
+                        "asr": 0.9, "rate_reached": 0.1, "model_sha256": digest(chain["0.1"]["poisoned"])})
     for name in ("clean", "triggered"):
         pd.DataFrame({"id": ["a"], "answer": ["yes"]}).to_parquet(tmp_path / "victim" / f"answers_{name}.parquet")
     write_json(flags, {"flagged": [], "of": 400})
     out = {"history": tmp_path / "o" / "history.csv", "metrics": tmp_path / "o" / "metrics.json",
            **{name: tmp_path / "o" / f"answers_{name}.parquet" for name in ("clean", "triggered")}}
     made = chain["0.1"]
-    inputs = Inputs(before=before, flags=flags, poisoned=made["poisoned"])
+    inputs = Inputs(before=before, victim=made["poisoned"], flags=flags, poisoned=made["poisoned"])
     stages.refit(made["spec"], plan("smoke").defence({"defence": "bye"}), inputs, out, "cpu")
     record = read_json(out["metrics"])
     assert record["reused"] and (record["cp"], record["asr"], record["cp_n"]) == (0.8, 0.9, 40)

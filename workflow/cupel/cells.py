@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from cupel.files import atomic, read_json, write_json, write_text
+from cupel.files import atomic, digest, read_json, write_json, write_text
 
 #: errors of the machine (memory, disk, damaged input), raised for a retry; any other is a method's, and a failed cell
 MACHINE_ERRORS = (MemoryError, OSError)
@@ -35,15 +35,23 @@ def _parameters(method: dict) -> str:
     return json.dumps({key: value for key, value in method.items() if key not in ("name", "budget")}, sort_keys=True)
 
 
-def past(before: str | Path) -> dict:
-    """The record of a victim.
+class ChangedVictim(OSError):
+    """A victim's file is not the one that was measured. No fault of a method, so no cell is recorded as failed for it."""
+
+
+def past(before: str | Path, model: str | Path) -> dict:
+    """The record of a victim whose weights, a file or a folder, are those that it was measured with.
 
     Raises:
         ValueError: it failed.
+        ChangedVictim: the weights are others.
     """
     record = read_json(before)
     if record["status"] != "ok":
         raise ValueError(f"its victim failed: {record['reason']}")
+    if digest(model) != record["model_sha256"]:
+        raise ChangedVictim(f"{model} is not the network that {before} tells of: it was changed after it was measured. Remove "
+                            "the folder of the victim and run the same command again")
     return record
 
 

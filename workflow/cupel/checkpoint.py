@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from cupel.files import atomic
+from cupel.training.engine import require_finite
 
 FORMAT = "cupel.classifier/1"
 
@@ -32,11 +33,17 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
 
     The file appears whole or not at all, and missing folders are made. Equal models give equal bytes: weights in
     channels-last order are stored in the usual order.
+
+    Raises:
+        Diverged: a weight is not finite (infinity is allowed in what is attached: it bounds nothing).
+        ValueError: the network does not say how it is built.
     """
     model = getattr(model, "_orig_mod", model)  # torch.compile's wrapper would prefix every key
-    if not model.spec:
+    if not getattr(model, "spec", None):
         raise ValueError("this network has no spec to build it again by: make it with build() or blank()")
     tensors = {key: value.detach().contiguous() for key, value in model.state_dict().items()}
+    require_finite((value[~value.isinf()] if key.startswith("attachments.") else value
+                    for key, value in tensors.items()), "weights")
     # One key only: safetensors writes several in random order, and equal models shall be equal files.
     recipe = {"format": FORMAT, "spec": model.spec}
     if getattr(model, "attachments", None):
@@ -66,6 +73,10 @@ def load(path: str | os.PathLike[str], rebuild: Callable[[dict, list[dict]], nn.
             model = rebuild(spec, attachments)
     except (TypeError, ValueError) as error:
         raise NotACheckpoint(f"{path}: its recipe {spec} builds no model of this version of cupel: {error}") from error
+    wanted = {key: value.dtype for key, value in model.state_dict().items()}
+    if other := [key for key, value in tensors.items() if value.dtype != wanted.get(key, value.dtype)]:
+        raise NotACheckpoint(f"{path}: {other[0]} is {tensors[other[0]].dtype}, but the model {spec['name']!r} computes in "
+                             f"{wanted[other[0]]}: convert the network before it is saved")
     try:
         model.load_state_dict(tensors, assign=True)
     except RuntimeError as error:

@@ -301,7 +301,9 @@ class Grid:
         self.experiments = {paper: _experiment(file, file.stat().st_mtime_ns) for paper, file in files.items()}
         for paper in self.papers:
             if scale not in (scales := self.experiments[paper]["scales"]):
-                raise ConfigError(f"scale: {paper} has no scale {scale!r}; it has {', '.join(scales)}")
+                others = [other for other in known if scale in self.experiments[other]["scales"]]
+                raise ConfigError(f"scale: {paper} has no scale {scale!r}; it has {', '.join(scales)}. "
+                                  f"Scale {scale} is there for: {', '.join(others)}")
         self.families: dict[str, Family] = {}
         for name in FAMILIES:
             contents = {key: content for key, content in self.experiments.items() if content["family"] == name}

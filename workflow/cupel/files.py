@@ -15,7 +15,11 @@ from typing import Any
 
 
 def digest(path: str | Path, algorithm: str = "sha256") -> str:
-    """Hex digest of a file, read in blocks."""
+    """Hex digest of a file, read in blocks, or of the files in a folder with their names; hidden ones, which Snakemake leaves
+    in its outputs, do not count."""
+    if Path(path).is_dir():
+        files = {file.name: digest(file, algorithm) for file in Path(path).iterdir() if not file.name.startswith(".")}
+        return hashlib.new(algorithm, json.dumps(files, sort_keys=True).encode()).hexdigest()
     with open(path, "rb") as file:
         return hashlib.file_digest(file, algorithm).hexdigest()
 

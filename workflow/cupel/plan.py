@@ -22,8 +22,11 @@ from re import Pattern
 
 from cupel.experiment import SCALES, Grid
 from cupel.files import benchmarks, read_json, write_text
+from cupel.reporting.terminal import duration
 from cupel.settings import LIBRARY, ConfigError, check_schema, read_yaml, schema
 
+#: scales whose training is meant for a GPU: hours on processors would be no plan
+GPU_SCALES = ("bench", "paper")
 COSTS = LIBRARY.parents[1] / "docs" / "results" / "costs.csv"
 
 
@@ -182,17 +185,19 @@ class Times:
         costs: `measured` and committed. For each rule those of one scale and machine are used: of this scale before others, of
             this results folder before others, of hardware `here` before other.
         here: see `hardware`.
+        gpu: False: jobs that ask for a GPU have none, and take nobody knows how long.
 
     Attributes:
         used: rule to its costs.
     """
 
-    def __init__(self, scale: str, costs: list[Cost], here: str):
+    def __init__(self, scale: str, costs: list[Cost], here: str, gpu: bool = True):
         def rank(cost: Cost) -> tuple:
             away = abs(SCALES.index(cost.scale or scale) - SCALES.index(scale))
             return away > 0, cost.hardware != "", cost.hardware != here, away, cost.scale or scale, cost.hardware
 
-        self.scale, self.used, self._seconds, best = scale, defaultdict(list), defaultdict(list), {}
+        self.scale, self.gpu, best = scale, gpu, {}
+        self.used, self._seconds = defaultdict(list), defaultdict(list)
         for cost in costs:
             best[cost.rule] = min(best.get(cost.rule, rank(cost)), rank(cost))
         for cost in costs:
@@ -203,6 +208,8 @@ class Times:
 
     def of(self, job: Job) -> float | None:
         """Seconds of a job; None: unknown."""
+        if job.gpu and not self.gpu:
+            return None
         found = (self._seconds.get((job.rule, *key)) for key in _keys(job.wildcards))
         each = next(filter(None, found), None)
         return each and job.cells * statistics.median(each)
@@ -217,10 +224,6 @@ def ends(jobs: list[Job], seconds: list[float]) -> list[float]:
     return list(map(end, range(len(jobs))))
 
 
-def _duration(seconds: float) -> str:
-    return f"{seconds:.1f} s" if seconds < 100 else f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:,.1f} h"
-
-
 def _row(jobs: list[Job], times: Times) -> tuple[str, ...]:
     """Jobs of one rule, for people."""
     rule, todo = jobs[0].rule, [job for job in jobs if job.todo]
@@ -228,11 +231,11 @@ def _row(jobs: list[Job], times: Times) -> tuple[str, ...]:
     one, total = "", []
     if used:
         each = sorted(cost.seconds / cost.cells for cost in used)
-        one = _duration(statistics.median(each)) + f" ({_duration(each[0])} to {_duration(each[-1])})" * (len(each) > 1)
+        one = duration(statistics.median(each)) + f" ({duration(each[0])} to {duration(each[-1])})" * (len(each) > 1)
         one += " a cell" * any(cost.cells > 1 for cost in used) + " *" * bool(used[0].hardware)
         one += f" at {used[0].scale}" * (used[0].scale not in ("", times.scale))
     known = [seconds for job in todo if (seconds := times.of(job)) is not None]
-    total = [_duration(sum(known))] * bool(known) + [f"{len(todo) - len(known):,} unknown"] * (len(known) < len(todo))
+    total = [duration(sum(known))] * bool(known) + [f"{len(todo) - len(known):,} unknown"] * (len(known) < len(todo))
     return (rule, f"{len(todo):,}" + f" ({cells:,} cells)" * (cells > len(todo)), f"{len(jobs) - len(todo):,}",
             "yes" * any(job.gpu for job in jobs), one, f"{len(used):,}", ", ".join(total))
 
@@ -254,10 +257,15 @@ def show(jobs: list[Job], times: Times, cores: int) -> str:
     gpu = sum(each for each, job in zip(seconds, jobs, strict=True) if job.gpu)
     text += ["", f"{len(todo):,} jobs to run, {len(jobs) - len(todo):,} done. Of those to run {sum(job.gpu for job in todo):,} "
              f"ask for a GPU, where there is one. The time of {known:,} is known, of {len(todo) - known:,} unknown."]
-    if known:
-        text += [f"Known: {work / 3600:,.2f} core-hours, {gpu / 3600:,.2f} h in jobs that ask for a GPU; at least "
-                 f"{_duration(max(work / cores, *ends(jobs, seconds)))} with {cores} cores."]
     machines = {used[0].hardware for rule, used in times.used.items() if rule in rules} - {""}
+    if known:
+        least = duration(max(work / cores, *ends(jobs, seconds)))
+        where = "A machine like the one below" if machines else "This machine"
+        text += [f"{where}, {cores} cores: {'about' if known == len(todo) else 'at least'} {least}. "
+                 f"{work / 3600:,.2f} core-hours, {gpu / 3600:,.2f} h of them in jobs that ask for a GPU."]
+    if not times.gpu:
+        text += [f"Scale {times.scale} is meant for GPUs, and none is seen here: hours of the jobs that ask for one are "
+                 "not known. Run a cell or two where one is, and plan there."]
     if machines:
         text += [f"* from docs/results/costs.csv, measured on {'; '.join(sorted(machines))}; here it may be quite different."]
     return "\n".join(text)
@@ -290,7 +298,8 @@ def main(arguments: list[str] | None = None) -> None:
     if options.write:
         write_costs(options.write, [Cost(**{**vars(cost), "hardware": here}) for cost in costs])
     print(f"Scale {scale}, papers {', '.join(config['papers'])}\n")
-    print(show(jobs, Times(scale, [*costs, *read_costs(COSTS)], here), options.cores))
+    gpu = scale not in GPU_SCALES or Path("/dev/nvidiactl").exists()
+    print(show(jobs, Times(scale, [*costs, *read_costs(COSTS)], here, gpu), options.cores))
 
 
 if __name__ == "__main__":

@@ -66,7 +66,8 @@ IMAGES, ROBUST, TEXT, VISION_LANGUAGE = (GRID.families[name] for name in ("image
 
 PATHS = Paths(config["results"], config["scale"], config["data"]["folder"])
 DATA, RESULTS = PATHS.data, PATHS.root
-SCRIPTS = Path(workflow.basedir) / "workflow" / "scripts"
+# not workflow.basedir, which differs between Snakefile and workflow/Snakefile
+ROOT, SCRIPTS = str(LIBRARY.parents[1]), LIBRARY.parent / "scripts"
 TEMPLATES = sorted((LIBRARY / "reporting").glob("*.j2"))
 
 

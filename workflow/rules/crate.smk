@@ -24,7 +24,7 @@ rule make_crate:
         config=config,
         papers=lambda wildcards: paper_headers(),
         benchmarks=f"{config['results']}/benchmark/{config['scale']}",
-        root=workflow.basedir,
+        root=ROOT,
         code=code("crate.py"),
     script:
         "../scripts/crate.py"

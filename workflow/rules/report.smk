@@ -211,7 +211,7 @@ rule index:
         papers=[paper_header(paper) for paper in GRID.papers],
         run={
             "config": config,
-            "root": workflow.basedir,
+            "root": ROOT,
             "data": DATA,
             "datasets": list(used_manifests()),
             "seeds": sorted({int(cell["seed"]) for cell in GRID.cells()}),

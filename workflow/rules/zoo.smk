@@ -26,7 +26,7 @@ rule zoo_report:
     params:
         cells=[{**cell, "folder": PATHS.cell(cell)} for cell in ZOO.cells("victim")],
         scale=config["scale"],
-        root=workflow.basedir,
+        root=ROOT,
         code=code_digest(SCRIPTS / "zoo_report.py", *TEMPLATES),
     script:
         "../scripts/zoo_report.py"

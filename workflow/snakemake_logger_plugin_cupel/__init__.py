@@ -17,7 +17,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from snakemake.cli import get_argument_parser
-from snakemake.exceptions import WorkflowError
 from snakemake_interface_logger_plugins.base import LogHandlerBase
 from snakemake_interface_logger_plugins.common import LogEvent
 
@@ -31,7 +30,7 @@ JOB_LINES = 200
 PATIENCE = 300
 #: what Snakemake says of itself and nobody needs; all of it stands in its log
 NOISE = re.compile("Building DAG|Using shell|Provided |Rules claiming|Select jobs|Execute [0-9]+ jobs|Assuming unrestricted|"
-                   "Singularity containers|Activating|None$|$")
+                   "Singularity containers|Activating|Elapsed time|None$|$")
 
 
 @dataclass
@@ -147,7 +146,7 @@ class LogHandler(LogHandlerBase):
         number, seconds = len(run.done) + len(run.active), run.seconds(record.jobid)
         if run.total > JOB_LINES and number * JOB_LINES // run.total == (number - 1) * JOB_LINES // run.total:
             return
-        parts = [words, f"takes about {duration(seconds)}" if seconds and seconds >= 1 else "",
+        parts = [words, f"about {duration(seconds)}" if seconds and seconds >= 1 else "",
                  f"{number:,} of {max(run.total, number):,} jobs", run.left()]
         self._write(" · ".join(filter(None, parts)))
 
@@ -162,6 +161,8 @@ class LogHandler(LogHandlerBase):
 
     def _plain(self, record: logging.LogRecord) -> None:
         text = record.getMessage()
+        if getattr(record, "exception", "") == "WorkflowError":  # where in our files it was raised helps nobody
+            text = re.sub(r'^WorkflowError.*:\n|\n  File ".*", line \d+, in .*', "", text)
         if text.startswith("Nothing to be done") and not self.common_settings.dryrun and self.tell:
             text = "\n".join(filter(None, [text, self.tell()]))
         elif text.startswith("Complete log"):
@@ -199,18 +200,17 @@ class LogHandler(LogHandlerBase):
                             said[number] = now
                             self._write(f"    still {words} · {duration(now - begun)} so far{self._progress(log)}")
                 elif self.run.active:
-                    parts = [self._running(*job, now) for job in self.run.active.items()]
-                    width = shutil.get_terminal_size().columns - 1
-                    parts += [f"{len(self.run.done)} of {self.run.total} jobs done", self.run.left()]
+                    parts = [f"{len(self.run.done)} of {self.run.total} jobs done", self.run.left(),
+                             *(self._running(*job, now) for job in self.run.active.items())]
                     self._clear()
-                    self.status = shortened("  " + " · ".join(filter(None, parts)), width)
+                    self.status = shortened(" · ".join(filter(None, parts)), shutil.get_terminal_size().columns - 1)
                     print(f"\x1b[2m{self.status}\x1b[0m", end="", file=self.stream, flush=True)
 
     def _running(self, number: int, job: tuple[float, str, str], now: float) -> str:
         begun, words, log = job
         seconds = self.run.seconds(number)
-        left = f"{duration(seconds - now + begun)} left of this job" if seconds and seconds > now - begun else duration(now - begun)
-        return f"{' '.join(words.split())}, {left}{self._progress(log)}"
+        rest = (seconds or 0) - (now - begun)
+        return f"{words}: {f'{duration(rest)} left of this job' if rest > 0 else duration(now - begun)}{self._progress(log)}"
 
     @staticmethod
     def _progress(log: str) -> str:
@@ -225,10 +225,10 @@ class LogHandler(LogHandlerBase):
 
 
 def refuse_misplaced_targets() -> None:
-    """End with a sentence where a target stands among settings: `--config scale=bench fst`, for which Snakemake has a traceback.
+    """End with a sentence where a target stands among settings: Snakemake answers `--config scale=bench fst` by a traceback.
 
     Raises:
-        WorkflowError: so it is.
+        SystemExit: so it is.
     """
     if {"--config", "-C"} & set(sys.argv):
         arguments = sys.argv[1:sys.argv.index("--")] if "--" in sys.argv else sys.argv[1:]
@@ -236,5 +236,5 @@ def refuse_misplaced_targets() -> None:
         wrong = [word for word in words if "=" not in word]
         if wrong:
             settings = " ".join(word for word in words if "=" in word)
-            raise WorkflowError(f"--config takes name=value, and {' '.join(wrong)!r} is none. What is to be made stands after "
-                                f"two dashes: --config {settings} -- {' '.join(wrong)}")
+            sys.exit(f"--config takes name=value, and {' '.join(wrong)!r} is none. What is to be made stands after two dashes: "
+                     f"--config {settings} -- {' '.join(wrong)}")

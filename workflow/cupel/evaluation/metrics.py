@@ -9,6 +9,10 @@ import numpy as np
 
 from cupel.evaluation.intervals import wilson
 
+#: a purified model that keeps less than this share of its victim's ACC is destroyed (ours; a third of all accuracy is no price
+#: that any of the papers calls acceptable)
+KEPT = 2 / 3
+
 
 @dataclass(frozen=True)
 class Rate:
@@ -76,6 +80,11 @@ def effects(before: dict, after: dict, stream: np.random.Generator) -> dict[str,
         low, high = np.quantile(values, [0.025, 0.975])
         found |= {f"{name}_low": float(low), f"{name}_high": float(high), f"{name}_n": n}
     return found
+
+
+def destroyed(before: dict, after: dict) -> bool:
+    """Whether a purified model keeps less than `KEPT` of its victim's ACC."""
+    return after["acc"] < KEPT * before["acc"]
 
 
 def der(acc_before: float, acc_after: float, asr_before: float, asr_after: float) -> float:

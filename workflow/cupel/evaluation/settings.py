@@ -8,13 +8,12 @@ from collections.abc import Mapping
 
 import pandas as pd
 
+from cupel.evaluation.metrics import KEPT
+
 VICTIM = ["dataset", "model", "recipe", "attack", "attack_variant", "poison_rate"]
 SETTING = [*VICTIM, "budget"]
 #: a victim with less of one of these has no backdoor to remove, or is no classifier; what was not measured says nothing
 GATE = {"asr": 0.8, "acc": 0.2}
-#: a purified model that keeps less than this share of its victim's ACC is destroyed (ours; a third of all accuracy is no price
-#: that any of the papers calls acceptable)
-KEPT = 2 / 3
 
 
 def validity(cells: pd.DataFrame, gate: Mapping[str, float] = GATE) -> pd.DataFrame:

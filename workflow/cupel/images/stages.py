@@ -14,10 +14,10 @@ from pathlib import Path
 import numpy as np
 
 from cupel.cells import fail, failure, identity, past, read_tensors, write_history, write_tensors
-from cupel.evaluation.metrics import effects, rates
+from cupel.evaluation.metrics import destroyed, effects, rates
 from cupel.files import digest, kept, noted, publish, read_json, write_json
 from cupel.images import datasets, models
-from cupel.images.attacks import Attack, PoisonRecord, build
+from cupel.images.attacks import Attack, ImpossibleRate, PoisonRecord, build
 from cupel.images.datasets import Dataset, splits
 from cupel.job import costs, separately
 from cupel.prepared import content
@@ -103,17 +103,54 @@ def poison(spec: dict, data: str, trigger: str | None, out: str) -> None:
         record.save(out)
 
 
-def evaluate(model, test: Dataset, attack: Attack | None, target: int, device: str) -> dict:
-    """Flat record of ACC, ASR, RA with counts and 95 % intervals; ACC alone where there is no attack."""
+def stored(model, path: str | Path, images: np.ndarray, device: str):
+    """Save a network, and give it as its file gives it again: that is what is measured, and what others will load.
+
+    Args:
+        images: uint8 [N, H, W, C], on which both must answer alike.
+
+    Raises:
+        ValueError: they do not, because the network does something that no file holds, such as a forward hook; or it is not
+            the network that its `spec` builds (classes, layers, types).
+        Diverged: weights or answers are not finite.
+    """
     from cupel.training.engine import predict
 
-    clean = predict(model, test.images, device=device).argmax(1)
+    given = predict(model, images, device=device)
+    models.save(model, path)
+    again = models.load(path)
+    found = predict(again, images, device=device)
+    if found.shape != given.shape or np.abs(found - given).max() > 0.01 * np.abs(given).max():
+        raise ValueError("the network answers otherwise once it is saved and loaded: a hook, or code outside its weights, is "
+                         "in no file; change weights, or use cupel.images.models.attachments")
+    return again
+
+
+def answers(model, images: np.ndarray, classes: int, device: str) -> np.ndarray:
+    """Predicted classes int64 [N] of uint8 images [N, H, W, C].
+
+    Raises:
+        ValueError: the network does not have one output for each class.
+        Diverged: an output is not finite.
+    """
+    from cupel.training.engine import predict
+
+    logits = predict(model, images, device=device)
+    if logits.shape != (len(images), classes):
+        raise ValueError(f"the network gives outputs of shape {logits.shape} for {len(images)} images of {classes} classes")
+    return logits.argmax(1)
+
+
+def evaluate(model, test: Dataset, attack: Attack | None, target: int, device: str) -> dict:
+    """Flat record of ACC, ASR, RA with counts and 95 % intervals; ACC alone where there is no attack."""
+    classes = len(test.classes)
+    clean = answers(model, test.images, classes, device)
     if attack is None:
         empty = np.zeros(0, np.int64)
         found = {"acc": rates(clean, test.labels, empty, empty, empty)["acc"]}
     else:
         stamped, wanted, true = attack.test_set(test, target)
-        found = rates(clean, test.labels, predict(model, stamped, device=device).argmax(1), wanted, true)
+        found = rates(clean, test.labels, answers(model, stamped, classes, device), wanted, true)
     return {key: value for name, rate in found.items() for key, value in rate.record(name).items()}
 
 
@@ -156,18 +193,20 @@ def train_victim(spec: dict, inputs: Inputs, outputs: dict, device: str) -> None
                       groups=groups, checkpoint=checkpoint, title=f"{spec['attack']['name']}@{spec['poison_rate']:g}")
         if hook is not None:
             attack = make_attack(spec["attack"], hook.tensors() or read_tensors(inputs.trigger))
+        reached = (hook if hook is not None and attack.batchwise else poisoned).rate_reached
+        if attack and not reached:
+            raise ImpossibleRate(f"at rate {spec['poison_rate']:g} no sample of {len(clean)} was poisoned")
         test = splits.test_subset(datasets.load(f"{inputs.data}/{spec['dataset']}", "test"), settings.get("test_size"))
-        measured = evaluate(model, test, attack, target, device)
+        measured = evaluate(stored(model, outputs["model"], test.images[:64], device), test, attack, target, device)
     except Exception as error:
         fail(error, base, outputs)
         return
-    reached = (hook if hook is not None and attack.batchwise else poisoned).rate_reached
-    models.save(model, outputs["model"])
     write_tensors(outputs["trigger"], attack.tensors if attack else {})
     write_history(outputs["history"], history)
     write_json(outputs["metrics"], {
         **base, **measured, **costs(), "status": "ok", "rate_reached": reached, "target": target,
-        "train_samples": len(clean), "epochs": recipe.epochs, "device": device, "precision": recipe.precision,
+        "model_sha256": digest(outputs["model"]), "train_samples": len(clean), "epochs": recipe.epochs,
+        "device": device, "precision": recipe.precision,
         "seconds": time.perf_counter() - started, "train_seconds": sum(row["seconds"] for row in history)})
     checkpoint.unlink(missing_ok=True)
 
@@ -197,6 +236,8 @@ def _leaks(defence: dict, victim: dict) -> dict:
 def purify(spec: dict, defence: dict, inputs: Inputs, outputs: dict, device: str) -> None:
     """Run a defence on a victim and measure the result, and what came between where the defence leaves it (`Budget.snapshot`).
 
+    The record says `unchanged` where the result is the victim to the bit, and `destroyed` as `metrics.destroyed` does.
+
     Args:
         defence: name, function, hyperparameters, budget.
         inputs: `data`, `victim`, `trigger`, `before`.
@@ -210,7 +251,7 @@ def purify(spec: dict, defence: dict, inputs: Inputs, outputs: dict, device: str
 
     base = identity(spec, "purified", defence)
     try:
-        victim = past(inputs.before)
+        victim = past(inputs.before, inputs.victim)
         manifest = read_json(f"{inputs.data}/{spec['dataset']}/manifest.json")
         train = datasets.load(f"{inputs.data}/{spec['dataset']}", "train")
         settings = settled(spec["settings"], device)
@@ -231,6 +272,7 @@ def purify(spec: dict, defence: dict, inputs: Inputs, outputs: dict, device: str
         seconds = time.perf_counter() - started
         attack = make_attack(spec["attack"], read_tensors(inputs.trigger))
         test = splits.test_subset(datasets.load(f"{inputs.data}/{spec['dataset']}", "test"), settings.get("test_size"))
+        model = stored(model, outputs["model"], test.images[:64], device)
         measured = evaluate(model, test, attack, target, device)
         stages = {}
         for name, tensors in budget.snapshots.items():
@@ -242,13 +284,13 @@ def purify(spec: dict, defence: dict, inputs: Inputs, outputs: dict, device: str
     except Exception as error:
         fail(error, base, {name: path for name, path in outputs.items() if name != "details"})
         return
-    models.save(model, outputs["model"])
     write_history(outputs["history"], history)
     if budget.details:
         write_tensors(outputs["details"], budget.details)
     write_json(outputs["metrics"], {
         **base, **measured, **costs(), "status": "ok", "clean_samples": len(chosen), "device": device,
         "precision": budget.precision, "seconds": seconds, "rate_reached": victim["rate_reached"],
+        "unchanged": digest(outputs["model"]) == digest(inputs.victim), "destroyed": destroyed(victim, measured),
         **{f"{name}_before": victim[name] for name in ("acc", "asr", "ra") if name in victim}, **stages,
         **effects(victim, measured, rng(spec["seed"], "intervals"))})
     Path(budget.checkpoint).unlink(missing_ok=True)

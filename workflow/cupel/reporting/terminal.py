@@ -11,11 +11,11 @@ from pathlib import Path
 #: rules whose names are no words for people
 KINDS = {
     "prepare_images": "data", "prepare_text": "data", "prepare_vision_language": "data", "prepare_language_model": "model",
-    "prepare_trigger": "trigger", "train_victim": "victim", "purify": "defence", "train_robust": "training", "attack_network": "attack",
-    "train_text_victim": "victim", "purify_text": "defence",
-    "compose_texts": "texts", "build_model": "base model", "poison_samples": "poison", "trigger_samples": "triggers",
-    "train_vision_language_victim": "victim", "read_attention": "attention", "measure_filters": "filters",
-    "refit": "defence", "purify_pictures": "defence", "gather_cells": "table of cells", "report_paper": "tables, figures",
+    "prepare_trigger": "trigger", "train_victim": "victim", "purify": "defence", "train_robust": "training",
+    "attack_network": "attack", "train_text_victim": "victim", "purify_text": "defence", "compose_texts": "texts",
+    "build_model": "base model", "poison_samples": "poison", "trigger_samples": "triggers",
+    "train_vision_language_victim": "victim", "read_attention": "attention", "measure_filters": "filters", "refit": "defence",
+    "purify_pictures": "defence", "gather_cells": "table of cells", "report_paper": "tables, figures",
     "judge_claims": "verdicts", "index": "first page", "feature_maps": "features", "contact_sheet": "triggers drawn",
     "cross": "cross table",
 }
@@ -53,8 +53,8 @@ def job_words(rule: str, wildcards: Mapping[str, str], cells: int = 1, defences:
 
 def duration(seconds: float) -> str:
     """A time for people, to a digit or two."""
-    return (f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min" if seconds < 5400
-            else f"{seconds / 3600:.1f} h" if seconds < 36000 else f"{seconds / 3600:,.0f} h")
+    return (f"{seconds:.1f} s" if seconds < 9.95 else f"{seconds:.0f} s" if seconds < 100
+            else f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:,.1f} h")
 
 
 def shortened(text: str, width: int) -> str:
@@ -78,14 +78,15 @@ def findings(key: str, title: str, claims, width: int) -> list[str]:
         claims: DataFrame, its rows of `claims.csv`.
         width: of a line, characters.
     """
-    verdict = claims.verdict.where(claims.verdict != "indicated", claims.verdict + " " + claims.direction.fillna(""))
-    judged = claims[claims.effect.notna()].assign(said=verdict)
+    verdict = claims.verdict.where(claims.verdict != "indicated", claims.verdict + " " + claims.direction)
+    judged = claims.assign(said=verdict, open=claims.verdict == "open")[claims.effect.notna()]
     counts = ", ".join(f"{count} {name}" for name, count in verdict.value_counts(sort=False).items())
     lines = [f"{key}: {title}. {len(claims)} claims: {counts}" if len(claims) else f"{key}: {title}. No claims"]
-    for row in judged.assign(open=judged.verdict == "open").sort_values("open", kind="stable").head(4).itertuples():
+    for row in judged.sort_values("open", kind="stable").head(4).itertuples():
         factor, form, unit = (100, "{:+.1f}", " points") if "fraction" in row.unit else (1, "{:+.3g}", "")
         effect, low, high = (form.format(factor * value) for value in (row.effect, row.low, row.high))
-        lines.append(f"  {row.said:17} {effect}{unit} ({low} … {high}), {row.settings} settings x {row.seeds} seeds: {row.statement}")
+        basis = f"{row.settings} settings x {row.seeds} seeds"
+        lines.append(f"{row.said} {effect}{unit} ({low} … {high}), {basis}: {row.statement}")
     return [shortened(lines[0], width), *("  " + shortened(line, width - 2) for line in lines[1:])]
 
 
@@ -101,7 +102,7 @@ def summary(papers: Iterable[tuple[str, str, str | Path]], cells: str | Path | N
     width = min(max(shutil.get_terminal_size((160, 24)).columns, 80), 160)
     lines = []
     for key, title, file in papers:
-        lines += findings(key, title, pd.read_csv(file), width)
+        lines += findings(key, title, pd.read_csv(file, dtype={"direction": str}), width)
     if cells:
         failed = pd.read_parquet(cells, columns=["path", "status", "reason"]).query("status != 'ok'").drop_duplicates("path")
         if len(failed):

@@ -17,6 +17,7 @@ from cupel.robust.evaluations import Subject, evaluation
 from cupel.robust.experiment import fraction
 from cupel.robust.models import GapClassifier, load
 from cupel.robust.stages import identity
+from cupel.training.engine import finite_outputs
 
 
 def evaluate(model: GapClassifier, test: datasets.Dataset, spec: dict, work: Path,
@@ -39,7 +40,8 @@ def evaluate(model: GapClassifier, test: datasets.Dataset, spec: dict, work: Pat
         part = work / f"{kind}.npz"
         if not part.is_file():
             started = time.perf_counter()
-            found = evaluation.find(kind)(subject, **parameters)
+            with finite_outputs(subject.model):
+                found = evaluation.find(kind)(subject, **parameters)
             write_tensors(part, {**found.arrays, "rows": np.array(json.dumps(found.rows))})
             print(f"{kind}: {time.perf_counter() - started:.1f} s", flush=True)
         stored = read_tensors(part)
@@ -62,7 +64,7 @@ def attack_network(spec: dict, settings: dict, network: Network, outputs: dict, 
     started, base = time.perf_counter(), identity(spec, "attacked")
     asked = {"settings": settings, "train_eps": fraction(spec["settings"]["inner"]["eps"]), "seed": spec["seed"]}
     try:
-        past(network.before)
+        past(network.before, network.model)
         if device == "cuda":
             torch.cuda.reset_peak_memory_stats()
         test = datasets.load(f"{network.data}/{spec['dataset']}", "test")

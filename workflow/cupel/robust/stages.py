@@ -12,13 +12,13 @@ import torch
 from cupel import cells, checkpoint
 from cupel.cells import fail, write_history
 from cupel.evaluation.intervals import wilson
-from cupel.files import write_json
+from cupel.files import digest, write_json
 from cupel.images import datasets
 from cupel.images.datasets import Dataset, splits
 from cupel.job import costs
 from cupel.rng import derive, rng
 from cupel.robust.experiment import fraction
-from cupel.robust.models import build
+from cupel.robust.models import build, load
 from cupel.robust.objectives import Objective, Ramp
 from cupel.training.engine import Recipe, fit, predict
 from cupel.training.precision import settled
@@ -82,7 +82,8 @@ def train_network(spec: dict, data: str, outputs: dict, device: str) -> None:
         history = fit(model, train.images, train.labels, recipe, seed=derive(seed, "training"), device=device,
                       objective=objective, hook=objective, checkpoint=begun, title=spec["method"])
         test = splits.test_subset(datasets.load(f"{data}/{spec['dataset']}", "test"), settings.get("test_size"))
-        right = predict(model, test.images, device=device).argmax(1) == test.labels
+        checkpoint.save(model, outputs["model"])  # what is measured is what lies there
+        right = predict(load(outputs["model"]), test.images, device=device).argmax(1) == test.labels
     except Exception as error:
         fail(error, {**base, "metrics": ["acc"]}, outputs)
         return
@@ -90,11 +91,10 @@ def train_network(spec: dict, data: str, outputs: dict, device: str) -> None:
     seconds = [row["seconds"] for row in history]
     rows = [{"metric": "acc", "value": float(right.mean()), "n": len(right), "low": low, "high": high},
             {"metric": "seconds_per_epoch", "value": float(np.median(seconds))}]
-    checkpoint.save(model, outputs["model"])
     write_history(outputs["history"], history)
     write_json(outputs["metrics"], {
         **base, **costs(), "status": "ok", "rows": rows, "train_eps": objective.ramp.eps, "epochs": recipe.epochs,
-        "steps": recipe.epochs * steps, "train_samples": len(train), "device": device,
+        "steps": recipe.epochs * steps, "train_samples": len(train), "model_sha256": digest(outputs["model"]), "device": device,
         "precision": recipe.precision, "train_seconds": sum(seconds),
         "seconds": time.perf_counter() - started})
     begun.unlink(missing_ok=True)

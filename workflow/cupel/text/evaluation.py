@@ -14,6 +14,7 @@ from cupel.text import generation, humaneval, scoring
 from cupel.text.data import sources
 from cupel.text.data.prompts import Samples, prompt_ids
 from cupel.text.inconsistency import curves, inconsistency_of, layer_cosines
+from cupel.training.engine import finite_outputs
 
 #: what `Samples.report` lists
 KINDS = ("cut", "left_out", "empty_answers")
@@ -69,21 +70,25 @@ class Evaluation:
 
         Returns:
             A flat record with `metrics`, and the rows of Figure 1.
+
+        Raises:
+            Diverged: the model's outputs are not finite.
         """
-        record, curve = self.attack(model), []
-        if weights:
-            record |= self.perplexity(model)
-            if self.settings.get("layers"):
-                curve, found = self.layers(model)
-                record |= found
-            if self.settings.get("choices"):
-                record |= self.choices(model)
-        if self.settings.get("humaneval"):
-            record |= self.pass_at_1(model)
-        if questions := self.settings.get("mt_bench"):
-            self._once("mt_bench", functools.partial(
-                generation.answer_questions, model, self.tokenizer, generation.read_questions(questions),
-                model_id=self.spec["model"], seed=self.spec["seed"], batch_size=self.settings["batch_size"]))
+        with finite_outputs(model):
+            record, curve = self.attack(model), []
+            if weights:
+                record |= self.perplexity(model)
+                if self.settings.get("layers"):
+                    curve, found = self.layers(model)
+                    record |= found
+                if self.settings.get("choices"):
+                    record |= self.choices(model)
+            if self.settings.get("humaneval"):
+                record |= self.pass_at_1(model)
+            if questions := self.settings.get("mt_bench"):
+                self._once("mt_bench", functools.partial(
+                    generation.answer_questions, model, self.tokenizer, generation.read_questions(questions),
+                    model_id=self.spec["model"], seed=self.spec["seed"], batch_size=self.settings["batch_size"]))
         beside = ("_n", "_low", "_high", "_samples", "_reason", *KINDS)
         metrics = [key for key in record if not key.endswith(beside)]
         return {**record, "metrics": metrics}, curve

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from cupel.cells import fail, failure, identity, past, write_history
 from cupel.digest import code_digest
-from cupel.files import read_json, workspace, write_json
+from cupel.files import digest, read_json, workspace, write_json
 from cupel.rng import derive
 from cupel.text.data import poison, sources
 from cupel.text.experiment import RELEASED, triggered_items
@@ -160,7 +160,7 @@ def train_victim(spec: Mapping, files: Files, device: str) -> None:
         _finish(work, curve + [{"model": "this", **row} for row in own], history, {
             **who, **before, **measured, **costs(), "metrics": [*measured["metrics"], "perplexity_base"],
             "status": "ok", "rate_reached": poison.summary(used)["poison_rate"], "train_samples": len(samples),
-            **counts(samples, "train"), "updates": len(history), "device": device,
+            **counts(samples, "train"), "model_sha256": digest(work / "model"), "updates": len(history), "device": device,
             "precision": settings["training"]["precision"], "seconds": time.perf_counter() - started,
             "train_seconds": train_seconds}, outputs)
 
@@ -184,7 +184,7 @@ def purify(spec: Mapping, defence: Mapping, files: Files, device: str) -> None:
     key = _fingerprint(files, *code, spec=spec, defence=defence)
     with workspace(Path(outputs["metrics"]).parent, key) as work:
         try:
-            before = past(files.before)
+            before = past(files.before, files.victim)
             evaluation = Evaluation(load_tokenizer(files.base), spec, files.data, work)
             clean = sources.read_records(files.data["defence"])[: defence["budget"]["size"]]
             samples = tokenised(clean, evaluation.tokenizer, spec["settings"]["data"]["cutoff"], evaluation.opening,
@@ -209,4 +209,5 @@ def purify(spec: Mapping, defence: Mapping, files: Files, device: str) -> None:
         _finish(work, [{"model": "this", **row} for row in curve], found.history, {
             **who, **measured, **costs(), "status": "ok", "clean_samples": len(samples), **counts(samples, "clean"),
             "device": device, "rate_reached": before["rate_reached"], "updates": len(found.history) if tuned else 0,
+            "unchanged": tuned and digest(work / "model" / WEIGHTS) == digest(Path(files.victim) / WEIGHTS),
             "seconds": seconds}, outputs)

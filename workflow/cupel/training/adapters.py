@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from cupel.compat import ensure_torchvision
 from cupel.rng import derive
-from cupel.training.engine import Diverged, Progress
+from cupel.training.engine import Diverged, Progress, require_finite
 from cupel.training.resume import Checkpoint, restore
 
 ensure_torchvision()
@@ -76,7 +76,7 @@ def train(network: nn.Module, optimizer: torch.optim.Optimizer, task: Task, keep
         Rows of `task.row`, with step (updates done), epoch (from 1), lr of the first group, seconds since the last row.
 
     Raises:
-        Diverged: a value of a row is not finite.
+        Diverged: a value of a row, or a weight at the end, is not finite.
         DamagedCheckpoint: the checkpoint says that it is of this run, but does not fit; it is removed.
     """
     names = {id(value): name for name, value in network.named_parameters()}
@@ -125,5 +125,6 @@ def train(network: nn.Module, optimizer: torch.optim.Optimizer, task: Task, keep
             keeper.save({"weights": weights, "step": number + 1, "optimizer": optimizer.state_dict(), "history": history,
                          "sums": sums}, last=number + 1 == total)
     progress.close()
+    require_finite(trained, f"{task.title}: weights after the last update")
     network.eval()
     return history

@@ -7,10 +7,10 @@ epoch's number, so a run continued from a checkpoint sees the very same batches,
 import contextlib
 import functools
 import hashlib
-import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -18,18 +18,47 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.optim import lr_scheduler
-from tqdm import tqdm
 
 from cupel.rng import derive, torch_rng
 from cupel.training.augment import Draws, augment, to_pixels
 from cupel.training.hook import Hook
+from cupel.training.progress import Progress
 from cupel.training.resume import EVERY, Checkpoint, Resume, Training
 
 Objective = Callable[[nn.Module, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 
 
 class Diverged(ArithmeticError):
-    """The loss is no longer finite."""
+    """A loss, a weight or an output is no longer finite."""
+
+
+def require_finite(values: Iterable[torch.Tensor], what: str) -> None:
+    """Refuse NaN and infinity.
+
+    Raises:
+        Diverged: there is one; whoever went on would count NaN as class 0, which is where `argmax` puts it.
+    """
+    if not all(value.isfinite().all() for value in values if value.is_floating_point()):
+        raise Diverged(f"{what} are not all finite numbers: the training diverged, or a method computed NaN")
+
+
+@contextlib.contextmanager
+def finite_outputs(network: nn.Module) -> Iterator[None]:
+    """In here a network whose logits are not finite is refused, whoever calls it; of a sequence the last position counts,
+    which is where an answer goes on.
+
+    Raises:
+        Diverged: see `require_finite`.
+    """
+    def look(module, given, output):
+        logits = getattr(output, "logits", output).detach()
+        require_finite([logits[:, -1] if logits.ndim == 3 else logits], "outputs")
+
+    handle = network.register_forward_hook(look)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 @dataclass(frozen=True)
@@ -121,36 +150,25 @@ def autocast(precision: str, device: torch.device):
 
 
 def upload(images: np.ndarray, device: torch.device) -> torch.Tensor:
-    """uint8 [N, H, W, C] on the device, in memory of its own."""
+    """uint8 [N, H, W, C] on the device, in memory of its own.
+
+    Raises:
+        ValueError: images of another type, such as floats in [0, 1], which would be taken for levels of 255.
+    """
+    if images.dtype != np.uint8 or images.ndim != 4:
+        raise ValueError(f"images are uint8 [N, H, W, C], not {images.dtype} {images.shape}")
     return torch.from_numpy(np.array(images)).to(device)
 
 
-class Progress:
-    """One line per run on a terminal, a line now and then in a log."""
+def cuts(count: int, size: int, drop_last: bool = False) -> list[slice]:
+    """Batches of `size` out of `count` samples; what does not fill the last one is kept, or left out with `drop_last`.
 
-    def __init__(self, title: str, total: int, done: int = 0, every: float = 15.0, unit: str = "images"):
-        self.terminal, self.unit = sys.stderr.isatty(), unit
-        self.bar = tqdm(total=total, initial=done, desc=title, unit=f" {unit}", unit_scale=True, disable=not self.terminal,
-                        leave=False)
-        self.title, self.total, self.done, self.first, self.every = title, total, done, done, every
-        self.begun = self.said = time.monotonic()
-
-    def __call__(self, count: int, text: str = "") -> None:
-        self.done += count
-        self.bar.update(count)
-        if self.terminal and text:
-            self.bar.set_postfix_str(text, refresh=False)
-        now = time.monotonic()
-        if not self.terminal and text and (now - self.said >= self.every or self.done >= self.total):
-            rate = (self.done - self.first) / max(now - self.begun, 1e-9)
-            left = (self.total - self.done) / max(rate, 1e-9)
-            print(f"{self.title}: {self.done:,}/{self.total:,} {self.unit}, {rate:,.1f}/s, {left:.0f} s left, {text}",
-                  file=sys.stderr, flush=True)
-            self.said = now
-
-    def close(self) -> None:
-        """End the line."""
-        self.bar.close()
+    A single sample that would be left joins the batch before it: BatchNorm has no variance of one value.
+    """
+    ends = list(range(size, count + 1, size))
+    if count % size and not drop_last:
+        ends[len(ends) - (count % size == 1) :] = [count]
+    return [slice(*ends) for ends in pairwise([0, *ends])]
 
 
 def fit(model: nn.Module, images: np.ndarray | torch.Tensor, labels: np.ndarray | torch.Tensor, recipe: Recipe, *,
@@ -178,7 +196,7 @@ def fit(model: nn.Module, images: np.ndarray | torch.Tensor, labels: np.ndarray 
         training batches, as fractions.
 
     Raises:
-        Diverged: the loss is not finite.
+        Diverged: the loss of an epoch, or a weight at the end, is not finite.
         DamagedCheckpoint: the checkpoint says that it is of this run, but does not fit; it is removed.
         ValueError: fewer samples than one batch although the recipe drops partial batches.
     """
@@ -192,10 +210,10 @@ def fit(model: nn.Module, images: np.ndarray | torch.Tensor, labels: np.ndarray 
     trained = list(parameters if parameters is not None else model.parameters())
     optimizer = make_optimizer(trained, recipe)
     size = min(recipe.batch_size, len(target))
-    steps = len(target) // size if recipe.drop_last else -(-len(target) // size)
+    parts = cuts(len(target), size, recipe.drop_last)
     if recipe.drop_last and len(target) < recipe.batch_size:
         raise ValueError(f"{len(target)} samples do not fill one batch of {recipe.batch_size}, and drop_last is on")
-    scheduler = make_scheduler(optimizer, recipe, steps)
+    scheduler = make_scheduler(optimizer, recipe, len(parts))
     run = torch.compile(model) if recipe.compile else model
 
     identity = {"recipe": asdict(recipe), "seed": seed, "title": title, "device": device.type, "samples": len(target),
@@ -224,7 +242,7 @@ def fit(model: nn.Module, images: np.ndarray | torch.Tensor, labels: np.ndarray 
     keep = {id(p) for p in trained}
     for p, _ in frozen:
         p.requires_grad_(id(p) in keep)
-    progress = Progress(title, recipe.epochs * steps * size, begin * steps * size)
+    progress = Progress(title, recipe.epochs * parts[-1].stop, begin * parts[-1].stop)
     for number in range(begin, recipe.epochs):
         started = time.perf_counter()
         order = torch.randperm(len(target), generator=torch_rng(seed, "order", number)).to(device)
@@ -235,8 +253,8 @@ def fit(model: nn.Module, images: np.ndarray | torch.Tensor, labels: np.ndarray 
         lr = optimizer.param_groups[0]["lr"]
         # sums stay on the device: reading them every step would make the device wait for the host
         total = torch.zeros(5, device=device, dtype=torch.float64)
-        for k in range(steps):
-            index = order[k * size : (k + 1) * size]
+        for part in parts:
+            index = order[part]
             x, y, g = to_pixels(data[index]), target[index], group[index]
 
             def change(batch, index=index, draws=draws):
@@ -279,6 +297,7 @@ def fit(model: nn.Module, images: np.ndarray | torch.Tensor, labels: np.ndarray 
                          "scheduler": scheduler.state_dict(), "hook": hook.state_dict(),
                          "history": history, "epoch": number + 1}, last=number + 1 == recipe.epochs)
     progress.close()
+    require_finite([*trained, *model.buffers()], f"{title}: weights after the last step")
     for p, grad in frozen:
         p.requires_grad_(grad)
     model.eval()
@@ -287,7 +306,12 @@ def fit(model: nn.Module, images: np.ndarray | torch.Tensor, labels: np.ndarray 
 
 def predict(model: nn.Module, images: np.ndarray, *, device: str | torch.device = "cpu", batch_size: int = 500,
             precision: str = "fp32") -> np.ndarray:
-    """Logits float32 [N, K] of uint8 images [N, H, W, C], in eval mode."""
+    """Logits float32 [N, K] of uint8 images [N, H, W, C], in eval mode.
+
+    Raises:
+        Diverged: a logit is not finite.
+        ValueError: the images are not uint8.
+    """
     device = torch.device(device)
     # before inference mode, which would turn weights that change their layout into tensors that cannot be trained
     model.to(device, memory_format=torch.channels_last).eval()
@@ -297,4 +321,6 @@ def predict(model: nn.Module, images: np.ndarray, *, device: str | torch.device 
             x = to_pixels(upload(images[start : start + batch_size], device))
             with autocast(precision, device):
                 out.append(model(x).float().cpu())
-    return torch.cat(out).numpy()
+    logits = torch.cat(out)
+    require_finite([logits], "outputs")
+    return logits.numpy()

@@ -29,7 +29,7 @@ def read_attention(spec: dict, inputs: Inputs, outputs: dict, device: str) -> No
     from cupel.vision_language import entropy, models
 
     try:
-        cells.past(inputs.before)
+        cells.past(inputs.before, inputs.victim)
     except ValueError as error:
         with atomic(outputs["entropies"]) as temporary:
             pd.DataFrame({"id": []}).to_parquet(temporary)

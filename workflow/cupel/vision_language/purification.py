@@ -182,7 +182,7 @@ def purify_pictures(spec: dict, defence: dict, inputs: Inputs, outputs: dict, de
 
     record = cells.identity(spec, "purified", defence)
     try:
-        known = cells.past(inputs.before)
+        known = cells.past(inputs.before, inputs.victim)
         started = time.perf_counter()
         with tempfile.TemporaryDirectory(prefix=".pictures-", dir=Path(outputs["metrics"]).parent) as scratch:
             folders = [Path(scratch) / name for name in ("clean", "triggered")]

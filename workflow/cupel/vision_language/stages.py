@@ -12,7 +12,7 @@ from collections.abc import Collection
 from pathlib import Path
 
 from cupel import cells, job
-from cupel.files import atomic, read_json, write_json
+from cupel.files import atomic, digest, read_json, write_json
 from cupel.vision_language import datasets, prepared
 from cupel.vision_language.datasets import shapes
 from cupel.vision_language.inputs import Inputs
@@ -185,15 +185,18 @@ def train_victim(spec: dict, inputs: Inputs, outputs: dict, device: str) -> None
         history, settings = fine_tune(model, spec, prepared.load(inputs.poisoned, "train"), device, checkpoint=checkpoint,
                                       title=f"{spec['attack']['name']}@{spec['poison_rate']:g}", bad=set(made["ids"]))
         fitted = time.perf_counter() - started
+        models.save(model, outputs["model"])
+        model = None  # two of them need not fit on a device
+        model = models.load(outputs["model"], dtype=dtype_of(spec), device=device)
         measured = measure(model, spec, inputs, outputs)
     except Exception as error:
         cells.fail(error, {**record, "metrics": ["cp", "asr"]}, outputs)
         return
-    models.save(model, outputs["model"])
     cells.write_history(outputs["history"], history)
     write_json(outputs["metrics"], {
-        **record, **measured, **job.costs(), "status": "ok", "rate_reached": made["count"] / made["total"],
-        "poisoned": made["count"], "train_samples": made["total"], "epochs": settings.epochs, "device": device,
+        **record, **measured, **job.costs(), "status": "ok", "model_sha256": digest(outputs["model"]),
+        "rate_reached": made["count"] / made["total"], "poisoned": made["count"],
+        "train_samples": made["total"], "epochs": settings.epochs, "device": device,
         "precision": settings.precision, "seconds": time.perf_counter() - started, "train_seconds": fitted})
     checkpoint.unlink(missing_ok=True)
 
@@ -213,7 +216,7 @@ def refit(spec: dict, defence: dict, inputs: Inputs, outputs: dict, device: str)
     started, seconds = time.perf_counter(), 0.0
     checkpoint = Path(outputs["metrics"]).with_name("checkpoint.pt")
     try:
-        known, decision = cells.past(inputs.before), read_json(inputs.flags)
+        known, decision = cells.past(inputs.before, inputs.victim), read_json(inputs.flags)
         if "failed" in decision:
             raise ValueError(f"its filter failed: {decision['failed']}")
         samples, made = prepared.load(inputs.poisoned, "train"), read_json(Path(inputs.poisoned) / "poison.json")

@@ -35,6 +35,9 @@ class PoisonRecord:
         target: the target label.
         total: size of the training set.
         poison_rate: the rate asked for.
+
+    Raises:
+        ValueError: images of another type, which would be cut to whole numbers.
     """
 
     indices: np.ndarray
@@ -45,6 +48,10 @@ class PoisonRecord:
     target: int
     total: int
     poison_rate: float
+
+    def __post_init__(self):
+        if self.images.dtype != np.uint8:
+            raise ValueError(f"poisoned images are uint8, not {self.images.dtype}")
 
     @property
     def rate_reached(self) -> float:
@@ -92,9 +99,12 @@ def choose(labels: np.ndarray, poison_rate: float, target: int, policy: str, rng
     from the target class alone, the rate still counted over the whole training set.
 
     Raises:
-        ImpossibleRate: `clean` and the target class is too small, unless `capped`, which takes what there is.
+        ImpossibleRate: `clean` and the target class is too small, unless `capped`, which takes what there is; or the rate
+            gives no sample.
     """
     count = round(poison_rate * len(labels))
+    if not count:
+        raise ImpossibleRate(f"rate {poison_rate:g} of {len(labels)} samples is not one sample: nothing would be poisoned")
     pool = np.flatnonzero(labels == target) if policy == "clean" else np.arange(len(labels))
     if count > len(pool):
         if not capped:
@@ -103,6 +113,19 @@ def choose(labels: np.ndarray, poison_rate: float, target: int, policy: str, rng
                 f"of {len(labels)}: the largest possible rate is {int(len(pool) / len(labels) * 1e5) / 1e5:g}")
         count = len(pool)
     return np.sort(rng.choice(pool, count, replace=False))
+
+
+def changed(images: np.ndarray, stamped: np.ndarray) -> np.ndarray:
+    """The stamped images, if they are images and carry something.
+
+    Raises:
+        ValueError: they are not uint8 of the same shape (floats in [0, 1] would be read as levels of 255), or no pixel changed.
+    """
+    if stamped.dtype != np.uint8 or stamped.shape != images.shape:
+        raise ValueError(f"stamped images are {stamped.dtype} {stamped.shape}, not uint8 {images.shape}")
+    if np.array_equal(stamped, images):
+        raise ValueError("the trigger changes no pixel of any image")
+    return stamped
 
 
 @dataclass(frozen=True)
@@ -168,12 +191,13 @@ class Attack:
 
         Raises:
             ImpossibleRate: see `choose`.
+            ValueError: see `changed`.
         """
         if self.batchwise:
             return PoisonRecord.empty(dataset, poison_rate, target)
         indices = choose(dataset.labels, poison_rate, target, self.policy, rng)
         original = dataset.labels[indices]
-        return PoisonRecord(indices, self.stamp_training(dataset, indices),
+        return PoisonRecord(indices, changed(dataset.images[indices], self.stamp_training(dataset, indices)),
                             relabel(original, target, self.policy, len(dataset.classes)), original,
                             np.zeros(len(indices), bool), target, len(dataset), poison_rate)
 
@@ -186,7 +210,8 @@ class Attack:
         keep = np.arange(len(dataset)) if self.policy == "all2all" else np.flatnonzero(dataset.labels != target)
         true = np.asarray(dataset.labels[keep])
         wanted = relabel(true, target, "all2all" if self.policy == "all2all" else "all2one", len(dataset.classes))
-        return self.stamp(np.asarray(dataset.images[keep])), wanted, true
+        images = np.asarray(dataset.images[keep])
+        return changed(images, self.stamp(images)), wanted, true
 
 
 class AttackHook(Hook):

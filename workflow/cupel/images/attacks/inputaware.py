@@ -31,7 +31,7 @@ from cupel.images.attacks._batch import BatchHook, others, stamp_pixels, stored
 from cupel.images.attacks.base import Attack, attack
 from cupel.rng import derive, seeded, torch_rng
 from cupel.training.augment import Draws, augment, to_pixels
-from cupel.training.engine import Progress
+from cupel.training.engine import Progress, cuts
 
 EPSILON = 1e-7
 
@@ -123,8 +123,8 @@ class InputAwareHook(BatchHook):
             orders = [torch.randperm(len(images), generator=generator).to(images.device) for _ in range(2)]
             draws = [Draws.draw(len(images), attack.crop, attack.flip, generator, images.device) for _ in range(2)]
             density = torch.zeros((), device=images.device)
-            for start in range(0, len(images), attack.batch_size):
-                indices = [order[start : start + attack.batch_size] for order in orders]
+            for part in cuts(len(images), attack.batch_size):
+                indices = [order[part] for order in orders]
                 x1, x2 = (augment(to_pixels(images[index]), attack.crop, draw.flip[index], draw.shift[index])
                           for index, draw in zip(indices, draws, strict=True))
                 m1, m2 = sharpen(self.mask(x1)), sharpen(self.mask(x2))

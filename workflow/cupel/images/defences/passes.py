@@ -10,7 +10,7 @@ from torch import nn
 from cupel.images.defences.base import Budget
 from cupel.rng import torch_rng
 from cupel.training.augment import Draws, augment, to_pixels
-from cupel.training.engine import Recipe, fit, upload
+from cupel.training.engine import Recipe, cuts, fit, upload
 
 
 def train(model: nn.Module, budget: Budget, recipe: Recipe, rng: np.random.Generator, **settings) -> list[dict]:
@@ -37,7 +37,7 @@ def watched(modules: dict[str, nn.Module], look: Callable, *, inputs: bool = Fal
 
 
 def batches(budget: Budget, batch_size: int, seed: int, number: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """One shuffled pass over the budget, the last partial batch kept, as `cupel.training.engine.fit` makes it.
+    """One shuffled pass over the budget, in the batches of `cupel.training.engine.cuts`, as `fit` makes it.
 
     Args:
         batch_size: samples per batch.
@@ -50,7 +50,8 @@ def batches(budget: Budget, batch_size: int, seed: int, number: int) -> Iterator
     images, labels = upload(budget.images, device), torch.as_tensor(budget.labels, device=device)
     order = torch.randperm(len(labels), generator=torch_rng(seed, "order", number)).to(device)
     draws = Draws.draw(len(labels), budget.crop, budget.flip, torch_rng(seed, "augmentation", number), device)
-    for index in order.split(batch_size):
+    for part in cuts(len(labels), batch_size):
+        index = order[part]
         yield augment(to_pixels(images[index]), budget.crop, draws.flip[index], draws.shift[index]), labels[index]
 
 

@@ -48,6 +48,10 @@ class Checked:
         """Those of the target model."""
         return self.model.get_input_embeddings()
 
+    def register_forward_hook(self, hook):
+        """On the target model."""
+        return self.model.register_forward_hook(hook)
+
     def generate(self, input_ids: Tensor, attention_mask: Tensor, generation_config) -> Tensor:
         """Prompts and what was added to them, int64 [B, T + new]; greedy."""
         prompts = [ids[keep].tolist() for ids, keep in zip(input_ids, attention_mask.bool(), strict=True)]

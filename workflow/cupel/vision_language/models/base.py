@@ -17,6 +17,7 @@ from torch import nn
 from cupel.compat import ensure_torchvision
 from cupel.files import read_json, scratch, write_json
 from cupel.hub import ModelUnavailable, snapshot
+from cupel.training.engine import finite_outputs
 
 ensure_torchvision()
 from transformers import (  # noqa: E402
@@ -184,11 +185,11 @@ def fitting_batch(model: VisionLanguageModel, length: int, largest: int = 256) -
 
 @contextlib.contextmanager
 def inference(model: VisionLanguageModel):
-    """Eval mode without gradients."""
+    """Eval mode without gradients, in which outputs that are not finite raise `Diverged`."""
     was = model.network.training
     model.network.eval()
     try:
-        with torch.inference_mode():
+        with torch.inference_mode(), finite_outputs(model.network):
             yield
     finally:
         model.network.train(was)
