@@ -168,7 +168,9 @@ class Weights:
         self.tensors = dict(holder)
 
     def _refuse(self, error: Exception) -> None:
-        if "weights_only" in str(error) or "Unsupported" in str(error):
+        with self.path.open("rb") as file:
+            pickled = file.read(1) in (b"P", b"\x80")  # a zip archive (torch.save) or a bare pickle
+        if pickled and "weights_only" in str(error):
             raise ValueError(f"{self.path} holds more than tensors and plain values, and opening it could run any code: it "
                              "is not opened. Where you trust it, load it with the code that wrote it, and save "
                              "network.state_dict()") from None

@@ -1,6 +1,7 @@
 """Purify a network of the user: measure it, run defences on it, measure again, and write what they leave."""
 
 import copy
+import shutil
 import sys
 import time
 import traceback
@@ -308,8 +309,7 @@ def purify(model: nn.Module, images, labels, *, trigger: Attack | Callable | Non
             "network": type(model).__name__, "classes": original.found.classes, "tuned": len(tuned), "held": len(held),
             "trigger": trigger is not None, "target": target, "seed": seed, "device": device,
             "settings": {name: dict(values) for name, values in (settings or {}).items()}})
-        for left in (out / "work").glob("*.pt"):
-            left.unlink()
+        shutil.rmtree(out / "work", ignore_errors=True)
     return report
 
 
