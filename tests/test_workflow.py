@@ -225,7 +225,7 @@ def test_plugins_of_the_documentation(finished, tmp_path):
     blocks = re.findall(r"```python\n(.*?)```", (REPOSITORY / "docs" / "extending.md").read_text(), re.DOTALL)
     folder = Folder(tmp_path / "plugin", finished.data)
     (folder.path / "my_methods.py").write_text("\n\n".join(blocks))
-    folder.set(plugins=["my_methods.py"])
+    folder.set(plugins=["my_methods.py"], papers=["fst"])
     cell = "results/smoke/images/purified/cifar10/preactresnet18/fst/stripe@0.05/seed0/shrink@heldout/metrics.json"
     code, output = folder.run("--", cell)
     assert code == 0, output[-3000:]
