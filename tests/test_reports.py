@@ -18,9 +18,9 @@ from cupel.images.defences import Budget
 from cupel.paths import Paths
 from cupel.reporting import images
 from cupel.reporting.cross import cross_table, heat_map, write_cross
-from cupel.reporting.paperpage import paper_section
 from cupel.reporting.notebook import write_card
 from cupel.reporting.paper import Paper, load, read_reported, write_report
+from cupel.reporting.paperpage import paper_section
 from cupel.reporting.planning import feature_cells, notebook_file, report_file
 from cupel.reporting.tables import gather, interval_text, spread
 from cupel.reporting.zoo import victims_beside_twins
