@@ -122,7 +122,7 @@ def test_figures_bring_their_numbers(site):
     for folder in (site / "papers" / "fst" / "figures", site / "papers" / "ims" / "figures"):
         captions = read_json(folder / "captions.json")
         assert {path.stem for path in folder.glob("*.svg")} == set(captions) == {path.stem for path in folder.glob("*.csv")}
-        assert all("scale demo, seed 0, bf16, n up to 500" in text for text in captions.values())
+        assert all("Scale demo, seed 0, bf16, n up to 500" in text for text in captions.values())
     scatter = pd.read_csv(next((site / "papers" / "fst" / "figures").glob("scatter_*.csv")))
     cells = pd.read_parquet(site / "cells.parquet").query("paper == 'fst' and metric == 'acc'")
     assert scatter.acc.round(9).isin(cells.value.round(9)).all(), "a point is a cell"

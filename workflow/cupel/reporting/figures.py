@@ -57,11 +57,11 @@ def with_numbers(figure, table: pd.DataFrame):
 
 
 def styles(names: Iterable[str]) -> dict[str, tuple[str, str]]:
-    """A colour and a marker for each name: that of `register`, or the next that is free, no two alike for the first 84.
-    Black is left to what is no defence."""
+    """A colour and a marker for each name: that of `register`, or the next that is free, no two alike for the first 72.
+    Black is left to what is no defence, and yellow is too pale for a line on white."""
     names = list(dict.fromkeys(names))
     looks = {name: LOOKS[name] for name in names if name in LOOKS}
-    colours, taken = COLOURS[1:], set(looks.values())
+    colours, taken = [COLOURS[k] for k in (5, 1, 3, 6, 2, 7)], set(looks.values())
     free = [(colour, mark) for mark in MARKERS for colour in colours if (colour, mark) not in taken]
     others = [name for name in names if name not in looks]
     looks |= {name: free[k % len(free)] for k, name in enumerate(others)}
