@@ -219,9 +219,9 @@ def test_values_are_checked_before_the_first_job_and_by_whoever_calls(section, n
 
 
 @pytest.mark.parametrize(("change", "words"), [
-    ({"rates": [0]}, "poisons none of"), ({"rates": [1e-6]}, "poisons none of"), ({"models": ["PreActResNet18"]}, "unknown model"),
-    ({"attacks": ["Stripe"]}, "unknown attack"), ({"defences": ["FST"]}, "unknown defence"), ({"budgets": ["all"]}, "unknown budget"),
-    ({"datasets": ["cifar11"]}, "unknown dataset"), ({"recipe": "f"}, "unknown recipe")])
+    ({"rates": [0]}, "poisons none of"), ({"rates": [1e-6]}, "poisons none of"),
+    ({"models": ["PreActResNet18"]}, "unknown model"), ({"attacks": ["Stripe"]}, "unknown attack"),
+    ({"defences": ["FST"]}, "unknown defence"), ({"budgets": ["all"]}, "unknown budget"), ({"datasets": ["cifar11"]}, "unknown dataset"), ({"recipe": "f"}, "unknown recipe")])
 def test_names_and_rates_are_checked_before_the_first_job(tmp_path, change, words):
     from cupel.experiment import Grid
     from cupel.settings import PAPERS, ConfigError
