@@ -114,7 +114,8 @@ class LogHandler(LogHandlerBase):
             setattr(self.run, key, facts.get(key, getattr(self.run, key)))
         if "jobs" in facts:
             self.run.total, left = len(self.run.jobs), self.run.left()
-            self._write(f"{facts.get('what', '')}: {counted(self.run.total, 'job')}" + f", {left.removesuffix(' left')}" * bool(left))
+            text = f"{facts.get('what', '')}: {counted(self.run.total, 'job')}"
+            self._write(text + f", {left.removesuffix(' left')}" * bool(left))
 
     def _on(self, event: LogEvent | None, record: logging.LogRecord) -> None:
         if event == LogEvent.RUN_INFO:
@@ -170,8 +171,8 @@ class LogHandler(LogHandlerBase):
             text = "\n".join(filter(None, [text, self.tell()]))
         elif text.startswith("Complete log"):
             failed = sorted(self.run.failed.values())
-            text = "\n".join([*[f"{counted(len(failed), 'job')} failed:"] * bool(failed), *(f"  {each}" for each in failed[:10]),
-                              f"Took {duration(time.monotonic() - self.begun)}. Full log: {text.partition(': ')[2]}"])
+            first = [f"{counted(len(failed), 'job')} failed:", *(f"  {each}" for each in failed[:10])] if failed else []
+            text = "\n".join([*first, f"Took {duration(time.monotonic() - self.begun)}. Full log: {text.partition(': ')[2]}"])
         elif record.levelno < logging.WARNING and NOISE.match(text):
             return
         if record.levelno >= logging.WARNING:
