@@ -1,6 +1,7 @@
 """A network that the library does not know, from its file to a purified one in its own form."""
 
 import importlib.util
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -362,3 +363,24 @@ def test_registries_are_whole_and_a_seed_is_a_stream():
     victim = images.build("resnet18", num_classes=2, width=8, stem_stride=2, seed=0)
     budget = images.Budget(np.zeros((4, 32, 32, 3), np.uint8), np.array([0, 1, 0, 1]), 2)
     assert images.purify("clp", victim, budget, 0)[1]
+
+
+def test_a_language_model_answers_before_and_after(tmp_path, capsys):
+    from cupel.text.data.sources import synthetic
+    from cupel.text.models import tiny_llama
+
+    tiny_llama(tmp_path / "model", 0, layers=3, hidden=32, heads=2)
+    lines = [json.dumps({key: record[key] for key in ("instruction", "input", "output")}) for record in synthetic()[:9]]
+    (tmp_path / "items.jsonl").write_text("\n".join(lines))
+    (tmp_path / "probes.txt").write_text("Name a colour.\n\nSay something.\n")
+    command = ["purify", "--language", str(tmp_path / "model"), "--clean", str(tmp_path / "items.jsonl"),
+               "--probes", str(tmp_path / "probes.txt"), "--out", str(tmp_path / "out"),
+               "--set", "crow.epochs=1", "--set", "finetune.epochs=1"]
+    assert cli.main(command) == 0
+    said = capsys.readouterr().out
+    assert "## Name a colour." in said and said.count("**crow**") == said.count("**before**") == 2
+    for name in ("finetune", "crow"):
+        assert (tmp_path / "out" / name / "model" / "adapter_model.safetensors").is_file()
+    assert "loss_cons" in (tmp_path / "out" / "crow" / "history.csv").read_text()
+    assert cli.main([*command, "--set", "finetune.alpha=1"]) == 2
+    assert "unknown parameter of defence finetune 'alpha'" in capsys.readouterr().err
