@@ -20,7 +20,8 @@ ELSEWHERE = {
     "make reproduce": "continuous integration installs; test_workflow runs the default target",
     "make test": "continuous integration",
     "make .venv/.installed": "continuous integration", "git clone": "a download", "python -m venv": "continuous integration",
-    "snakemake --lint": "continuous integration", "snakemake released_weights": "test_robust_dag", "apptainer-args": "a setting",
+    "snakemake --lint": "continuous integration", "snakemake released_weights": "test_robust_dag",
+    "apptainer-args": "a setting",
     "cupel ": "test_own",
     "make lint": "continuous integration", "make faults": "by hand, an hour: tests/faults",
     "make plan": "test_plan", "python -m cupel.plan": "test_plan", "python envs/make.py": "test_environments",
@@ -32,7 +33,8 @@ ELSEWHERE = {
     "export": "a setting", "source": "a setting", "CUDA_VISIBLE_DEVICES": "test_devices", "git add": "test_offline",
     "snakemake --cores all --default-storage-provider": "test_kubernetes",
 }
-COMMAND = re.compile(r"^(?:make|cupel|snakemake|python|pytest|pip|conda|docker|apptainer|export|source|git|CUDA_VISIBLE_DEVICES)\b.*")
+COMMAND = re.compile(r"^(?:make|cupel|snakemake|python|pytest|pip|conda|docker|apptainer|export|source|git"
+                     r"|CUDA_VISIBLE_DEVICES)\b.*")
 
 
 def commands(page: Path) -> list[str]:
