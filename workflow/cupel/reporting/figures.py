@@ -304,7 +304,9 @@ def histories(runs: dict[str, pd.DataFrame], x: str, columns: dict[str, str], sh
                 axis.plot(rows[x], rows[column], **style)
     for axis, (column, title) in zip(axes[0], columns.items(), strict=True):
         axis.set(title=title, xlabel=x)
-        axis.xaxis.get_major_locator().set_params(integer=True)
+        axis.xaxis.get_major_locator().set_params(integer=True)  # there is no half an epoch
+        if len({value for rows in runs.values() for value in rows[x]}) == 1:
+            axis.set_xlim(axis.get_xlim()[0] - 0.5, axis.get_xlim()[1] + 0.5)
         if column in shares:
             axis.set_ylim(0, 1.02)
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right upper", fontsize=7)
