@@ -34,6 +34,9 @@ lint: $(VENV)/.installed
 	$(BIN)/snakemake --lint > /dev/null
 
 $(VENV)/.installed: pyproject.toml envs/constraints.txt
+	@case "$(VENV)" in /*) path="$(VENV)";; *) path="$$PWD/$(VENV)";; esac; case "$$path" in *[!A-Za-z0-9_@%+=:,./-]*) \
+	echo "Snakemake cannot run Python from a path with a space, a quote or the like: $$path"; \
+	echo "Move this folder, or have the environment elsewhere: make reproduce VENV=/a/plain/path"; exit 1;; esac
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check -c envs/constraints.txt -e ".[$(EXTRAS)]"
 	touch $@

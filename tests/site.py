@@ -46,7 +46,7 @@ def write_cell(folder: Path, cell: dict, draw: np.random.Generator, number: int)
     names = [name for name in RATES[cell["family"]] if attack != "clean" or name == "acc"]
     record["metrics"] = names
     if purified and number % 11 == 10:
-        record |= {"status": "failed", "reason": "Diverged: loss is <nan> | at step 3"}
+        record |= {"status": "failed", "reason": "Diverged: <b> | loss at step 3"}
     else:
         for name in names:
             strong = {"fst": 0.05, "ims": 0.1, "crow": 0.1, "ft": 0.7, "finetune": 0.8, "ft_sam": 0.15}.get(defence, 0.4)

@@ -169,7 +169,8 @@ def test_pareto_equals_brute_force(count):
 
 def page_of(cells, tmp_path):
     out = tmp_path / "o"
-    c.write_cross(cells, LABELS, "demo", {"page": out / "cross.html", "table": out / "cross.csv", "figures": out / "cross"})
+    c.write_cross(cells, LABELS, {"scale": "demo", "papers": [], "registry": list(LABELS.values())},
+                  {"page": out / "cross.html", "table": out / "cross.csv", "figures": out / "cross"})
     return (out / "cross.html").read_text()
 
 
@@ -177,12 +178,12 @@ def test_page(make, tmp_path):
     entries = [(a, d, "Diverged: <nan>" if (a, d) == ("badnets", "fst") else v) for a, d, v in GRID]
     cells = pd.concat([make(entries), make(GRID[:6], recipe="s")])
     page = page_of(cells, tmp_path)
-    assert page.count("data-sort=") == 15 * 22 and page.count('<tr class="bad"') == 1
+    assert page.count("data-sort=") == 15 * 22 and page.count('class="bad"') == 1
     assert 'data-sort="failed Diverged: &lt;nan&gt;"' in page and 'data-sort="0.9"' in page and 'data-sort=""' in page
     assert "http" not in page and "src=" in page and 'aria-label="Every cell"' in page
     assert "all recipes: numbers" in page and "recipe s: numbers" in page
     for name in ("ranks", "fronts", "asr"):
-        assert f'src="cross/{name}.png"' in page and (tmp_path / "o" / "cross" / f"{name}.png").stat().st_size > 1000
+        assert f'src="cross/{name}.svg"' in page and (tmp_path / "o" / "cross" / f"{name}.svg").stat().st_size > 1000
     table = pd.read_csv(tmp_path / "o" / "cross.csv")
     assert list(table.columns) == c.COLUMNS and len(table) == 15 and 'href="cross.csv"' in page
 
@@ -190,8 +191,10 @@ def test_page(make, tmp_path):
 def test_page_without_purified_cells(make, tmp_path):
     cells = make(GRID)
     page = page_of(cells[cells.stage == "victim"], tmp_path)
-    assert "No purified cells" in page and "<script>" not in page
-    assert pd.read_csv(tmp_path / "o" / "cross.csv").empty and (tmp_path / "o" / "cross" / "asr.png").is_file()
+    assert "No purified cells" in page and 'id="cells"' not in page
+    out = tmp_path / "o"
+    assert pd.read_csv(out / "cross.csv").empty and (out / "cross" / "asr.svg").is_file()
+    assert not (out / "cross" / "overview.svg").exists()
 
 
 def test_page_where_everything_failed_and_with_one_defence(make, tmp_path):

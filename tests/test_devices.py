@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 import uuid
+import zipfile
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ import torch
 from cupel import cells, devices
 from cupel.checkpoint import DamagedCheckpoint
 from cupel.files import read_json
+from cupel.images import datasets, models
 from cupel.images.datasets.base import DamagedDataset
 from tests.conftest import REPOSITORY
 from tests.test_workflow import Folder
@@ -225,6 +227,21 @@ def test_what_the_machine_lacks_is_no_failed_cell(tmp_path, error):
     with pytest.raises(type(error)):
         cells.fail(error, {}, {"metrics": tmp_path / "metrics.json"})
     assert not (tmp_path / "metrics.json").exists()
+
+
+@pytest.mark.parametrize("read", [read_json, cells.read_tensors, models.load, lambda path: datasets.load(path.parent, "train")],
+                         ids=["json", "arrays", "checkpoint", "data set"])
+def test_a_damaged_input_is_no_failed_cell(tmp_path, read):
+    path = tmp_path / "manifest.json"
+    path.write_bytes(b"{cut off")
+    with zipfile.ZipFile(tmp_path / "whole.npz", "w") as file:
+        file.writestr("a.npy", "a")
+    if read is cells.read_tensors:
+        path.write_bytes((tmp_path / "whole.npz").read_bytes()[:-9])
+    with pytest.raises(OSError, match=str(tmp_path)) as error:
+        read(path)
+    with pytest.raises(OSError):
+        cells.failure(error.value)
 
 
 @pytest.mark.parametrize("error", [

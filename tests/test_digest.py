@@ -11,7 +11,7 @@ from cupel.digest import Code, code_digest
 
 WORKFLOW = Path(cupel.__file__).parents[1]
 SCRIPTS = {path.stem: [path.name] for path in sorted((WORKFLOW / "scripts").glob("*.py"))}
-PAGES = ("index", "cross", "zoo_report")
+PAGES = ("index", "cells_page", "cross", "paper_page", "zoo_report")
 OBJECTS = {
     "badnets": "cupel.images.attacks.badnets:BadNets",
     "wanet": "cupel.images.attacks.wanet:WaNet",
@@ -58,8 +58,8 @@ EDITS = [
     ("images/stages.py", "prepare_trigger", {"prepare_trigger"}),
     ("text/training.py", "train_lora", TEXT),
     ("text/defences/wanda.py", "wanda", set()),
-    ("evaluation/claims.py", "judge", {"judge_claims"}),
-    ("reporting/figures.py", "COLOURS", {"cross", "zoo_report", "report_ims"}),
+    ("evaluation/claims.py", "judge", {"judge_claims", "index", "paper_page"}),
+    ("reporting/figures.py", "COLOURS", {"cross", "zoo_report", "report_paper", "report_fst", "report_ims", "feature_maps"}),
     ("job.py", "logged", set(JOBS)),
     ("digest.py", "Code", set()),
 ]

@@ -198,3 +198,30 @@ def test_references_of_a_defence_are_cells():
     other = [cell for cell in grid.cells("purified") if cell["defence"] == "cleangen~other"]
     references = [grid.families["text"].reference(cell) for cell in other]
     assert other and {(cell["dataset"], cell["attack"], cell["seed"]) for cell in references} <= victims
+
+
+def victims(**changes):
+    """The victims of FST's demo, with another block."""
+    def change(experiment):
+        experiment["scales"]["demo"]["blocks"] = [{**experiment["scales"]["demo"]["blocks"][0], **changes}]
+    return change
+
+
+@pytest.mark.parametrize("change, said", [
+    (victims(attacks=["sig"], rates=[0.2]),
+     r"attack sig poisons the target class alone, and class 0 is 0.1 of cifar10: rate 0.2"),
+    (victims(attacks=["lc"], rates=[0.05], datasets=["gtsrb"]),
+     r"attack lc .*class 0 is 0.0\d+ of gtsrb: rate 0.05 is impossible"),
+    (lambda e: e["recipes"]["fst"]["settings"].update(target=10), r"recipe fst: target 10, but cifar10 has the classes 0 to 9"),
+], ids=["sig", "lc", "target"])
+def test_what_a_class_cannot_give_is_refused(folder, change, said):
+    edit(folder / "fst" / "experiment.yaml", change)
+    with pytest.raises(ConfigError, match=said):
+        Grid(["fst"], "demo", folder=folder)
+
+
+def test_what_a_class_can_give_is_planned(folder):
+    edit(folder / "fst" / "experiment.yaml", victims(attacks=["sig", "sig~dirty", "sig~capped"], rates=[0.1]))
+    assert Grid(["fst"], "demo", folder=folder).cells("victim")
+    edit(folder / "fst" / "experiment.yaml", victims(attacks=["sig~dirty", "sig~capped", "badnets"], rates=[0.5]))
+    assert Grid(["fst"], "demo", folder=folder).cells("victim")

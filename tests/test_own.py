@@ -1,8 +1,10 @@
 """A network that the library does not know, from its file to a purified one in its own form."""
 
 import importlib.util
+import json
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -12,10 +14,13 @@ from PIL import Image
 from torch import nn
 
 import cupel
+from cupel import files
 from cupel.images import datasets
 from cupel.own import cli, data, imports, network, run
 from cupel.registry import load_plugins
+from cupel.settings import ConfigError
 from cupel.training.engine import Recipe, fit
+from tests.test_defences_resume import FEW
 
 #: as people write them: not in the library's order of memory, and with a name that is nowhere in the library
 NET = '''
@@ -23,7 +28,7 @@ from torch import nn
 
 
 class Plain(nn.Module):
-    def __init__(self, width=16, num_classes=10):
+    def __init__(self, width=8, num_classes=10):
         super().__init__()
         self.c1, self.b1 = nn.Conv2d(1, width, 3, 2, 1), nn.BatchNorm2d(width)
         self.c2, self.b2 = nn.Conv2d(width, 2 * width, 3, 2, 1), nn.BatchNorm2d(2 * width)
@@ -58,8 +63,8 @@ class Case:
         self.net.write_text(NET)
         self.trigger.write_text(TRIGGER)
         train, test = (datasets.load(mnist, split) for split in ("train", "test"))
-        images, labels = np.array(train.images[:6000]), train.labels[:6000].copy()
-        images[:600], labels[:600] = module(self.trigger).stamp(images[:600].copy()), TARGET
+        images, labels = np.array(train.images[:4000]), train.labels[:4000].copy()
+        images[:400], labels[:400] = module(self.trigger).stamp(images[:400].copy()), TARGET
         torch.manual_seed(0)
         self.network = module(self.net).Plain()
         wrapped = network.wrap(self.network, torch.rand(2, 1, 28, 28), (0.1307,), (0.3081,))
@@ -68,7 +73,7 @@ class Case:
         state = {f"module.{key}": value for key, value in self.network.state_dict().items()}
         torch.save({"epoch": 3, "state_dict": state, "acc": 0.97}, self.checkpoint)
         self.clean = folder / "clean.npz"
-        np.savez(self.clean, images=test.images[:1500], labels=test.labels[:1500])
+        np.savez(self.clean, images=test.images[:1000], labels=test.labels[:1000])
         self.test = test.images[5000:7000], test.labels[5000:7000]
 
     def command(self, *more, out="out"):
@@ -93,12 +98,13 @@ def case(tmp_path_factory, mnist):
 
 
 def test_one_command_from_a_backdoored_file_to_a_purified_one(case, capsys):
-    settings = ["--trigger", f"{case.trigger}:stamp", "--target", "5", "--defences", "clp,ft_sam,nad,rnp"]
+    settings = ["--trigger", f"{case.trigger}:stamp", "--target", "5", "--defences", "clp,fp",
+                "--set", "fp.epochs=5"]
     assert cli.main(case.command(*settings)) == 0
     said = capsys.readouterr()
-    assert "ACC on 1500 clean images: 9" in said.err and "750 images are tuned on, 750 others measure" in said.err
+    assert "ACC on 1000 clean images: 9" in said.err and "500 images are tuned on, 500 others measure" in said.err
     before = case.rates(case.network)
-    assert before[0] > 0.93 and before[1] > 0.95
+    assert before[0] > 0.9 and before[1] > 0.95
     table = pd.read_csv(case.folder / "out" / "results.csv", index_col="defence")
     best = table.asr.drop("none").idxmin()
     outside = module(case.net).Plain()
@@ -109,7 +115,7 @@ def test_one_command_from_a_backdoored_file_to_a_purified_one(case, capsys):
     print(table[["acc", "asr", "result"]], before, after)
     assert after[1] < 0.2 and after[0] > before[0] - 0.05
     page = (case.folder / "out" / "index.html").read_text()
-    assert f'href="{table.file[best]}"' in page and "ASR" in page and not list((case.folder / "out" / "work").glob("*"))
+    assert f'href="{table.file[best]}"' in page and "ASR" in page and not (case.folder / "out" / "work").exists()
 
 
 def test_from_a_notebook_with_evidence_and_defences_that_cannot(case, tmp_path, capsys):
@@ -129,9 +135,22 @@ def test_from_a_notebook_with_evidence_and_defences_that_cannot(case, tmp_path, 
     assert "no clean image" not in capsys.readouterr().err
 
 
+def test_every_defence_with_three_images_a_class_and_one_class_missing(case, capsys):
+    with np.load(case.clean) as file:
+        few = np.concatenate([np.flatnonzero(file["labels"] == c)[:6] for c in range(9)])
+        images, labels = file["images"][few], file["labels"][few]
+    found = cupel.purify(case.network, images, labels, mean=(0.1307,), std=(0.3081,), flip=False, evidence=(), settings=FEW,
+                         trigger=module(case.trigger).stamp, target=TARGET, defences=tuple(FEW))
+    failed = found.table[found.table.result.str.startswith("failed")].set_index("defence").result
+    assert set(failed.index) == {"ims_vit", "npd"}, failed.to_dict()
+    assert all("network has none" in text or "knows no place" in text for text in failed)
+    assert len(found.networks) == len(FEW) - 3 and (found.table.asr_n.dropna() == 24).all()
+    assert "no clean image is of the classes 9" in capsys.readouterr().err
+
+
 def test_a_wrong_normalisation_stops_the_run_and_is_named(case, capsys):
-    given = case.command("--normalize", "bytes", out="wrong")
-    assert cli.main(given) == 2
+    given = case.command("--defences", "clp", "--evidence", "none", out="wrong")
+    assert cli.main([*given, "--normalize", "20/1"]) == 2
     said = capsys.readouterr().err
     assert "guessing gives 10.0 %: nothing is run" in said and "with the normalisation 'mnist' it is 9" in said
     assert not (case.folder / "wrong").exists()
@@ -142,7 +161,7 @@ def test_a_wrong_normalisation_stops_the_run_and_is_named(case, capsys):
     (["--arch", "resnet1"], "unknown architecture 'resnet1'"),
     (["--trigger", "badnets"], "without the label that the attacker wants"),
     (["--trigger", "badnets", "--target", "10"], "the network has the classes 0 to 9"),
-    (["--defences", "fts"], "did you mean 'fst'?"),
+    (["--defences", "fts"], "unknown defence 'fts'"),
     (["--set", "fst.alfa=1", "--defences", "fst"], "did you mean 'alpha'?"),
     (["--set", "ft.lr=1", "--defences", "fst"], "settings are given for ft"),
     (["--evidence", "nx"], "unknown evidence 'nx'"),
@@ -264,18 +283,19 @@ def test_pictures_of_all_kinds_by_one_rule(tmp_path):
     assert data.arrays(np.zeros((2, 8, 6, 3), np.uint8), [0, 1], size=4).images.shape == (2, 4, 4, 3)
 
 
-def test_parts_share_no_image_and_leave_no_batch_of_one():
+def test_parts_share_no_image():
     images = np.arange(66, dtype=np.uint8)[:, None, None, None].repeat(4, 1).repeat(4, 2)
     clean = data.arrays(images, np.arange(66) % 3)
     tuned, held = data.parts(clean, 0.5, 0)
-    assert (len(tuned), len(held)) == (32, 34)
+    assert (len(tuned), len(held)) == (33, 33)
     assert sorted({*tuned.images[:, 0, 0, 0].tolist(), *held.images[:, 0, 0, 0].tolist()}) == list(range(66))
     with pytest.raises(ValueError, match="cannot be divided"):
         data.parts(clean.take(np.arange(1)), 0.5, 0)
 
 
 def test_a_network_of_names_a_plugin_and_a_script_file(tmp_path, monkeypatch):
-    assert imports.architecture("resnet18", 7, 32, 3).fc.out_features == 7
+    theirs = imports.architecture("resnet18", 7, 32, 3)
+    assert network.look(theirs, torch.rand(2, 3, 64, 64)) == network.Found(7, "fc", (), ("layer2", "layer3", "layer4"))
     plugin = tmp_path / "mine.py"
     plugin.write_text("from torch import nn\nfrom cupel.images.models import Parts, model\n\n@model('of_a_plugin')\n"
                       "def net(*, num_classes, in_channels, image_size):\n"
@@ -301,5 +321,66 @@ def test_a_network_of_names_a_plugin_and_a_script_file(tmp_path, monkeypatch):
 def test_help_reads_and_the_import_is_light():
     code = "import sys, cupel; assert 'torch' not in sys.modules; cupel.purify; assert 'torch' in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
-    said = subprocess.run([sys.executable, "-m", "cupel", "--help"], capture_output=True, text=True, check=True).stdout
-    assert "cupel purify" in said and "clean images" in said
+    asked = [sys.executable, "-m", "cupel", "purify", "--help"]
+    said = subprocess.run(asked, capture_output=True, text=True, check=True).stdout
+    assert "cupel purify MODEL" in said and "clean images that you trust" in said
+
+
+def test_a_data_set_of_a_plugin_in_the_grid_and_on_disk(tmp_path):
+    """As docs/extending.md has it."""
+    from cupel.images.datasets import dataset
+    from tests.conftest import planned
+
+    draw = np.random.default_rng(0)
+    made = {f"{split}_images": draw.integers(0, 256, (6, 32, 32, 1), np.uint8) for split in ("train", "test")}
+    np.savez(tmp_path / "mine.npz", **made, train_labels=np.arange(6) % 2, test_labels=np.arange(6) % 2)
+    text = (Path(__file__).parents[1] / "docs" / "extending.md").read_text()
+    code = next(part for part in text.split("```python\n") if '@dataset("mine")' in part).partition("```")[0]
+    plugin = tmp_path / "my_data.py"
+    plugin.write_text(code.replace("<what sha256sum prints>", files.digest(tmp_path / "mine.npz")))
+    load_plugins([plugin])
+    try:
+        datasets.prepare(datasets.describe("mine"), tmp_path / "data", kinds=("mirror",), mirror=tmp_path)
+    finally:
+        del dataset["mine"]
+    assert datasets.load(tmp_path / "data", "train").classes == ("good", "bad")
+    assert (data.read(tmp_path / "data", channels=3).images[..., 1] == made["test_images"][..., 0]).all()
+
+    block = {"datasets": ["mine"], "models": ["resnet18"], "recipe": "r", "attacks": ["clean"], "rates": [0]}
+    content = {"paper": "p", "family": "images", "title": "t", "reference": "r",
+               "recipes": {"r": {"source": "own", "settings": {"target": 0, "training": {"epochs": 1, "lr": 0.1}}}},
+               "scales": {"demo": {"seeds": [0], "blocks": [block]}}}
+    assert [cell["dataset"] for cell in planned(content, plugins=[str(plugin)]).cells] == ["mine"]
+    with pytest.raises(ConfigError, match="unknown dataset 'mine'"):
+        planned(content)
+
+
+def test_registries_are_whole_and_a_seed_is_a_stream():
+    from cupel import images
+
+    assert {"fst", "ims"} <= set(images.DEFENCES) and {"badnets", "wanet"} <= set(images.ATTACKS)
+    assert "resnet18" in images.MODELS
+    victim = images.build("resnet18", num_classes=2, width=8, stem_stride=2, seed=0)
+    budget = images.Budget(np.zeros((4, 32, 32, 3), np.uint8), np.array([0, 1, 0, 1]), 2)
+    assert images.purify("clp", victim, budget, 0)[1]
+
+
+def test_a_language_model_answers_before_and_after(tmp_path, capsys):
+    from cupel.text.data.sources import synthetic
+    from cupel.text.models import tiny_llama
+
+    tiny_llama(tmp_path / "model", 0, layers=3, hidden=32, heads=2)
+    lines = [json.dumps({key: record[key] for key in ("instruction", "input", "output")}) for record in synthetic()[:9]]
+    (tmp_path / "items.jsonl").write_text("\n".join(lines))
+    (tmp_path / "probes.txt").write_text("Name a colour.\n\nSay something.\n")
+    command = ["purify", "--language", str(tmp_path / "model"), "--clean", str(tmp_path / "items.jsonl"),
+               "--probes", str(tmp_path / "probes.txt"), "--out", str(tmp_path / "out"),
+               "--set", "crow.epochs=1", "--set", "finetune.epochs=1"]
+    assert cli.main(command) == 0
+    said = capsys.readouterr().out
+    assert "## Name a colour." in said and said.count("**crow**") == said.count("**before**") == 2
+    for name in ("finetune", "crow"):
+        assert (tmp_path / "out" / name / "model" / "adapter_model.safetensors").is_file()
+    assert "loss_cons" in (tmp_path / "out" / "crow" / "history.csv").read_text()
+    assert cli.main([*command, "--set", "finetune.alpha=1"]) == 2
+    assert "unknown parameter of defence finetune 'alpha'" in capsys.readouterr().err

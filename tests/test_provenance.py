@@ -43,7 +43,7 @@ def test_the_report_of_snakemake(finished):
         data = {name.rpartition("/")[2]: name for name in names}
         text = {name: pack.read(name).decode(errors="replace") for name in names if name.endswith((".html", ".js", ".rst"))}
     everything = "\n".join(text.values())
-    for word in ("Claims", "Tables", "Figures", "Notebook", "Provenance", "Triggers", "All papers"):
+    for word in ("Claims", "Tables", "Figures", "Page", "Provenance", "Triggers", "All papers"):
         assert word in everything, word
     assert "claims.csv" in data and "report.html" in data and "triggers_cifar10.png" in data
     # captions are filled in
@@ -58,7 +58,8 @@ def test_the_crate_of_a_run(finished, tmp_path):
     crate = finished.path / "results/smoke/crate"
     assert check_crate(crate) == []
     graph = {entity["@id"]: entity for entity in json.loads((crate / "ro-crate-metadata.json").read_text())["@graph"]}
-    for name in ("index.html", "claims.csv", "cells.parquet", "provenance.json", "papers/fst/report.html", "cross.html"):
+    for name in ("index.html", "claims.csv", "cells.parquet", "provenance.json", "papers/fst/report.html",
+                 "papers/fst/report.ipynb", "cross.html", "claims.html", "cells.html", "cross/overview.svg"):
         assert f"results/smoke/{name}" in graph
     assert not [name for name in graph if name.endswith(".safetensors")]
     # pages that refer to pictures find them in the crate

@@ -18,9 +18,9 @@ from cupel.images.defences import Budget
 from cupel.paths import Paths
 from cupel.reporting import images
 from cupel.reporting.cross import cross_table, heat_map, write_cross
-from cupel.reporting.index import paper_section
 from cupel.reporting.notebook import write_card
 from cupel.reporting.paper import Paper, load, read_reported, write_report
+from cupel.reporting.paperpage import paper_section
 from cupel.reporting.planning import feature_cells, notebook_file, report_file
 from cupel.reporting.tables import gather, interval_text, spread
 from cupel.reporting.zoo import victims_beside_twins
@@ -302,7 +302,7 @@ def reports(tmp_path_factory):
 def test_tables_have_captions_and_figures_too(reports, key):
     paper = reports(key)
     captions = read_json(paper.out / "figures" / "captions.json")
-    assert captions and set(captions) == {path.stem for path in (paper.out / "figures").glob("*.png")}
+    assert captions and set(captions) == {path.stem for path in (paper.out / "figures").glob("*.svg")}
     assert all(text.strip() for text in captions.values()) and list(captions) == list(paper.captions)
     stems = {path.stem for path in (paper.out / "tables").glob("*.md")}
     assert len(stems) >= 4 and stems <= {path.stem for path in (paper.out / "tables").glob("*.csv")}
@@ -313,7 +313,7 @@ def test_tables_have_captions_and_figures_too(reports, key):
               "pictures": [{"path": paper.out / "x.png", "caption": "x"}]}
     section = paper_section(header, paper.out.parent / "index.html")
     assert [figure["caption"] for figure in section["figures"]] == [*captions.values(), "x"]
-    assert section["figures"][0]["path"] == f"out/figures/{next(iter(captions))}.png" and len(section["tables"]) == len(stems)
+    assert section["figures"][0]["path"] == f"out/figures/{next(iter(captions))}.svg" and len(section["tables"]) == len(stems)
 
 
 def test_a_paper_without_files_of_its_own_gets_a_report(tmp_path):
@@ -349,7 +349,7 @@ def test_wide_tables_keep_the_order():
 
 #: where a paper's name is the name of a method, of a data set, or of who else does as is written there
 METHODS = {"images/defences/": "fst|ims", "images/datasets/": "fst|ims", "text/": "crow", "vision_language/": "bye",
-           "schemas/experiment_language": "crow", "cupel/plan": "fst|ims|crow"}
+           "schemas/experiment_language": "crow", "cupel/plan": "fst|ims|crow", "cupel/own/": "fst|ims"}
 
 
 def code_of(path):
@@ -410,7 +410,7 @@ def test_a_network_without_a_backdoor_has_costs_alone(tmp_path, key, stem):
     assert len(costs) == clean[clean.stage == "purified"].path.nunique() and costs.der.isna().all()
     names = [label.get_text() for axis in heat_map(cross).axes for label in axis.get_xticklabels()]
     assert len(names) > 4 and not any("clean" in name for name in names)
-    write_cross(paper.cells, paper.labels["defences"], "bench",
+    write_cross(paper.cells, paper.labels["defences"], {"scale": "bench", "papers": [{"key": key}], "registry": []},
                 {"page": tmp_path / "cross.html", "table": tmp_path / "cross.csv", "figures": tmp_path / "cross"})
     assert "clean" in (tmp_path / "cross.html").read_text()
 

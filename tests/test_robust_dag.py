@@ -468,9 +468,9 @@ def test_smoke_ends_with_the_report(finished):
     assert {"pgd", "aai", "isa", "pgd_restarts", "autoattack"} <= set(cells.attack)
     folder = results / "papers" / KEY
     for name in ("report.html", "card.md", "claims.csv", "tables/ata_mnist_small.csv", "tables/stronger_mnist_small.tex",
-                 "figures/maps1_mnist_small.png", "figures/neurons_mnist_small.png"):
+                 "figures/maps1_mnist_small.svg", "figures/neurons_mnist_small.svg"):
         assert (folder / name).stat().st_size > 0
-    page = (results / "index.html").read_text()
+    page = (results / "papers" / "proper_interpretability" / "report.html").read_text()
     assert "Proper Network Interpretability" in page and "class activation maps before and under attack" in page
     assert not list(results.rglob("checkpoint.*"))
     made = json.loads((results / "provenance.json").read_text())

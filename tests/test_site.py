@@ -67,7 +67,7 @@ def test_the_first_page_answers(site):
     text, page = words(site / "index.html"), (site / "index.html").read_text()
     assert "FST removes more of the backdoor than plain fine-tuning at low poisoning rates" in text  # and how sure
     assert re.search(r"not established: FST removes .{60,90}points.{0,60}95 % .{5,30}; \d settings × 1 seed, n = \d+", text)
-    assert "Perturbation: the paper has epsilon times the sign of the gradient (Eq. 5), the code zero" in text
+    assert "Perturbation (paper: epsilon times the sign of the gradient (Eq. 5); code: zero)" in text
     assert re.search(r"spc2 .{0,20}(20 clean images )?not enough cells to say", text)
     assert re.search(r"\d+ claims: this scale is too small for the claim. It would take scale bench: one GPU", text)
     assert "git checkout" in page and "'papers=[fst,ims,bye,crow,proper_interpretability]'" in page.replace("&#39;", "'")
@@ -90,15 +90,16 @@ def test_every_claim_shows_its_test_its_place_and_its_cells(site):
             assert claim["source"].split('"')[0].split("'")[0].split("<")[0].strip() in unquote(entry) or "&" in entry
     entry = page.split('<details id="fst.fst-beats-ft"')[1].split("</details>")[0]
     shown = {unquote(path) for path in re.findall(r'href="cells.html#([^"]+)"', entry)}
-    asked = cells[(cells.paper == "fst") & cells.defence.isin(["ft", "fst"]) & (cells.poison_rate <= 0.02) & (cells.variant == "")]
+    asked = cells.query("paper == 'fst' and defence in ['ft', 'fst'] and poison_rate <= 0.02 and variant == ''")
     assert shown == {path.removeprefix("results/demo/") for path in asked.path}
 
 
 def test_tests_in_words():
     claim = {"over": "mean", "metric": "asr", "where": {"poison_rate": {"max": 0.02}, "variant": ""}, "a": {"defence": "ft"},
              "b": {"defence": ["fst", "ims"]}, "margin": 0.1}
-    assert evidence.in_words(claim) == ("asr of A (defence ft) minus asr of B (defence fst or ims) is above 10 points, in the mean "
-                                        "over settings, among cells with poison rate at most 2 %, variant none.")
+    assert evidence.in_words(claim) == (
+        "asr of A (defence ft) minus asr of B (defence fst or ims) is above 10 points, in the mean over settings, among cells "
+        "with poison rate at most 2 %, variant none.")
     less = {"over": "every", "metric": "f1", "a": {"attack": "sig"}, "constant": 0.2, "direction": "less", "gated": False}
     assert evidence.in_words(less) == ("20 % minus f1 of A (attack sig) is above 0 points, in every setting. Victims without a "
                                        "working backdoor count, too.")
@@ -121,7 +122,7 @@ def test_figures_bring_their_numbers(site):
     for folder in (site / "papers" / "fst" / "figures", site / "papers" / "ims" / "figures"):
         captions = read_json(folder / "captions.json")
         assert {path.stem for path in folder.glob("*.svg")} == set(captions) == {path.stem for path in folder.glob("*.csv")}
-        assert all("scale demo, seed 0, bf16, n up to 500" in text for text in captions.values())
+        assert all("Scale demo, seed 0, bf16, n up to 500" in text for text in captions.values())
     scatter = pd.read_csv(next((site / "papers" / "fst" / "figures").glob("scatter_*.csv")))
     cells = pd.read_parquet(site / "cells.parquet").query("paper == 'fst' and metric == 'acc'")
     assert scatter.acc.round(9).isin(cells.value.round(9)).all(), "a point is a cell"
@@ -129,7 +130,8 @@ def test_figures_bring_their_numbers(site):
 
 def test_a_switch_has_its_effect(site):
     cells = pd.read_parquet(site / "cells.parquet").query("paper == 'ims'")
-    (entry,) = evidence.switch_effects({"differences": [{"what": "x", "paper": "p", "code": "c", "switch": "anp~leak, none~x"}]}, cells)
+    difference = {"what": "x", "paper": "p", "code": "c", "switch": "anp~leak, none~x"}
+    (entry,) = evidence.switch_effects({"differences": [difference]}, cells)
     (found,) = entry["effects"]
     own = cells[(cells.defence == "anp") & (cells.metric == "asr") & (cells.status == "ok")]
     both = own.pivot(index=["attack", "poison_rate"], columns="variant", values="value").dropna()
@@ -204,11 +206,12 @@ def test_a_page_in_a_browser(browser, address, site, name):
 
 def test_dark_is_dark_and_readable(browser, address):
     contrast = """
-        const light = text => { const [r, g, b] = text.match(/[\\d.]+/g).slice(0, 3).map(v => { v /= 255; return v <= 0.03928 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4 });
+        const linear = v => v <= 0.03928 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4;
+        const light = text => { const [r, g, b] = text.match(/[\\d.]+/g).slice(0, 3).map(v => linear(v / 255));
                                 return 0.2126 * r + 0.7152 * g + 0.0722 * b };
         const back = light(arguments[0] ? 'rgb(18,18,18)' : 'rgb(255,255,255)');
-        return Math.min(...[...document.querySelectorAll('p, a, small, li')].filter(e => e.offsetParent).map(e => light(getComputedStyle(e).color))
-          .map(l => (Math.max(l, back) + 0.05) / (Math.min(l, back) + 0.05)))"""
+        return Math.min(...[...document.querySelectorAll('p, a, small, li')].filter(e => e.offsetParent)
+          .map(e => light(getComputedStyle(e).color)).map(l => (Math.max(l, back) + 0.05) / (Math.min(l, back) + 0.05)))"""
     for dark in (False, True):
         show(browser, f"{address}/index.html", dark=dark)
         assert browser.execute_script("return matchMedia('(prefers-color-scheme: dark)').matches") is dark
@@ -217,7 +220,8 @@ def test_dark_is_dark_and_readable(browser, address):
 
 def test_claims_filter_and_open(browser, address):
     show(browser, f"{address}/claims.html#paper=fst&verdict=indicated")
-    shown = browser.execute_script("return [...document.querySelectorAll('#claims > details')].filter(d => !d.hidden).map(d => [d.dataset.paper, d.dataset.verdict])")
+    shown = browser.execute_script("return [...document.querySelectorAll('#claims > details')].filter(d => !d.hidden)"
+                                   ".map(d => [d.dataset.paper, d.dataset.verdict])")
     assert shown and {tuple(pair) for pair in shown} == {("fst", "indicated")}
     box = browser.find_element("css selector", "input[data-filter]")
     box.send_keys("zzz")
@@ -231,7 +235,8 @@ def test_claims_filter_and_open(browser, address):
 @pytest.mark.parametrize("name", ["cross.html", "cells.html"])
 def test_tables_sort_and_filter(browser, address, name):
     show(browser, f"{address}/{name}")
-    column = browser.execute_script("return [...document.querySelectorAll('#cells thead th')].findIndex(h => h.textContent.trim() === 'seconds')")
+    column = browser.execute_script("return [...document.querySelectorAll('#cells thead th')]"
+                                    ".findIndex(h => h.textContent.trim() === 'seconds')")
     head = browser.find_elements("css selector", "#cells thead button")[column]
     values = "return [...document.querySelectorAll('#cells tbody tr')].map(r => r.cells[arguments[0]].dataset.sort)"
     for sign in (1, -1):
@@ -245,7 +250,8 @@ def test_tables_sort_and_filter(browser, address, name):
     assert not browser.find_element("css selector", "output").text.startswith("0 of")
     box.clear()
     box.send_keys("ims")
-    rows = browser.execute_script("return [...document.querySelectorAll('#cells tbody tr')].filter(r => !r.hidden).map(r => r.cells[0].textContent)")
+    rows = browser.execute_script("return [...document.querySelectorAll('#cells tbody tr')].filter(r => !r.hidden)"
+                                  ".map(r => r.cells[0].textContent)")
     assert rows and all("ims" in row.lower() for row in rows), "the recipe and the paper of that name are not looked at"
 
 
@@ -253,11 +259,13 @@ def test_a_cell_tells_everything(browser, address, site):
     show(browser, f"{address}/cells.html")
     browser.find_elements("css selector", "#cells tbody tr[data-method=fst] a")[0].click()
     panel = browser.find_element("id", "panel")
-    for text in ("Make it again", "--force results/demo/images/purified/", "jobs=cell", "Settings and their sources", "defence fst",
-                 "alpha", "Siblings", "Victim", "metrics.json", "acc", "… ", "seconds"):
+    for text in ("Make it again", "--force results/demo/images/purified/", "jobs=cell", "Settings and their sources",
+                 "defence fst", "alpha", "Siblings", "Victim", "metrics.json", "acc", "… ", "seconds"):
         assert text in panel.text, text
     assert len(browser.find_elements("css selector", "#panel svg[role=img]")) == 2
-    files = browser.execute_script("return [...document.querySelectorAll('#panel dd a')].map(a => a.href).filter(h => !h.includes('#'))")
+    files = browser.execute_script("return [...document.querySelectorAll('#panel dd a')].map(a => a.href)"
+                                   ".filter(h => !h.includes('#'))")
     assert files and all((site / unquote(urlsplit(file).path).lstrip("/")).is_file() for file in files)
-    sources = browser.execute_script("return [...[...document.querySelectorAll('#panel table')].at(-1).tBodies[0].rows].map(r => r.cells[2].textContent)")
+    sources = browser.execute_script("return [...[...document.querySelectorAll('#panel table')].at(-1).tBodies[0].rows]"
+                                     ".map(r => r.cells[2].textContent)")
     assert len(sources) >= 3 and all(sources), "every setting has its source"

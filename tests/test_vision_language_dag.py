@@ -382,8 +382,8 @@ def finished(tmp_path_factory):
 @pytest.mark.slow
 def test_smoke_ends_with_the_report(finished):
     results = finished.path / "results" / "smoke"
-    page = (results / "index.html").read_text()
-    assert "Backdoor Cleaning" in page and "Hazards" in page and "maps_shapes_tiny_micro_llava.png" in page
+    page = (results / "papers" / "bye" / "report.html").read_text()
+    assert "Backdoor Cleaning" in page and "Hazards" in page and "maps_shapes_tiny_micro_llava.svg" in page
     cells = pd.read_parquet(results / "cells.parquet")
     assert set(cells.status) == {"ok"} and set(cells.stage) == {"victim", "filtered", "purified"}
     assert set(cells[cells.stage == "filtered"].defence) >= {"bye", "random_drop", "two_means", "oracle"}

@@ -134,11 +134,14 @@ def test_smoke_ends_with_the_report(finished):
     assert {"acc", "asr", "ra", "der"} <= set(cells.metric) and (cells[cells.metric == "asr"].n == 180).all()
     made = json.loads((results / "provenance.json").read_text())
     assert made["seeds"] == [0] and "torch" in made["versions"] and made["data"]["images/cifar10"]["content_sha256"]
-    for name in ("report.html", "report.ipynb", "card.md", "features.png", "claims.csv", "tables/cells.csv"):
+    for name in ("report.html", "report.ipynb", "card.md", "features.svg", "features.csv", "claims.csv", "tables/cells.csv"):
         assert (results / "papers" / "fst" / name).stat().st_size > 0
     for name in ("report.html", "tables", "figures", "claims.csv"):
         assert (results / "papers" / "third" / name).exists(), "a paper is a folder with experiment.yaml"
     assert len(pd.read_csv(results / "claims.csv")) >= 7
+    for name in ("claims.html", "cells.html", "cross.html", "cross/overview.csv"):
+        assert (results / name).stat().st_size > 0
+    assert cells.path.str.removeprefix("results/smoke/").map((results / "cells.html").read_text().__contains__).mean() > 0.5
 
 
 def test_nothing_is_done_twice(finished):
@@ -204,7 +207,7 @@ def test_a_claim_is_judged_again_and_nothing_is_drawn_or_trained(finished):
     planned = jobs(finished.run("-n")[1])
     finished.edit(file, "margin: 0.2}", "margin: 0.1}")
     os.utime(finished.path / "results/smoke/papers/fst/claims.csv")
-    assert {"judge_claims", "index"} <= set(planned) <= {"judge_claims", "index", "notebook", "all"}
+    assert {"judge_claims", "index"} <= set(planned) <= {"judge_claims", "index", "notebook", "paper_page", "all"}
 
 
 def test_one_cell_by_its_path(finished):
@@ -222,7 +225,7 @@ def test_plugins_of_the_documentation(finished, tmp_path):
     blocks = re.findall(r"```python\n(.*?)```", (REPOSITORY / "docs" / "extending.md").read_text(), re.DOTALL)
     folder = Folder(tmp_path / "plugin", finished.data)
     (folder.path / "my_methods.py").write_text("\n\n".join(blocks))
-    folder.set(plugins=["my_methods.py"])
+    folder.set(plugins=["my_methods.py"], papers=["fst"])
     cell = "results/smoke/images/purified/cifar10/preactresnet18/fst/stripe@0.05/seed0/shrink@heldout/metrics.json"
     code, output = folder.run("--", cell)
     assert code == 0, output[-3000:]

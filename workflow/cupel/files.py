@@ -127,8 +127,15 @@ def write_json(path: str | Path, content: Any) -> None:
 
 
 def read_json(path: str | Path) -> Any:
-    """Read a JSON file."""
-    return json.loads(Path(path).read_text(encoding="utf-8"))
+    """Read a JSON file.
+
+    Raises:
+        OSError: there is none, or it is damaged.
+    """
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise OSError(f"{path} is damaged ({error}); remove it and run the same command again") from None
 
 
 def benchmarks(folder: str | Path) -> Iterator[tuple[Path, dict[str, str]]]:

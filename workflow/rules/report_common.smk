@@ -125,7 +125,7 @@ def known_entries():
     for name, family in GRID.families.items():
         used = {key: set(family.used(key.removesuffix("s"))) for key in family.SECTIONS.values()}
         entries = {
-            section: {entry: family.entries[section][entry] for entry in used[key] & family.entries[section].keys()}
+            section: {entry: family.entries[section][entry] for entry in sorted(used[key] & family.entries[section].keys())}
             for section, key in family.SECTIONS.items()
         }
         found[name] = {"sections": dict(family.SECTIONS), "entries": entries}

@@ -112,7 +112,7 @@ def judge(claim: Mapping, cells: pd.DataFrame, scale: str, gate: Mapping[str, fl
     The test compares a metric (a side may name another) of side A with that of side B, or with a constant, and asks for an
     effect A − B above a margin: in the mean over settings (`over: mean`), or in every one of them (`over: every`). The verdict
     is `supported` when the whole interval lies above the margin, `refuted` when it lies below, else `open`. With fewer than
-    `SEEDS` trainings of a setting it is `indicated`, whatever the interval. Seeds that not all settings have are left out.
+    `SEEDS` trainings of a setting it is never more than `indicated`. Seeds that not all settings have are left out.
 
     Left out are cells whose victim does not reach `gate` (unless the claim says `gated: false`): they earn nobody credit. Where
     this leaves fewer than `SEEDS` trainings of a setting, it is left out as a whole. A claim is not supported while cells
@@ -156,7 +156,7 @@ def judge(claim: Mapping, cells: pd.DataFrame, scale: str, gate: Mapping[str, fl
     verdict = SUPPORTED if found.low > margin else REFUTED if found.high < margin else OPEN
     if verdict == SUPPORTED and (len(failed) or len(broken)):
         verdict = OPEN
-    if len(shared) < SEEDS:
+    if len(shared) < SEEDS and not found.low <= margin <= found.high:
         verdict = INDICATED
     return Verdict(verdict, "; ".join(notes), found, "for" if found.value > margin else "against", values.size, len(grid),
                    float(values.mean(1).min()), _names(least, keys, pairs, seeds=False)[0])

@@ -36,10 +36,13 @@ def half_width(values: np.ndarray, error: float, tail: float) -> float:
         values: float [J, K], of setting and seed.
         error: standard error from the finite test set, common to all of them.
         tail: probability beyond the bound.
+
+    Returns:
+        NaN where one seed and no error of the test set say nothing.
     """
     settings, seeds = values.shape
     if seeds == 1:
-        return norm.isf(tail) * error
+        return norm.isf(tail) * error or float("nan")  # nothing is known of the error of a metric without an interval
     variance = max(values.mean(0).var(ddof=1), values.var(1, ddof=1).mean() / settings)
     return float(np.hypot(student.isf(tail, seeds - 1) * np.sqrt(variance / seeds), norm.isf(tail) * error))
 

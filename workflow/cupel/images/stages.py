@@ -281,18 +281,18 @@ def purify(spec: dict, defence: dict, inputs: Inputs, outputs: dict, device: str
             for key, value in evaluate(between, test, attack, target, device).items():
                 metric, *end = key.split("_")
                 stages["_".join([metric, name, *end])] = value
+        write_history(outputs["history"], history)
+        if budget.details:
+            write_tensors(outputs["details"], budget.details)
+        write_json(outputs["metrics"], {
+            **base, **measured, **costs(), "status": "ok", "clean_samples": len(chosen), "device": device,
+            "precision": budget.precision, "seconds": seconds, "rate_reached": victim["rate_reached"],
+            "unchanged": digest(outputs["model"]) == digest(inputs.victim), "destroyed": destroyed(victim, measured),
+            **{f"{name}_before": victim[name] for name in ("acc", "asr", "ra") if name in victim}, **stages,
+            **effects(victim, measured, rng(spec["seed"], "intervals"))})
     except Exception as error:
         fail(error, base, {name: path for name, path in outputs.items() if name != "details"})
         return
-    write_history(outputs["history"], history)
-    if budget.details:
-        write_tensors(outputs["details"], budget.details)
-    write_json(outputs["metrics"], {
-        **base, **measured, **costs(), "status": "ok", "clean_samples": len(chosen), "device": device,
-        "precision": budget.precision, "seconds": seconds, "rate_reached": victim["rate_reached"],
-        "unchanged": digest(outputs["model"]) == digest(inputs.victim), "destroyed": destroyed(victim, measured),
-        **{f"{name}_before": victim[name] for name in ("acc", "asr", "ra") if name in victim}, **stages,
-        **effects(victim, measured, rng(spec["seed"], "intervals"))})
     Path(budget.checkpoint).unlink(missing_ok=True)
 
 

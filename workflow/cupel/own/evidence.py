@@ -13,7 +13,7 @@ import torch
 from cupel.images.defences import DEFENCES, Budget
 from cupel.images.defences.nc import anomaly_index, search
 from cupel.rng import derive, rng, torch_rng
-from cupel.training.engine import Progress
+from cupel.training.progress import Progress
 
 IMAGES = 128
 
@@ -70,7 +70,7 @@ def margins(model, budget: Budget, seed: int, *, starts: int = 10, steps: int = 
             with torch.no_grad():
                 x.clamp_(0, 1)
             progress(1, f"class {k}")
-        rows.append({"class": k, "margin": float(margin.max())})
+        rows.append({"class": k, "margin": margin.detach().max().item()})
     progress.close()
     values = np.array([row["margin"] for row in rows])
     if len(values) < 4:

@@ -168,7 +168,9 @@ class Weights:
         self.tensors = dict(holder)
 
     def _refuse(self, error: Exception) -> None:
-        if "weights_only" in str(error) or "Unsupported" in str(error):
+        with self.path.open("rb") as file:
+            pickled = file.read(1) in (b"P", b"\x80")  # a zip archive (torch.save) or a bare pickle
+        if pickled and "weights_only" in str(error):
             raise ValueError(f"{self.path} holds more than tensors and plain values, and opening it could run any code: it "
                              "is not opened. Where you trust it, load it with the code that wrote it, and save "
                              "network.state_dict()") from None
@@ -203,10 +205,14 @@ class Weights:
         network.load_state_dict(given, strict=False)
 
     def write(self, network: nn.Module, path: Path) -> None:
-        """Write a network's weights as the file was written: its names, its types, and whatever else it holds."""
+        """Write a network's weights as the file was written: its names, its types, and whatever else it holds.
+
+        The network gets what was written, where that is rounded to half precision.
+        """
         state = network.state_dict()
         tensors = {key: state[name].detach().cpu().to(self.tensors[key].dtype).contiguous().clone()
                    for key, name in self.names.items()}
+        network.load_state_dict({self.names[key]: tensor for key, tensor in tensors.items()}, strict=False)
         with atomic(path) as temporary:
             if self.content is None:
                 save_file(tensors, temporary, metadata=self.metadata)

@@ -3,7 +3,6 @@
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from urllib.parse import quote
 
 import pandas as pd
 
@@ -57,7 +56,7 @@ def claim_entries(papers: Iterable[dict], claims: pd.DataFrame, cells: pd.DataFr
 
 def cell_link(path: str, root: Path) -> str:
     """Address of a cell, for pages in the folder `root` of all results."""
-    return f"cells.html#{quote(link_to(root / 'x', path))}"
+    return f"cells.html#{link_to(root / 'x', path)}"
 
 
 def write_index(papers: Iterable[dict], cells: pd.DataFrame, run: dict, out: Mapping[str, str]) -> None:

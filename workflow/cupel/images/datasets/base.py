@@ -232,5 +232,5 @@ def load(folder: str | Path, split: str) -> Dataset:
         if images.ndim != 4 or labels.shape != images.shape[:1]:
             raise ValueError(f"{split} images of shape {images.shape} with labels of shape {labels.shape}")
         return Dataset(manifest["name"], images, labels, tuple(manifest["classes"]))
-    except (ValueError, EOFError, KeyError) as error:
+    except (ValueError, EOFError, KeyError, OSError) as error:
         raise DamagedDataset(f"{folder} is damaged ({error}); remove the folder and run the same command again") from None
