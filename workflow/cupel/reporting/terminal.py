@@ -91,7 +91,8 @@ def findings(key: str, title: str, claims, width: int) -> list[str]:
         factor, form, unit = (100, "{:+.1f}", " points") if "fraction" in row.unit else (1, "{:+.3g}", "")
         effect, low, high = (form.format(factor * value) for value in (row.effect, row.low, row.high))
         basis = f"{counted(row.settings, 'setting')} x {counted(row.seeds, 'seed')}"
-        lines.append(f"{row.said} {effect}{unit} ({low} … {high}), {basis}: {row.statement}")
+        interval = f" ({low} … {high})" if row.low == row.low else ""  # NaN: none is known
+        lines.append(f"{row.said} {effect}{unit}{interval}, {basis}: {row.statement}")
     return [shortened(lines[0], width), *("  " + shortened(line, width - 2) for line in lines[1:])]
 
 
