@@ -13,7 +13,7 @@ from cupel.files import read_json
 from cupel.images import attacks, defences, models, stages
 from cupel.training.engine import Diverged, Recipe, cuts, finite_outputs, fit, predict
 
-CELL = {"dataset": "cifar10", "model": "preactresnet18", "recipe": "r", "poison_rate": 0.1, "seed": 0,
+SPEC = {"dataset": "cifar10", "model": "preactresnet18", "recipe": "r", "poison_rate": 0.1, "seed": 0,
         "attack": {"name": "badnets", "function": "badnets", "settings": {}},
         "settings": {"target": 7, "train_size": 200, "test_size": 100, "model": {"width": 8, "stem_stride": 2},
                      "training": {"epochs": 1, "lr": 0.1, "batch_size": 50}}}
@@ -25,7 +25,7 @@ def files(folder, *names):
 
 def train(folder, data, **changes) -> dict:
     """A victim as the workflow makes it; its record."""
-    spec, out = CELL | changes, files(folder, "model.safetensors", "trigger.npz", "history.csv", "metrics.json")
+    spec, out = SPEC | changes, files(folder, "model.safetensors", "trigger.npz", "history.csv", "metrics.json")
     stages.poison(spec, data, None, folder / "poison.npz")
     stages.train_victim(spec, stages.Inputs(data, record=folder / "poison.npz"), out, "cpu")
     return read_json(out["metrics"])
@@ -37,7 +37,7 @@ def purify(folder, data, function) -> dict:
     inputs = stages.Inputs(data, victim=folder / "model.safetensors", trigger=folder / "trigger.npz",
                            before=folder / "metrics.json")
     defence = {"name": function, "function": function, "settings": {}, "budget": {"name": "spc2", "kind": "spc", "spc": 2}}
-    stages.purify(CELL, defence, inputs, out, "cpu")
+    stages.purify(SPEC, defence, inputs, out, "cpu")
     return read_json(out["metrics"])
 
 
@@ -220,8 +220,9 @@ def test_values_are_checked_before_the_first_job_and_by_whoever_calls(section, n
 
 @pytest.mark.parametrize(("change", "words"), [
     ({"rates": [0]}, "poisons none of"), ({"rates": [1e-6]}, "poisons none of"),
-    ({"models": ["PreActResNet18"]}, "unknown model"), ({"attacks": ["Stripe"]}, "unknown attack"),
-    ({"defences": ["FST"]}, "unknown defence"), ({"budgets": ["all"]}, "unknown budget"),
+    ({"models": ["PreActResNet18"]}, "unknown model"),
+    ({"attacks": ["Stripe"]}, "unknown attack"), ({"defences": ["FST"]}, "unknown defence"),
+    ({"budgets": ["all"]}, "unknown budget"),
     ({"datasets": ["cifar11"]}, "unknown dataset"), ({"recipe": "f"}, "unknown recipe")])
 def test_names_and_rates_are_checked_before_the_first_job(tmp_path, change, words):
     from cupel.experiment import Grid
