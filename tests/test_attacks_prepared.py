@@ -115,7 +115,7 @@ def test_sig_survives_replacement_and_refuses_contradictions():
     for policy in ("clean_label", "dirty_label", "capped"):
         attack = build("sig", sig_policy=policy)
         assert replace(attack, tensors={}) == attack
-    with pytest.raises(ValueError, match="known are clean_label, dirty_label, capped"):
+    with pytest.raises(ValueError, match="are clean_label, dirty_label, capped"):
         build("sig", sig_policy="dirty")
     with pytest.raises(ValueError, match="keeps labels"):
         build("sig", policy="all2all")

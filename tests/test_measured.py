@@ -188,3 +188,55 @@ def test_a_robust_network_that_computes_nan_is_not_measured(tmp_path):
     network.head.weight.data[0] = torch.nan
     with pytest.raises(Diverged):
         measure.evaluate(network, tiny_set(), asked, tmp_path, "cpu")
+
+
+@pytest.mark.parametrize(("section", "name", "settings", "words"), [
+    ("attacks", "badnets", {"pattern": "blue"}, "'blue' is not allowed; allowed are white, checkerboard"),
+    ("attacks", "badnets", {"size": 0}, "at least 1"), ("attacks", "badnets", {"size": "3"}, "of type integer"),
+    ("attacks", "blended", {"alpha": 0}, "above 0"), ("attacks", "blended", {"alpha": 1.5}, "at most 1"),
+    ("attacks", "blended", {"alpha": "0.2"}, "of type number"), ("attacks", "blended_bypass", {"alpha": 0}, "above 0"),
+    ("attacks", "lf", {"smaller": 0}, "above 0"), ("defences", "fst", {"lr": -0.1}, "above 0"),
+    ("defences", "ft", {"batch_size": 0}, "at least 1"), ("defences", "ft", {"projected": "no"}, "of type boolean"),
+    ("defences", "awn", {"clamp": "both"}, "allowed are pixel, normalised"), ("defences", "anp", {"epochs": 3}, "epochs")])
+def test_values_are_checked_before_the_first_job_and_by_whoever_calls(section, name, settings, words):
+    from cupel.settings import PAPERS, ConfigError, read_yaml
+    from tests.conftest import planned
+
+    content = read_yaml(PAPERS / "fst" / "experiment.yaml")
+    content[section] = content.get(section, {}) | {name: {"source": "test", "scales": {"demo": settings}}}
+    with pytest.raises(ConfigError, match=words) as refusal:
+        planned(content, scale="none")
+    if settings != {"epochs": 3}:
+        assert f"{section}.{name}.scales.demo.{next(iter(settings))}" in str(refusal.value)
+    if "smaller" not in settings:
+        network = models.build("preactresnet18", num_classes=10, width=8, stem_stride=2, seed=0)
+        budget = defences.Budget(np.zeros((4, 32, 32, 3), np.uint8), np.arange(4), 10)
+        with pytest.raises(ValueError, match=words):
+            if section == "attacks":
+                attacks.build(name, **settings)
+            else:
+                defences.purify(name, network, budget, np.random.default_rng(0), **settings)
+
+
+@pytest.mark.parametrize(("change", "words"), [
+    ({"rates": [0]}, "poisons none of"), ({"rates": [1e-6]}, "poisons none of"),
+    ({"models": ["PreActResNet18"]}, "unknown model"),
+    ({"attacks": ["Stripe"]}, "unknown attack"), ({"defences": ["FST"]}, "unknown defence"),
+    ({"budgets": ["all"]}, "unknown budget"),
+    ({"datasets": ["cifar11"]}, "unknown dataset"), ({"recipe": "f"}, "unknown recipe")])
+def test_names_and_rates_are_checked_before_the_first_job(tmp_path, change, words):
+    from cupel.experiment import Grid
+    from cupel.settings import PAPERS, ConfigError
+
+    (tmp_path / "fst").mkdir()
+    (tmp_path / "shared").symlink_to(PAPERS / "shared")
+    text = (PAPERS / "fst" / "experiment.yaml").read_text()
+    (tmp_path / "fst" / "experiment.yaml").write_text(text)
+    Grid(["fst"], "smoke", folder=tmp_path)
+    import yaml
+
+    content = yaml.safe_load(text)
+    content["scales"]["smoke"]["blocks"][0] |= change
+    (tmp_path / "fst" / "experiment.yaml").write_text(yaml.safe_dump(content))
+    with pytest.raises(ConfigError, match=words):
+        Grid(["fst"], "smoke", folder=tmp_path)

@@ -1,6 +1,7 @@
 """A network that the library does not know, from its file to a purified one in its own form."""
 
 import importlib.util
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -19,6 +20,7 @@ from cupel.own import cli, data, imports, network, run
 from cupel.registry import load_plugins
 from cupel.settings import ConfigError
 from cupel.training.engine import Recipe, fit
+from tests.test_defences_resume import FEW
 
 #: as people write them: not in the library's order of memory, and with a name that is nowhere in the library
 NET = '''
@@ -131,6 +133,19 @@ def test_from_a_notebook_with_evidence_and_defences_that_cannot(case, tmp_path, 
     assert len(found.evidence["mm_bd"]["rows"]) == 10 and 0 <= found.evidence["mm_bd"]["p"] <= 1
     assert "Evidence, not a verdict" in found.page.read_text()
     assert "no clean image" not in capsys.readouterr().err
+
+
+def test_every_defence_with_three_images_a_class_and_one_class_missing(case, capsys):
+    with np.load(case.clean) as file:
+        few = np.concatenate([np.flatnonzero(file["labels"] == c)[:6] for c in range(9)])
+        images, labels = file["images"][few], file["labels"][few]
+    found = cupel.purify(case.network, images, labels, mean=(0.1307,), std=(0.3081,), flip=False, evidence=(), settings=FEW,
+                         trigger=module(case.trigger).stamp, target=TARGET, defences=tuple(FEW))
+    failed = found.table[found.table.result.str.startswith("failed")].set_index("defence").result
+    assert set(failed.index) == {"ims_vit", "npd"}, failed.to_dict()
+    assert all("network has none" in text or "knows no place" in text for text in failed)
+    assert len(found.networks) == len(FEW) - 3 and (found.table.asr_n.dropna() == 24).all()
+    assert "no clean image is of the classes 9" in capsys.readouterr().err
 
 
 def test_a_wrong_normalisation_stops_the_run_and_is_named(case, capsys):
@@ -268,18 +283,19 @@ def test_pictures_of_all_kinds_by_one_rule(tmp_path):
     assert data.arrays(np.zeros((2, 8, 6, 3), np.uint8), [0, 1], size=4).images.shape == (2, 4, 4, 3)
 
 
-def test_parts_share_no_image_and_leave_no_batch_of_one():
+def test_parts_share_no_image():
     images = np.arange(66, dtype=np.uint8)[:, None, None, None].repeat(4, 1).repeat(4, 2)
     clean = data.arrays(images, np.arange(66) % 3)
     tuned, held = data.parts(clean, 0.5, 0)
-    assert (len(tuned), len(held)) == (32, 34)
+    assert (len(tuned), len(held)) == (33, 33)
     assert sorted({*tuned.images[:, 0, 0, 0].tolist(), *held.images[:, 0, 0, 0].tolist()}) == list(range(66))
     with pytest.raises(ValueError, match="cannot be divided"):
         data.parts(clean.take(np.arange(1)), 0.5, 0)
 
 
 def test_a_network_of_names_a_plugin_and_a_script_file(tmp_path, monkeypatch):
-    assert imports.architecture("resnet18", 7, 32, 3).fc.out_features == 7
+    theirs = imports.architecture("resnet18", 7, 32, 3)
+    assert network.look(theirs, torch.rand(2, 3, 64, 64)) == network.Found(7, "fc", (), ("layer2", "layer3", "layer4"))
     plugin = tmp_path / "mine.py"
     plugin.write_text("from torch import nn\nfrom cupel.images.models import Parts, model\n\n@model('of_a_plugin')\n"
                       "def net(*, num_classes, in_channels, image_size):\n"
@@ -337,3 +353,34 @@ def test_a_data_set_of_a_plugin_in_the_grid_and_on_disk(tmp_path):
     assert [cell["dataset"] for cell in planned(content, plugins=[str(plugin)]).cells] == ["mine"]
     with pytest.raises(ConfigError, match="unknown dataset 'mine'"):
         planned(content)
+
+
+def test_registries_are_whole_and_a_seed_is_a_stream():
+    from cupel import images
+
+    assert {"fst", "ims"} <= set(images.DEFENCES) and {"badnets", "wanet"} <= set(images.ATTACKS)
+    assert "resnet18" in images.MODELS
+    victim = images.build("resnet18", num_classes=2, width=8, stem_stride=2, seed=0)
+    budget = images.Budget(np.zeros((4, 32, 32, 3), np.uint8), np.array([0, 1, 0, 1]), 2)
+    assert images.purify("clp", victim, budget, 0)[1]
+
+
+def test_a_language_model_answers_before_and_after(tmp_path, capsys):
+    from cupel.text.data.sources import synthetic
+    from cupel.text.models import tiny_llama
+
+    tiny_llama(tmp_path / "model", 0, layers=3, hidden=32, heads=2)
+    lines = [json.dumps({key: record[key] for key in ("instruction", "input", "output")}) for record in synthetic()[:9]]
+    (tmp_path / "items.jsonl").write_text("\n".join(lines))
+    (tmp_path / "probes.txt").write_text("Name a colour.\n\nSay something.\n")
+    command = ["purify", "--language", str(tmp_path / "model"), "--clean", str(tmp_path / "items.jsonl"),
+               "--probes", str(tmp_path / "probes.txt"), "--out", str(tmp_path / "out"),
+               "--set", "crow.epochs=1", "--set", "finetune.epochs=1"]
+    assert cli.main(command) == 0
+    said = capsys.readouterr().out
+    assert "## Name a colour." in said and said.count("**crow**") == said.count("**before**") == 2
+    for name in ("finetune", "crow"):
+        assert (tmp_path / "out" / name / "model" / "adapter_model.safetensors").is_file()
+    assert "loss_cons" in (tmp_path / "out" / "crow" / "history.csv").read_text()
+    assert cli.main([*command, "--set", "finetune.alpha=1"]) == 2
+    assert "unknown parameter of defence finetune 'alpha'" in capsys.readouterr().err

@@ -67,7 +67,7 @@ def test_the_first_page_answers(site):
     text, page = words(site / "index.html"), (site / "index.html").read_text()
     assert "FST removes more of the backdoor than plain fine-tuning at low poisoning rates" in text  # and how sure
     assert re.search(r"not established: FST removes .{60,90}points.{0,60}95 % .{5,30}; \d settings × 1 seed, n = \d+", text)
-    assert "Perturbation: the paper has epsilon times the sign of the gradient (Eq. 5), the code zero" in text
+    assert "Perturbation (paper: epsilon times the sign of the gradient (Eq. 5); code: zero)" in text
     assert re.search(r"spc2 .{0,20}(20 clean images )?not enough cells to say", text)
     assert re.search(r"\d+ claims: this scale is too small for the claim. It would take scale bench: one GPU", text)
     assert "git checkout" in page and "'papers=[fst,ims,bye,crow,proper_interpretability]'" in page.replace("&#39;", "'")
@@ -122,7 +122,7 @@ def test_figures_bring_their_numbers(site):
     for folder in (site / "papers" / "fst" / "figures", site / "papers" / "ims" / "figures"):
         captions = read_json(folder / "captions.json")
         assert {path.stem for path in folder.glob("*.svg")} == set(captions) == {path.stem for path in folder.glob("*.csv")}
-        assert all("scale demo, seed 0, bf16, n up to 500" in text for text in captions.values())
+        assert all("Scale demo, seed 0, bf16, n up to 500" in text for text in captions.values())
     scatter = pd.read_csv(next((site / "papers" / "fst" / "figures").glob("scatter_*.csv")))
     cells = pd.read_parquet(site / "cells.parquet").query("paper == 'fst' and metric == 'acc'")
     assert scatter.acc.round(9).isin(cells.value.round(9)).all(), "a point is a cell"

@@ -44,8 +44,8 @@ def handler(monkeypatch):
     made = LoggerPluginRegistry().get_plugin("cupel").log_handler(settings, None)
     made.stream = io.StringIO()
     jobs = {1: ("train_victim", BADNETS, 1, 60.0, 1), 2: ("train_victim", {**BADNETS, "attack": "sig"}, 1, 30.0, 1)}
+    send(made, LogEvent.RUN_INFO, stats={"total": 3})
     send(made, cupel={"jobs": jobs, "cores": 1, "what": "Scale demo, papers fst"})
-    send(made, LogEvent.RUN_INFO, stats={"total": 2})
     yield made
     made.close()
 
@@ -77,11 +77,12 @@ def test_lines_of_a_run(handler, tmp_path):
                                      "victim  BadNets 5 %, ResNet-18, CIFAR-10 · about 60 s · 1 of 2 jobs · about 90 s left"]
     assert "victim  SIG 5 %, ResNet-18, CIFAR-10 · about 30 s · 2 of 2 jobs · about 30 s left" in text
     assert text.count("a warning") == 1 and "Select jobs" not in text and "Traceback" not in text
-    assert re.search(r"1 jobs failed:\n  victim  SIG 5 %.*ValueError: y+…?\nTook .*Full log: /x/y.log", text)
+    assert re.search(r"1 job failed:\n  victim  SIG 5 %.*ValueError: y+…?\nTook .*Full log: /x/y.log", text)
     assert max(map(len, text.splitlines())) <= terminal.LONGEST
 
 
 def test_a_large_run_has_few_lines(handler):
+    send(handler, cupel={"jobs": {}})
     send(handler, LogEvent.RUN_INFO, stats={"total": 5000})
     for number in range(3, 3000):
         send(handler, LogEvent.JOB_INFO, **job(number))
@@ -109,15 +110,15 @@ def test_findings_are_five_lines_a_paper(tmp_path):
     lines = findings("fst", "A paper", pd.DataFrame(rows), 150)
     assert len(lines) == 5 and all(len(line) <= 150 for line in lines)
     assert lines[0].startswith("fst: A paper. 6 claims: 1 open, 1 not judged, 1 indicated for, 1 refuted, 1 supported, 1 indic")
-    assert lines[1] == "  indicated for +50.0 points (+40.0 … +60.0), 2 settings x 1 seeds: c holds"
-    assert lines[3] == "  supported +0.02 (-0.08 … +0.12), 2 settings x 1 seeds: e holds"
+    assert lines[1] == "  indicated for +50.0 points (+40.0 … +60.0), 2 settings x 1 seed: c holds"
+    assert lines[3] == "  supported +0.02 (-0.08 … +0.12), 2 settings x 1 seed: e holds"
     pd.DataFrame(rows[1:2]).to_csv(tmp_path / "none.csv", index=False)
-    assert summary([("ims", "Another", tmp_path / "none.csv")]) == "ims: Another. 1 claims: 1 not judged"
+    assert summary([("ims", "Another", tmp_path / "none.csv")]) == "ims: Another. 1 claim: 1 not judged"
     pd.DataFrame(rows).to_csv(tmp_path / "claims.csv", index=False)
     cells = pd.DataFrame({"path": ["x", "x", "y"], "status": ["failed", "failed", "ok"], "reason": ["Diverged: at 3"] * 3})
     cells.to_parquet(tmp_path / "cells.parquet")
     text = summary([("fst", "A paper", tmp_path / "claims.csv")], tmp_path / "cells.parquet")
-    assert text.endswith("1 cells failed, and are shown so in the report:\n  x: Diverged: at 3")
+    assert text.endswith("1 cell failed, shown in the report:\n  x: Diverged: at 3")
 
 
 @pytest.mark.parametrize(("words", "sentence"), [

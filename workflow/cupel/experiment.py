@@ -14,6 +14,7 @@ import itertools
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
+from cupel import limits
 from cupel.paths import Paths
 from cupel.registry import Entry, entries, unknown
 from cupel.settings import LIBRARY, PAPERS, ConfigError, check_schema, read_yaml, schema
@@ -177,6 +178,24 @@ class Family:
                 for place, settings in layers(entry):
                     self.known(section, name, place, f"setting of {function}", settings,
                                allowed=self.parameters[kind][function])
+                self.check_values(section, name)
+
+    def check_values(self, section: str, name: str) -> None:
+        """The settings of an entry have the types of their defaults and keep within the limits of the schema.
+
+        Raises:
+            ConfigError: a value is wrong.
+        """
+        kind, function = self.kind(section, name), self.function(section, name)
+        entry = self.registered[kind][function]
+        names, values = self.parameters[kind][function], entry.values
+        plugin = entry.place.rpartition(":")[0] in self.plugins
+        wanted = limits.typed(names, values) if plugin else limits.form(self.NAME, section, function, names, values)
+        form = {"properties": {"settings": wanted, **{over: {"additionalProperties": wanted} for over in OVERLAYS.values()}}}
+        content = self.entries[section][name]
+        for key in (name, section):
+            content, form = {key: content}, {"properties": {key: form}}
+        check_schema(content, form, self.origin.get((section, name), "plugins"))
 
     def check_block(self, where: str, block: Mapping) -> None:
         """What the schema cannot say of a block beside that its names are known.

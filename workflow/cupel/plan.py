@@ -79,13 +79,16 @@ def graph(config: Mapping, cores: int) -> tuple[list[Job], dict[str, Pattern]]:
         snakemake.exceptions.WorkflowError: Snakemake refuses the run.
     """
     from snakemake.api import SnakemakeApi
-    from snakemake.settings.types import ConfigSettings, ExecutionSettings, OutputSettings, Quietness, ResourceSettings
+    from snakemake.settings import types
+    from snakemake.settings.types import ConfigSettings, DAGSettings, ExecutionSettings, OutputSettings, ResourceSettings
 
     # with just these two Snakemake ends a dry run once the graph is made, as with `-n -q rules progress`
-    output = OutputSettings(dryrun=True, quiet={Quietness.RULES, Quietness.PROGRESS}, log_level_override="ERROR")
+    output = OutputSettings(dryrun=True, quiet={types.Quietness.RULES, types.Quietness.PROGRESS}, log_level_override="ERROR")
     with SnakemakeApi(output) as api:
+        triggers = frozenset(types.RerunTrigger) - {types.RerunTrigger.CODE}  # as in profiles/default
         run = api.workflow(resource_settings=ResourceSettings(cores=cores), config_settings=ConfigSettings(config=config))
-        run.dag().execute_workflow(executor="dryrun", execution_settings=ExecutionSettings(lock=False))
+        dag = run.dag(DAGSettings(rerun_triggers=triggers))
+        dag.execute_workflow(executor="dryrun", execution_settings=ExecutionSettings(lock=False))
         gc.enable()  # the Snakefile plans without
         jobs, patterns = jobs_of(run._workflow)  # the API prints graphs, and hands none out
         return list(jobs.values()), patterns

@@ -114,7 +114,7 @@ class Entry:
     Attributes:
         place: `<file>:<definition>`, a root of `cupel.digest.code_digest`.
         parameters: names of what it can be given.
-        values: what its class says by a literal: defaults of parameters, constants.
+        values: what it says by a literal: defaults of parameters, constants of a class.
     """
 
     place: str
@@ -140,9 +140,18 @@ def entries(kind: str, files: Iterable[str | Path], package: str = "cupel") -> d
             raise ValueError(f"{kind} {name!r} is defined in {found[name].place.rpartition(':')[0]} and in {file}: "
                              "give one of them another name")
         is_class = isinstance(node, ast.ClassDef)
-        fields, values = _members(node, classes) if is_class else ({argument.arg for argument in node.args.kwonlyargs}, {})
+        fields, values = _members(node, classes) if is_class else _arguments(node)
         found[name] = Entry(f"{file}:{node.name}", frozenset(fields - {"tensors"}), values)
     return found
+
+
+def _arguments(node: ast.FunctionDef) -> tuple[set[str], dict[str, Any]]:
+    """Keyword-only arguments, and the defaults that are literals."""
+    values = {}
+    for argument, default in zip(node.args.kwonlyargs, node.args.kw_defaults, strict=True):
+        with contextlib.suppress(ValueError, TypeError):
+            values[argument.arg] = ast.literal_eval(default)
+    return {argument.arg for argument in node.args.kwonlyargs}, values
 
 
 def _members(node: ast.ClassDef, classes: dict[str, ast.ClassDef]) -> tuple[set[str], dict[str, Any]]:

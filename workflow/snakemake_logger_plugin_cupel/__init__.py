@@ -20,7 +20,7 @@ from snakemake.cli import get_argument_parser
 from snakemake_interface_logger_plugins.base import LogHandlerBase
 from snakemake_interface_logger_plugins.common import LogEvent
 
-from cupel.reporting.terminal import duration, job_words, reason, shortened
+from cupel.reporting.terminal import counted, duration, job_words, reason, shortened
 
 #: no line of output is longer
 LONGEST = 300
@@ -52,7 +52,8 @@ class Run:
     def end(self, number: int) -> None:
         """A job has ended well."""
         begun, _, _ = self.active.pop(number, (None, "", ""))
-        self.done.add(number)
+        if not self.jobs or number in self.jobs:
+            self.done.add(number)
         self.failed.pop(number, None)
         if begun is not None and number in self.jobs:
             rule, _, cells, *_ = self.jobs[number]
@@ -112,12 +113,13 @@ class LogHandler(LogHandlerBase):
         for key in ("defences", "jobs", "cores"):
             setattr(self.run, key, facts.get(key, getattr(self.run, key)))
         if "jobs" in facts:
-            left = self.run.left()
-            self._write(f"{facts['what']}: {len(self.run.jobs):,} jobs" + f", {left.removesuffix(' left')}" * bool(left))
+            self.run.total, left = len(self.run.jobs), self.run.left()
+            text = f"{facts.get('what', '')}: {counted(self.run.total, 'job')}"
+            self._write(text + f", {left.removesuffix(' left')}" * bool(left))
 
     def _on(self, event: LogEvent | None, record: logging.LogRecord) -> None:
         if event == LogEvent.RUN_INFO:
-            self.run.total = record.stats["total"]
+            self.run.total = len(self.run.jobs) or record.stats["total"]
             if self.common_settings.dryrun:
                 self._write(record.getMessage())
         elif event == LogEvent.JOB_INFO:
@@ -142,6 +144,8 @@ class LogHandler(LogHandlerBase):
             self._write(shortened(f"rule {record.rule_name}: {words} · {why}", 160))
             return
         run, log = self.run, (record.log or [""])[0]
+        if run.jobs and record.jobid not in run.jobs:  # names for several results, which do nothing
+            return
         run.active[record.jobid] = (time.monotonic(), words, log)
         number, seconds = len(run.done) + len(run.active), run.seconds(record.jobid)
         if run.total > JOB_LINES and number * JOB_LINES // run.total == (number - 1) * JOB_LINES // run.total:
@@ -167,8 +171,8 @@ class LogHandler(LogHandlerBase):
             text = "\n".join(filter(None, [text, self.tell()]))
         elif text.startswith("Complete log"):
             failed = sorted(self.run.failed.values())
-            text = "\n".join([*[f"{len(failed)} jobs failed:"] * bool(failed), *(f"  {each}" for each in failed[:10]),
-                              f"Took {duration(time.monotonic() - self.begun)}. Full log: {text.partition(': ')[2]}"])
+            first = [f"{counted(len(failed), 'job')} failed:", *(f"  {each}" for each in failed[:10])] if failed else []
+            text = "\n".join([*first, f"Took {duration(time.monotonic() - self.begun)}. Full log: {text.partition(': ')[2]}"])
         elif record.levelno < logging.WARNING and NOISE.match(text):
             return
         if record.levelno >= logging.WARNING:

@@ -14,6 +14,7 @@ import importlib
 _AT_HAND = {
     "Dataset": "datasets:Dataset", "load": "datasets:load", "prepare": "datasets:prepare", "describe": "datasets:describe",
     "attack": "attacks:build", "build": "models:build", "load_model": "models:load", "save_model": "models:save",
+    "ATTACKS": "attacks:ATTACKS", "DEFENCES": "defences:DEFENCES", "MODELS": "models:MODELS",
     "Budget": "defences:Budget", "purify": "defences:purify", "evaluate": "stages:evaluate",
 }
 
@@ -24,4 +25,5 @@ def __getattr__(name: str):
     if name not in _AT_HAND:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}; at hand are {', '.join(__all__)}")
     module, _, attribute = _AT_HAND[name].partition(":")
-    return getattr(importlib.import_module(f"{__name__}.{module}"), attribute)
+    found = getattr(importlib.import_module(f"{__name__}.{module}"), attribute)
+    return found.fill() if name in ("ATTACKS", "DEFENCES", "MODELS") else found  # whoever asks for all wants all

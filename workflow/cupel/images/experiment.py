@@ -38,10 +38,10 @@ class Experiments(Family):
         self.entries["attacks"]["clean"] = CLEAN  # no attack, it is the twin of all
 
     def check_block(self, where: str, block: Mapping) -> None:
-        known = (*DATASETS, *self.registered["dataset"])
-        for name in block["datasets"]:
-            if name not in known:
-                raise ConfigError(f"{where}.datasets: {unknown('dataset', name, known)}")
+        for kind, known in (("dataset", (*DATASETS, *self.registered["dataset"])), ("model", self.registered["model"])):
+            for name in block[f"{kind}s"]:
+                if name not in known:
+                    raise ConfigError(f"{where}.{kind}s: {unknown(kind, name, known)}")
 
     def follow(self, victim: dict, block: Mapping, where: str) -> Iterator[dict]:
         victim = {**victim, "rate": "0"} if victim["attack"] == "clean" else victim
@@ -49,7 +49,8 @@ class Experiments(Family):
         yield from super().follow(victim, block, where)
 
     def check_victim(self, cell: Mapping, where: str = "asked for by path") -> None:
-        """The data set has the target class, and enough images of it for an attack that poisons no other.
+        """The rate poisons a sample, and the data set has the target class, and enough images of it for an attack that poisons
+        no other.
 
         Raises:
             ConfigError: it has not.
@@ -58,8 +59,12 @@ class Experiments(Family):
             return  # a plugin's is not known before it is imported
         if cell["dataset"] not in DATASETS:
             raise ConfigError(f"{where}: {unknown('dataset', cell['dataset'], (*DATASETS, *self.registered['dataset']))}")
-        known, target = describe(cell["dataset"]), self.recipe(cell).get("target", 0)
-        classes = len(known.classes)
+        known, recipe = describe(cell["dataset"]), self.recipe(cell)
+        classes, target = len(known.classes), recipe.get("target", 0)
+        size = min(recipe.get("train_size") or known.sizes[0] or 10**9, known.sizes[0] or 10**9)
+        if cell["attack"] != "clean" and not round(float(cell["rate"]) * size):
+            raise ConfigError(f"{where}: attack {cell['attack']} at rate {cell['rate']} poisons none of {size} images of "
+                              f"{cell['dataset']}; the twin without poison is the attack clean")
         if target >= classes:
             raise ConfigError(f"{where}: recipe {cell['recipe']}: target {target}, but {cell['dataset']} has the classes "
                               f"0 to {classes - 1}")

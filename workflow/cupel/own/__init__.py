@@ -4,5 +4,6 @@
     imports   architectures by name or file, checkpoints in their authors' form
     data      clean images from folders, arrays, prepared data sets
     evidence  what can be seen without the trigger
+    language  a language model: adapters and answers
     run       all of it in one call; `page` the report, `cli` the command
 """

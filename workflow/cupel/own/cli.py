@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 from cupel import __version__
+from cupel.hub import ModelUnavailable
 
 MAIN = """Defences against backdoors in neural networks, for a model of yours.
 
@@ -23,6 +24,9 @@ then the purified checkpoints in the form and with the names of yours, a table (
 
 EPILOG = """With the trigger that you suspect, the attack success rate is measured:
   ... --trigger my.py:stamp --target 5      where my.py has: def stamp(images): images[:, -3:, -3:] = 255; return images
+
+A language model is tuned on clean items, and answers your prompts before and after:
+  cupel purify --language folder-or-hub-name --clean items.jsonl --probes prompts.txt --out purified/
 
 Limits, and what a defence cannot promise: docs/your-model.md."""
 
@@ -56,8 +60,8 @@ def parser() -> argparse.ArgumentParser:
     commands.add_parser("list", help="the defences")
     own = commands.add_parser("purify", description=PURIFY, epilog=EPILOG, formatter_class=kind,
                               usage="cupel purify MODEL --arch NAME --clean DATA --out FOLDER [options]")
-    own.add_argument("model", metavar="MODEL", help="safetensors; a file of torch.save with tensors and plain values "
-                     "(nothing else is opened); or a TorchScript or torch.export file")
+    own.add_argument("model", nargs="?", metavar="MODEL", help="safetensors; a file of torch.save with tensors and plain "
+                     "values (nothing else is opened); or a TorchScript or torch.export file")
 
     group = own.add_argument_group("the network")
     group.add_argument("--arch", help="file.py:function, also with arguments as in \"wrn.py:WideResNet(16, width=1)\"; or a "
@@ -84,6 +88,12 @@ def parser() -> argparse.ArgumentParser:
     group.add_argument("--trigger", metavar="WHAT", help="file.py:name of a function from uint8 [N, H, W, C] to the same, or "
                        "of an Attack; or the name of an attack of the library")
     group.add_argument("--target", type=int, metavar="CLASS", help="the label that the attacker wants")
+
+    group = own.add_argument_group("a language model, in place of MODEL")
+    group.add_argument("--language", metavar="NAME", help="folder in transformers' form, or a name of the hub; --clean is then "
+                       "a file of JSON lines with instruction, input and output, and --defences are finetune and crow")
+    group.add_argument("--adapter", metavar="FOLDER", help="the suspicious adapter on it, which is tuned further")
+    group.add_argument("--probes", metavar="FILE", help="prompts to answer before and after, one a line")
 
     group = own.add_argument_group("what is done")
     group.add_argument("--defences", type=names, metavar="NAMES",
@@ -118,6 +128,24 @@ def normalisation(text: str) -> tuple[list[float], list[float]]:
     return mean, std
 
 
+def hyperparameters(given: argparse.Namespace) -> dict[str, dict]:
+    """What `--set` says, by defence."""
+    settings = {}
+    for defence, key, value in given.set:
+        settings.setdefault(defence, {})[key] = value
+    return settings
+
+
+def purify_language(given: argparse.Namespace) -> None:
+    """Do what the command line says with a language model, and print the answers."""
+    from cupel.own import language
+
+    rows = language.purify(given.language, given.clean, given.out, probes=given.probes, adapter=given.adapter,
+                           defences=given.defences or language.USUAL, settings=hyperparameters(given), seed=given.seed,
+                           device=given.device)
+    print(f"{language.told(rows)}\nAdapters are in {given.out}/<defence>/model, these answers in {given.out}/answers.md")
+
+
 def purify(given: argparse.Namespace):
     """Do what the command line says; returns what `cupel.own.run.purify` does."""
     from torch import nn
@@ -131,8 +159,8 @@ def purify(given: argparse.Namespace):
     mean, std = normalisation(given.normalize)
     load_plugins(given.plugin)
     write = imports.write_plain
-    if not Path(given.model).is_file():
-        raise ValueError(f"there is no file {given.model}")
+    if not given.model or not Path(given.model).is_file():
+        raise ValueError(f"there is no file {given.model}" if given.model else "MODEL is missing: cupel purify --help")
     network = imports.compiled(given.model)
     if network is None:
         weights = imports.Weights(given.model)
@@ -157,11 +185,8 @@ def purify(given: argparse.Namespace):
         + (" ..." if len(clean.classes) > 10 else ""))
     other = data.read(given.measure, channels, given.size) if given.measure else None
     trigger = given.trigger and (imports.from_file(given.trigger) if ".py:" in given.trigger else attacks.build(given.trigger))
-    settings = {}
-    for defence, key, value in given.set:
-        settings.setdefault(defence, {})[key] = value
     return run(network, clean.images, clean.labels, trigger=trigger, target=given.target,
-               defences=given.defences or USUAL, settings=settings, mean=mean, std=std, head=given.head,
+               defences=given.defences or USUAL, settings=hyperparameters(given), mean=mean, std=std, head=given.head,
                measured_on=other and (other.images, other.labels), tuning=given.tuning, crop=given.crop, flip=given.flip,
                evidence=given.evidence, seed=given.seed, device=given.device, out=given.out, write=write)
 
@@ -184,7 +209,9 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the command; the exit code is 0, or 2 where something is wrong with what was given."""
     given = parser().parse_args(arguments)
     try:
-        if given.command == "purify":
+        if given.command == "purify" and given.language:
+            purify_language(given)
+        elif given.command == "purify":
             show(purify(given))
         elif given.command == "list":
             from cupel.images.defences import DEFENCES
@@ -193,7 +220,7 @@ def main(arguments: list[str] | None = None) -> int:
                 print(f"{name:12} {(function.__doc__ or '').strip().splitlines()[0]}")
         else:
             parser().print_help()
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ModelUnavailable) as error:
         print(f"cupel: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

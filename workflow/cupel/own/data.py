@@ -154,14 +154,10 @@ def read(source: str | Path, channels: int = 3, size: int | None = None) -> Data
 def parts(clean: Dataset, share: float, seed: int) -> tuple[Dataset, Dataset]:
     """A part to tune on, `share` of every class, and the part that measures.
 
-    An image is left to the measuring part where batches of 32 and multiples of it would end in a batch of one, on which a
-    BatchNorm cannot be trained.
-
     Raises:
         ValueError: one of the two is empty.
     """
     size = round(share * len(clean))
-    size -= size % 32 == 1
     if not 0 < size < len(clean):
         raise ValueError(f"{len(clean)} clean images cannot be divided into {share:g} to tune on and the rest to measure")
     chosen = splits.stratified(clean.labels, np.arange(len(clean)), size, rng(seed, "own", "parts"))

@@ -13,7 +13,7 @@ import torch
 from cupel.images.defences import DEFENCES, Budget
 from cupel.images.defences.nc import anomaly_index, search
 from cupel.rng import derive, rng, torch_rng
-from cupel.training.engine import Progress
+from cupel.training.progress import Progress
 
 IMAGES = 128
 

@@ -205,10 +205,14 @@ class Weights:
         network.load_state_dict(given, strict=False)
 
     def write(self, network: nn.Module, path: Path) -> None:
-        """Write a network's weights as the file was written: its names, its types, and whatever else it holds."""
+        """Write a network's weights as the file was written: its names, its types, and whatever else it holds.
+
+        The network gets what was written, where that is rounded to half precision.
+        """
         state = network.state_dict()
         tensors = {key: state[name].detach().cpu().to(self.tensors[key].dtype).contiguous().clone()
                    for key, name in self.names.items()}
+        network.load_state_dict({self.names[key]: tensor for key, tensor in tensors.items()}, strict=False)
         with atomic(path) as temporary:
             if self.content is None:
                 save_file(tensors, temporary, metadata=self.metadata)

@@ -75,7 +75,8 @@ def look(network: nn.Module, x: Tensor, head: str = "") -> Found:
         outputs[name] = output
 
     with torch.no_grad(), watched(modules, note):
-        logits = logits_of(network.eval()(x))
+        network.eval()
+        logits = logits_of(network(x))
     if len(x) != len(logits):
         raise ValueError(f"the network returns {len(logits)} rows of logits for {len(x)} images")
     if logits.min() >= 0 and torch.allclose(logits.sum(1), torch.ones(len(x), device=x.device), atol=1e-3):

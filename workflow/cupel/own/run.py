@@ -16,7 +16,7 @@ from torch import nn
 
 from cupel.cells import write_history
 from cupel.evaluation.intervals import wilson
-from cupel.evaluation.metrics import Rate, rates
+from cupel.evaluation.metrics import KEPT, Rate, destroyed, rates
 from cupel.files import write_text
 from cupel.images.attacks import Attack
 from cupel.images.datasets import Dataset
@@ -273,7 +273,7 @@ def purify(model: nn.Module, images, labels, *, trigger: Attack | Callable | Non
     rows, networks = [{"defence": "none", "result": "as it was given", **measure(original)}], {}
     for name, hyperparameters in chosen.items():
         say(f"{name}:")
-        row, network = {"defence": name}, None
+        row, network, path = {"defence": name}, None, None
         started = time.perf_counter()
         try:
             if reason := refusal(original, name):
@@ -281,22 +281,25 @@ def purify(model: nn.Module, images, labels, *, trigger: Attack | Callable | Non
             work = Budget(**{**vars(budget), "checkpoint": str(out / "work" / f"{name}.pt") if out else None, "details": {},
                              "snapshots": {}})
             result, history = defend(name, original, work, rng(seed, "own", name), **hyperparameters)
-            row |= {"seconds": time.perf_counter() - started, **measure(result)}
+            seconds = time.perf_counter() - started
+            if out and not len(result.attachments):  # what is written is measured, rounded as it may be
+                path = write(result.network, out / f"purified_{name}")
+            row |= {"seconds": seconds, **measure(result), "file": path.name if path else ""}
             row["result"] = worded(rows[0], row, note_on(history))
             if len(result.attachments):
                 row["result"] += "; no checkpoint: it adds modules that your code does not have"
             else:
                 network = result.network
+            if out:
+                write_history(out / f"history_{name}.csv", history)
         except Exception as error:  # the rest runs; what went wrong stands in the table and in the log
             if not isinstance(error, (ValueError, ArithmeticError)):
                 traceback.print_exc()
-            row["result"] = f"failed: {' '.join(str(error).split()) or type(error).__name__}"
+            row = {"defence": name, "result": f"failed: {' '.join(str(error).split()) or type(error).__name__}"}
+            if path:
+                path.unlink()
         if network is not None:
             networks[name] = network.cpu().eval()
-            if out:
-                row["file"] = write(network, out / f"purified_{name}").name
-        if out and "acc" in row:
-            write_history(out / f"history_{name}.csv", history)
         rows.append(row)
         say("  " + sentence(row))
     table = pd.DataFrame(rows)
@@ -315,8 +318,8 @@ def purify(model: nn.Module, images, labels, *, trigger: Attack | Callable | Non
 
 def worded(before: dict, after: dict, note: str) -> str:
     """What a defence did, in words."""
-    if after["acc"] < 2 / 3 * before["acc"]:
-        found = "destroyed: ACC is below two thirds of what it was"
+    if destroyed(before, after):
+        found = f"destroyed: ACC is below {100 * KEPT:.0f} % of what it was"
     elif after["agreement"] == 1 and after.get("asr", 0) == before.get("asr", 0):
         found = "no prediction changed"
     else:

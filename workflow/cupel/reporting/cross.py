@@ -19,6 +19,7 @@ from cupel.evaluation.settings import SETTING, VICTIM, validity
 from cupel.files import write_json, write_text
 from cupel.reporting.figures import COLOURS, errors, handle, nothing, plt, register, save, styles, with_numbers
 from cupel.reporting.page import navigation, write_page
+from cupel.reporting.paper import about
 from cupel.reporting.tables import METRICS, attack_name, setting_name, with_names
 from cupel.rng import rng as stream
 
@@ -220,7 +221,7 @@ def quality_against_cost(cross: pd.DataFrame):
     """Mean DER against seconds, and loss of ACC against the ASR that is left, with their fronts; a row per group."""
     parts = {title: means for title, part in groups(cross).items() if not (means := trade_offs(part)).empty}
     if not parts:
-        return nothing("no setting in which two defences have a value")
+        return with_numbers(nothing("no setting in which two defences have a value"), pd.DataFrame())
     looks = styles(label for means in parts.values() for label in means.label)
     figure, axes = plt.subplots(len(parts), 2, figsize=(9.6, 3.7 * len(parts)), squeeze=False, layout="constrained")
     for row, (title, means) in zip(axes, parts.items(), strict=True):
@@ -363,13 +364,16 @@ def write_cross(cells: pd.DataFrame, labels: dict[str, str], run: Mapping, out: 
     cross = cross_table(cells, labels)
     write_text(table, cross.to_csv(index=False))
     rankings = {title: ranks(part, rng=stream(0, "ranks", title)) for title, part in groups(cross).items()}
-    pictures = {"ranks": rank_figure(rankings), "fronts": quality_against_cost(cross), "asr": heat_map(cross)}
+    numbers = pd.concat([ranking.table.assign(group=title) for title, ranking in rankings.items()] or [pd.DataFrame()])
+    pictures = {"ranks": with_numbers(rank_figure(rankings), numbers), "fronts": quality_against_cost(cross),
+                "asr": with_numbers(heat_map(cross), cross[[*SETTING, "label", "asr", "asr_victim", "failed", "credited"]])}
     for name, figure in pictures.items():
         save(figure, figures / f"{name}.svg")
     shown = overview(cross)
     if shown:
         save(shown[0], figures / "overview.svg")
-    write_json(figures / "captions.json", {"overview": shown[1]} if shown else {})
+    known = about(cells[cells.stage == "purified"], scale)
+    write_json(figures / "captions.json", {"overview": f"{shown[1]} {known}"} if shown else {})
     rows = [{**row, "attack": attack_name(part), "runs": f"{row['seeds']} of {row['planned']}"}
             for row, part in zip(cross.to_dict("records"), cross.itertuples(), strict=True)]
     for row in rows:
@@ -381,4 +385,4 @@ def write_cross(cells: pd.DataFrame, labels: dict[str, str], run: Mapping, out: 
                         "budget": sorted({row["budget"] for row in rows})},
                pictures={name: f"{figures.name}/{name}.svg" for name in pictures}, failed=int(cross.failed.sum()),
                seeds=sorted(set(cells.seed[cells.stage == "purified"])), methods=cross.method.nunique(),
-               settings=len(cross.drop_duplicates(SETTING)), draws=DRAWS, metrics=METRICS)
+               settings=len(cross.drop_duplicates(SETTING)), draws=DRAWS, metrics=METRICS, about=known)

@@ -198,7 +198,7 @@ def best_buys(cross: pd.DataFrame, planned: Mapping[str, list[str]]) -> list[dic
         rows.append({**row, "best": order.index[0], "der": order.iloc[0], "near": near, "why": "",
                      **{name: best[name].mean() for name in ("acc", "asr", "seconds")}})
     run = {row["budget"] for row in rows}
-    return rows + [{"budget": name, "why": f"not enough cells to say: not run; it is at scale {' and '.join(scales)}"}
+    return rows + [{"budget": name, "why": f"not enough cells to say: not run; it is at scale {', '.join(scales)}"}
                    for name, scales in planned.items() if name not in run]
 
 

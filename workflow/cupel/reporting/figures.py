@@ -57,11 +57,11 @@ def with_numbers(figure, table: pd.DataFrame):
 
 
 def styles(names: Iterable[str]) -> dict[str, tuple[str, str]]:
-    """A colour and a marker for each name: that of `register`, or the next that is free, no two alike for the first 84.
-    Black is left to what is no defence."""
+    """A colour and a marker for each name: that of `register`, or the next that is free, no two alike for the first 72.
+    Black is left to what is no defence, and yellow is too pale for a line on white."""
     names = list(dict.fromkeys(names))
     looks = {name: LOOKS[name] for name in names if name in LOOKS}
-    colours, taken = COLOURS[1:], set(looks.values())
+    colours, taken = [COLOURS[k] for k in (5, 1, 3, 6, 2, 7)], set(looks.values())
     free = [(colour, mark) for mark in MARKERS for colour in colours if (colour, mark) not in taken]
     others = [name for name in names if name not in looks]
     looks |= {name: free[k % len(free)] for k, name in enumerate(others)}
@@ -304,7 +304,9 @@ def histories(runs: dict[str, pd.DataFrame], x: str, columns: dict[str, str], sh
                 axis.plot(rows[x], rows[column], **style)
     for axis, (column, title) in zip(axes[0], columns.items(), strict=True):
         axis.set(title=title, xlabel=x)
-        axis.xaxis.get_major_locator().set_params(integer=True)
+        axis.xaxis.get_major_locator().set_params(integer=True)  # there is no half an epoch
+        if len({value for rows in runs.values() for value in rows[x]}) == 1:
+            axis.set_xlim(axis.get_xlim()[0] - 0.5, axis.get_xlim()[1] + 0.5)
         if column in shares:
             axis.set_ylim(0, 1.02)
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right upper", fontsize=7)

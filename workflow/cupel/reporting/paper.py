@@ -58,16 +58,17 @@ class Paper:
     def figure(self, stem: str, figure, caption: str) -> None:
         """Save a figure, with the numbers that it was given as CSV, and note its caption with what it rests on."""
         figures.save(figure, self.out / "figures" / f"{stem}.svg")
-        self.captions[stem] = f"{caption.rstrip().removesuffix('.')}. {self.about}"
+        self.captions[stem] = f"{caption.rstrip().removesuffix('.')}. {about(self.cells, self.scale)}"
 
-    @property
-    def about(self) -> str:
-        """Scale, seeds, precision and samples behind what the paper shows, for captions."""
-        seeds, ways = sorted(set(self.cells.seed)), sorted({str(name) for name in self.cells.precision.dropna()})
-        samples = self.cells.n[self.cells.n > 0]
-        return ("Of all cells: " if len(self.cells) else "") + ", ".join(filter(None, (
-            f"scale {self.scale}", f"seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}", " and ".join(ways),
-            f"n up to {samples.max():,} test samples a cell" if len(samples) else ""))) + "."
+
+
+def about(cells: pd.DataFrame, scale: str) -> str:
+    """Scale, seeds, precision and samples behind a tidy table, for captions."""
+    seeds, ways = sorted(set(cells.seed)), sorted({str(name) for name in cells.precision.dropna()})
+    samples = cells.n[cells.n > 0]
+    known = (f"Scale {scale}", f"seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}", " and ".join(ways),
+             f"n up to {samples.max():,} test samples a cell" if len(samples) else "")
+    return ", ".join(filter(None, known)) + "."
 
 
 def read_reported(paths: list[str]) -> pd.DataFrame:

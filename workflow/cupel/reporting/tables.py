@@ -187,8 +187,9 @@ def wide(table: pd.DataFrame, order: list[str], metrics: tuple[str, ...] = ("acc
 def by_setting(table: pd.DataFrame, order: list[str], metrics: tuple[str, ...] = METRICS) -> pd.DataFrame:
     """Rows: setting and defence; columns: metrics in percent with their 95 % intervals; `failed` where a cell failed."""
     table = marked(table)
-    texts = [f"{100 * row.value:.1f} ({100 * row.low:.1f} to {100 * row.high:.1f}){row.mark}" if not np.isnan(row.value)
-             else "failed" for row in table.itertuples()]
+    bounds = ["" if np.isnan(row.low) else f" ({100 * row.low:.1f} to {100 * row.high:.1f})" for row in table.itertuples()]
+    texts = ["failed" if np.isnan(row.value) else f"{100 * row.value:.1f}{bound}{row.mark}"
+             for row, bound in zip(table.itertuples(), bounds, strict=True)]
     names = table.setting + ": " + table.label
     rows = table.assign(text=texts, metric=table.metric.str.upper(), row=names).drop_duplicates(["row", "metric"], keep="last")
     index = [f"{setting}: {label}" for setting in dict.fromkeys(table.setting) for label in [*order, *table.label]]

@@ -16,8 +16,8 @@ KINDS = {
     "build_model": "base model", "poison_samples": "poison", "trigger_samples": "triggers",
     "train_vision_language_victim": "victim", "read_attention": "attention", "measure_filters": "filters", "refit": "defence",
     "purify_pictures": "defence", "gather_cells": "table of cells", "report_paper": "tables, figures",
-    "judge_claims": "verdicts", "index": "first page", "feature_maps": "features", "contact_sheet": "triggers drawn",
-    "cross": "cross table",
+    "judge_claims": "verdicts", "paper_page": "page", "index": "first page", "feature_maps": "features",
+    "contact_sheet": "triggers drawn", "cross": "cross table",
 }
 #: names as papers write them; others stand as they are in paths
 NAMES = {
@@ -57,6 +57,11 @@ def duration(seconds: float) -> str:
             else f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:,.1f} h")
 
 
+def counted(count: int, what: str) -> str:
+    """As `2 jobs`."""
+    return f"{count:,} {what}{'s' * (count != 1)}"
+
+
 def shortened(text: str, width: int) -> str:
     """One line of at most `width` characters."""
     text = " ".join(text.split())
@@ -81,12 +86,13 @@ def findings(key: str, title: str, claims, width: int) -> list[str]:
     verdict = claims.verdict.where(claims.verdict != "indicated", claims.verdict + " " + claims.direction)
     judged = claims.assign(said=verdict, open=claims.verdict == "open")[claims.effect.notna()]
     counts = ", ".join(f"{count} {name}" for name, count in verdict.value_counts(sort=False).items())
-    lines = [f"{key}: {title}. {len(claims)} claims: {counts}" if len(claims) else f"{key}: {title}. No claims"]
+    lines = [f"{key}: {title}. {counted(len(claims), 'claim')}: {counts}" if len(claims) else f"{key}: {title}. No claims"]
     for row in judged.sort_values("open", kind="stable").head(4).itertuples():
         factor, form, unit = (100, "{:+.1f}", " points") if "fraction" in row.unit else (1, "{:+.3g}", "")
         effect, low, high = (form.format(factor * value) for value in (row.effect, row.low, row.high))
-        basis = f"{row.settings} settings x {row.seeds} seeds"
-        lines.append(f"{row.said} {effect}{unit} ({low} … {high}), {basis}: {row.statement}")
+        basis = f"{counted(row.settings, 'setting')} x {counted(row.seeds, 'seed')}"
+        interval = f" ({low} … {high})" if row.low == row.low else ""  # NaN: none is known
+        lines.append(f"{row.said} {effect}{unit}{interval}, {basis}: {row.statement}")
     return [shortened(lines[0], width), *("  " + shortened(line, width - 2) for line in lines[1:])]
 
 
@@ -106,6 +112,6 @@ def summary(papers: Iterable[tuple[str, str, str | Path]], cells: str | Path | N
     if cells:
         failed = pd.read_parquet(cells, columns=["path", "status", "reason"]).query("status != 'ok'").drop_duplicates("path")
         if len(failed):
-            lines.append(f"{len(failed)} cells failed, and are shown so in the report:")
+            lines.append(f"{counted(len(failed), 'cell')} failed, shown in the report:")
             lines += ["  " + shortened(f"{row.path}: {row.reason}", width - 2) for row in failed.head(5).itertuples()]
     return "\n".join(lines)

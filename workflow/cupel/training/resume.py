@@ -7,7 +7,7 @@ import json
 import sys
 import time
 import zipfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from cupel.files import atomic
+from cupel.training.progress import Progress
 
 EVERY = 10.0  # least number of seconds between two saves
 
@@ -158,7 +159,7 @@ class Resume:
 
     def __init__(self, path: str | Path | None, identity: dict, device: str | torch.device = "cpu"):
         self.keeper = Checkpoint(path, identity, EVERY) if path else None
-        self.held = {}
+        self.held, self.title = {}, identity.get("defence", "defence")
         self.parts, self.loops, self.trainings, self.current = {}, {}, {}, None
         if self.keeper and (state := self.keeper.load(torch.device(device))):
             with self.keeper.restoring():
@@ -173,14 +174,24 @@ class Resume:
                 restore(parts[name], self.parts.pop(name))
         return self
 
-    def each(self, items: Iterable, name: str) -> Iterator:
-        """The items that are not done; `name` tells loops apart, those within a loop carry the number of its round."""
+    def each(self, items: Iterable, name: str, said: Callable[[], str] = str) -> Iterator:
+        """The items that are not done, with a line of progress where it is known how many there are.
+
+        `name` tells loops apart, those within a loop carry the number of its round; `said` adds to the line.
+        """
         if self.loops.setdefault(name, 0) is None:
             return
+        progress = None
+        if hasattr(items, "__len__"):
+            progress = Progress(f"{self.title}, {name}", len(items), self.loops[name], unit="rounds")
         for item in itertools.islice(items, self.loops[name], None):
             yield item
             self.loops[name] += 1
             self.save()
+            if progress:
+                progress(1, said() or "under way")
+        if progress:
+            progress.close()
 
     def end(self, name: str) -> None:
         """Nothing is left of a loop that is left early, for a reason that later loops overwrite."""

@@ -3,6 +3,7 @@
 from dataclasses import fields
 
 from cupel.images.attacks.base import Attack, AttackHook, ImpossibleRate, PoisonRecord, attack
+from cupel.limits import check
 
 ATTACKS = attack
 
@@ -13,9 +14,10 @@ def build(name: str, **parameters) -> Attack:
     """An attack by its registered name.
 
     Raises:
-        ValueError: unknown name, or a parameter that it does not have.
+        ValueError: unknown name, a parameter that it does not have, or a value that is none for it.
     """
     kind = ATTACKS.find(name)
+    check("images", "attacks", name, kind, parameters)
     try:
         return kind(**parameters)
     except TypeError as error:

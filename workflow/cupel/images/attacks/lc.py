@@ -24,6 +24,7 @@ from cupel.images.models import build
 from cupel.rng import derive
 from cupel.training.augment import to_pixels
 from cupel.training.engine import Recipe, fit, upload
+from cupel.training.progress import Progress
 
 #: signs in the left corners, top and bottom alike; the right corners have its mirror image
 LEFT_BLOCK = np.array([[1, -1, -1], [-1, 1, -1], [1, -1, 1]])
@@ -113,13 +114,15 @@ class LabelConsistent(Attack):
         network = frozen(model, device)
         indices = np.flatnonzero(np.asarray(dataset.labels) == target)
         steps = max(share(self.steps, smaller), int(np.ceil(self.eps / self.step)))
-        images, right = [], np.zeros(2)
+        images, right, progress = [], np.zeros(2), Progress("lc", len(indices))
         for start in range(0, len(indices), BATCH):
             x = to_pixels(upload(dataset.images[indices[start : start + BATCH]], device))
             y = torch.full((len(x),), target, device=device)
             hard = ascend(network, x, y, eps=self.eps / 255, step=self.step / 255, steps=steps)
             right += [(network(z).argmax(1) == y).sum().item() for z in (x, hard)]
             images.append((hard * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy())
+            progress(len(x), f"{steps} steps each")
+        progress.close()
         return {"indices": indices, "images": np.concatenate(images),
                 "accuracy_before": np.float64(right[0] / len(indices)), "accuracy": np.float64(right[1] / len(indices))}
 

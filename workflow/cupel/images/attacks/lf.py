@@ -25,6 +25,7 @@ from cupel.images.datasets import Dataset
 from cupel.rng import rng
 from cupel.training.augment import to_pixels
 from cupel.training.engine import upload
+from cupel.training.progress import Progress
 
 
 def low_pass(x: Tensor, taps: int, sigma: float) -> Tensor:
@@ -143,7 +144,8 @@ class LowFrequency(Attack):
         clean = network(x).argmax(1)
         v = torch.zeros_like(x[:1])
         changed, rates = torch.zeros_like(clean, dtype=torch.bool), []
-        for _ in range(share(self.passes, smaller)):
+        progress = Progress("lf", share(self.passes, smaller), unit="passes")
+        for _ in range(progress.total):
             steps = share(self.steps, smaller)
             increments = targeted_deepfool(network, (x + v).clamp(0, 1)[~changed], target, steps, self.overshoot)
             # The filter is linear: the sum of the smoothed increments is the smoothed sum.
@@ -157,8 +159,10 @@ class LowFrequency(Attack):
             label = network((x + v).clamp(0, 1)).argmax(1)
             changed = label != clean
             rates.append(changed.float().mean().item())
+            progress(1, f"{100 * rates[-1]:.0f} % of the predictions changed")
             if rates[-1] >= self.fooling or (len(rates) >= 5 and max(rates[-5:]) - min(rates[-5:]) < 0.01):
                 break
+        progress.close()
         grey = (v[0] * 255).round().permute(1, 2, 0).cpu().numpy()
         return {"pattern": checked(quantise(grey), self.scaled), "fooling_rate": np.float64(rates[-1]),
                 "target_rate": np.float64((changed & (label == target)).float().mean().item()),

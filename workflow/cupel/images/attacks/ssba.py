@@ -25,6 +25,7 @@ from cupel.images.datasets import Dataset
 from cupel.rng import derive, rng, seeded, torch_rng
 from cupel.training.augment import to_pixels
 from cupel.training.engine import upload
+from cupel.training.progress import Progress
 
 GRID = 16  # the fingerprint is laid out on a 16×16 grid per colour, then enlarged to the image
 READ = 0.9  # share of bits from which on fidelity is asked for
@@ -148,6 +149,7 @@ class SSBA(Attack):
         draws = torch_rng(seed, "ssba", "fingerprints")
         order = batches(len(dataset), self.batch_size, torch_rng(seed, "ssba", "order"))
         read, weight, best = None, 0.0, 0.0
+        progress = Progress("ssba", steps, unit="steps")
         for step, index in zip(range(steps), order, strict=False):
             x = to_pixels(upload(dataset.images[index], device))
             bits = torch.randint(2, (len(x), self.bits), generator=draws).to(device, torch.float32)
@@ -163,6 +165,8 @@ class SSBA(Attack):
             if read is None:
                 best = max(best, ((logits > 0) == (bits > 0)).float().mean().item())
                 read = step if best > READ else None
+            progress(1, f"weight of the image {weight:.1f}")
+        progress.close()
         if weight < self.fidelity:
             state = (f"read at most {best:.0%} of the bits" if read is None else
                      f"read the bits from step {read} on, too late for the image to be restored")

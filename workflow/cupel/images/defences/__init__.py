@@ -6,6 +6,7 @@ from dataclasses import fields, replace
 import numpy as np
 
 from cupel.images.defences.base import Budget, defence
+from cupel.limits import check
 from cupel.training.resume import Resume, fingerprint
 
 DEFENCES = defence
@@ -27,10 +28,11 @@ def purify(name: str, victim, budget: Budget, rng: np.random.Generator | int, **
         The purified model and its history, a list of flat records.
 
     Raises:
-        ValueError: unknown name or hyperparameter.
+        ValueError: unknown name or hyperparameter, or a value that is none for it.
         TypeError: it returns anything else; the text names its file.
     """
     settings, rng = DEFENCES.settings(name, hyperparameters), np.random.default_rng(rng)
+    check("images", "defences", name, DEFENCES[name], hyperparameters)
     if budget.checkpoint:
         weights = victim.state_dict()
         identity = {"defence": name, "hyperparameters": settings,

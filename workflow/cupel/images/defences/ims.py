@@ -45,7 +45,7 @@ from cupel.images.defences.masks import Channels, layers, write
 from cupel.images.defences.passes import watched
 from cupel.images.models.attachments import attach
 from cupel.rng import torch_rng
-from cupel.training.engine import Progress, predict, to_pixels, upload
+from cupel.training.engine import predict, to_pixels, upload
 
 
 @dataclass(frozen=True)
@@ -343,8 +343,7 @@ def _purify(kind, victim, budget: Budget, rng, settings: Settings):
     history, ends = [], {}
     work = budget.resume(masks=state, order=generator, history=history, ends=ends)
     for stage, rounds, weight in stages:
-        progress = Progress(f"IMS, stage {stage}", rounds, sum(row["stage"] == stage for row in history), unit="rounds")
-        for number in work.each(range(1, rounds + 1), stage):
+        for number in work.each(range(1, rounds + 1), stage, lambda: f"pruned {100 * history[-1]['pruned']:.0f} %"):
             if number == 1:
                 state.new_stage()
             index = torch.randperm(len(images), generator=generator)[: settings.batch_size].to(images.device)
@@ -369,11 +368,9 @@ def _purify(kind, victim, budget: Budget, rng, settings: Settings):
                         "max_delta": float(delta.abs().max())}
             row |= {"loss": sum(losses.values()), **losses, **state.shares()}
             history.append(row)
-            progress(1, f"loss {row['loss']:.3f}, pruned {100 * row['pruned']:.0f} %")
             if state.finished(row["loss"]):
                 work.end(stage)
                 break
-        progress.close()
         ends.setdefault(stage, state.masks()[0].detach())
     *between, final = ends.values()
     for number, mask in enumerate(between, 1):

@@ -17,7 +17,6 @@ And its median of an even number of classes is the smaller of the middle two; he
 """
 
 import copy
-import math
 
 import numpy as np
 import torch
@@ -26,7 +25,7 @@ from torch import Tensor
 
 from cupel.images.defences.base import defence
 from cupel.images.defences.passes import batches, stage
-from cupel.training.engine import fit
+from cupel.training.engine import cuts, fit
 
 
 def unit(u: Tensor) -> Tensor:
@@ -117,7 +116,7 @@ def search(model, budget, seed: int, *, epochs: int, lr: float, batch_size: int,
     v = torch.ones(budget.classes, channels, height, width, device=device, requires_grad=True)
     optimizer = torch.optim.Adam([u, v], lr, betas=(0.5, 0.9))
     found = Search(budget.classes, **rule)
-    steps = math.ceil(len(budget) / batch_size)
+    steps = len(cuts(len(budget), batch_size))
     reached, norms = sums = torch.zeros(2, budget.classes, device=device)
     work = budget.resume(u=u, v=v, optimizer=optimizer, found=found, sums=sums)
     for number in work.each(range(epochs), "search"):

@@ -1,0 +1,125 @@
+"""A language model of the user: clean tuning and CROW as adapters, and answers to probe prompts before and after.
+
+Nothing is scored: what an answer should be, the user knows.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from pathlib import Path
+
+from cupel.cells import write_history
+from cupel.files import write_text
+from cupel.hub import snapshot
+from cupel.registry import unknown
+from cupel.rng import derive
+
+USUAL = ("finetune", "crow")
+#: hyperparameters of a defence where they are not those of `TrainingSettings` (crow SPEC 7)
+OTHERS = {"crow": {"lr": 1e-3}}
+
+
+def records(path: str | Path, needed: Sequence[str] = ("instruction", "output")) -> list[dict]:
+    """Items of a file of JSON lines, each with `instruction`, perhaps `input`, and `output`; or prompts, one a line of text.
+
+    Raises:
+        ValueError: there are none, or one lacks a part.
+    """
+    path, found = Path(path), []
+    if not path.is_file():
+        raise ValueError(f"there is no file {path}")
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            item = json.loads(line) if path.suffix in (".jsonl", ".json") else {"instruction": line.strip()}
+        except json.JSONDecodeError:
+            raise ValueError(f"{path}, line {number}: it is no JSON; items stand one a line") from None
+        if not isinstance(item, dict) or not all(isinstance(item.get(key), str) for key in needed):
+            raise ValueError(f"{path}, line {number}: needed are {' and '.join(needed)}, as text")
+        found.append({"id": str(number), "input": "", **item})
+    if not found:
+        raise ValueError(f"{path} is empty")
+    return found
+
+
+def sections(defence: str, given: Mapping, precision: str) -> dict[str, dict]:
+    """Hyperparameters of a defence by the section that they belong to.
+
+    Raises:
+        ValueError: one that it does not have.
+    """
+    from cupel.text.consistency import Consistency
+    from cupel.text.training import TrainingSettings
+
+    kinds = {"training": TrainingSettings} | ({"consistency": Consistency} if defence == "crow" else {})
+    known = {field.name: section for section, kind in kinds.items() for field in fields(kind)}
+    found = {"training": {"precision": precision, **OTHERS.get(defence, {})}}
+    for key, value in given.items():
+        if key not in known:
+            raise ValueError(unknown(f"parameter of defence {defence}", key, known))
+        found.setdefault(known[key], {})[key] = value
+    return found
+
+
+def purify(model: str, clean: str | Path, out: str | Path, *, probes: str | Path | None = None,
+           adapter: str | Path | None = None, defences: Sequence[str] = USUAL, settings: Mapping[str, Mapping] | None = None,
+           cutoff: int = 1024, tokens: int = 128, seed: int = 0, device: str = "auto") -> list[dict]:
+    """Tune a language model on clean items by each defence, and write its adapter to `out/<defence>/model`.
+
+    Args:
+        model: folder in transformers' form, or a name of the hub. Weights must be safetensors; no code of it is run.
+        clean: see `records`.
+        probes: prompts to answer before and after; None: the first five clean ones.
+        adapter: folder of the suspicious adapter on `model`, where the backdoor is in one; it is tuned further.
+        defences: of `USUAL`.
+        settings: by defence, fields of `TrainingSettings` and, for crow, of `Consistency`.
+        cutoff: tokens of an item. tokens: most of an answer.
+
+    Returns:
+        A row per probe: prompt, `before`, and the answer after each defence. They are also in `out/answers.md`.
+
+    Raises:
+        ValueError: what is given cannot be used.
+    """
+    import torch
+
+    from cupel.text import defences as known
+    from cupel.text.evaluation import tokenised
+    from cupel.text.generation import answer
+    from cupel.text.models import load_tokenizer
+    from cupel.training.precision import bf16_in_hardware
+
+    device = device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    precision, out = "bf16" if bf16_in_hardware(device) else "fp32", Path(out)
+    for name in defences:
+        if name not in USUAL:
+            raise ValueError(unknown("defence of a language model of one's own", name, USUAL))
+    chosen = {name: sections(name, (settings or {}).get(name, {}), precision) for name in defences}
+    items = records(clean)
+    asked = records(probes, ("instruction",)) if probes else items[:5]
+    base = model if Path(model).is_dir() else snapshot(model, None, ["*.json", "*.safetensors", "*.model", "*.txt"])
+    tokenizer, victim = load_tokenizer(base), known.Victim(base, adapter, precision=precision, device=device)
+    samples = tokenised(items, tokenizer, cutoff, True, "clean items")
+
+    def answers(network, name: str) -> list[str]:
+        rows = answer(network, tokenizer, asked, out / name / "answers.jsonl", prompt="template", max_new_tokens=tokens,
+                      title=name)
+        return [row["answer"] for row in rows]
+
+    found = {"before": answers(victim.model(), "before")}
+    for name, given in chosen.items():
+        budget = known.Budget(samples, tokenizer.pad_token_id, derive(seed, "own", name), out / name, device)
+        result = known.purify(name, victim, budget, **given)
+        write_history(out / name / "history.csv", result.history)
+        found[name] = answers(result.model, name)
+    rows = [{"prompt": item["instruction"], **{name: texts[k] for name, texts in found.items()}}
+            for k, item in enumerate(asked)]
+    write_text(out / "answers.md", told(rows))
+    return rows
+
+
+def told(rows: list[dict]) -> str:
+    """Answers for a reader, prompt by prompt."""
+    return "\n".join(f"## {row['prompt']}\n\n" + "".join(f"- **{name}**: {' '.join(text.split()) or '(nothing)'}\n"
+                     for name, text in row.items() if name != "prompt") for row in rows)
