@@ -256,7 +256,7 @@ def test_ft_sam_schedules(budget, monkeypatch):
 def test_ft_sam_smoothing(budget, monkeypatch):
     """As released: the true class has 0.9, the other K − 1 share 0.1."""
     recipes = []
-    monkeypatch.setattr(ft_sam, "train", lambda model, budget, recipe, rng, **settings: recipes.append(recipe))
+    monkeypatch.setattr(ft_sam, "train", lambda model, budget, recipe, rng, **settings: recipes.append(recipe) or [])
     purify("ft_sam", small(), budget, rng(0))
     logits, labels = normal(9, 3), torch.arange(9) % 3
     shares = np.full((9, 3), 0.05)
