@@ -101,6 +101,7 @@ def test_data_count_by_what_they_hold(tmp_path, data):
 def test_a_second_clone_takes_shared_data_as_they_are(tmp_path, data):
     (data / "images" / "cifar10").chmod(0o555)
     fresh = Folder(tmp_path / "fresh", data)
+    fresh.set(papers=["fst"])
     for path in (fresh.path / "workflow").rglob("*.py"):
         path.touch()  # a clone is younger than the data
     code, output = fresh.run("-n", "data", "--", f"{VICTIM.format(*PLAIN)}/metrics.json")

@@ -13,7 +13,7 @@ from cupel.files import read_json
 from cupel.images import attacks, defences, models, stages
 from cupel.training.engine import Diverged, Recipe, cuts, finite_outputs, fit, predict
 
-SPEC = {"dataset": "cifar10", "model": "preactresnet18", "recipe": "r", "poison_rate": 0.1, "seed": 0,
+CELL = {"dataset": "cifar10", "model": "preactresnet18", "recipe": "r", "poison_rate": 0.1, "seed": 0,
         "attack": {"name": "badnets", "function": "badnets", "settings": {}},
         "settings": {"target": 7, "train_size": 200, "test_size": 100, "model": {"width": 8, "stem_stride": 2},
                      "training": {"epochs": 1, "lr": 0.1, "batch_size": 50}}}
@@ -25,7 +25,7 @@ def files(folder, *names):
 
 def train(folder, data, **changes) -> dict:
     """A victim as the workflow makes it; its record."""
-    spec, out = SPEC | changes, files(folder, "model.safetensors", "trigger.npz", "history.csv", "metrics.json")
+    spec, out = CELL | changes, files(folder, "model.safetensors", "trigger.npz", "history.csv", "metrics.json")
     stages.poison(spec, data, None, folder / "poison.npz")
     stages.train_victim(spec, stages.Inputs(data, record=folder / "poison.npz"), out, "cpu")
     return read_json(out["metrics"])
@@ -37,7 +37,7 @@ def purify(folder, data, function) -> dict:
     inputs = stages.Inputs(data, victim=folder / "model.safetensors", trigger=folder / "trigger.npz",
                            before=folder / "metrics.json")
     defence = {"name": function, "function": function, "settings": {}, "budget": {"name": "spc2", "kind": "spc", "spc": 2}}
-    stages.purify(SPEC, defence, inputs, out, "cpu")
+    stages.purify(CELL, defence, inputs, out, "cpu")
     return read_json(out["metrics"])
 
 

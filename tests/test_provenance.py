@@ -59,7 +59,7 @@ def test_the_crate_of_a_run(finished, tmp_path):
     assert check_crate(crate) == []
     graph = {entity["@id"]: entity for entity in json.loads((crate / "ro-crate-metadata.json").read_text())["@graph"]}
     for name in ("index.html", "claims.csv", "cells.parquet", "provenance.json", "papers/fst/report.html",
-                 "papers/fst/report.ipynb", "cross.html", "claims.html", "cells.html", "cross/overview.svg"):
+                 "papers/fst/report.ipynb", "cross.html", "claims.html", "cells.html", "cross/asr.svg"):
         assert f"results/smoke/{name}" in graph
     assert not [name for name in graph if name.endswith(".safetensors")]
     # pages that refer to pictures find them in the crate

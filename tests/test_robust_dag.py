@@ -69,7 +69,7 @@ def subject(n=12, **settings):
 
 def test_the_experiment_file_is_sound_at_every_scale(experiment):
     started = time.perf_counter()
-    for scale in SCALES:
+    for scale in set(SCALES) & set(experiment["scales"]):
         cells = plan(experiment, scale).cells
         assert cells and len({tuple(sorted(cell.items())) for cell in cells}) == len(cells)
         assert all(isinstance(value, str) for cell in cells for value in cell.values())

@@ -70,7 +70,7 @@ def test_lines_of_a_run(handler, tmp_path):
     log = tmp_path / "job.log"
     log.write_text("Traceback (most recent call last):\n  File 'x'\nValueError: " + "y" * 500)
     send(handler, LogEvent.JOB_INFO, **job(2))
-    send(handler, LogEvent.JOB_ERROR, **job(2, log=[str(log)]))
+    send(handler, LogEvent.JOB_ERROR, jobid=2, rule_name="train_victim", rule_msg=None, log=[str(log)])  # no wildcards
     send(handler, message="Complete log(s): /x/y.log")
     text = handler.stream.getvalue()
     assert text.splitlines()[:2] == ["Scale demo, papers fst: 2 jobs, about 90 s",
@@ -111,6 +111,8 @@ def test_findings_are_five_lines_a_paper(tmp_path):
     assert len(lines) == 5 and all(len(line) <= 150 for line in lines)
     assert lines[0].startswith("fst: A paper. 6 claims: 1 open, 1 not judged, 1 indicated for, 1 refuted, 1 supported, 1 indic")
     assert lines[1] == "  indicated for +50.0 points (+40.0 … +60.0), 2 settings x 1 seed: c holds"
+    alone = findings("x", "T", pd.DataFrame([claim("e", "open", unit="difference in tau (number)", low=None, high=None)]), 150)
+    assert alone[1] == "  open +0.5 (no interval), 2 settings x 1 seed: e holds"
     assert lines[3] == "  supported +0.02 (-0.08 … +0.12), 2 settings x 1 seed: e holds"
     pd.DataFrame(rows[1:2]).to_csv(tmp_path / "none.csv", index=False)
     assert summary([("ims", "Another", tmp_path / "none.csv")]) == "ims: Another. 1 claim: 1 not judged"
@@ -124,7 +126,7 @@ def test_findings_are_five_lines_a_paper(tmp_path):
 @pytest.mark.parametrize(("words", "sentence"), [
     (["crw"], "unknown target 'crw': known are .*did you mean 'crow'"),
     (["--config", "scale=bench", "fst"], "'fst' is none. .* stands after two dashes: --config scale=bench -- fst"),
-    (["--config", "scale=paper", "--", "ims_inner_step"], "ims_inner_step has no scale 'paper'; it has smoke, demo, bench"),
+    (["--config", "scale=paper", "--", "ims_inner_step"], "ims_inner_step has no scale 'paper'; it has smoke, .*Scale paper is"),
     (["ims_inner_step"], "rule ims_inner_step:")])
 def test_papers_are_asked_for_by_name(words, sentence):
     command = [sys.executable, "-m", "snakemake", "--cores", "1", "-n", *words]

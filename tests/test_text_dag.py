@@ -42,6 +42,8 @@ def test_the_file_has_the_form_of_its_family(experiment):
 
 @pytest.mark.parametrize("scale", SCALES)
 def test_every_scale_plans(experiment, scale):
+    if scale not in experiment["scales"]:
+        pytest.skip(f"no scale {scale}")
     grid = planned(experiment, scale)
     victims = [cell for cell in grid.cells if cell["stage"] == "victim"]
     purified = [cell for cell in grid.cells if cell["stage"] == "purified"]

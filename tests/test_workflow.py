@@ -139,7 +139,7 @@ def test_smoke_ends_with_the_report(finished):
     for name in ("report.html", "tables", "figures", "claims.csv"):
         assert (results / "papers" / "third" / name).exists(), "a paper is a folder with experiment.yaml"
     assert len(pd.read_csv(results / "claims.csv")) >= 7
-    for name in ("claims.html", "cells.html", "cross.html", "cross/overview.csv"):
+    for name in ("claims.html", "cells.html", "cross.html", "cross/ranks.csv"):
         assert (results / name).stat().st_size > 0
     assert cells.path.str.removeprefix("results/smoke/").map((results / "cells.html").read_text().__contains__).mean() > 0.5
 

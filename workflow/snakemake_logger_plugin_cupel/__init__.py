@@ -31,6 +31,9 @@ PATIENCE = 300
 #: what Snakemake says of itself and nobody needs; all of it stands in its log
 NOISE = re.compile("Building DAG|Using shell|Provided |Rules claiming|Select jobs|Execute [0-9]+ jobs|Assuming unrestricted|"
                    "Singularity containers|Activating|Elapsed time|None$|$")
+#: what it says of a job that failed, beside the reason
+ECHO = re.compile(r"RuleException:\nCalledProcessError|Exiting because a job execution|At least one job did not complete")
+
 
 
 @dataclass
@@ -155,8 +158,7 @@ class LogHandler(LogHandlerBase):
         self._write(" · ".join(filter(None, parts)))
 
     def _fail(self, record: logging.LogRecord) -> None:
-        words = self._words(record)
-        self.run.active.pop(record.jobid, None)
+        _, words, _ = self.run.active.pop(record.jobid, (0.0, record.rule_name, ""))
         logs = [Path(path) for path in record.log if Path(path).is_file()]
         text = reason(logs[0].read_text(encoding="utf-8", errors="replace")) if logs else ""
         self.run.failed[record.jobid] = text = text or str(record.rule_msg or "no reason was given")
@@ -176,7 +178,7 @@ class LogHandler(LogHandlerBase):
         elif record.levelno < logging.WARNING and NOISE.match(text):
             return
         if record.levelno >= logging.WARNING:
-            if text in self.said:
+            if text in self.said or (self.run.failed and ECHO.match(text)):
                 return
             self.said.add(text)
         self._write(text)

@@ -3,6 +3,7 @@
 Imported by every run for its first half, so nothing heavy is imported before the findings are asked for.
 """
 
+import math
 import re
 import shutil
 from collections.abc import Iterable, Mapping
@@ -83,6 +84,7 @@ def findings(key: str, title: str, claims, width: int) -> list[str]:
         claims: DataFrame, its rows of `claims.csv`.
         width: of a line, characters.
     """
+    claims = claims.astype(dict.fromkeys(("effect", "low", "high"), float))
     verdict = claims.verdict.where(claims.verdict != "indicated", claims.verdict + " " + claims.direction)
     judged = claims.assign(said=verdict, open=claims.verdict == "open")[claims.effect.notna()]
     counts = ", ".join(f"{count} {name}" for name, count in verdict.value_counts(sort=False).items())
@@ -90,8 +92,9 @@ def findings(key: str, title: str, claims, width: int) -> list[str]:
     for row in judged.sort_values("open", kind="stable").head(4).itertuples():
         factor, form, unit = (100, "{:+.1f}", " points") if "fraction" in row.unit else (1, "{:+.3g}", "")
         effect, low, high = (form.format(factor * value) for value in (row.effect, row.low, row.high))
+        interval = "no interval" if math.isnan(row.low) else f"{low} … {high}"
         basis = f"{counted(row.settings, 'setting')} x {counted(row.seeds, 'seed')}"
-        lines.append(f"{row.said} {effect}{unit} ({low} … {high}), {basis}: {row.statement}")
+        lines.append(f"{row.said} {effect}{unit} ({interval}), {basis}: {row.statement}")
     return [shortened(lines[0], width), *("  " + shortened(line, width - 2) for line in lines[1:])]
 
 
