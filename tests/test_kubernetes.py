@@ -87,7 +87,8 @@ def test_what_the_profile_replaces_stands_in_it():
     def read(name):
         return yaml.safe_load((REPOSITORY / "profiles" / name / "profile.v9+.yaml").read_text())
 
-    kept = {key: value for key, value in read("default").items() if key not in ("cores", "latency-wait", "logger", "default-resources")}
+    own = ("cores", "latency-wait", "logger", "default-resources")
+    kept = {key: value for key, value in read("default").items() if key not in own}
     for name in ("slurm", "kubernetes", "generic"):
         assert all(read(name)[key] == value for key, value in kept.items())
         own, there = (read(profile)["default-resources"] for profile in ("default", name))

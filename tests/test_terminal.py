@@ -126,7 +126,7 @@ def test_findings_are_five_lines_a_paper(tmp_path):
 @pytest.mark.parametrize(("words", "sentence"), [
     (["crw"], "unknown target 'crw': known are .*did you mean 'crow'"),
     (["--config", "scale=bench", "fst"], "'fst' is none. .* stands after two dashes: --config scale=bench -- fst"),
-    (["--config", "scale=paper", "--", "ims_inner_step"], "ims_inner_step has no scale 'paper'; it has smoke, .*Scale paper is"),
+    (["--config", "scale=paper", "--", "ims_inner_step"], "ims_inner_step has no scale 'paper'; it has smoke, "),
     (["ims_inner_step"], "rule ims_inner_step:")])
 def test_papers_are_asked_for_by_name(words, sentence):
     command = [sys.executable, "-m", "snakemake", "--cores", "1", "-n", *words]
