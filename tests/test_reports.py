@@ -319,14 +319,14 @@ def test_tables_have_captions_and_figures_too(reports, key):
 def test_a_paper_without_files_of_its_own_gets_a_report(tmp_path):
     paper = made("new", "demo", [{**cell, "paper": "new"} for cell in image_cells("fst", "demo", tmp_path / "cells")],
                  tmp_path / "out", labels={"defences": {"ft": "Fine-tuning"}})
-    grid = table(paper, "metrics_cifar10_resnet18")
+    grid = table(paper, "metrics_cifar10_resnet18_fst_heldout")
     assert {"acc", "asr", "ra", "der"} <= set(grid.columns) and any(name.endswith("Fine-tuning") for name in grid.index)
-    assert list(paper.captions) == ["asr_cifar10_resnet18"] and paper.reported.empty
+    assert list(paper.captions) == ["asr_cifar10_resnet18_fst_heldout"] and paper.reported.empty
     assert list(pd.read_csv(paper.out / "claims.csv").columns) == COLUMNS and verdicts(paper).empty
     write_card([], tmp_path / "card.md")
     assert (tmp_path / "card.md").read_text() == "No card.yaml.\n" and notebook_file("new").is_file()
     metrics = made("text", "demo", [{"paper": "text", "folder": str(reports_cell(tmp_path / "x"))}], tmp_path / "two")
-    assert table(metrics, "metrics_d_m").iloc[0].to_dict() == {"perplexity": "12.5", "asr": "50.0 (24–76; n=10)"}
+    assert table(metrics, "metrics_d_m_r").iloc[0].to_dict() == {"perplexity": "12.5", "asr": "50.0 (24–76; n=10)"}
 
 
 def reports_cell(folder):
