@@ -349,7 +349,7 @@ def test_wide_tables_keep_the_order():
 
 #: where a paper's name is the name of a method, of a data set, or of who else does as is written there
 METHODS = {"images/defences/": "fst|ims", "images/datasets/": "fst|ims", "text/": "crow", "vision_language/": "bye",
-           "schemas/experiment_language": "crow", "cupel/plan": "fst|ims|crow", "cupel/own/": "fst|ims"}
+           "schemas/experiment_language": "crow", "cupel/plan": "fst|ims|crow", "cupel/own/": "fst|ims|crow"}
 
 
 def code_of(path):
