@@ -117,8 +117,10 @@ class Experiments(Family):
         return {"defences": {name: label for name, label in labels.items() if name in used}}
 
     def facts(self, paper: str, paths: Paths) -> dict:
-        """Kind and settings of the defences in use."""
+        """Kind of the defences in use, and their settings with the defaults of what is not given."""
         cells = {(cell["defence"], cell["dataset"]): cell for cell in self.cells
                  if cell["paper"] == paper and "defence" in cell}
-        return {"kinds": {name: self.find("defences", name).get("kind", "") for name, _ in cells},
-                "defences": {name: self.defence(cell) for (name, _), cell in cells.items()}}
+        used = {name: self.defence(cell) for (name, _), cell in cells.items()}
+        defaults = {name: self.entry("defence", name).values for name in used}
+        return {"kinds": {name: self.find("defences", name).get("kind", "") for name in used},
+                "defences": {name: {**entry, "settings": defaults[name] | entry["settings"]} for name, entry in used.items()}}

@@ -287,7 +287,7 @@ def purify(spec: dict, defence: dict, inputs: Inputs, outputs: dict, device: str
         write_json(outputs["metrics"], {
             **base, **measured, **costs(), "status": "ok", "clean_samples": len(chosen), "device": device,
             "precision": budget.precision, "seconds": seconds, "rate_reached": victim["rate_reached"],
-            "unchanged": digest(outputs["model"]) == digest(inputs.victim), "destroyed": destroyed(victim, measured),
+            "unchanged": digest(outputs["model"]) == victim["model_sha256"], "destroyed": destroyed(victim, measured),
             **{f"{name}_before": victim[name] for name in ("acc", "asr", "ra") if name in victim}, **stages,
             **effects(victim, measured, rng(spec["seed"], "intervals"))})
     except Exception as error:

@@ -7,3 +7,6 @@
     language  a language model: adapters and answers
     run       all of it in one call; `page` the report, `cli` the command
 """
+
+#: what is measured, for people
+LABELS = {"acc": "ACC", "agreement": "agreement", "asr": "ASR", "ra": "RA", "reversed": "reversed trigger"}

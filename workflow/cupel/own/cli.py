@@ -6,6 +6,7 @@ from pathlib import Path
 
 from cupel import __version__
 from cupel.hub import ModelUnavailable
+from cupel.own import LABELS
 
 MAIN = """Defences against backdoors in neural networks, for a model of yours.
 
@@ -195,11 +196,10 @@ def show(report) -> None:
     """Print the table of a run."""
     from tabulate import tabulate
 
-    labels = {"acc": "ACC", "agreement": "agreement", "asr": "ASR", "ra": "RA", "reversed": "reversed trigger"}
     rows = []
     for row in report.table.to_dict("records"):
         numbers = {label: f"{100 * row[key]:.1f} ({100 * row[key + '_low']:.1f}–{100 * row[key + '_high']:.1f})"
-                   if row[key] == row[key] else "–" for key, label in labels.items() if key in report.table}
+                   if row[key] == row[key] else "–" for key, label in LABELS.items() if key in report.table}
         rows.append({"defence": row["defence"], **numbers, "result": row["result"]})
     print(tabulate(rows, headers="keys", maxcolwidths=[None] * (len(rows[0]) - 1) + [48]))
     print(f"\nIn percent, with 95 % intervals. Page, table and checkpoints: {report.page}")

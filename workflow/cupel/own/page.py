@@ -6,6 +6,7 @@ import numpy as np
 from PIL import Image
 
 from cupel import __version__
+from cupel.own import LABELS
 from cupel.reporting.page import write_page
 
 
@@ -25,8 +26,7 @@ def write_report(out: Path, report, facts: dict) -> Path:
     seen = report.evidence.get("nc", {})
     if "mask" in seen:
         enlarged(seen["mask"] * seen["pattern"]).save(out / "reversed_trigger.png")
-    metrics = {"acc": "ACC", "agreement": "agreement", "asr": "ASR", "ra": "RA", "reversed": "reversed trigger"}
     page = out / "index.html"
     write_page(page, "own.html.j2", rows=report.table.to_dict("records"), evidence=report.evidence, facts=facts,
-               version=__version__, metrics={key: label for key, label in metrics.items() if key in report.table})
+               version=__version__, metrics={key: label for key, label in LABELS.items() if key in report.table})
     return page

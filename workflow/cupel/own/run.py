@@ -19,9 +19,11 @@ from cupel.evaluation.intervals import wilson
 from cupel.evaluation.metrics import KEPT, Rate, destroyed, rates
 from cupel.files import write_text
 from cupel.images.attacks import Attack
+from cupel.images.attacks.base import changed
 from cupel.images.datasets import Dataset
 from cupel.images.defences import DEFENCES, Budget
 from cupel.images.defences import purify as defend
+from cupel.own import LABELS
 from cupel.own import evidence as look
 from cupel.own.data import arrays, parts
 from cupel.own.imports import write_plain
@@ -72,20 +74,12 @@ def triggered(trigger: Attack | Callable, data: Dataset, target: int) -> tuple[n
     """
     trigger = trigger() if isinstance(trigger, type) else trigger
     if isinstance(trigger, Attack):
-        found = trigger.test_set(data, target)
-    else:
-        keep = np.flatnonzero(data.labels != target)
-        true = data.labels[keep]
-        found = np.asarray(trigger(data.images[keep].copy())), np.full_like(true, target), true
-    stamped, _, true = found
-    if stamped.dtype != np.uint8 or stamped.shape != (len(true), *data.images.shape[1:]):
-        raise ValueError(f"the trigger returns {stamped.dtype} {stamped.shape}, and was given uint8 "
-                         f"{(len(true), *data.images.shape[1:])}: it must return images of the same form")
-    if not len(true):
+        return trigger.test_set(data, target)
+    others = data.labels != target
+    if not others.any():
         raise ValueError(f"all clean images are of the target class {target}: ASR cannot be measured")
-    if np.array_equal(stamped, data.images[data.labels != target]):
-        raise ValueError("the trigger changes no image")
-    return found
+    images, true = data.images[others], data.labels[others]
+    return changed(images, np.asarray(trigger(images.copy()))), np.full_like(true, target), true
 
 
 def usual_faults(model: Own, data: Dataset, found: float) -> list[str]:
@@ -331,6 +325,5 @@ def sentence(row: dict) -> str:
     """A row of the table as a line of text."""
     if "acc" not in row:
         return row["result"]
-    names = {"acc": "ACC", "agreement": "agreement", "asr": "ASR", "ra": "RA", "reversed": "reversed trigger"}
-    numbers = ", ".join(f"{label} {100 * row[key]:.1f} %" for key, label in names.items() if key in row)
+    numbers = ", ".join(f"{label} {100 * row[key]:.1f} %" for key, label in LABELS.items() if key in row)
     return f"{numbers}; {row['result']}" + (f"; {row['seconds']:.0f} s" if "seconds" in row else "")

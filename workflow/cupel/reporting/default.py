@@ -21,13 +21,14 @@ def draw(paper: Paper) -> None:
 
 def _draw(paper: Paper, part: pd.DataFrame, names: list[str]) -> None:
     stem = "_".join(names)
-    where = f"{', '.join(names)}, scale {paper.scale}, mean over {int(part.seeds.max())} seed(s)"
+    place = f"{', '.join(names)}, mean over {int(part.seeds.max())} seed(s)"
     rows = tables.with_texts(part).assign(row=[f"{tables.setting_name(row)}: {row.label}" for row in part.itertuples()])
     paper.table(f"metrics_{stem}", tables.spread(rows, "row", "metric"),
-                f"{paper.title}: every metric with its 95 % interval; rates in percent; {where}.", "setting: defence")
+                f"{paper.title}: every metric with its 95 % interval; rates in percent; {place}, scale {paper.scale}.",
+                "setting: defence")
     rates = part[(part.n > 0) & (part.attack != "clean")]
     if len(rates):
         metric = "asr" if (rates.metric == "asr").any() else rates.metric.iloc[0]
         shown = rates[rates.metric == metric]
         paper.figure(f"{metric}_{stem}", figures.bars_by_rate(shown, list(dict.fromkeys(shown.label)), metric),
-                     f"{metric.upper()} by defence and poison rate, with 95 % intervals ({where}).")
+                     f"{metric.upper()} by defence and poison rate, with 95 % intervals ({place}).")

@@ -20,7 +20,7 @@ from cupel.evaluation.claims import (
 )
 from cupel.evaluation.settings import GATE, SETTING, validity
 from cupel.reporting.cross import comparable
-from cupel.reporting.tables import setting_name
+from cupel.reporting.tables import method_name, setting_name
 
 #: what a run at a scale takes
 TAKES = {"smoke": "a minute on 2 cores", "demo": "minutes on 2 cores", "desk": "about 10 hours on 2 cores with bf16",
@@ -84,14 +84,9 @@ def cells_behind(claim: Mapping, cells: pd.DataFrame, gate: Mapping[str, float],
                      else "destroyed" if row.destroyed else "no value" if np.isnan(row.value) else "counts")
             rows.append({"side": side.upper(), "setting": setting_name(row).replace(" 0 %", "") or "–",
                          "place": " ".join(filter(None, (row.dataset, row.model, row.recipe, row.budget))),
-                         "method": method(row), "seed": row.seed, "value": row.value, "low": row.low, "high": row.high,
+                         "method": method_name(row), "seed": row.seed, "value": row.value, "low": row.low, "high": row.high,
                          "n": row.n, "state": state, "href": link(row.path)})
     return rows
-
-
-def method(row) -> str:
-    """Defence of a row with its variant; its stage where there is none."""
-    return f"{row.defence}~{row.variant}".rstrip("~") or row.stage
 
 
 def line_of(file: str, claim: str) -> int:

@@ -1,11 +1,8 @@
 """The report of a paper on image classifiers: what any of them shows of ACC, ASR and RA."""
 
-import contextlib
-
 import numpy as np
 import pandas as pd
 
-from cupel.images.defences import DEFENCES
 from cupel.reporting import figures, tables
 from cupel.reporting.figures import COLOURS, handle, plt
 from cupel.reporting.paper import Paper, victim_histories
@@ -37,15 +34,15 @@ def draw(paper: Paper) -> None:
         kinds = part.method.map(paper.facts["kinds"])
         for budget in dict.fromkeys(part.budget[part.budget != ""]):
             chosen = part.assign(kind=kinds)[part.budget.isin(["", budget])]
-            stem, where = f"{dataset}_{model}_{recipe}_{budget}", (
-                f"{dataset}, {model}, recipe {recipe}, budget {budget} ({sizes[budget]:g} clean images), scale {paper.scale}, "
-                f"{_seeds(part)}, up to {int(part.n.max())} test images a cell")
+            stem, place = f"{dataset}_{model}_{recipe}_{budget}", (
+                f"{dataset}, {model}, recipe {recipe}, budget {budget} ({sizes[budget]:g} clean images), {_seeds(part)}")
+            where = f"{place}, scale {paper.scale}, up to {int(part.n.max())} test images a cell"
             _tables(paper, chosen, order, stem, where)
             costs = clean[(clean[[*PLACE, "budget"]] == [dataset, model, recipe, budget]).all(axis=1)]
             if len(costs):
                 paper.table(f"clean_{stem}", tables.by_setting(costs, order, ("acc", "arr")), f"{paper.title}: what a defence "
                             f"costs a network without a backdoor, in percent ({where}).", "setting: defence")
-            _figures(paper, chosen, order, stem, where)
+            _figures(paper, chosen, order, stem, place)
             paper.table(f"sensitivity_{stem}", sensitivity(chosen, paper.facts["defences"]), f"{paper.title}: how much one "
                         f"hyperparameter decides, in percent ({where}).", "defence: hyperparameter")
         if part.budget.nunique() > 2:
@@ -60,18 +57,17 @@ def sweeps(defences: dict[str, dict]) -> dict[tuple[str, str], dict[str, float]]
     """Variants of one defence that differ in one number alone: label by (function, hyperparameter), values by method.
 
     Args:
-        defences: `function` and `settings` by method, as experiment.yaml has them; what is not given is the function's default.
+        defences: `function` and all `settings` by method.
     """
     whole: dict[str, dict[str, dict]] = {}
     for method, entry in defences.items():
-        with contextlib.suppress(ValueError):  # a plugin's defence, which no report loads
-            whole.setdefault(entry["function"], {})[method] = DEFENCES.settings(entry["function"], entry["settings"])
+        whole.setdefault(entry["function"], {})[method] = entry["settings"]
     found: dict[tuple[str, str], dict[str, float]] = {}
     for function, methods in whole.items():
         for method in methods.keys() - {function}:
             base = methods.get(function, {})
-            differ = [key for key, value in methods[method].items() if base and value != base[key]]
-            if len(differ) == 1 and all(isinstance(side[differ[0]], (int, float)) and not isinstance(side[differ[0]], bool)
+            differ = [key for key, value in methods[method].items() if base and value != base.get(key)]
+            if len(differ) == 1 and all(isinstance(side.get(differ[0]), (int, float)) and not isinstance(side[differ[0]], bool)
                                         for side in (base, methods[method])):
                 values = found.setdefault((function, differ[0]), {function: base[differ[0]]})
                 values[method] = methods[method][differ[0]]
@@ -116,7 +112,7 @@ def _tables(paper: Paper, part: pd.DataFrame, order: list[str], stem: str, where
                                             f"The paper's own numbers: {known}", index)
 
 
-def _figures(paper: Paper, part: pd.DataFrame, order: list[str], stem: str, where: str) -> None:
+def _figures(paper: Paper, part: pd.DataFrame, order: list[str], stem: str, place: str) -> None:
     """Figures of a data set, network, recipe and budget."""
     present = [label for label in order if label in set(part.label)]
     named = part.assign(panel=[tables.setting_name(row) for row in part.itertuples()])
@@ -136,7 +132,7 @@ def _figures(paper: Paper, part: pd.DataFrame, order: list[str], stem: str, wher
         shown["recovery"] = recovery(purified), ("Recovery of triggered images, mean over settings with a 95 % bootstrap "
                                                  "interval; the cross is the mean ACC.")
     for kind, (figure, text) in shown.items():
-        paper.figure(f"{kind}_{stem}", figure, f"{text} ({where})")
+        paper.figure(f"{kind}_{stem}", figure, f"{text} ({place})")
 
 
 def _mean(values: np.ndarray, name: str) -> tuple[float, float, float]:

@@ -76,10 +76,14 @@ def setting_name(row) -> str:
     return f"{attack_name(row)} {100 * row.poison_rate:g} %"
 
 
+def method_name(row) -> str:
+    """Defence of a row with its variant; its stage, `victim`, where there is none."""
+    return f"{row.defence}~{row.variant}".rstrip("~") or row.stage
+
+
 def with_names(cells: pd.DataFrame, labels: dict[str, str]) -> pd.DataFrame:
     """Add `method` (the defence with its variant, `victim` for none) and `label` (for people)."""
-    methods = ["victim" if row.stage == "victim" else row.defence + (f"~{row.variant}" if row.variant else "")
-               for row in cells.itertuples()]
+    methods = [method_name(row) for row in cells.itertuples()]
     return cells.assign(method=methods, label=[labels.get(method, method) for method in methods])
 
 
