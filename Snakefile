@@ -85,6 +85,7 @@ for paper in GRID.papers:
             paper
         input:
             f"{RESULTS}/papers/{paper}/report.html",
+            f"{RESULTS}/index.html",  # with the pages that the paper's own leads to
 
     workflow.get_rule(paper).docstring = f"Tables, figures, claims and notebook of: {GRID.experiments[paper]['title']}"
 
