@@ -6,6 +6,7 @@ import os
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -68,6 +69,9 @@ def test_a_defence_of_a_victim_without_a_backdoor(tmp_path, cifar10):
     assert record["status"] == "ok" and record["acc_before"] == before["acc"]
     assert record["arr"] == 1 - record["acc"] / before["acc"] and record["arr_low"] < record["arr"] < record["arr_high"]
     assert not {"asr", "ra", "der", "rdr", "asr_before", "ra_before"} & record.keys()
+    taken = np.array(record["confusion"].pop("clean"))
+    assert taken.shape == (10, 10) and taken.sum() == 100 and np.trace(taken) == round(100 * record["acc"])
+    assert not record["confusion"]
 
 
 def test_budgets(cifar10):
@@ -186,3 +190,5 @@ def test_what_a_defence_leaves_on_its_way_is_measured(tmp_path, cifar10, monkeyp
     assert json.loads(table.attack_parameters["asr"]) == {"function": "blended", "settings": {"alpha": 0.2}}
     assert json.loads(table.defence_parameters["asr"]) == {"function": "bent", "settings": {}}
     assert table.n["asr_halfway"] == table.n["asr"] and table.n["acc_halfway"] == 100
+    taken = np.array(json.loads(files["metrics"].read_text())["confusion"]["triggered"])
+    assert (taken[1:, 0] == taken[1:].sum(1)).all() and taken[0].sum() == 0 and taken.sum() == table.n["asr"]

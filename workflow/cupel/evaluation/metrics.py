@@ -49,6 +49,11 @@ def rates(clean_predictions: np.ndarray, clean_labels: np.ndarray, triggered_pre
     }
 
 
+def confusion(true: np.ndarray, predicted: np.ndarray, classes: int) -> np.ndarray:
+    """How often each true class (rows) was taken for which class (columns), int64 [K, K], of labels int64 [N] below K."""
+    return np.bincount(true * classes + predicted, minlength=classes**2).reshape(classes, classes)
+
+
 def effects(before: dict, after: dict, stream: np.random.Generator) -> dict[str, float]:
     """DER, ARR and RDR of a purified model, each with a 95 % interval; of a victim without a backdoor ARR alone.
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from cupel.cells import fail, failure, identity, past, read_tensors, write_history, write_tensors
-from cupel.evaluation.metrics import destroyed, effects, rates
+from cupel.evaluation.metrics import confusion, destroyed, effects, rates
 from cupel.files import digest, kept, noted, publish, read_json, write_json
 from cupel.images import datasets, models
 from cupel.images.attacks import Attack, ImpossibleRate, PoisonRecord, build
@@ -126,7 +126,7 @@ def stored(model, path: str | Path, images: np.ndarray, device: str):
     return again
 
 
-def answers(model, images: np.ndarray, classes: int, device: str) -> np.ndarray:
+def answers(model, images: np.ndarray, classes: int, device: str, precision: str) -> np.ndarray:
     """Predicted classes int64 [N] of uint8 images [N, H, W, C].
 
     Raises:
@@ -135,23 +135,30 @@ def answers(model, images: np.ndarray, classes: int, device: str) -> np.ndarray:
     """
     from cupel.training.engine import predict
 
-    logits = predict(model, images, device=device)
+    logits = predict(model, images, device=device, precision=precision)
     if logits.shape != (len(images), classes):
         raise ValueError(f"the network gives outputs of shape {logits.shape} for {len(images)} images of {classes} classes")
     return logits.argmax(1)
 
 
-def evaluate(model, test: Dataset, attack: Attack | None, target: int, device: str) -> dict:
-    """Flat record of ACC, ASR, RA with counts and 95 % intervals; ACC alone where there is no attack."""
+def evaluate(model, test: Dataset, attack: Attack | None, target: int, device: str, *, precision: str) -> tuple[dict, dict]:
+    """ACC, ASR and RA, in the precision that the network was trained in; ACC alone where there is no attack.
+
+    Returns:
+        The flat record of rates with counts and 95 % intervals; and how many images of each true class (rows) were taken for
+        which class (columns), `clean` and `triggered`, where there are at most 50 classes.
+    """
     classes = len(test.classes)
-    clean = answers(model, test.images, classes, device)
-    if attack is None:
-        empty = np.zeros(0, np.int64)
-        found = {"acc": rates(clean, test.labels, empty, empty, empty)["acc"]}
-    else:
+    clean = answers(model, test.images, classes, device, precision)
+    triggered = wanted = true = np.zeros(0, np.int64)
+    if attack is not None:
         stamped, wanted, true = attack.test_set(test, target)
-        found = rates(clean, test.labels, answers(model, stamped, classes, device), wanted, true)
-    return {key: value for name, rate in found.items() for key, value in rate.record(name).items()}
+        triggered = answers(model, stamped, classes, device, precision)
+    found = rates(clean, test.labels, triggered, wanted, true)
+    measured = {key: value for name, rate in found.items() if rate.n for key, value in rate.record(name).items()}
+    taken = {"clean": (test.labels, clean), "triggered": (true, triggered)}
+    counts = {name: confusion(*pair, classes).tolist() for name, pair in taken.items() if len(pair[0])}
+    return measured, counts if classes <= 50 else {}
 
 
 def train_victim(spec: dict, inputs: Inputs, outputs: dict, device: str) -> None:
@@ -197,14 +204,15 @@ def train_victim(spec: dict, inputs: Inputs, outputs: dict, device: str) -> None
         if attack and not reached:
             raise ImpossibleRate(f"at rate {spec['poison_rate']:g} no sample of {len(clean)} was poisoned")
         test = splits.test_subset(datasets.load(f"{inputs.data}/{spec['dataset']}", "test"), settings.get("test_size"))
-        measured = evaluate(stored(model, outputs["model"], test.images[:64], device), test, attack, target, device)
+        measured, taken = evaluate(stored(model, outputs["model"], test.images[:64], device), test, attack, target, device,
+                                   precision=recipe.precision)
     except Exception as error:
         fail(error, base, outputs)
         return
     write_tensors(outputs["trigger"], attack.tensors if attack else {})
     write_history(outputs["history"], history)
     write_json(outputs["metrics"], {
-        **base, **measured, **costs(), "status": "ok", "rate_reached": reached, "target": target,
+        **base, **measured, **costs(), "status": "ok", "confusion": taken, "rate_reached": reached, "target": target,
         "model_sha256": digest(outputs["model"]), "train_samples": len(clean), "epochs": recipe.epochs,
         "device": device, "precision": recipe.precision,
         "seconds": time.perf_counter() - started, "train_seconds": sum(row["seconds"] for row in history)})
@@ -273,19 +281,19 @@ def purify(spec: dict, defence: dict, inputs: Inputs, outputs: dict, device: str
         attack = make_attack(spec["attack"], read_tensors(inputs.trigger))
         test = splits.test_subset(datasets.load(f"{inputs.data}/{spec['dataset']}", "test"), settings.get("test_size"))
         model = stored(model, outputs["model"], test.images[:64], device)
-        measured = evaluate(model, test, attack, target, device)
+        measured, taken = evaluate(model, test, attack, target, device, precision=budget.precision)
         stages = {}
         for name, tensors in budget.snapshots.items():
             between = copy.deepcopy(model)
             write(between, tensors)
-            for key, value in evaluate(between, test, attack, target, device).items():
+            for key, value in evaluate(between, test, attack, target, device, precision=budget.precision)[0].items():
                 metric, *end = key.split("_")
                 stages["_".join([metric, name, *end])] = value
         write_history(outputs["history"], history)
         if budget.details:
             write_tensors(outputs["details"], budget.details)
         write_json(outputs["metrics"], {
-            **base, **measured, **costs(), "status": "ok", "clean_samples": len(chosen), "device": device,
+            **base, **measured, **costs(), "status": "ok", "confusion": taken, "clean_samples": len(chosen), "device": device,
             "precision": budget.precision, "seconds": seconds, "rate_reached": victim["rate_reached"],
             "unchanged": digest(outputs["model"]) == victim["model_sha256"], "destroyed": destroyed(victim, measured),
             **{f"{name}_before": victim[name] for name in ("acc", "asr", "ra") if name in victim}, **stages,
