@@ -22,15 +22,12 @@ from cupel.training.engine import finite_outputs
 
 def evaluate(model: GapClassifier, test: datasets.Dataset, spec: dict, work: Path,
              device: str) -> tuple[list[dict], dict[str, np.ndarray]]:
-    """All parts of an evaluation on a whole test set.
+    """All parts of an evaluation on a whole test set: rows of the tidy table, and arrays by `<kind>_<name>`.
 
     Args:
         spec: `settings`, `points` (count, seed, batch_size) and parameters by kind (:mod:`cupel.robust.evaluations`), run in
             this order; `train_eps` and `seed`, see :class:`Subject`.
         work: folder for finished parts; those that lie there are taken over.
-
-    Returns:
-        Rows of the tidy table, and arrays by `<kind>_<name>`.
     """
     settings = dict(spec["settings"])
     points = {("points_seed" if key == "seed" else key): value for key, value in settings.pop("points", {}).items()}
@@ -79,12 +76,9 @@ def attack_network(spec: dict, settings: dict, network: Network, outputs: dict, 
 
 
 def attack_released(spec: dict, file: str, data: str, output: str, device: str) -> None:
-    """Measure a network Small that the authors released; the record is written to `output`.
+    """Measure a network Small that the authors released, by `Experiments.released`; the record is written to `output`.
 
-    Args:
-        spec: of `Experiments.released`.
-        file: pickled weights, read without executing anything (:mod:`cupel.robust.released`).
-        data: folder of the prepared data set.
+    The pickled weights in `file` are read without executing anything; `data` is the folder of the prepared data set.
 
     Raises:
         NotReleased: the file holds anything but the weights of such a network.
