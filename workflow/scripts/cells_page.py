@@ -1,5 +1,3 @@
-"""The page of all cells."""
-
 from pathlib import Path
 
 import pandas as pd

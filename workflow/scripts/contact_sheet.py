@@ -1,5 +1,3 @@
-"""Clean and stamped images of every attack on one dataset."""
-
 from cupel.job import logged
 from cupel.registry import load_plugins
 from cupel.reporting.pictures import contact_sheet

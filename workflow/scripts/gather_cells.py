@@ -1,5 +1,3 @@
-"""Gather the records of all cells into the tidy table."""
-
 from cupel.files import atomic
 from cupel.job import logged
 from cupel.reporting.tables import gather
