@@ -248,8 +248,10 @@ def test_parts_are_found_by_looking():
     with pytest.raises(ValueError, match="does not take images of 1 channels and 32×32 pixels"):
         network.wrap(chain, x[:, :1], (0.0,), (1.0,))
     norms = nn.Sequential(nn.Conv2d(3, 5, 3), nn.BatchNorm2d(5, affine=False), nn.AdaptiveAvgPool2d(1), nn.Flatten())
-    assert "1 lacks them" in run.refusal(network.wrap(norms, x, (0.0,), (1.0,)), "bnp")
-    assert "this network has none" in run.refusal(headless, "clp")
+    with pytest.raises(ValueError, match="1 lacks them"):
+        run.refuse(network.wrap(norms, x, (0.0,), (1.0,)), "bnp")
+    with pytest.raises(ValueError, match="this network has none"):
+        run.refuse(headless, "clp")
 
 
 def test_pictures_of_all_kinds_by_one_rule(tmp_path):
@@ -286,11 +288,14 @@ def test_pictures_of_all_kinds_by_one_rule(tmp_path):
 def test_parts_share_no_image():
     images = np.arange(66, dtype=np.uint8)[:, None, None, None].repeat(4, 1).repeat(4, 2)
     clean = data.arrays(images, np.arange(66) % 3)
-    tuned, held = data.parts(clean, 0.5, 0)
+    tuned, held = data.parts(clean, 0.5, None, 0)
     assert (len(tuned), len(held)) == (33, 33)
     assert sorted({*tuned.images[:, 0, 0, 0].tolist(), *held.images[:, 0, 0, 0].tolist()}) == list(range(66))
+    few, same = data.parts(clean, 0.5, 2, 0)
+    assert np.bincount(few.labels).tolist() == [2, 2, 2] and (same.images == held.images).all()
+    assert {*few.images[:, 0, 0, 0]} < {*tuned.images[:, 0, 0, 0]}
     with pytest.raises(ValueError, match="cannot be divided"):
-        data.parts(clean.take(np.arange(1)), 0.5, 0)
+        data.parts(clean.take(np.arange(1)), 0.5, None, 0)
 
 
 def test_a_network_of_names_a_plugin_and_a_script_file(tmp_path, monkeypatch):

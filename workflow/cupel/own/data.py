@@ -151,14 +151,18 @@ def read(source: str | Path, channels: int = 3, size: int | None = None) -> Data
     return Dataset(str(path), found.images, found.labels, found.classes)
 
 
-def parts(clean: Dataset, share: float, seed: int) -> tuple[Dataset, Dataset]:
-    """A part to tune on, `share` of every class, and the part that measures.
+def parts(clean: Dataset, share: float, spc: int | None, seed: int) -> tuple[Dataset, Dataset]:
+    """A part to tune on, `share` of every class and at most `spc` images of it, and the part that measures, which `spc` leaves.
 
     Raises:
-        ValueError: one of the two is empty.
+        ValueError: one of the two is empty, unless all are asked for.
     """
-    size = round(share * len(clean))
-    if not 0 < size < len(clean):
+    size, everything = round(share * len(clean)), np.arange(len(clean))
+    if not 0 < size < len(clean) and share != 1:
         raise ValueError(f"{len(clean)} clean images cannot be divided into {share:g} to tune on and the rest to measure")
-    chosen = splits.stratified(clean.labels, np.arange(len(clean)), size, rng(seed, "own", "parts"))
-    return clean.take(chosen), clean.take(np.setdiff1d(np.arange(len(clean)), chosen))
+    chosen = splits.stratified(clean.labels, everything, size, rng(seed, "own", "parts"))
+    held = clean.take(np.setdiff1d(everything, chosen))
+    if spc is not None:
+        order = rng(seed, "own", "spc").permutation(chosen)
+        chosen = np.sort(np.concatenate([order[clean.labels[order] == c][:spc] for c in np.unique(clean.labels)]))
+    return clean.take(chosen), held

@@ -3,6 +3,7 @@
 import ast
 import contextlib
 import copy
+import difflib
 import importlib.util
 import inspect
 import pickle
@@ -80,20 +81,18 @@ def architecture(text: str, classes: int, image_size: int, channels: int) -> nn.
     ensure_torchvision()
     from torchvision.models import get_model, list_models
 
+    timm = importlib.import_module("timm") if importlib.util.find_spec("timm") else None
     plugin = text in MODELS and not MODELS[text].__module__.startswith("cupel.images.models.")
     if text in list_models() and not plugin:
         return get_model(text, num_classes=classes)
-    timm = None
-    if not plugin and importlib.util.find_spec("timm"):
-        timm = importlib.import_module("timm")
-        if text in timm.list_models():
-            return timm.create_model(text, num_classes=classes, in_chans=channels)
+    if timm and text in timm.list_models() and not plugin:
+        return timm.create_model(text, num_classes=classes, in_chans=channels)
     if text in MODELS:
         return build(text, num_classes=classes, image_size=image_size, in_channels=channels)
-    known = {*list_models(), *MODELS, *(timm.list_models() if timm else ())}
-    raise ValueError(unknown("architecture", text, known) if len(text) < 3 else
-                     f"{unknown('architecture', text, known).partition(': known')[0]}: give a name of torchvision"
-                     f"{' or timm' if timm else ' (timm is not installed)'}, of a plugin's @model, or file.py:function")
+    near = difflib.get_close_matches(text, [*list_models(), *MODELS, *(timm.list_models() if timm else ())], 1)
+    raise ValueError(f"unknown architecture {text!r}{f', did you mean {near[0]!r}?' if near else ''}: give a name of "
+                     f"torchvision{' or timm' if timm else ' (timm is not installed)'}, of a plugin's @model, or "
+                     "file.py:function")
 
 
 def compiled(path: str | Path) -> nn.Module | None:
