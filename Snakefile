@@ -38,6 +38,7 @@ include: "workflow/rules/claims.smk"
 include: "workflow/rules/cross.smk"
 include: "workflow/rules/zoo.smk"
 include: "workflow/rules/crate.smk"
+include: "workflow/rules/own.smk"
 include: "workflow/rules/terminal.smk"
 
 

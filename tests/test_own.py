@@ -2,6 +2,8 @@
 
 import importlib.util
 import json
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -16,11 +18,12 @@ from torch import nn
 import cupel
 from cupel import files
 from cupel.images import datasets
-from cupel.own import cli, data, imports, network, run
+from cupel.own import cli, data, grid, imports, network, run
 from cupel.registry import load_plugins
 from cupel.settings import ConfigError
 from cupel.training.engine import Recipe, fit
 from tests.test_defences_resume import FEW
+from tests.test_workflow import Folder
 
 #: as people write them: not in the library's order of memory, and with a name that is nowhere in the library
 NET = '''
@@ -146,6 +149,123 @@ def test_every_defence_with_three_images_a_class_and_one_class_missing(case, cap
     assert all("network has none" in text or "knows no place" in text for text in failed)
     assert len(found.networks) == len(FEW) - 3 and (found.table.asr_n.dropna() == 24).all()
     assert "no clean image is of the classes 9" in capsys.readouterr().err
+
+
+GRID = """
+models:
+  first: &first
+    checkpoint: their_model.pth
+    arch: their_net.py:Plain
+    normalize: mnist
+    clean: clean.npz
+    flip: false
+    crop: 2
+    trigger: their_trigger.py:stamp
+    target: 5
+  again: {<<: *first, checkpoint: net.pt}
+defences:
+  clp: {}
+  fp~few: {epochs: 1, step: 0.5}
+  npd: {}
+budgets: [all, spc3]
+"""
+
+
+@pytest.fixture
+def gridded(case, tmp_path, monkeypatch):
+    """A folder in which GRID can be run."""
+    for file in (case.net, case.trigger, case.checkpoint, case.clean):
+        shutil.copy(file, tmp_path)
+    torch.save({"net": case.network.state_dict()}, tmp_path / "net.pt")
+    (tmp_path / "mine.yaml").write_text(GRID)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_a_grid_says_what_the_command_says(case, gridded):
+    asked, top = grid.Grid("mine.yaml"), gridded / "out"
+    assert asked.studies == [{"model": model, "budget": budget, "seed": "0"} for model in ("first", "again")
+                             for budget in ("all", "spc3")]
+    for study in asked.studies:
+        out, spec = top / grid.folder(study), asked.study(**study)
+        grid.look(spec, out, "cpu")
+        for defence in asked.defences.items():
+            grid.purify(spec, defence, out, "cpu")
+        grid.report(out, asked.defences)
+    grid.gather(top, asked.studies)
+    table = pd.read_csv(top / "results.csv")
+    assert len(table) == 16 and table.groupby(["model", "budget", "seed"]).size().tolist() == [4] * 4
+    assert table[table.defence == "npd"].result.str.startswith("failed: npd knows no place").all()
+    assert 'href="first/spc3/seed0/index.html"' in (page := (top / "index.html").read_text())
+    assert 'href="again/all/seed0/purified_fp~few.pt"' in page
+    study = top / "first" / "spc3" / "seed0"
+    outside = module(case.net).Plain()
+    written = torch.load(study / "purified_fp~few.pth", weights_only=True)["state_dict"]
+    outside.load_state_dict({key.removeprefix("module."): value for key, value in written.items()}, strict=True)
+    assert (study / "history_fp~few.csv").is_file() and not list(study.glob("work/*"))
+    assert "fp~few.epochs = 1" in (study / "index.html").read_text()
+
+    given = case.command("--trigger", f"{case.trigger}:stamp", "--target", "5", "--defences", "clp,npd,fp", "--spc", "3",
+                         "--set", "fp.epochs=1", "--set", "fp.step=0.5", out="alone")
+    assert cli.main(given) == 0
+    alone = pd.read_csv(case.folder / "alone" / "results.csv", index_col="defence").rename({"fp": "fp~few"})
+    made = pd.read_csv(study / "results.csv", index_col="defence")
+    columns = ["acc", "acc_n", "asr", "asr_n", "ra", "agreement", "result"]
+    pd.testing.assert_frame_equal(alone.loc[made.index, columns], made[columns])
+
+
+def test_what_a_study_depends_on(gridded):
+    before = grid.Grid("mine.yaml").study("first", "spc3", "0")
+    assert grid.Grid("mine.yaml").study("first", "spc3", "0") == before and before["spc"] == 3
+    for file in ("their_net.py", "their_trigger.py", "clean.npz", "their_model.pth"):
+        grid.content.cache_clear()
+        kept = (gridded / file).read_bytes()
+        (gridded / file).write_bytes(kept + b"\n")
+        assert grid.Grid("mine.yaml").study("first", "spc3", "0") != before
+        (gridded / file).write_bytes(kept)
+    grid.content.cache_clear()
+    asked = grid.Grid("mine.yaml")
+    assert asked.study("first", "spc3", "0") == before != asked.study("first", "all", "0")
+    assert [place.rpartition("/")[2] for place in asked.code("first", "fp~few")] == ["fp.py:fp"]
+
+
+@pytest.mark.slow
+def test_a_grid_under_snakemake_resumes(gridded):
+    folder = Folder(gridded / "run", gridded / "data")
+    for file in gridded.glob("*.*"):
+        shutil.copy(file, folder.path)
+    (folder.path / "mine.yaml").write_text(GRID.replace("[all, spc3]", "[spc3]").replace("  again", "  #"))
+    command = "--config", "own=mine.yaml", "--", "own"
+    code, output = folder.run(*command)
+    top = folder.path / "results" / "own" / "mine"
+    assert code == 0 and output.count(f"{top}/index.html") == 1 and "Models of mine.yaml: 6 jobs" in output, output[-3000:]
+    assert len(pd.read_csv(top / "results.csv")) == 4
+    (top / "first/spc3/seed0/rows/clp.json").unlink()
+    edited = (folder.path / "mine.yaml").read_text().replace("step: 0.5", "step: 0.4")
+    (folder.path / "mine.yaml").write_text(edited)
+    code, output = folder.run("-n", *command)
+    assert code == 0 and output.count("rule purify_own") == 2 and "look_at_own" not in output, output[-3000:]
+    assert "npd" not in output
+    code, output = folder.run("--", "own")
+    assert code and "say which models" in output
+
+
+@pytest.mark.parametrize("old, new, sentence", [
+    ("fp~few", "fq", "defences: unknown defence 'fq'"),
+    ("step: 0.5", "stop: 0.5", "defences.fp~few: unknown setting 'stop'"),
+    ("epochs: 1", "epochs: x", "defences.fp~few.epochs: 'x' should be of type integer"),
+    ("clean.npz", "none.npz", "models.first.clean: there is nothing at none.npz"),
+    ("their_net.py", "no_net.py", "models.first.arch: there is no file no_net.py"),
+    ("their_trigger.py:stamp", "badnet", "models.first.trigger: unknown attack 'badnet'"),
+    ("    target: 5", "", "models.first: a trigger was given without the label"),
+    ("spc3", "few", "budgets.1: 'few' is not all, or spc and a number"),
+    ("normalize", "normalise", "models.first: unknown key 'normalise'"),
+    ("  again", "  Again", "models.Again: a name has lower-case letters"),
+])
+def test_a_wrong_grid_is_refused_before_the_first_job(gridded, old, new, sentence):
+    (gridded / "mine.yaml").write_text(GRID.replace(old, new))
+    with pytest.raises(ConfigError, match=re.escape(sentence)):
+        grid.Grid("mine.yaml")
 
 
 def test_a_wrong_normalisation_stops_the_run_and_is_named(case, capsys):

@@ -10,7 +10,8 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from cupel.images.defences import DEFENCES, Budget
+from cupel.images.defences import Budget
+from cupel.images.defences.bti_dbf import bti_dbf
 from cupel.images.defences.nc import anomaly_index, search
 from cupel.rng import derive, rng, torch_rng
 from cupel.training.progress import Progress
@@ -90,8 +91,7 @@ def decoupled(model, budget: Budget, seed: int) -> dict:
     few = budget.take(rng(seed, "own", "bti_dbf").permutation(len(budget))[: 2 * IMAGES])
     settings = {"rounds": 1, "pretrain_epochs": 20, "mask_epochs": 10, "generator_epochs": 20, "unlearn_epochs": 0,
                 "generator_width": 16, "batch_size": 32}
-    defence = DEFENCES.find("bti_dbf")
-    _, history = defence(model, replace(few, checkpoint=None), rng(seed, "own", "bti_dbf"), **settings)
+    _, history = bti_dbf(model, replace(few, checkpoint=None), rng(seed, "own", "bti_dbf"), **settings)
     return {"class": int(history[-1]["detected_class"])}
 
 

@@ -4,6 +4,7 @@ import copy
 import functools
 import glob
 import os
+import re
 import shutil
 import sys
 import time
@@ -336,9 +337,12 @@ def refuse(model: Own, name: str) -> None:
 
 def failed(name: str, error: Exception) -> dict:
     """The row of a defence that could not be run; what is no refusal but a fault is traced in the log."""
-    if not isinstance(error, (ValueError, ArithmeticError)):
+    text = " ".join(str(error).split()) or type(error).__name__
+    if missing := re.match(r"derivative for aten::(\w+)_backward is not implemented", text):
+        text = f"it needs second derivatives, and torch has none of {missing[1]}, which this network uses"
+    elif not isinstance(error, (ValueError, ArithmeticError)):
         traceback.print_exception(error)
-    return {"defence": name, "result": f"failed: {' '.join(str(error).split()) or type(error).__name__}"}
+    return {"defence": name, "result": f"failed: {text}"}
 
 
 def worded(before: dict, after: dict, history: list[dict]) -> str:
