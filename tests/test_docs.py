@@ -22,7 +22,7 @@ ELSEWHERE = {
     "make .venv/.installed": "continuous integration", "git clone": "a download", "python -m venv": "continuous integration",
     "snakemake --lint": "continuous integration", "snakemake released_weights": "test_robust_dag",
     "apptainer-args": "a setting",
-    "cupel ": "test_own",
+    "cupel ": "test_own", "snakemake --cores all --config own=": "test_own",
     "make lint": "continuous integration", "make faults": "by hand, an hour: tests/faults",
     "make plan": "test_plan", "python -m cupel.plan": "test_plan", "python envs/make.py": "test_environments",
     "python benchmarks/": "by hand, minutes to hours",

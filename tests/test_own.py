@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -17,11 +18,14 @@ from torch import nn
 
 import cupel
 from cupel import files
+from cupel.compat import ensure_torchvision
 from cupel.images import datasets
+from cupel.images.defences import DEFENCES
 from cupel.own import cli, data, grid, imports, network, run
 from cupel.registry import load_plugins
 from cupel.settings import ConfigError
 from cupel.training.engine import Recipe, fit
+from tests.conftest import REPOSITORY
 from tests.test_defences_resume import FEW
 from tests.test_workflow import Folder
 
@@ -268,6 +272,42 @@ def test_a_wrong_grid_is_refused_before_the_first_job(gridded, old, new, sentenc
         grid.Grid("mine.yaml")
 
 
+def _chain(*layers):
+    end = nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(64, 3)
+    return lambda: nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), *layers, *end)
+
+
+def _transformer():
+    ensure_torchvision()
+    from torchvision.models import VisionTransformer
+
+    return VisionTransformer(image_size=16, patch_size=8, num_layers=1, num_heads=2, hidden_dim=8, mlp_dim=8, num_classes=3)
+
+
+NONE = "it works on BatchNorm2d layers, and this network has none"
+FEWER = "it sets images of each class aside to choose by, and no class has two to tune on"
+FIRST = "it needs second derivatives, and torch has none of hardsigmoid, which this network uses"
+
+
+@pytest.mark.parametrize("build, refused", [
+    (_chain(nn.ReLU()), {"clp": NONE}),
+    (_chain(nn.Hardsigmoid(), nn.BatchNorm2d(4)), {"i_bau": FIRST}),
+    (_transformer, {"clp": NONE}),
+], ids=["plain", "hardsigmoid", "transformer"])
+def test_networks_that_people_bring_run_or_are_refused_in_a_sentence(build, refused, monkeypatch, capsys):
+    """With one image a class, batches of one, and a class of which there is none."""
+    monkeypatch.setattr(run.Study, "check", lambda study: None)
+    torch.manual_seed(0)
+    images, labels = np.random.default_rng(0).integers(0, 256, (4, 16, 16, 3), np.uint8), np.array([0, 1, 0, 1])
+    names = ("clp", "fp", "ft", "i_bau", "ims", "sau")
+    settings = {name: {**FEW[name], **{"batch_size": 1 for key in DEFENCES.settings(name, {}) if key == "batch_size"}}
+                for name in names}
+    found = cupel.purify(build(), images, labels, defences=names, settings=settings, evidence=())
+    failed = found.table[found.table.result.str.startswith("failed")].set_index("defence").result
+    assert failed.to_dict() == {name: f"failed: {text}" for name, text in {"fp": FEWER, **refused}.items()}
+    assert "Traceback" not in capsys.readouterr().err
+
+
 def test_a_wrong_normalisation_stops_the_run_and_is_named(case, capsys):
     given = case.command("--defences", "clp", "--evidence", "none", out="wrong")
     assert cli.main([*given, "--normalize", "20/1"]) == 2
@@ -369,9 +409,11 @@ def test_parts_are_found_by_looking():
         network.wrap(chain, x[:, :1], (0.0,), (1.0,))
     norms = nn.Sequential(nn.Conv2d(3, 5, 3), nn.BatchNorm2d(5, affine=False), nn.AdaptiveAvgPool2d(1), nn.Flatten())
     with pytest.raises(ValueError, match="1 lacks them"):
-        run.refuse(network.wrap(norms, x, (0.0,), (1.0,)), "bnp")
+        run.refuse("bnp", network.wrap(norms, x, (0.0,), (1.0,)), np.arange(2))
     with pytest.raises(ValueError, match="this network has none"):
-        run.refuse(headless, "clp")
+        run.refuse("clp", headless, np.arange(2))
+    with pytest.raises(ValueError, match="no class has two to tune on"):
+        run.refuse("fp", headless, np.arange(5))
 
 
 def test_pictures_of_all_kinds_by_one_rule(tmp_path):
@@ -441,6 +483,57 @@ def test_a_network_of_names_a_plugin_and_a_script_file(tmp_path, monkeypatch):
     assert network.look(script, torch.rand(2, 3, 2, 2)) == network.Found(3, "", (), ())
     torch.save({"a": torch.ones(1)}, tmp_path / "plain.pt")
     assert imports.compiled(tmp_path / "plain.pt") is None
+
+
+THEIRS = '''
+from torch import nn
+
+
+def ResNet18(num_classes=3):
+    return nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3, 1, 1), nn.BatchNorm2d(8),
+                         nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(32, num_classes))
+'''
+
+
+@pytest.mark.slow
+def test_the_ten_lines_of_the_page_run_as_they_stand(tmp_path):
+    """All but those that install."""
+    (tmp_path / "resnet.py").write_text(THEIRS)
+    labels = np.arange(60) % 3
+    images = np.random.default_rng(0).integers(0, 120, (60, 16, 16, 3), np.uint8)
+    images[np.arange(60), :, :, labels] += 100
+    for number, (image, label) in enumerate(zip(images, labels, strict=True)):
+        (tmp_path / "pictures" / str(label)).mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(tmp_path / "pictures" / str(label) / f"{number}.png")
+    torch.manual_seed(0)
+    theirs = module(tmp_path / "resnet.py").ResNet18()
+    wrapped = network.wrap(theirs, torch.rand(2, 3, 16, 16), *network.NORMALISATIONS["cifar10"])
+    fit(wrapped, images, labels, Recipe(epochs=8, lr=0.05, crop=0, flip=False, schedule="constant", batch_size=20), seed=0)
+    torch.save(theirs.state_dict(), tmp_path / "model.pth")
+    lines = re.search(r"```bash\n(.*?)```", (REPOSITORY / "docs" / "your-model.md").read_text(), re.DOTALL)[1].splitlines()
+    assert len([line for line in lines if line.strip()]) <= 10
+    done = [line for line in lines if line.startswith(("cupel", "python -c"))]
+    assert len(done) == 2
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
+    ran = subprocess.run(["bash", "-ec", "\n".join(done)], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stdout + ran.stderr[-3000:]
+    table = pd.read_csv(tmp_path / "purified" / "results.csv", index_col="defence")
+    assert table.index.tolist() == ["none", *run.USUAL] and table.acc.notna().all()
+    page = (tmp_path / "purified" / "index.html").read_text()
+    assert "Evidence, not a verdict" in page and (tmp_path / "purified" / "reversed_trigger.png").is_file()
+
+
+def test_the_grid_of_the_page_is_one(tmp_path, monkeypatch):
+    text = (REPOSITORY / "docs" / "your-model.md").read_text()
+    monkeypatch.chdir(tmp_path)
+    for name in ("model.pth", "other.pth", "resnet.py", "my.py"):
+        (tmp_path / name).touch()
+    (tmp_path / "pictures").mkdir()
+    (tmp_path / "mine.yaml").write_text(re.search(r"```yaml\n(.*?)```", text, re.DOTALL)[1])
+    asked = grid.Grid("mine.yaml")
+    assert len(asked.studies) == 8 and list(asked.defences) == ["clp", "fst", "fst~low"]
+    (tmp_path / "mine.yaml").write_text("models: {a: {checkpoint: model.pth, clean: pictures}}")
+    assert tuple((least := grid.Grid("mine.yaml")).defences) == run.USUAL and len(least.studies) == 1
 
 
 def test_help_reads_and_the_import_is_light():

@@ -136,6 +136,8 @@ def purify(given: argparse.Namespace):
 
     if not given.checkpoint:
         raise ValueError("MODEL is missing: cupel purify --help")
+    if given.checkpoint.endswith((".yaml", ".yml")):
+        raise ValueError(f"a grid is run by: snakemake --cores all --config own={given.checkpoint} -- own")
     load_plugins(given.plugin)
     network, study, write = opened(vars(given))
     return run(*network, defences=given.defences or USUAL, settings=hyperparameters(given), evidence=given.evidence,

@@ -1,6 +1,7 @@
 """Clean images of the user: a folder of pictures, an `.npz`, or a prepared data set, all by one rule of colours and sizes."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -115,9 +116,8 @@ def folder(path: Path, channels: int, size: int | None) -> Dataset:
         labels += [int(entry.name) if numbered else k] * len(inside)
     if not files:
         raise ValueError(f"{path}: no pictures in folders, one a class, are here")
-    found = arrays(np.stack(list(_pictures(files, size))), np.array(labels), channels)
-    names = found.classes if numbered else tuple(entry.name for entry in classes)
-    return Dataset(str(path), found.images, found.labels, names)
+    found = replace(arrays(np.stack(list(_pictures(files, size))), np.array(labels), channels), name=str(path))
+    return found if numbered else replace(found, classes=tuple(entry.name for entry in classes))
 
 
 def read(source: str | Path, channels: int = 3, size: int | None = None) -> Dataset:
@@ -136,8 +136,7 @@ def read(source: str | Path, channels: int = 3, size: int | None = None) -> Data
         if not (path / "manifest.json").is_file():
             return folder(path, channels, size)
         test = datasets.load(path, "test")
-        found = arrays(test.images, test.labels, channels, size)
-        return Dataset(f"test set of {test.name}", found.images, found.labels, test.classes)
+        return replace(arrays(test.images, test.labels, channels, size), name=f"test set of {test.name}", classes=test.classes)
     if not path.is_file():
         raise ValueError(f"there is nothing at {source}: give a folder of pictures, an .npz, or a prepared data set")
     try:
@@ -145,10 +144,9 @@ def read(source: str | Path, channels: int = 3, size: int | None = None) -> Data
             keys = {part: next((key for key in names if key in file.files), None) for part, names in NAMES.items()}
             if None in keys.values():
                 raise ValueError(f"{path} has the arrays {', '.join(file.files)}: images and labels are looked for")
-            found = arrays(file[keys["images"]], file[keys["labels"]], channels, size)
+            return replace(arrays(file[keys["images"]], file[keys["labels"]], channels, size), name=str(path))
     except (OSError, AttributeError, TypeError) as error:
         raise ValueError(f"{path} is no .npz of arrays ({error})") from None
-    return Dataset(str(path), found.images, found.labels, found.classes)
 
 
 def parts(clean: Dataset, share: float, spc: int | None, seed: int) -> tuple[Dataset, Dataset]:

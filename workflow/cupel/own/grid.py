@@ -117,13 +117,12 @@ def opened(study: Mapping, device: str):
 def look(study: Mapping, out: Path, device: str) -> None:
     """Measure a network as it was given: `look.json` with its row, evidence and facts, and `reversed.npz`."""
     from cupel.cells import write_tensors
-    from cupel.own.run import methods
 
     case, _ = opened(study, device)
     case.check()
-    evidence = case.look(methods(study["evidence"], case.attack))
+    evidence = case.look(study["evidence"])
     write_tensors(out / "reversed.npz", case.reversed)
-    write_json(out / "look.json", {"row": case.given, "evidence": evidence, "facts": case.facts({})})
+    write_json(out / "look.json", {"row": case.given, "evidence": evidence, "facts": case.facts()})
 
 
 def purify(study: Mapping, defence: tuple[str, Mapping], out: Path, device: str) -> None:
@@ -156,8 +155,7 @@ def report(out: Path, defences: Mapping[str, Mapping]) -> None:
 
     found = read_json(out / "look.json")
     table = pd.DataFrame([found["row"], *(read_json(out / "rows" / f"{name}.json") for name in defences)])
-    facts = {**found["facts"], "settings": {name: settings for name, settings in defences.items() if settings}}
-    write_report(out, table, found["evidence"], read_tensors(out / "reversed.npz"), facts)
+    write_report(out, table, found["evidence"], read_tensors(out / "reversed.npz"), {**found["facts"], "settings": defences})
 
 
 def gather(out: Path, studies: Iterable[Mapping]) -> None:

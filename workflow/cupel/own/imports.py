@@ -4,8 +4,10 @@ import ast
 import contextlib
 import copy
 import difflib
+import functools
 import importlib.util
 import inspect
+import operator
 import pickle
 import sys
 import zipfile
@@ -158,13 +160,10 @@ class Weights:
             self.content = torch.load(self.path, map_location="cpu", weights_only=True)
         except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
             self._refuse(error)
-        place = _place(self.content)
-        if place is None:
+        self.place = _place(self.content)
+        if self.place is None:
             raise ValueError(f"{path} holds no weights: a dict of tensors is looked for, as it is or under {', '.join(USUAL)}")
-        self.place, holder = place, self.content
-        for key in place:
-            holder = holder[key]
-        self.tensors = dict(holder)
+        self.tensors = dict(functools.reduce(operator.getitem, self.place, self.content))
 
     def _refuse(self, error: Exception) -> None:
         with self.path.open("rb") as file:
@@ -189,9 +188,8 @@ class Weights:
         """
         wanted = network.state_dict()
         names = {key: key if key in wanted else key.replace("_orig_mod.", "").replace("module.", "") for key in self.tensors}
-        while not wanted.keys() & set(names.values()) and len({name.partition(".")[0] for name in names.values()}) == 1:
-            if not all("." in name for name in names.values()):
-                break
+        while (not wanted.keys() & {*names.values()} and len({name.partition(".")[0] for name in names.values()}) == 1
+               and all("." in name for name in names.values())):
             names = {key: name.partition(".")[2] for key, name in names.items()}
         self.names, given = names, {name: self.tensors[key] for key, name in names.items()}
         missing = [name for name in wanted if name not in given and not name.endswith("num_batches_tracked")]

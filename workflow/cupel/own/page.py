@@ -29,12 +29,12 @@ def write_report(out: Path, table: pd.DataFrame, evidence: dict, reversed_trigge
 
     Args:
         table, evidence, reversed_trigger: see `cupel.own.run.Purified`.
-        facts: see `cupel.own.run.Study.facts`.
+        facts: of `cupel.own.run.Study.facts`, and `settings` by defence.
     """
     write_text(out / "results.csv", table.to_csv(index=False))
     if reversed_trigger:
         enlarged(reversed_trigger["mask"] * reversed_trigger["pattern"]).save(out / "reversed_trigger.png")
-    page = out / "index.html"
+    page, facts = out / "index.html", {**facts, "settings": {name: given for name, given in facts["settings"].items() if given}}
     write_page(page, "own.html.j2", rows=table.to_dict("records"), evidence=evidence, facts=facts, version=__version__,
                metrics=metrics_of(table))
     return page

@@ -1,5 +1,6 @@
 """Purify a network of the user: measure it, run defences on it, measure again, and write what they leave."""
 
+import contextlib
 import copy
 import functools
 import glob
@@ -18,6 +19,7 @@ import pandas as pd
 import torch
 from scipy.optimize import linear_sum_assignment
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from cupel.cells import write_history
 from cupel.evaluation.intervals import wilson
@@ -38,6 +40,10 @@ from cupel.training.engine import to_pixels, upload
 
 #: run where none are named, cheapest first: pruning without training, then with, then tuning, then IMS
 USUAL = ("clp", "bnp", "rnp", "fst", "ims")
+#: set a part of the images aside, where a class has two
+CHOOSERS = {"anp", "fp"}
+#: differentiate twice, which torch's fast attention cannot
+TWICE = {"i_bau"}
 #: work on the scale γ and the running statistics of BatchNorm layers
 NORMS = {"anp", "awn", "bnp", "clp", "mm_bd", "nft", "rnp"}
 
@@ -176,8 +182,19 @@ class Study:
         margin = max(0.03, 3 * np.sqrt(max(found * (1 - found), 0.01) / len(few)))
         return [f"{text} it is {100 * value:.1f} %" for value, text in sorted(better, reverse=True) if value > found + margin]
 
-    def look(self, methods: Iterable[str]) -> dict:
-        """Evidence on the network as it was given; the smallest trigger of Neural Cleanse is measured from then on."""
+    def look(self, methods: Iterable[str] | None) -> dict:
+        """Evidence on the network as it was given; the smallest trigger of Neural Cleanse is measured from then on.
+
+        Args:
+            methods: names; None: all where there is no trigger, else none.
+
+        Raises:
+            ValueError: a method is unknown.
+        """
+        methods = list((look.METHODS if self.attack is None else ()) if methods is None else methods)
+        for name in methods:
+            if name not in look.METHODS:
+                raise ValueError(unknown("evidence", name, look.METHODS))
         found = {}
         for name in methods:
             try:
@@ -194,8 +211,9 @@ class Study:
         found, _ = evaluate(model, self.held, self.attack, self.target, self.device, precision="fp32")
         same = self.answers(model, self.held.images) == self.before
         found |= Rate(int(same.sum()), len(same)).record("agreement")
-        if self.reversed:
-            images = self.held.images[self.held.labels != self.reversed["class"]]
+        others = self.held.labels != self.reversed["class"] if self.reversed else ()
+        if any(others):
+            images = self.held.images[others]
             reached = self.answers(model, look.stamped(images, self.reversed["mask"], self.reversed["pattern"]))
             found |= Rate(int((reached == self.reversed["class"]).sum()), len(images)).record("reversed")
         return found
@@ -225,10 +243,11 @@ class Study:
         function, work, path = name.partition("~")[0], out and out / "work" / name, None
         for old in out.glob(f"purified_{glob.escape(name)}.*") if out else ():
             old.unlink()
-        refuse(self.original, function)
+        refuse(function, self.original, self.budget.labels)
         budget = replace(self.budget, checkpoint=str(work / "checkpoint.pt") if work else None, details={}, snapshots={})
         started = time.perf_counter()
-        result, history = defend(function, self.original, budget, rng(self.seed, "own", function), **hyperparameters)
+        with sdpa_kernel(SDPBackend.MATH) if function in TWICE else contextlib.nullcontext():
+            result, history = defend(function, self.original, budget, rng(self.seed, "own", function), **hyperparameters)
         seconds, plain = time.perf_counter() - started, not len(result.attachments)
         if out and plain:
             path = write(result.network, work / f"purified_{name}")
@@ -242,38 +261,10 @@ class Study:
                 os.replace(path, out / path.name)
         return row, result.network.cpu().eval() if plain else None
 
-    def facts(self, settings: Mapping[str, Mapping]) -> dict:
-        """What the page says of how its numbers were made."""
+    def facts(self) -> dict:
+        """What the page says of how its numbers were made, but for the settings of defences."""
         return {"network": self.kind, "classes": self.classes, "tuned": len(self.budget), "held": len(self.held),
-                "trigger": self.attack is not None, "target": self.target, "seed": self.seed, "device": self.device,
-                "settings": {name: dict(values) for name, values in settings.items() if values}}
-
-
-def chosen(defences: Iterable[str], settings: Mapping[str, Mapping]) -> dict[str, dict]:
-    """Hyperparameters by defence, as they are given.
-
-    Raises:
-        ValueError: a defence or a hyperparameter is unknown, or settings are given for a defence that is not run.
-    """
-    found = {name: dict(settings.get(name, {})) for name in defences}
-    for name, given in found.items():
-        DEFENCES.settings(name.partition("~")[0], given)
-    if surplus := sorted(set(settings) - set(found)):
-        raise ValueError(f"settings are given for {', '.join(surplus)}, which is not among the defences {', '.join(found)}")
-    return found
-
-
-def methods(evidence: Iterable[str] | None, trigger) -> list[str]:
-    """How to look without a trigger: as asked for; by all methods where nothing is said and there is no trigger.
-
-    Raises:
-        ValueError: a method is unknown.
-    """
-    found = list((() if trigger is not None else look.METHODS) if evidence is None else evidence)
-    for name in found:
-        if name not in look.METHODS:
-            raise ValueError(unknown("evidence", name, look.METHODS))
-    return found
+                "trigger": self.attack is not None, "target": self.target, "seed": self.seed, "device": self.device}
 
 
 def purify(model: nn.Module, images, labels, *, defences: Sequence[str] = USUAL,
@@ -295,12 +286,16 @@ def purify(model: nn.Module, images, labels, *, defences: Sequence[str] = USUAL,
         ValueError: the model or the images cannot be used; the text says why.
         NearChance: the network does hardly better than guessing on them.
     """
-    hyperparameters, evidence = chosen(defences, settings or {}), methods(evidence, study.get("trigger"))
+    settings = {name: dict((settings or {}).get(name, {})) for name in [*defences, *(settings or {})]}
+    for name, given in settings.items():
+        DEFENCES.settings(name.partition("~")[0], given)
+    if surplus := sorted(set(settings) - set(defences)):
+        raise ValueError(f"settings are given for {', '.join(surplus)}, which is not among the defences {', '.join(defences)}")
     case, out = Study(model, images, labels, **study), Path(out) if out else None
     case.check()
     found = case.look(evidence)
     rows, networks = [case.given], {}
-    for name, given in hyperparameters.items():
+    for name, given in settings.items():
         say(f"{name}:")
         try:
             row, network = case.run(name, given, out, write)
@@ -313,17 +308,19 @@ def purify(model: nn.Module, images, labels, *, defences: Sequence[str] = USUAL,
     table = pd.DataFrame(rows)
     report = Purified(table, networks, found, case.reversed)
     if out:
-        report.page = write_report(out, table, found, case.reversed, case.facts(hyperparameters))
+        report.page = write_report(out, table, found, case.reversed, {**case.facts(), "settings": settings})
         shutil.rmtree(out / "work", ignore_errors=True)
     return report
 
 
-def refuse(model: Own, name: str) -> None:
-    """Raise what is known against a defence on a network.
+def refuse(name: str, model: Own, labels: np.ndarray) -> None:
+    """Raise what is known against a defence on a network with clean images of these labels.
 
     Raises:
-        ValueError: it needs a part that the network lacks.
+        ValueError: it needs a part that the network lacks, or more images.
     """
+    if name in CHOOSERS and np.bincount(labels).max() < 2:
+        raise ValueError("it sets images of each class aside to choose by, and no class has two to tune on")
     if name not in NORMS:
         return
     norms = [(key, module) for key, module in model.named_modules() if isinstance(module, nn.BatchNorm2d)]
@@ -350,8 +347,8 @@ def worded(before: dict, after: dict, history: list[dict]) -> str:
     last = history[-1] if history else {}
     if destroyed(before, after):
         found = f"destroyed: ACC is below {100 * KEPT:.0f} % of what it was"
-    elif after["agreement"] == 1 and after.get("asr", 0) == before.get("asr", 0):
-        found = "no prediction changed"
+    elif all(after.get(key) == before.get(key) for key in LABELS):
+        found = "nothing that was measured changed"
     else:
         found = "ok"
     if "penalty" in last and abs(last["penalty"]) > 5 * abs(last["loss"] - last["penalty"]):
