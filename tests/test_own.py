@@ -300,7 +300,7 @@ def test_networks_that_people_bring_run_or_are_refused_in_a_sentence(build, refu
     torch.manual_seed(0)
     images, labels = np.random.default_rng(0).integers(0, 256, (4, 16, 16, 3), np.uint8), np.array([0, 1, 0, 1])
     names = ("clp", "fp", "ft", "i_bau", "ims", "sau")
-    settings = {name: {**FEW[name], **{"batch_size": 1 for key in DEFENCES.settings(name, {}) if key == "batch_size"}}
+    settings = {name: FEW[name] | ({"batch_size": 1} if "batch_size" in DEFENCES.settings(name, {}) else {})
                 for name in names}
     found = cupel.purify(build(), images, labels, defences=names, settings=settings, evidence=())
     failed = found.table[found.table.result.str.startswith("failed")].set_index("defence").result
