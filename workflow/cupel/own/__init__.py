@@ -8,5 +8,7 @@
     run       all of it in one call; `page` the report, `cli` the command
 """
 
+#: run where none are named, cheapest first: pruning without training, then with, then tuning, then IMS
+USUAL = ("clp", "bnp", "rnp", "fst", "ims")
 #: what is measured, for people
 LABELS = {"acc": "ACC", "agreement": "agreement", "asr": "ASR", "ra": "RA", "reversed": "reversed trigger"}

@@ -5,7 +5,7 @@ import sys
 
 from cupel import __version__
 from cupel.hub import ModelUnavailable
-from cupel.own import LABELS
+from cupel.own import LABELS, USUAL
 
 MAIN = """Defences against backdoors in neural networks, for a model of yours.
 
@@ -129,7 +129,6 @@ def purify_language(given: argparse.Namespace) -> None:
 
 def purify(given: argparse.Namespace):
     """Do what the command line says; returns what `cupel.own.run.purify` does."""
-    from cupel.own.run import USUAL
     from cupel.own.run import purify as run
     from cupel.own.suspect import opened
     from cupel.registry import load_plugins

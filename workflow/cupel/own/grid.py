@@ -14,6 +14,7 @@ from pathlib import Path
 
 from cupel import limits
 from cupel.files import digest, read_json, write_json, write_text
+from cupel.own import USUAL
 from cupel.registry import entries, unknown
 from cupel.settings import LIBRARY, ConfigError, check_schema, read_yaml, schema
 
@@ -36,7 +37,7 @@ class Grid:
         check_schema(content, form, path)
         content = {key: content.get(key, part.get("default")) for key, part in form["properties"].items()}
         self.path, self.models, self.plugins, self.evidence = path, content["models"], content["plugins"], content["evidence"]
-        self.defences = {name: settings or {} for name, settings in content["defences"].items()}
+        self.defences = {name: settings or {} for name, settings in (content["defences"] or dict.fromkeys(USUAL)).items()}
         self.budgets, self.seeds = content["budgets"], content["seeds"]
         self.studies = [{"model": model, "budget": budget, "seed": str(seed)}
                         for model, budget, seed in itertools.product(self.models, self.budgets, self.seeds)]

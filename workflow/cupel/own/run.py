@@ -28,7 +28,7 @@ from cupel.images.attacks import Attack
 from cupel.images.defences import DEFENCES, Budget
 from cupel.images.defences import purify as defend
 from cupel.images.stages import answers, evaluate
-from cupel.own import LABELS
+from cupel.own import LABELS, USUAL
 from cupel.own import evidence as look
 from cupel.own.data import arrays, parts
 from cupel.own.imports import write_plain
@@ -38,8 +38,6 @@ from cupel.registry import unknown
 from cupel.rng import rng
 from cupel.training.engine import to_pixels, upload
 
-#: run where none are named, cheapest first: pruning without training, then with, then tuning, then IMS
-USUAL = ("clp", "bnp", "rnp", "fst", "ims")
 #: set a part of the images aside, where a class has two
 CHOOSERS = {"anp", "fp"}
 #: differentiate twice, which torch's fast attention cannot
