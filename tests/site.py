@@ -48,6 +48,7 @@ def write_cell(folder: Path, cell: dict, draw: np.random.Generator, number: int)
     if purified and number % 11 == 10:
         record |= {"status": "failed", "reason": "Diverged: <b> | loss at step 3"}
     else:
+        record["unchanged"] = purified and number % 7 == 3
         for name in names:
             strong = {"fst": 0.05, "ims": 0.1, "crow": 0.1, "ft": 0.7, "finetune": 0.8, "ft_sam": 0.15}.get(defence, 0.4)
             value = (0.02 + 0.05 * draw.random() if name.startswith("false") or name == "bound_violated"
@@ -55,6 +56,11 @@ def write_cell(folder: Path, cell: dict, draw: np.random.Generator, number: int)
                      else 0.85 + 0.05 * draw.random() - 0.06 * purified * draw.random() if name in ("acc", "cp", "auroc", "f1")
                      else 0.5 + 0.1 * draw.random())
             record |= rate(min(round(500 * value), 500) / 500, 500, name)
+        if cell["family"] == "images":
+            clean = np.full((10, 10), 1) + 41 * np.eye(10, dtype=int)
+            triggered = np.full((10, 10), 2) + 25 * np.eye(10, dtype=int)[0]
+            triggered[0] = 0  # there are no triggered images of the target class
+            record["confusion"] = {"clean": clean.tolist(), **({"triggered": triggered.tolist()} if attack != "clean" else {})}
         if purified and cell["family"] == "images":
             record |= {"arr": 0.1, "clean_samples": {"spc2": 20, "spc10": 100}.get(cell["budget"], 500)}
             if attack != "clean":
@@ -82,6 +88,9 @@ def make_site(root: Path, papers=FIVE, scale="demo", seeds=None) -> Path:
         (out / "figures").mkdir()
         for sheet in sheets.values():
             save(plt.figure(figsize=(4, 2)), sheet)
+            save(plt.figure(figsize=(4, 2)), sheet.with_suffix("") / "badnets.png")
+            write_json(root / "data" / "images" / sheet.stem.removeprefix("triggers_") / "manifest.json",
+                       {"classes": ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]})
         site = {"scale": scale, "papers": [{"key": paper} for paper in papers], "cross": bool(images)}
         headers = []
         for key in papers:
@@ -105,7 +114,7 @@ def make_site(root: Path, papers=FIVE, scale="demo", seeds=None) -> Path:
                                                                         "figures": out / "cross"})
         config = {"scale": scale, "papers": list(papers), "results": "results"}
         families = {name: {"sections": family.SECTIONS, "entries": family.entries} for name, family in grid.families.items()}
-        write_cells(cells, expected, {**site, "config": config, "families": families, "sheets": sheets}, out / "cells.html")
+        write_cells(cells, expected, {**site, "config": config, "data": "data/images", "families": families, "sheets": sheets}, out / "cells.html")
         for header in headers:
             write_paper_page(header, cells[cells.paper == header["key"]], site, Path(header["folder"]) / "report.html")
         budgets = {"spc2": ["bench", "paper"], "heldout": ["demo"]}

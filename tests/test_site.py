@@ -6,7 +6,7 @@ import re
 import shutil
 import threading
 from pathlib import Path
-from urllib.parse import unquote, urlsplit
+from urllib.parse import quote, unquote, urlsplit
 
 import pandas as pd
 import pytest
@@ -15,6 +15,7 @@ from cupel.evaluation.claims import VERDICTS
 from cupel.experiment import Grid
 from cupel.files import read_json
 from cupel.reporting import evidence, figures
+from cupel.reporting.cellpage import by_class
 from cupel.reporting.notebook import card_markdown
 from cupel.settings import PAPERS, ConfigError, check_schema, read_yaml, schema
 from tests.site import FIVE, make_site
@@ -128,6 +129,26 @@ def test_figures_bring_their_numbers(site):
     assert scatter.acc.round(9).isin(cells.value.round(9)).all(), "a point is a cell"
 
 
+def test_a_defence_that_did_nothing_is_marked(site):
+    cells = pd.read_parquet(site / "cells.parquet").query("paper == 'fst' and unchanged and status == 'ok'")
+    assert len(cells)
+    table = next((site / "papers" / "fst" / "tables").glob("acc_asr_*.md")).read_text()
+    assert "§ the defence gave the victim back as it was" in table and re.search(r"\d §  *\|", table)
+    means = pd.read_csv(next((site / "papers" / "fst" / "tables").glob("means_*.csv")), index_col=0)
+    assert means["mean unchanged"].sum() == len(cells.drop_duplicates("path").query("attack != 'clean'"))
+    assert "unchanged: the victim to the bit" in words(site / "cross.html")
+    assert "counts, unchanged by the defence" in words(site / "claims.html")
+
+
+def test_classes_are_counted_by_hand():
+    counts = {"clean": [[8, 2, 0], [1, 9, 0], [0, 4, 6]], "triggered": [[0, 0, 0], [7, 2, 1], [3, 3, 4]]}
+    first, second, third = by_class(counts, [0, 0, 0])
+    assert first == {"clean": 10, "right": 8, "taken": [1, 2], "triggered": 0, "hit": 0, "kept": 0}
+    assert second == {"clean": 10, "right": 9, "taken": [0, 1], "triggered": 10, "hit": 7, "kept": 2}
+    assert third == {"clean": 10, "right": 6, "taken": [1, 4], "triggered": 10, "hit": 3, "kept": 4}
+    assert by_class({"clean": counts["clean"]}, [0, 0, 0])[1]["triggered"] == 0
+
+
 def test_a_switch_has_its_effect(site):
     cells = pd.read_parquet(site / "cells.parquet").query("paper == 'ims'")
     difference = {"what": "x", "paper": "p", "code": "c", "switch": "anp~leak, none~x"}
@@ -230,6 +251,20 @@ def test_claims_filter_and_open(browser, address):
     assert browser.execute_script("return document.getElementById('crow.crow-reduces').open")
     browser.find_element("css selector", "[id='crow.crow-reduces'] table a").click()
     assert "cells.html#" in browser.current_url and browser.find_element("id", "panel").is_displayed()
+
+
+def test_a_cell_shows_its_classes_and_its_trigger(browser, address, site):
+    cells = pd.read_parquet(site / "cells.parquet").query("attack == 'badnets' and defence == 'fst' and status == 'ok'")
+    show(browser, f"{address}/cells.html#{quote(cells.path.iloc[0].removeprefix('results/demo/'))}")
+    panel = browser.find_element("id", "panel")
+    assert "84 % of 510 clean images are told right; of 405 triggered ones 60 % go to the target (airplane)" in panel.text
+    heats = browser.execute_script("return [...document.querySelectorAll('#panel td.heat')].map(cell => [cell.textContent,"
+                                   "getComputedStyle(cell).backgroundColor])")
+    assert len(heats) == 40 and len({colour for _, colour in heats}) == len({text.replace("–", "0 %") for text, _ in heats})
+    assert "badnets" in browser.find_element("css selector", "#panel figure img").get_attribute("alt")
+    other = pd.read_parquet(site / "cells.parquet").query("stage == 'trained'").path.iloc[0].removeprefix("results/demo/")
+    browser.execute_script("location.hash = arguments[0]", quote(other))
+    assert "By class" not in panel.text and "null" not in panel.text and not panel.find_elements("css selector", "figure img")
 
 
 @pytest.mark.parametrize("name", ["cross.html", "cells.html"])

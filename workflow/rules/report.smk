@@ -94,12 +94,13 @@ rule contact_sheet:
         ancient(image_files),
         triggers=lambda wildcards: [path for _, path in sheet_attacks(wildcards.sheet, wildcards.dataset).values() if path],
     output:
-        report(
+        sheet=report(
             f"{RESULTS}/{{sheet}}/triggers_{{dataset}}.png",
             caption="../captions/triggers.rst",
             category="triggers",
             labels={"what": "{dataset}"},
         ),
+        pictures=directory(f"{RESULTS}/{{sheet}}/triggers_{{dataset}}"),
     log:
         PATHS.log(RESULTS, "{sheet}/triggers_{dataset}"),
     benchmark:
@@ -186,7 +187,7 @@ rule cells_page:
     localrule: True
     params:
         cells=expected_cells(),
-        run={**SITE, "config": config, "families": known_entries()},
+        run={**SITE, "config": config, "data": f"{DATA}/images", "families": known_entries()},
         code=code_digest(SCRIPTS / "cells_page.py", *TEMPLATES),
     script:
         "../scripts/cells_page.py"

@@ -29,7 +29,7 @@ BETTER = {"acc": 1, "ra": 1, "der": 1, "asr": -1, "arr": -1, "rdr": -1}
 #: of the bootstrap of ranks
 DRAWS = 10_000
 COLUMNS = [*SETTING, "method", "label", *METRICS, "acc_victim", "asr_victim", *COSTS, "seeds", "planned", "failed",
-           "failed_seeds", "credited", "destroyed", "reason", "papers"]
+           "failed_seeds", "credited", "destroyed", "unchanged", "reason", "papers"]
 
 
 def cross_table(cells: pd.DataFrame, labels: dict[str, str]) -> pd.DataFrame:
@@ -37,7 +37,7 @@ def cross_table(cells: pd.DataFrame, labels: dict[str, str]) -> pd.DataFrame:
 
     Rates, costs and the victim's rates are means over the seeds that have a result. `seeds` of the `planned` seeds have
     one; `failed` says that one of them has none, `reason` why. `credited`: all victims have their backdoor; `destroyed`: one
-    of the networks is (`cupel.evaluation.settings.validity`). `failed_seeds` counts those that are the defence's own
+    of the networks is, `unchanged`: one is its victim to the bit (`cupel.evaluation.settings.validity`). `failed_seeds` counts those that are the defence's own
     failure: not those that have not run, nor those whose victim failed. A cell that two papers use is counted once.
 
     Args:
@@ -76,7 +76,7 @@ def cross_table(cells: pd.DataFrame, labels: dict[str, str]) -> pd.DataFrame:
     groups = runs.groupby(keys, dropna=False, sort=False)
     table = groups.agg(planned=("seed", "nunique"), seeds=("failed", lambda failed: int((~failed).sum())),
                        failed=("failed", "any"), failed_seeds=("failed_seeds", "sum"),
-                       credited=("credited", "all"), destroyed=("destroyed", "any"),
+                       credited=("credited", "all"), destroyed=("destroyed", "any"), unchanged=("unchanged", "any"),
                        papers=("papers", lambda lists: ", ".join(sorted({p for papers in lists for p in papers}))),
                        reason=("reason", lambda reasons: "; ".join(dict.fromkeys(r for r in reasons if r))))
     # the victim's rates are those of the same seeds, so that a loss is a paired difference
