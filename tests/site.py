@@ -13,10 +13,12 @@ from cupel.experiment import Grid
 from cupel.files import write_json, write_text
 from cupel.paths import Paths
 from cupel.reporting.cellpage import write_cells
+from cupel.reporting.compare import write_comparison
 from cupel.reporting.cross import write_cross
 from cupel.reporting.figures import plt, save
 from cupel.reporting.index import write_index
 from cupel.reporting.notebook import write_card
+from cupel.reporting.page import navigation
 from cupel.reporting.paper import Paper, read_reported, write_report
 from cupel.reporting.paperpage import write_paper_page
 from cupel.reporting.planning import HERE, report_file
@@ -71,6 +73,21 @@ def write_cell(folder: Path, cell: dict, draw: np.random.Generator, number: int)
     history.to_csv(folder / "history.csv", index=False)
 
 
+def write_another(run: Path) -> Path:
+    """The tables of another run: as the first, but that FST failed, CROW lost its cells, and one claim flipped."""
+    other = run.with_name("another") / run.name
+    cells, claims = pd.read_parquet(run / "cells.parquet"), pd.read_csv(run / "claims.csv")
+    cells.loc[cells.defence == "fst", "value"] = 1.0
+    cells = cells[cells.defence != "crow"].assign(threads=2.0)
+    judged = claims.index[claims.verdict == "indicated"]
+    claims.loc[judged[0], ["verdict", "direction"]] = "open", ""
+    claims.loc[judged[1], "direction"] = "against" if claims.direction[judged[1]] == "for" else "for"
+    other.mkdir(parents=True)
+    cells.to_parquet(other / "cells.parquet")
+    claims.to_csv(other / "claims.csv", index=False)
+    return other
+
+
 def make_site(root: Path, papers=FIVE, scale="demo", seeds=None) -> Path:
     """Write results/<scale> below `root` as the workflow's rules do; the path of its first page."""
     grid, paths, draw = Grid(papers, scale, seeds), Paths("results", scale, "data"), np.random.default_rng(0)
@@ -91,7 +108,7 @@ def make_site(root: Path, papers=FIVE, scale="demo", seeds=None) -> Path:
             save(plt.figure(figsize=(4, 2)), sheet.with_suffix("") / "badnets.png")
             write_json(root / "data" / "images" / sheet.stem.removeprefix("triggers_") / "manifest.json",
                        {"classes": ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]})
-        site = {"scale": scale, "papers": [{"key": paper} for paper in papers], "cross": bool(images)}
+        site = {"scale": scale, "papers": [{"key": paper} for paper in papers], "cross": bool(images), "compare": True}
         headers = []
         for key in papers:
             family, folder = grid.family(key), out / "papers" / key
@@ -121,9 +138,10 @@ def make_site(root: Path, papers=FIVE, scale="demo", seeds=None) -> Path:
         write_index(headers, cells, {
             "config": config, "root": str(PAPERS.parents[1]), "data": "data", "datasets": [], "seeds": sorted(set(cells.seed)),
             "benchmarks": "results/benchmark", "sheets": list(sheets.values()), "budgets": budgets,
-            "cross": str(out / "cross.csv") if images else ""}, {
+            "compare": True, "cross": str(out / "cross.csv") if images else ""}, {
                 "page": out / "index.html", "claims_page": out / "claims.html", "claims": out / "claims.csv",
                 "provenance": out / "provenance.json"})
+        write_comparison([out, write_another(out)], out, navigation(site))
         return (out / "index.html").resolve()
     finally:
         os.chdir(before)

@@ -21,7 +21,7 @@ from cupel.settings import PAPERS, ConfigError, check_schema, read_yaml, schema
 from tests.site import FIVE, make_site
 
 CARDS = sorted(PAPERS.glob("*/card.yaml"))
-PAGES = ("index.html", "claims.html", "cells.html", "cross.html", *(f"papers/{paper}/report.html" for paper in FIVE))
+PAGES = ("index.html", "claims.html", "cells.html", "cross.html", "compare.html", *(f"papers/{paper}/report.html" for paper in FIVE))
 
 
 @pytest.fixture(scope="module")
@@ -127,6 +127,19 @@ def test_figures_bring_their_numbers(site):
     scatter = pd.read_csv(next((site / "papers" / "fst" / "figures").glob("scatter_*.csv")))
     cells = pd.read_parquet(site / "cells.parquet").query("paper == 'fst' and metric == 'acc'")
     assert scatter.acc.round(9).isin(cells.value.round(9)).all(), "a point is a cell"
+
+
+def test_two_runs_side_by_side(site):
+    page, text = (site / "compare.html").read_text(), words(site / "compare.html")
+    claims, numbers = pd.read_csv(site / "claims_agreement.csv"), pd.read_csv(site / "agreement.csv")
+    assert len(claims) == len(pd.read_csv(site / "claims.csv")) and set(claims.change.dropna()) == {"direction", "other"}
+    assert re.search(rf"{len(claims)} claims: 1 changed , {len(claims) - 2} same , 1 turned", text)
+    assert f"{int(numbers.difference.notna().sum())} numbers in both, of which {int(numbers.apart.sum())} are" in text
+    assert "not in this run" in text and re.search(r'class="failed">not run<', page)  # CROW's cells
+    shown = page.split('id="numbers"')[1].split("</tbody>")[0].split("<tr>")[1:]
+    assert len(shown) == min(200, int(numbers.apart.sum() + (numbers.value_first.isna() != numbers.value_second.isna()).sum()))
+    assert 'href="cells.html#method=fst&amp;' in page and "../another" not in page, "the other run has no pages"
+    assert 'href="compare.html">Two runs compared' in (site / "index.html").read_text()
 
 
 def test_a_defence_that_did_nothing_is_marked(site):
@@ -257,7 +270,7 @@ def test_a_cell_shows_its_classes_and_its_trigger(browser, address, site):
     cells = pd.read_parquet(site / "cells.parquet").query("attack == 'badnets' and defence == 'fst' and status == 'ok'")
     show(browser, f"{address}/cells.html#{quote(cells.path.iloc[0].removeprefix('results/demo/'))}")
     panel = browser.find_element("id", "panel")
-    assert "84 % of 510 clean images are told right; of 405 triggered ones 60 % go to the target (airplane)" in panel.text
+    assert "82 % of 510 clean images are told right; of 405 triggered ones 60 % go to the target (airplane)" in panel.text
     heats = browser.execute_script("return [...document.querySelectorAll('#panel td.heat')].map(cell => [cell.textContent,"
                                    "getComputedStyle(cell).backgroundColor])")
     assert len(heats) == 40 and len({colour for _, colour in heats}) == len({text.replace("–", "0 %") for text, _ in heats})

@@ -178,6 +178,7 @@ rule cells_page:
     input:
         cells=f"{RESULTS}/cells.parquet",
         sheets=[f"{RESULTS}/figures/triggers_{dataset}.png" for dataset in sorted(IMAGES.used("dataset"))],
+        triggers=[f"{RESULTS}/figures/triggers_{dataset}" for dataset in sorted(IMAGES.used("dataset"))],
     output:
         page=report(f"{RESULTS}/cells.html", caption="../captions/cells.rst", category="all papers"),
     log:
@@ -218,7 +219,30 @@ rule index:
             "seeds": sorted({int(cell["seed"]) for cell in GRID.cells()}),
             "benchmarks": f"{config['results']}/benchmark/{config['scale']}",
             "budgets": planned_budgets(),
+            "compare": SITE["compare"],
         },
         code=code_digest(SCRIPTS / "index.py", *TEMPLATES),
     script:
         "../scripts/index.py"
+
+
+rule compare:
+    """This run beside another: verdicts and numbers that differ."""
+    input:
+        runs=[f"{folder}/{name}" for folder in compared() for name in ("cells.parquet", "claims.csv")],
+        provenance=f"{RESULTS}/provenance.json",
+    output:
+        page=report(f"{RESULTS}/compare.html", caption="../captions/compare.rst", category="all papers"),
+        tables=[f"{RESULTS}/agreement.csv", f"{RESULTS}/claims_agreement.csv"],
+        figure=f"{RESULTS}/agreement.svg",
+    log:
+        PATHS.log(RESULTS, "compare"),
+    benchmark:
+        PATHS.benchmark(RESULTS, "compare")
+    localrule: True
+    params:
+        folders=compared(),
+        run=SITE,
+        code=code_digest(SCRIPTS / "compare.py", *TEMPLATES),
+    script:
+        "../scripts/compare.py"

@@ -108,7 +108,7 @@ def write_cells(cells: pd.DataFrame, expected: Iterable[Mapping], run: Mapping, 
         expected: every cell with `paper`, `family`, `folder` and its names (`cupel.experiment.Grid.cells`).
         run: `config`, `papers` (key and folder), `families` (sections and entries by name), `sheets` (picture of triggers by
             data set, which has a folder beside it with one for each attack), `data` (folder of image data sets), `cross`
-            (whether there is a cross table).
+            and `compare` (whether there are such pages).
     """
     page, config, by_path = Path(page), run["config"], {}
     for cell in expected:
@@ -156,7 +156,7 @@ def write_cells(cells: pd.DataFrame, expected: Iterable[Mapping], run: Mapping, 
         rows.append({"id": name, **names, "papers": cell["papers"], "state": state, "quality": (shown, values.get(shown)),
                      "attacked": (attack, values.get(attack)), "seconds": known(first.seconds)})
     write_page(page, "cells.html.j2", scale=config["scale"], here="Cells", rows=rows,
-               nav=navigation(run["papers"], run["cross"]),
+               nav=navigation(run),
                papers=[paper["key"] for paper in run["papers"]], data={"cells": made, "settings": entries},
                choices={key: sorted({row[key] for row in rows} - {""}) for key in ("stage", "method", "attack", "budget", "state")})
 

@@ -380,7 +380,7 @@ def write_cross(cells: pd.DataFrame, labels: dict[str, str], run: Mapping, out: 
         row["href"] = "cells.html#" + urlencode({"method": row["method"], "attack": row["attack"], "budget": row["budget"],
                                                  "words": f"{100 * row['poison_rate']:g}%" if row["poison_rate"] else ""})
     write_page(out["page"], "cross.html.j2", scale=scale, rows=rows, rankings=rankings, table=table.name,
-               here="Defences side by side", nav=navigation(run["papers"], True),
+               here="Defences side by side", nav=navigation(run),
                choices={"defence": sorted({row["label"] for row in rows}), "attack": sorted({row["attack"] for row in rows}),
                         "budget": sorted({row["budget"] for row in rows})},
                pictures={name: f"{figures.name}/{name}.svg" for name in pictures}, failed=int(cross.failed.sum()),
