@@ -131,7 +131,8 @@ def make_site(root: Path, papers=FIVE, scale="demo", seeds=None) -> Path:
                                                                         "figures": out / "cross"})
         config = {"scale": scale, "papers": list(papers), "results": "results"}
         families = {name: {"sections": family.SECTIONS, "entries": family.entries} for name, family in grid.families.items()}
-        write_cells(cells, expected, {**site, "config": config, "data": "data/images", "families": families, "sheets": sheets}, out / "cells.html")
+        write_cells(cells, expected, {**site, "config": config, "data": "data/images", "families": families, "sheets": sheets},
+                    out / "cells.html")
         for header in headers:
             write_paper_page(header, cells[cells.paper == header["key"]], site, Path(header["folder"]) / "report.html")
         budgets = {"spc2": ["bench", "paper"], "heldout": ["demo"]}

@@ -18,10 +18,12 @@ from cupel.reporting import evidence, figures
 from cupel.reporting.cellpage import by_class
 from cupel.reporting.notebook import card_markdown
 from cupel.settings import PAPERS, ConfigError, check_schema, read_yaml, schema
+from tests.conftest import REPOSITORY
 from tests.site import FIVE, make_site
 
 CARDS = sorted(PAPERS.glob("*/card.yaml"))
-PAGES = ("index.html", "claims.html", "cells.html", "cross.html", "compare.html", *(f"papers/{paper}/report.html" for paper in FIVE))
+PAGES = ("index.html", "claims.html", "cells.html", "cross.html", "compare.html",
+         *(f"papers/{paper}/report.html" for paper in FIVE))
 
 
 @pytest.fixture(scope="module")
@@ -176,7 +178,7 @@ def test_a_switch_has_its_effect(site):
 
 
 @pytest.fixture(scope="module")
-def browser():
+def browser(tmp_path_factory):
     """Chromium without a window; every test that needs one skips where there is none."""
     webdriver = pytest.importorskip("selenium.webdriver", reason="needs selenium")
     chromium, driver = shutil.which("chromium"), shutil.which("chromedriver")
@@ -184,7 +186,10 @@ def browser():
         pytest.skip("needs chromium and chromedriver (Debian: apt-get install chromium chromium-driver)")
     options = webdriver.ChromeOptions()
     options.binary_location = chromium
-    for argument in ("headless=new", "no-sandbox", "disable-gpu", "disable-background-networking", "hide-scrollbars"):
+    profile = tmp_path_factory.mktemp("profile")
+    for argument in ("headless=new", "no-sandbox", "disable-gpu", "disable-quic", "no-first-run",
+                     "disable-background-networking", "disable-component-update", "disable-sync", "hide-scrollbars",
+                     f"user-data-dir={profile}"):
         options.add_argument(f"--{argument}")
     options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
     started = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
@@ -231,7 +236,11 @@ def test_a_page_in_a_browser(browser, address, site, name):
         assert (site / unquote(path).lstrip("/")).exists(), path
     assert browser.execute_script("return [...document.images].every(i => i.alt.trim())")
     height = browser.execute_script("return document.documentElement.scrollHeight")
+    screenshots = REPOSITORY / "build" / "screenshots"
+    screenshots.mkdir(parents=True, exist_ok=True)
+    browser.get_screenshot_as_file(screenshots / f"{name.replace('/', '-')}.png")
     show(browser, f"{address}/{name}", 390)
+    browser.get_screenshot_as_file(screenshots / f"{name.replace('/', '-')}.phone.png")
     assert browser.execute_script("return document.documentElement.scrollWidth") <= 390
     if name == "index.html":
         show(browser, f"{address}/{name}")

@@ -23,8 +23,9 @@ FACTS = {"seconds": "seconds", "peak_memory_mb": "peak memory, MB", "peak_vram_m
          "clean_samples": "clean samples of the defender", "rate_reached": "poison rate reached", "device": "device",
          "precision": "precision", "threads": "threads"}
 #: what a state means
-STATES = {"destroyed": "less than two thirds of the victim's ACC are left", "unchanged": "the victim to the bit: the defence did "
-          "nothing", "victim without a backdoor": "ASR below 80 %, or ACC below 20 %: in no mean, and no defence's merit"}
+STATES = {"destroyed": "less than two thirds of the victim's ACC are left",
+          "unchanged": "the victim to the bit, which is what the defence made of it",
+          "victim without a backdoor": "ASR below 80 %, or ACC below 20 %: in no mean, and no defence's merit"}
 
 
 def known(value):
@@ -55,8 +56,9 @@ def by_class(counts: Mapping[str, Sequence], wanted: Sequence[int]) -> list[dict
         counts: matrices [K, K], rows true and columns predicted classes, `clean`, and `triggered` where there is an attack.
         wanted: class that the attacker wants for each, [K].
     """
-    clean, triggered = (np.array(counts.get(name, np.zeros((len(wanted), len(wanted)), int))) for name in ("clean", "triggered"))
-    wrong = clean * (1 - np.eye(len(wanted), dtype=int))
+    none = np.zeros((len(wanted), len(wanted)), int)
+    clean, triggered = (np.array(counts.get(name, none)) for name in ("clean", "triggered"))
+    wrong = clean - np.diag(np.diag(clean))
     worst = wrong.argmax(1)
     return [{"clean": int(clean[k].sum()), "right": int(clean[k, k]), "taken": [int(worst[k]), int(wrong[k, worst[k]])],
              "triggered": int(triggered[k].sum()), "hit": int(triggered[k, wanted[k]]), "kept": int(triggered[k, k])}
@@ -158,7 +160,8 @@ def write_cells(cells: pd.DataFrame, expected: Iterable[Mapping], run: Mapping, 
     write_page(page, "cells.html.j2", scale=config["scale"], here="Cells", rows=rows,
                nav=navigation(run),
                papers=[paper["key"] for paper in run["papers"]], data={"cells": made, "settings": entries},
-               choices={key: sorted({row[key] for row in rows} - {""}) for key in ("stage", "method", "attack", "budget", "state")})
+               choices={key: sorted({row[key] for row in rows} - {""})
+                        for key in ("stage", "method", "attack", "budget", "state")})
 
 
 def _variant(row, kind: str) -> str:

@@ -1,4 +1,4 @@
-"""Two runs side by side: what each was made with, verdicts that differ, and numbers further apart than their test sets explain."""
+"""Two runs side by side: what they were made with, verdicts that differ, numbers further apart than test sets explain."""
 
 from collections.abc import Sequence
 from pathlib import Path

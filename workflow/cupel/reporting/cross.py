@@ -37,8 +37,9 @@ def cross_table(cells: pd.DataFrame, labels: dict[str, str]) -> pd.DataFrame:
 
     Rates, costs and the victim's rates are means over the seeds that have a result. `seeds` of the `planned` seeds have
     one; `failed` says that one of them has none, `reason` why. `credited`: all victims have their backdoor; `destroyed`: one
-    of the networks is, `unchanged`: one is its victim to the bit (`cupel.evaluation.settings.validity`). `failed_seeds` counts those that are the defence's own
-    failure: not those that have not run, nor those whose victim failed. A cell that two papers use is counted once.
+    of the networks is, `unchanged`: one is its victim to the bit (`cupel.evaluation.settings.validity`). `failed_seeds`
+    counts those that are the defence's own failure: not those that have not run, nor those whose victim failed. A cell that
+    two papers use is counted once.
 
     Args:
         cells: the tidy table (`cupel.reporting.tables.gather`).

@@ -66,7 +66,8 @@ def about(cells: pd.DataFrame, scale: str) -> str:
     """Scale, seeds, precision, samples and, where there is only one, budget behind a tidy table, for captions."""
     seeds, ways = sorted(set(cells.seed)), sorted({str(name) for name in cells.precision.dropna()})
     samples, budgets = cells.n[cells.n > 0], sorted(set(cells.budget.dropna()) - {""})
-    known = (f"Scale {scale}", f"seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}", " and ".join(ways), f"budget {budgets[0]}" if len(budgets) == 1 else "",
+    known = (f"Scale {scale}", f"seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}", " and ".join(ways),
+             f"budget {budgets[0]}" if len(budgets) == 1 else "",
              f"n up to {samples.max():,} test samples a cell" if len(samples) else "")
     return ", ".join(filter(None, known)) + "."
 

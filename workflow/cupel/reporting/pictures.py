@@ -15,7 +15,8 @@ from cupel.reporting.figures import amplified, handle, nothing, panels, picture_
 from cupel.rng import rng
 
 
-def contact_sheet(folder: str, attacks: dict[str, tuple[dict, str | None]], out: Mapping[str, str | Path], count: int = 10) -> None:
+def contact_sheet(folder: str, attacks: dict[str, tuple[dict, str | None]], out: Mapping[str, str | Path],
+                  count: int = 10) -> None:
     """Draw clean test images, and for each attack the stamped ones and the difference, amplified: all attacks on one sheet, and
     the first images for each attack alone.
 

@@ -480,9 +480,10 @@ def attention_maps(rows: list[dict], layers: list[int]):
             p = row["maps"][layer]
             # each map has its own scale: where attention goes, not how much of it goes to the picture
             axis.imshow(p, cmap="inferno", alpha=0.75, interpolation="nearest", extent=(-0.5, width - 0.5, height - 0.5, -0.5))
-            axis.set_xlabel(f"H = {entropy(p, axis=None):.2f}", fontsize=7, labelpad=1,
+            nats = entropy(p, axis=None)
+            axis.set_xlabel(f"H = {nats:.2f}", fontsize=7, labelpad=1,
                             color=POISONED if row["trigger"] else CLEAN)
-            shown += [{"row": row["title"], "layer": layer, "y": y, "x": x, "attention": value, "entropy": entropy(p, axis=None)}
+            shown += [{"row": row["title"], "layer": layer, "y": y, "x": x, "attention": value, "entropy": nats}
                       for (y, x), value in np.ndenumerate(p)]
     return figures.with_numbers(figure, pd.DataFrame(shown))
 

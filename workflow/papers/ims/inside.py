@@ -29,8 +29,9 @@ def draw(run: dict, inputs: Mapping[str, str], out: Mapping[str, str], device: s
     folder, record = Path(inputs["metrics"]).parent, read_json(inputs["metrics"])
     past = history(folder)
     if record["status"] != "ok":
+        why = pd.DataFrame({"failed": [record["reason"]]})
         for picture in ("masks", "gallery"):
-            save(with_numbers(nothing(f"failed: {record['reason']}"), pd.DataFrame({"failed": [record["reason"]]})), out[picture])
+            save(with_numbers(nothing(f"failed: {record['reason']}"), why), out[picture])
         return
     kept = {}
     for name, values in read_tensors(folder / "details.npz").items():
@@ -100,6 +101,7 @@ def masks_figure(kept: Mapping[str, Mapping], past: pd.DataFrame):
         axes[2].axvline(part.index[0] + 0.5, color="grey", lw=0.6)
         axes[2].text(part.index[0] + 0.8, 1.0, f"stage {stage}", fontsize=8, color="grey")
     axes[2].set(xlabel="round", ylabel="share", ylim=(-0.03, 1.1))
+    axes[2].xaxis.get_major_locator().set_params(integer=True)
     figure.legend(*axes[2].get_legend_handles_labels(), loc="outside lower center", ncols=3)
     points = [{"panel": kind, "place": name, "series": f"quantile {share:g}", "value": np.quantile(masks[kind].numpy(), share)}
               for kind in "ms" for name, masks in kept.items() for share in (0, 0.25, 0.5, 0.75, 1)]
