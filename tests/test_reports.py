@@ -315,7 +315,7 @@ def test_tables_have_captions_and_figures_too(reports, key):
               "pictures": [{"path": paper.out / "x.png", "caption": "x"}]}
     section = paper_section(header, paper.cells, "demo", paper.out.parent / "index.html")
     texts = [figure["caption"] for figure in section["figures"]]
-    assert texts[:-1] == list(captions.values()) and re.match(r"x\. Scale demo, seeds? [\d, ]+, ", texts[-1])
+    assert texts[:-1] == list(captions.values()) and re.match(r"x\. (Budget \w+\. )?Scale demo, seeds? [\d, ]+, ", texts[-1])
     assert section["figures"][0]["path"] == f"out/figures/{next(iter(captions))}.svg" and len(section["tables"]) == len(stems)
 
 

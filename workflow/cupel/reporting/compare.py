@@ -89,17 +89,19 @@ def cell_filter(run: dict, row) -> str:
 def scatter(cells: pd.DataFrame):
     """Rates of the second run against the first, a panel for each of the metrics that most cells have."""
     known = cells[cells.difference.notna() & (cells.n_first > 0)]
-    metrics = list(known.metric.value_counts().index[:PANELS])
+    ends = known.groupby("metric")[["value_first", "value_second"]].agg(["min", "max"])
+    shares = ends.index[(ends >= 0).all(axis=1) & (ends <= 1).all(axis=1)]
+    metrics = list(known.metric[known.metric.isin(shares)].value_counts().index[:PANELS])
     if not metrics:
         return with_numbers(nothing("no rate that both runs have"), cells)
-    figure, axes = panels(len(metrics), 3, 2.9, 2.9)
+    figure, axes = panels(len(metrics), 3, 2.9, 3.0)
     for axis, metric in zip(axes.ravel(), metrics, strict=False):
         part = known[known.metric == metric]
         axis.plot([0, 1], [0, 1], color="grey", lw=0.8)
         for apart, colour, mark in ((False, COLOURS[5], "o"), (True, COLOURS[6], "D")):
             rows = part[part.apart == apart]
-            axis.plot(rows.value_first, rows.value_second, mark, ms=4, color=colour, alpha=0.7, clip_on=False)
-        axis.set(title=f"{metric}, {len(part)} cells", xlim=(-0.02, 1.02), ylim=(-0.02, 1.02), aspect="equal")
+            axis.scatter(rows.value_first, rows.value_second, 14, color=colour, marker=mark, alpha=0.7, clip_on=False, zorder=3)
+        axis.set(title=f"{metric}, {len(part)} cells", xlim=(-0.02, 1.02), ylim=(-0.02, 1.02))
     figure.supxlabel("first run", fontsize=9)
     figure.supylabel("second run", fontsize=9)
     return with_numbers(figure, cells)

@@ -58,16 +58,21 @@ class Paper:
     def figure(self, stem: str, figure, caption: str) -> None:
         """Save a figure, with the numbers that it was given as CSV, and note its caption with what it rests on."""
         figures.save(figure, self.out / "figures" / f"{stem}.svg")
-        self.captions[stem] = f"{caption.rstrip().removesuffix('.')}. {about(self.cells, self.scale)}"
+        self.captions[stem] = captioned(caption, self.cells, self.scale)
 
+
+def captioned(text: str, cells: pd.DataFrame, scale: str) -> str:
+    """A caption with what the picture rests on (`about`), and the budget where there is but one and the caption is silent."""
+    budgets = sorted(set(cells.budget.dropna()) - {""})
+    budget = f"Budget {budgets[0]}. " if len(budgets) == 1 and "budget" not in text else ""
+    return f"{text.rstrip().removesuffix('.')}. {budget}{about(cells, scale)}"
 
 
 def about(cells: pd.DataFrame, scale: str) -> str:
-    """Scale, seeds, precision, samples and, where there is only one, budget behind a tidy table, for captions."""
+    """Scale, seeds, precision and samples behind a tidy table, for captions."""
     seeds, ways = sorted(set(cells.seed)), sorted({str(name) for name in cells.precision.dropna()})
-    samples, budgets = cells.n[cells.n > 0], sorted(set(cells.budget.dropna()) - {""})
+    samples = cells.n[cells.n > 0]
     known = (f"Scale {scale}", f"seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}", " and ".join(ways),
-             f"budget {budgets[0]}" if len(budgets) == 1 else "",
              f"n up to {samples.max():,} test samples a cell" if len(samples) else "")
     return ", ".join(filter(None, known)) + "."
 

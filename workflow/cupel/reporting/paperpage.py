@@ -10,7 +10,7 @@ from cupel.files import read_json
 from cupel.reporting.evidence import board, switch_effects
 from cupel.reporting.index import read_card
 from cupel.reporting.page import link_to, navigation, write_page
-from cupel.reporting.paper import about
+from cupel.reporting.paper import captioned
 from cupel.settings import read_yaml
 
 
@@ -28,8 +28,7 @@ def paper_section(paper: dict, cells: pd.DataFrame, scale: str, page: Path) -> d
     figures = [{"path": folder / "figures" / f"{stem}.svg", "caption": text} for stem, text in captions.items()]
     for picture in paper["pictures"]:
         own = cells[cells.path == str(Path(picture["path"]).parent)]
-        text = f"{picture['caption'].rstrip().removesuffix('.')}. {about(own if len(own) else cells, scale)}"
-        figures.append({**picture, "caption": text})
+        figures.append({**picture, "caption": captioned(picture["caption"], own if len(own) else cells, scale)})
     tables = [{"frame": pd.read_csv(path.with_suffix(".csv"), index_col=0, dtype=str, keep_default_na=False),
                "caption": path.read_text().splitlines()[0], "csv": link_to(page, path.with_suffix(".csv"))}
               for path in sorted((folder / "tables").glob("*.md"))]
