@@ -135,7 +135,7 @@ def make_site(root: Path, papers=FIVE, scale="demo", seeds=None) -> Path:
                     out / "cells.html")
         for header in headers:
             write_paper_page(header, cells[cells.paper == header["key"]], site, Path(header["folder"]) / "report.html")
-        budgets = {"spc2": ["bench", "paper"], "heldout": ["demo"]}
+        budgets = {"spc10": ["bench", "paper"], "heldout": ["demo"]}
         write_index(headers, cells, {
             "config": config, "root": str(PAPERS.parents[1]), "data": "data", "datasets": [], "seeds": sorted(set(cells.seed)),
             "benchmarks": "results/benchmark", "sheets": list(sheets.values()), "budgets": budgets,

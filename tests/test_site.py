@@ -71,7 +71,8 @@ def test_the_first_page_answers(site):
     assert "FST removes more of the backdoor than plain fine-tuning at low poisoning rates" in text  # and how sure
     assert re.search(r"not established: FST removes .{60,90}points.{0,60}95 % .{5,30}; \d settings × 1 seed, n = \d+", text)
     assert "Perturbation (paper: epsilon times the sign of the gradient (Eq. 5); code: zero)" in text
-    assert re.search(r"spc2 .{0,20}(20 clean images )?not enough cells to say", text)
+    assert re.search(r"spc2 20 clean images \S+ DER 0\.\d{3}", text)
+    assert "spc10 not enough cells to say: not run; it is at scale bench, paper" in text
     assert re.search(r"\d+ claims: this scale is too small for the claim. It would take scale bench: one GPU", text)
     assert "git checkout" in page and "'papers=[fst,ims,bye,crow,proper_interpretability]'" in page.replace("&#39;", "'")
     claims = pd.read_csv(site / "claims.csv")
@@ -138,7 +139,7 @@ def test_two_runs_side_by_side(site):
     assert re.search(rf"{len(claims)} claims: 1 changed , {len(claims) - 2} same , 1 turned", text)
     assert f"{int(numbers.difference.notna().sum())} numbers in both, of which {int(numbers.apart.sum())} are" in text
     assert "not in this run" in text and re.search(r'class="failed">not run<', page)  # CROW's cells
-    shown = page.split('id="numbers"')[1].split("</tbody>")[0].split("<tr>")[1:]
+    shown = page.split('id="numbers"')[1].split("</tbody>")[0].split("<tr>")[2:]
     assert len(shown) == min(200, int(numbers.apart.sum() + (numbers.value_first.isna() != numbers.value_second.isna()).sum()))
     assert 'href="cells.html#method=fst&amp;' in page and "../another" not in page, "the other run has no pages"
     assert 'href="compare.html">Two runs compared' in (site / "index.html").read_text()
@@ -165,13 +166,13 @@ def test_classes_are_counted_by_hand():
 
 
 def test_a_switch_has_its_effect(site):
-    cells = pd.read_parquet(site / "cells.parquet").query("paper == 'ims'")
-    difference = {"what": "x", "paper": "p", "code": "c", "switch": "anp~leak, none~x"}
+    cells = pd.read_parquet(site / "cells.parquet").query("paper == 'fst'")
+    difference = {"what": "x", "paper": "p", "code": "c", "switch": "fst~unprojected, none~x"}
     (entry,) = evidence.switch_effects({"differences": [difference]}, cells)
     (found,) = entry["effects"]
-    own = cells[(cells.defence == "anp") & (cells.metric == "asr") & (cells.status == "ok")]
+    own = cells[(cells.defence == "fst") & (cells.metric == "asr") & (cells.status == "ok")]
     both = own.pivot(index=["attack", "poison_rate"], columns="variant", values="value").dropna()
-    assert found["effect"].value == pytest.approx((both["leak"] - both[""]).mean()) and found["settings"] == len(both)
+    assert found["effect"].value == pytest.approx((both["unprojected"] - both[""]).mean()) and found["settings"] == len(both)
 
 
 # -------------------------------------------------------------------------------------------------------------------- browser
