@@ -69,6 +69,7 @@ rule all:
     default_target: True
     input:
         f"{RESULTS}/index.html",
+        comparison(),
     localrule: True
 
 
@@ -87,6 +88,7 @@ for paper in GRID.papers:
         input:
             f"{RESULTS}/papers/{paper}/report.html",
             f"{RESULTS}/index.html",  # with the pages that the paper's own leads to
+            comparison(),
 
     workflow.get_rule(paper).docstring = f"Tables, figures, claims and notebook of: {GRID.experiments[paper]['title']}"
 

@@ -26,7 +26,7 @@ ELSEWHERE = {
     "make lint": "continuous integration", "make faults": "by hand, an hour: tests/faults",
     "make plan": "test_plan", "python -m cupel.plan": "test_plan", "python envs/make.py": "test_environments",
     "python benchmarks/": "by hand, minutes to hours",
-    "python -m cupel.evaluation.agreement": "test_evaluation", "pytest": "itself",
+    "python -m cupel.evaluation.agreement": "test_claims", "pytest": "itself",
     "python -c": "below", "snakemake --workflow-profile": "test_slurm, test_generic, test_kubernetes",
     "snakemake --report": "test_workflow, where Snakemake's own report is asked for", "pip install": "continuous integration",
     "conda env": "never run: written for other machines", "docker build": "as conda", "apptainer build": "as conda",

@@ -17,11 +17,11 @@ GATE = {"asr": 0.8, "acc": 0.2}
 
 
 def validity(cells: pd.DataFrame, gate: Mapping[str, float] = GATE) -> pd.DataFrame:
-    """The tidy table with two columns more.
+    """The tidy table with three columns more.
 
     `implanted`: the row's victim was trained and reaches `gate`; True where no victim of its setting and seed is known.
     A victim without poison need not reach a gate on triggered samples. `destroyed`: a purified model with less than `KEPT`
-    of its victim's ACC.
+    of its victim's ACC. `unchanged`: one that is its victim to the bit; False in tables that do not know it.
 
     Args:
         cells: the tidy table (`cupel.reporting.tables.gather`).
@@ -37,4 +37,6 @@ def validity(cells: pd.DataFrame, gate: Mapping[str, float] = GATE) -> pd.DataFr
     after = rows[(rows.stage == "purified") & (rows.metric == "acc")].merge(before, on=keys)
     destroyed = set(after.path[after.value < KEPT * after.acc_victim.astype(float)])
     below = cells[keys].merge(found, how="left", on=keys).below.to_numpy()
-    return cells.assign(implanted=below != True, destroyed=cells.path.isin(destroyed))  # noqa: E712 (NaN: no victim is known)
+    unchanged = cells.unchanged == True if "unchanged" in cells else False  # noqa: E712 (NaN: a failed cell)
+    return cells.assign(implanted=below != True, destroyed=cells.path.isin(destroyed),  # noqa: E712 (NaN: no victim is known)
+                        unchanged=unchanged)

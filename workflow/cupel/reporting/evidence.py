@@ -81,7 +81,8 @@ def cells_behind(claim: Mapping, cells: pd.DataFrame, gate: Mapping[str, float],
             continue
         for row in select(table, {"metric": test["metric"], **test.get("where", {}), **test[side]}).itertuples():
             state = ("failed" if row.status != "ok" else "left out: victim without backdoor" if not row.counts
-                     else "destroyed" if row.destroyed else "no value" if np.isnan(row.value) else "counts")
+                     else "destroyed" if row.destroyed else "no value" if np.isnan(row.value)
+                     else "counts, unchanged by the defence" if row.unchanged else "counts")
             rows.append({"side": side.upper(), "setting": setting_name(row).replace(" 0 %", "") or "–",
                          "place": " ".join(filter(None, (row.dataset, row.model, row.recipe, row.budget))),
                          "method": method_name(row), "seed": row.seed, "value": row.value, "low": row.low, "high": row.high,

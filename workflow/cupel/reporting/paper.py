@@ -58,8 +58,14 @@ class Paper:
     def figure(self, stem: str, figure, caption: str) -> None:
         """Save a figure, with the numbers that it was given as CSV, and note its caption with what it rests on."""
         figures.save(figure, self.out / "figures" / f"{stem}.svg")
-        self.captions[stem] = f"{caption.rstrip().removesuffix('.')}. {about(self.cells, self.scale)}"
+        self.captions[stem] = captioned(caption, self.cells, self.scale)
 
+
+def captioned(text: str, cells: pd.DataFrame, scale: str) -> str:
+    """A caption with what the picture rests on (`about`), and the budget where there is but one and the caption is silent."""
+    budgets = sorted(set(cells.budget.dropna()) - {""})
+    budget = f"Budget {budgets[0]}. " if len(budgets) == 1 and "budget" not in text else ""
+    return f"{text.rstrip().removesuffix('.')}. {budget}{about(cells, scale)}"
 
 
 def about(cells: pd.DataFrame, scale: str) -> str:

@@ -1,5 +1,6 @@
 """Pictures that look into images and networks: what triggers do to images, and where features of triggered images lie."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -14,19 +15,22 @@ from cupel.reporting.figures import amplified, handle, nothing, panels, picture_
 from cupel.rng import rng
 
 
-def contact_sheet(folder: str, attacks: dict[str, tuple[dict, str | None]], out: str | Path, count: int = 10) -> None:
-    """Draw clean test images, and for each attack the stamped ones and the difference, amplified.
+def contact_sheet(folder: str, attacks: dict[str, tuple[dict, str | None]], out: Mapping[str, str | Path],
+                  count: int = 10) -> None:
+    """Draw clean test images, and for each attack the stamped ones and the difference, amplified: all attacks on one sheet, and
+    the first images for each attack alone.
 
     Args:
         folder: of the prepared data set.
         attacks: name to (attack spec, path of a victim's trigger.npz; none for a trigger that is a formula).
-        out: picture file.
+        out: paths `sheet`, a picture, and `pictures`, a folder of one by name of each attack.
         count: images, one per class in turn.
     """
     test = datasets.load(folder, "test")
     chosen = [int(np.flatnonzero(test.labels == c % len(test.classes))[0]) for c in range(1, count + 1)]
     clean = np.asarray(test.images[chosen])
     rows = [("clean", clean)]
+    Path(out["pictures"]).mkdir(parents=True, exist_ok=True)
     for name, (spec, trigger) in attacks.items():
         tensors = read_tensors(trigger)
         if "failed" in tensors:  # its victims are failed cells, with this reason, in the tables
@@ -34,8 +38,11 @@ def contact_sheet(folder: str, attacks: dict[str, tuple[dict, str | None]], out:
             continue
         stamped = make_attack(spec, tensors).stamp(clean)
         difference, factor = amplified(stamped, clean)
-        rows += [(name, stamped), (f"difference ×{factor}", difference)]
-    save(picture_rows(rows, 1.02, 1.05)[0], out)
+        pair = [(name, stamped), (f"difference ×{factor}", difference)]
+        rows += pair
+        alone = [(title, images[:5]) for title, images in (rows[0], *pair)]
+        save(picture_rows(alone, 1.02, 1.05)[0], Path(out["pictures"]) / f"{name}.png")
+    save(picture_rows(rows, 1.02, 1.05)[0], out["sheet"])
 
 
 def feature_maps(spec: dict, folder: str, out: dict, clean_count: int = 300, triggered_count: int = 100) -> None:

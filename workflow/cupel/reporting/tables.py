@@ -15,7 +15,7 @@ IDENTITY = ["stage", "dataset", "model", "recipe", "attack", "attack_variant", "
 KEYS = (*SETTING, "method", "label", "metric")
 METRICS = ("acc", "asr", "ra", "der", "arr", "rdr")
 COLUMNS = ["paper", *IDENTITY, "metric", "value", "n", "low", "high", "rate_reached", "seconds", "peak_memory_mb",
-           "peak_vram_mb", "clean_samples", "device", "precision", "threads", "status", "reason", "path",
+           "peak_vram_mb", "clean_samples", "device", "precision", "threads", "unchanged", "status", "reason", "path",
            "attack_parameters", "defence_parameters"]
 
 
@@ -43,7 +43,8 @@ def gather(cells: list[dict]) -> pd.DataFrame:
         base = {key: record.get(key) for key in (*IDENTITY, "rate_reached", "seconds", "peak_memory_mb", "peak_vram_mb",
                                                  "clean_samples", "device", "precision", "threads", "status",
                                                  "attack_parameters", "defence_parameters")}
-        base |= {"paper": cell["paper"], "path": cell["folder"], "reason": record.get("reason", "")}
+        base |= {"paper": cell["paper"], "path": cell["folder"], "reason": record.get("reason", ""),
+                 "unchanged": bool(record.get("unchanged", False))}
         failed = record["status"] != "ok"
         nothing = {"value": np.nan, "n": 0, "low": np.nan, "high": np.nan}
         if "rows" in record:
@@ -90,14 +91,14 @@ def with_names(cells: pd.DataFrame, labels: dict[str, str]) -> pd.DataFrame:
 def summary(cells: pd.DataFrame, keys: Sequence[str] = KEYS, n: str = "sum") -> pd.DataFrame:
     """Mean over seeds, with n summed (or another aggregate), and how many seeds failed; one row per `keys`.
 
-    `credited` says that all victims behind it have their backdoor, `destroyed` that a defence destroyed one of the networks
-    (`cupel.evaluation.settings.validity`).
+    `credited` says that all victims behind it have their backdoor, `destroyed` that a defence destroyed one of the networks,
+    `unchanged` that it gave one back to the bit (`cupel.evaluation.settings.validity`).
     """
     groups = validity(cells).assign(failed=cells.status != "ok").groupby(list(keys), dropna=False, sort=False)
     return groups.agg(value=("value", "mean"), low=("low", "mean"), high=("high", "mean"), n=("n", n),
                       seeds=("seed", "nunique"), failed=("failed", "sum"), seconds=("seconds", "mean"),
                       rate_reached=("rate_reached", "mean"), credited=("implanted", "all"),
-                      destroyed=("destroyed", "any")).reset_index()
+                      destroyed=("destroyed", "any"), unchanged=("unchanged", "any")).reset_index()
 
 
 def attach_reported(table: pd.DataFrame, reported: pd.DataFrame) -> pd.DataFrame:
@@ -125,13 +126,15 @@ def interval_text(row) -> str:
 
 #: what `marked` adds, for captions
 MARKS = ("† less than two thirds of the victim's ACC are left; ‡ a victim without a backdoor (ASR below 80 %): in no mean, "
-         "and no defence's merit")
+         "and no defence's merit; § the defence gave the victim back as it was, to the bit")
 
 
 def marked(rows: pd.DataFrame) -> pd.DataFrame:
-    """Add `setting` (attack and poison rate, ‡ where a victim has no backdoor) and `mark` († for a destroyed network)."""
+    """Add `setting` (attack and poison rate, ‡ where a victim has no backdoor) and `mark` († for a destroyed network, § for an
+    unchanged one)."""
     names = [setting_name(row) + " ‡" * (not row.credited) for row in rows.itertuples()]
-    return rows.assign(setting=names, mark=np.where(rows.destroyed, " †", ""))
+    marks = [" " * (row.destroyed or row.unchanged) + "†" * row.destroyed + "§" * row.unchanged for row in rows.itertuples()]
+    return rows.assign(setting=names, mark=marks)
 
 
 def with_texts(rows: pd.DataFrame) -> pd.DataFrame:
@@ -203,7 +206,8 @@ def by_setting(table: pd.DataFrame, order: list[str], metrics: tuple[str, ...] =
 def means(table: pd.DataFrame, order: list[str]) -> pd.DataFrame:
     """Rows: defence; columns: mean over settings of every metric in percent, of seconds, and the number of settings.
 
-    Settings of victims without a backdoor are left out; `destroyed` counts settings in which a defence destroyed a network.
+    Settings of victims without a backdoor are left out; `destroyed` and `unchanged` count settings in which a defence destroyed
+    a network, or gave it back as it was.
     """
     table = table[table.credited]
     if table.empty:
@@ -214,7 +218,8 @@ def means(table: pd.DataFrame, order: list[str]) -> pd.DataFrame:
     first = table[table.metric == present[0]].groupby("label")
     grid["seconds"] = first.seconds.mean().map("{:.1f}".format)
     grid["settings"] = first.size().astype(str)
-    grid["failed"], grid["destroyed"] = first.failed.sum().astype(str), first.destroyed.sum().astype(str)
+    for name in ("failed", "destroyed", "unchanged"):
+        grid[name] = first[name].sum().astype(str)
     grid.columns = pd.MultiIndex.from_tuples([("mean", name.upper() if name in METRICS else name) for name in grid.columns])
     return grid.loc[[label for label in order if label in grid.index]]
 

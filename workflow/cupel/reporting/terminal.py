@@ -18,8 +18,8 @@ KINDS = {
     "train_vision_language_victim": "victim", "read_attention": "attention", "measure_filters": "filters", "refit": "defence",
     "purify_pictures": "defence", "gather_cells": "table of cells", "report_paper": "tables, figures",
     "judge_claims": "verdicts", "paper_page": "page", "index": "first page", "feature_maps": "features",
-    "contact_sheet": "triggers drawn", "cross": "cross table", "look_at_own": "first look", "purify_own": "defence",
-    "report_own": "page", "gather_own": "first page",
+    "contact_sheet": "triggers drawn", "cross": "cross table", "compare": "two runs compared", "look_at_own": "first look",
+    "purify_own": "defence", "report_own": "page", "gather_own": "first page",
 }
 #: names as papers write them; others stand as they are in paths
 NAMES = {
