@@ -13,7 +13,7 @@ from cupel.files import digest, workspace, write_json
 from cupel.images import datasets
 from cupel.job import costs
 from cupel.robust import released
-from cupel.robust.evaluations import Subject, evaluation
+from cupel.robust.evaluations import Found, Subject, evaluation
 from cupel.robust.experiment import fraction
 from cupel.robust.models import GapClassifier, load
 from cupel.robust.stages import identity
@@ -31,6 +31,9 @@ def evaluate(model: GapClassifier, test: datasets.Dataset, spec: dict, work: Pat
 
     Returns:
         Rows of the tidy table, and arrays by `<kind>_<name>`.
+
+    Raises:
+        TypeError: what is registered as an evaluation returns something else.
     """
     settings = dict(spec["settings"])
     points = {("points_seed" if key == "seed" else key): value for key, value in settings.pop("points", {}).items()}
@@ -42,6 +45,8 @@ def evaluate(model: GapClassifier, test: datasets.Dataset, spec: dict, work: Pat
             started = time.perf_counter()
             with finite_outputs(subject.model):
                 found = evaluation.find(kind)(subject, **parameters)
+            if not isinstance(found, Found):
+                raise TypeError(f"evaluation {kind!r} must return Found(rows, arrays), but returned {type(found).__name__}")
             write_tensors(part, {**found.arrays, "rows": np.array(json.dumps(found.rows))})
             print(f"{kind}: {time.perf_counter() - started:.1f} s", flush=True)
         stored = read_tensors(part)

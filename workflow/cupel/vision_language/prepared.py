@@ -155,8 +155,11 @@ def load(folder: str | Path, split: str) -> Samples:
 
     Raises:
         FileNotFoundError: the folder is not prepared, or has no such split.
+        ValueError: the trigger of a poisoned folder failed.
     """
     folder = opened(folder)
+    if failed := read_json(folder / "manifest.json").get("failed"):
+        raise ValueError(f"its trigger failed: {failed}")
     path = folder / f"{split}.jsonl"
     if not path.is_file():
         known = ", ".join(sorted(found.stem for found in folder.glob("*.jsonl")))

@@ -145,11 +145,15 @@ def purify(name: str, images: np.ndarray, *, seed: int = 0, device: str | torch.
     """Purify test images of one size, uint8 [B, H, W, 3], by a registered defence; `given` are its settings.
 
     Raises:
-        ValueError: an unknown defence, or a setting that it does not have.
+        ValueError: an unknown defence, a setting that it does not have, or a result of another shape or with values that are
+            not finite.
     """
     function, settings = picture_defence.find(name), picture_defence.settings(name, given)
     x = torch.from_numpy(np.ascontiguousarray(images)).to(device).permute(0, 3, 1, 2).float() / 127.5 - 1
     found = function(x, torch_rng(seed, name), **settings)
+    if not isinstance(found, torch.Tensor) or found.shape != x.shape or not found.isfinite().all():
+        raise ValueError(f"picture defence {name!r} must return finite images of shape {list(x.shape)}, but returned "
+                         f"{list(found.shape) if isinstance(found, torch.Tensor) else type(found).__name__}")
     return ((found + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
 
 

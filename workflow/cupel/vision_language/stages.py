@@ -34,16 +34,24 @@ def prepare(entry: dict, folder: str | Path, **sources) -> dict:
 
 
 def poison(spec: dict, source: str | Path, out: str | Path) -> None:
-    """Write a poisoned training set, or, where `spec` has no poison rate, the triggered test set."""
+    """Write a poisoned training set, or, where `spec` has no poison rate, the triggered test set.
+
+    Where the trigger fails, `manifest.json` and `poison.json` say so, and every victim that needs the folder is a failed cell.
+    """
     from cupel.vision_language.poison import poison as poison_training
     from cupel.vision_language.poison import trigger_test
 
     function, parameters = spec["attack"]["function"], spec["attack"]["settings"]
     common = {"function": function, "parameters": parameters, "seed": spec["seed"], "target": spec["target"]}
-    if "poison_rate" in spec:
-        poison_training(source, out, poison_rate=spec["poison_rate"], **common)
-    else:
-        trigger_test(source, out, **common)
+    try:
+        if "poison_rate" in spec:
+            poison_training(source, out, poison_rate=spec["poison_rate"], **common)
+        else:
+            trigger_test(source, out, **common)
+    except Exception as error:
+        failed = {"failed": cells.failure(error)}
+        for name in ("poison.json", "manifest.json"):
+            write_json(Path(out) / name, failed)
 
 
 def settings_of(entry: dict, device: str):
@@ -63,34 +71,38 @@ def build(spec: dict, source: str | Path, outputs: dict, device: str, **sources)
     the model, as they are to a published one.
 
     Outputs are paths `model` (folder), `history` and `record`; `sources` are kinds, cache and mirror of a pretrained
-    language model.
+    language model. Where building fails the record says so, and every victim of the model is a failed cell.
     """
     from cupel.vision_language import models
     from cupel.vision_language.training import fit
 
     started = time.perf_counter()
-    entry, seed = spec["weights"], spec["seed"]
-    splits = {split: prepared.load(source, split) for split in ("pretrain", "train", "test")}
-    if entry["built"] == "tiny_llava":
-        texts = [text for samples in splits.values() for record in samples.records
-                 for text in (record["question"], *record.get("answers", [record.get("answer", "")]))]
-        model = models.tiny_llava([*texts, spec["target"]], seed=seed, **entry.get("settings", {}))
-    else:
-        from cupel.text.models import prepare_model
-
-        with tempfile.TemporaryDirectory(dir=Path(outputs["record"]).parent) as folder:
-            prepare_model(entry["language_model"], folder, **sources)
-            model = models.smollm2_llava(folder, seed=seed, **entry.get("settings", {}))
-    model.to(device)
-    settings, questions = settings_of({"trained": "all", **entry["pretraining"]}, device)
-    records = models.grouped(models.as_records(splits["pretrain"]), questions, seed)
+    entry, seed, record = spec["weights"], spec["seed"], {key: spec[key] for key in ("dataset", "model", "seed")}
     checkpoint = Path(outputs["record"]).with_name("checkpoint.pt")
-    history = fit(model, records, settings, seed=seed, checkpoint=checkpoint, title=f"pretraining of {spec['model']}")
-    measured = clean(model, source)
-    models.save(model, outputs["model"])
+    try:
+        splits = {split: prepared.load(source, split) for split in ("pretrain", "train", "test")}
+        if entry["built"] == "tiny_llava":
+            texts = [text for samples in splits.values() for sample in samples.records
+                     for text in (sample["question"], *sample.get("answers", [sample.get("answer", "")]))]
+            model = models.tiny_llava([*texts, spec["target"]], seed=seed, **entry.get("settings", {}))
+        else:
+            from cupel.text.models import prepare_model
+
+            with tempfile.TemporaryDirectory(dir=Path(outputs["record"]).parent) as folder:
+                prepare_model(entry["language_model"], folder, **sources)
+                model = models.smollm2_llava(folder, seed=seed, **entry.get("settings", {}))
+        model.to(device)
+        settings, questions = settings_of({"trained": "all", **entry["pretraining"]}, device)
+        records = models.grouped(models.as_records(splits["pretrain"]), questions, seed)
+        history = fit(model, records, settings, seed=seed, checkpoint=checkpoint, title=f"pretraining of {spec['model']}")
+        measured = clean(model, source)
+        models.save(model, outputs["model"])
+    except Exception as error:
+        cells.fail(error, record, {"model": outputs["model"], "history": outputs["history"], "metrics": outputs["record"]})
+        return
     cells.write_history(outputs["history"], history)
     write_json(outputs["record"], {
-        "dataset": spec["dataset"], "model": spec["model"], "seed": seed, **measured, **job.costs(),
+        **record, **measured, **job.costs(), "status": "ok",
         "samples": len(splits["pretrain"]), "parameters": sum(value.numel() for value in model.network.parameters()),
         "image_tokens": model.image_tokens, "layers": len(model.layers), "seconds": time.perf_counter() - started})
     checkpoint.unlink(missing_ok=True)
@@ -104,8 +116,17 @@ def dtype_of(spec: dict):
 
 
 def weights(spec: dict, base: str | Path | None, device: str):
-    """The model before fine-tuning: from the folder that `build` wrote, from a folder of the user, or from the hub."""
+    """The model before fine-tuning: from the folder that `build` wrote, from a folder of the user, or from the hub.
+
+    Raises:
+        ValueError: `build` failed.
+    """
     from cupel.vision_language import models
+
+    if "built" in spec["weights"]:
+        made = read_json(Path(base).with_name("base.json"))
+        if made.get("status", "ok") != "ok":
+            raise ValueError(f"the model that it starts from failed: {made['reason']}")
 
     entry, dtype = spec["weights"], dtype_of(spec)
     if "hub" in entry:
@@ -180,9 +201,10 @@ def train_victim(spec: dict, inputs: Inputs, outputs: dict, device: str) -> None
     record = cells.identity(spec, "victim")
     checkpoint = Path(outputs["metrics"]).with_name("checkpoint.pt")
     try:
-        model = weights(spec, inputs.base, device)
+        samples, _ = prepared.load(inputs.poisoned, "train"), prepared.load(inputs.triggered, "test")  # before hours of training
         made = read_json(Path(inputs.poisoned) / "poison.json")
-        history, settings = fine_tune(model, spec, prepared.load(inputs.poisoned, "train"), device, checkpoint=checkpoint,
+        model = weights(spec, inputs.base, device)
+        history, settings = fine_tune(model, spec, samples, device, checkpoint=checkpoint,
                                       title=f"{spec['attack']['name']}@{spec['poison_rate']:g}", bad=set(made["ids"]))
         fitted = time.perf_counter() - started
         models.save(model, outputs["model"])

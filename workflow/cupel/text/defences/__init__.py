@@ -21,5 +21,9 @@ def purify(name: str, victim: Victim, budget: Budget, **settings: dict) -> Purif
 
     Raises:
         ValueError: unknown name.
+        TypeError: the defence returns something else.
     """
-    return defence.find(name)(victim, budget, **settings)
+    found = defence.find(name)(victim, budget, **settings)
+    if not isinstance(found, Purified):
+        raise TypeError(f"defence {name!r} must return Purified(model, history), but returned {type(found).__name__}")
+    return found
