@@ -51,7 +51,7 @@ def test_effects_are_the_derived_rates_with_intervals_that_shrink():
 
 def test_gather_reads_rows_and_named_metrics(tmp_path):
     from cupel.files import write_json
-    from cupel.reporting.tables import gather
+    from cupel.reporting.tables import gather, misfit
 
     cell = {"paper": "p", "stage": "trained", "dataset": "mnist", "model": "small", "recipe": "r", "attack": "none",
             "rate": "0", "seed": "0", "defence": "int", "budget": ""}
@@ -63,7 +63,10 @@ def test_gather_reads_rows_and_named_metrics(tmp_path):
                                                   "acc_n": 4})
     write_json(tmp_path / "c" / "metrics.json", {**base, "acc": 0.5, "acc_n": 4, "acc_before": 0.5, "acc_stage_2": 0.25,
                                                   "acc_stage_2_n": 4, "acc_stage_2_low": 0.1, "acc_stage_2_high": 0.7})
-    table = gather([{**cell, "folder": str(tmp_path / name)} for name in ("a", "b", "c", "missing")])
+    write_json(tmp_path / "pictures" / "metrics.json", {**base, "rows": []})
+    expected = [{**cell, "folder": str(tmp_path / name)} for name in ("a", "b", "c", "missing", "pictures")]
+    table = gather(expected)
+    assert not misfit(table, expected) and table.path.iloc[-1].endswith("pictures") and np.isnan(table.value.iloc[-1])
     assert table[table.path.str.endswith("a")][["attack", "attack_variant", "value"]].values.tolist() == [
         ["none", "", 0.5], ["pgd", "0.3", 0.25]]
     second = table[table.path.str.endswith("b")].set_index("metric")

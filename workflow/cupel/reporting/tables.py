@@ -1,6 +1,6 @@
 """The tidy table of all cells, and wide tables made from it."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -47,16 +47,29 @@ def gather(cells: list[dict]) -> pd.DataFrame:
         failed = record["status"] != "ok"
         nothing = {"value": np.nan, "n": 0, "low": np.nan, "high": np.nan}
         if "rows" in record:
-            rows += [{**base, **nothing, **row} for row in record["rows"]]
-            continue
-        names = record.get("metrics", [*METRICS, *(key for key in record if f"{key}_n" in record and key not in METRICS)])
-        for metric in names[:3] if failed else [m for m in names if m in record]:
-            found = {key: record[f"{metric}_{key}"] for key in ("n", "low", "high") if f"{metric}_{key}" in record}
-            rows.append({**base, **nothing, "metric": metric, "value": record.get(metric, np.nan), **found})
+            found = record["rows"]
+        else:
+            names = record.get("metrics", [*METRICS, *(key for key in record if f"{key}_n" in record and key not in METRICS)])
+            found = [{"metric": metric, "value": record.get(metric, np.nan), **{
+                key: record[f"{metric}_{key}"] for key in ("n", "low", "high") if f"{metric}_{key}" in record}}
+                for metric in (names[:3] if failed else [name for name in names if name in record])]
+        # what has pictures alone, and no number, is a cell all the same
+        rows += [{**base, **nothing, **row} for row in found or [{"metric": ""}]]
     table = pd.DataFrame(rows, columns=COLUMNS)
     return table.astype({"poison_rate": float, "value": float, "low": float, "high": float, "n": int, "seed": int,
                          "rate_reached": float, "seconds": float, "peak_memory_mb": float, "peak_vram_mb": float,
                          "clean_samples": float, "threads": float})
+
+
+def misfit(cells: pd.DataFrame, expected: Iterable[Mapping]) -> str:
+    """What is wrong with a tidy table that lacks an expected cell of a paper, or has another, in a sentence; else empty."""
+    wanted = dict.fromkeys((cell["paper"], cell["folder"]) for cell in expected)
+    there = dict.fromkeys(zip(cells.paper, cells.path, strict=True))
+    for places, others, what in ((wanted, there, "asked for and not in it"), (there, wanted, "in it and not asked for")):
+        if odd := [place for place in places if place not in others]:
+            return (f"The report is not that of the cells asked for: {len(odd)} are {what}, first {odd[0][1]} (paper "
+                    f"{odd[0][0]}). Remove cells.parquet and run the same command again")
+    return ""
 
 
 def _last_words(cell: dict) -> str:
