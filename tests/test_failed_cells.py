@@ -4,8 +4,12 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+import yaml
 
+from cupel.experiment import Grid
 from cupel.files import digest, read_json, write_json
+from cupel.robust import measure
+from cupel.settings import PAPERS, ConfigError, read_yaml
 from cupel.vision_language import attention, detection, entropy, filters, models, purification, stages, triggers
 from cupel.vision_language.datasets import shapes
 from cupel.vision_language.inputs import Inputs
@@ -121,3 +125,75 @@ def test_a_picture_defence_must_return_pictures(monkeypatch):
         monkeypatch.setitem(purification.picture_defence, name, function)
         with pytest.raises(ValueError, match="must return finite images"):
             purification.purify(name, images)
+
+
+@pytest.mark.parametrize(("paper", "place", "value", "words"), [
+    ("bye", "attacks.square.settings", {"divisor": 0}, "at least 1"),
+    ("bye", "attacks.blend.settings", {"alpha": 0}, "above 0"),
+    ("bye", "attacks.blend.settings", {"alpha": "0.2"}, "of type number"),
+    ("bye", "attacks.multi.settings", {"layout": "spiral"}, "allowed are fixed, drawn"),
+    ("bye", "attacks.sig.settings", {"delta": 0.0}, "above 0"),
+    ("bye", "defences.bye.settings", {"tau": "two"}, "of type number"),
+    ("bye", "defences.downsample.settings", {"scale": 0}, "at least 1"),
+    ("bye", "defences.blur.settings", {"sigma": 0.0}, "above 0"),
+    ("bye", "recipes.micro_lora.settings", {"training": {"epochs": 1}}, "training.lr is not set"),
+    ("bye", "recipes.micro_lora.settings.training", {"epochs": 1, "lr": 0}, "above 0"),
+    ("crow", "defences.crow.settings.consistency", {"alpha": -1}, "at least 0"),
+    ("crow", "defences.crow.settings.training", {"epochs": 0}, "at least 1"),
+    ("crow", "scales.smoke.blocks.0.budgets", [], "at least one budget"),
+    ("proper_interpretability", "evaluations.sweep.settings.pgd", {"eps": [8]}, "at most 1"),
+    ("proper_interpretability", "evaluations.sweep.settings.pgd", {"eps": ["300/255"]}, "above 1"),
+    ("proper_interpretability", "evaluations.sweep.settings.pgd", {"eps": [0.1], "step_size": "0/255"}, "is not a number"),
+    ("proper_interpretability", "evaluations.sweep.settings.pgd", {"eps": [0.1], "steps": [0]}, "at least 1"),
+    ("proper_interpretability", "evaluations.sweep.settings.aai", {"eps": [0.1], "k": "8"}, "of type integer"),
+    ("proper_interpretability", "evaluations.isa_maps.settings.isa", {"norms": ["l3"], "multipliers": [1.5]}, "l1, l2"),
+    ("proper_interpretability", "evaluations.sweep.scales.smoke.points", {"count": 20000}, "10000 test images"),
+    ("proper_interpretability", "recipes.main.datasets.mnist.inner.eps", 8, "8 of 255 levels are 8/255"),
+    ("proper_interpretability", "recipes.main", {"source": "own", "settings": {
+        "inner": {"eps": 0.1, "ramp": [0, 1], "steps": 1, "step_size": 0.1}, "training": {"epochs": 1, "lr": 0.1}}},
+     "training.batch_size is not set"),
+    ("fst", "recipes.fst.settings.model", {"depth": 3}, "unknown key 'depth'"),
+    ("fst", "recipes.fst.settings.model", {"width": 0}, "at least 1"),
+    ("fst", "recipes.fst.settings.training", {"epochs": 1}, "training.lr is not set"),
+    ("fst", "recipes.fst.settings.held_out", 0, "holds out none"),
+    ("fst", "budgets.few", {"source": "own", "settings": {"kind": "spc"}}, "needs spc"),
+    ("fst", "scales.smoke.blocks.0.budgets", [], "at least one budget"),
+    ("fst", "scales.smoke.blocks.0.models", ["mobilenet_v3_large"], "unknown setting of model mobilenet_v3_large '"),
+    ("fst", "attacks.longer", {"source": "own", "function": "badnets", "training": {"settings": {"epochs": 0}}}, "at least 1")])
+def test_values_of_every_family_are_refused_before_the_first_job(tmp_path, paper, place, value, words):
+    content, (*path, last) = read_yaml(PAPERS / paper / "experiment.yaml"), place.split(".")
+    (tmp_path / paper).mkdir()
+    (tmp_path / "shared").symlink_to(PAPERS / "shared")
+    part = content
+    for key in path:
+        part = part[int(key)] if isinstance(part, list) else part.setdefault(key, {})
+    part[last] = value
+    (tmp_path / paper / "experiment.yaml").write_text(yaml.safe_dump(content))
+    with pytest.raises(ConfigError) as refusal:
+        Grid([paper], "smoke", folder=tmp_path)
+    assert words in str(refusal.value)
+
+
+def test_a_network_takes_what_it_can(tmp_path):
+    from cupel.images.experiment import FORM
+    from cupel.images.models import _DEFAULTS
+
+    assert {key: _DEFAULTS[key] for key in FORM} == FORM
+
+
+def test_whoever_calls_is_refused_too(tmp_path, shapes_data):
+    from cupel.text import defences
+    from cupel.vision_language.poison import trigger_test
+    from tests.test_robust_dag import tiny, tiny_set
+
+    with pytest.raises(ValueError, match="at least 1"):
+        trigger_test(shapes_data, tmp_path, function="square", seed=0, parameters={"divisor": 0})
+    with pytest.raises(ValueError, match="at least 0"):
+        filters.decide("bye", filters.Evidence(np.zeros((4, 2))), tau=-1.0)
+    with pytest.raises(ValueError, match="above 0"):
+        purification.purify("blur", np.zeros((1, 8, 8, 3), np.uint8), sigma=0.0)
+    with pytest.raises(ValueError, match="above 0"):
+        defences.purify("crow", None, None, training={"lr": 0})
+    asked = {"settings": {"pgd": {"eps": [8]}, "points": {"count": 12}}, "train_eps": 0.1, "seed": 0}
+    with pytest.raises(ValueError, match="at most 1"):
+        measure.evaluate(tiny(), tiny_set(), asked, tmp_path, "cpu")

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from cupel.evaluation.settings import SETTING, validity
+from cupel.evaluation.settings import GATE, NO_VICTIM, SETTING, validity
 from cupel.files import read_json, write_text
 
 IDENTITY = ["stage", "dataset", "model", "recipe", "attack", "attack_variant", "poison_rate", "defence", "budget",
@@ -19,8 +19,9 @@ COLUMNS = ["paper", *IDENTITY, "metric", "value", "n", "low", "high", "rate_reac
            "attack_parameters", "defence_parameters"]
 
 
-def gather(cells: list[dict]) -> pd.DataFrame:
-    """The tidy table: one row per paper, cell and metric (see `COLUMNS`); rates are fractions.
+def gather(cells: list[dict], gates: Mapping[str, Mapping[str, float]] = {}) -> pd.DataFrame:
+    """The tidy table: one row per paper, cell and metric (see `COLUMNS`); rates are fractions. `valid` says that the victim of
+    a cell has its backdoor (`cupel.evaluation.settings.validity`).
 
     A record has its numbers flat (`acc`, `acc_n`, `acc_low`, `acc_high`; `metrics` lists them, else they are `METRICS` and what
     else has its n) or, where one model is measured many times, as `rows`: metric, value, n, low, high and what differs in its
@@ -28,6 +29,7 @@ def gather(cells: list[dict]) -> pd.DataFrame:
 
     Args:
         cells: expected cells with `paper`, `folder` and what names them (`cupel.experiment.Grid.cells`).
+        gates: lowest values of a victim by metric, of papers that have their own.
     """
     rows = []
     for cell in cells:
@@ -56,9 +58,11 @@ def gather(cells: list[dict]) -> pd.DataFrame:
         # what has pictures alone, and no number, is a cell all the same
         rows += [{**base, **nothing, **row} for row in found or [{"metric": ""}]]
     table = pd.DataFrame(rows, columns=COLUMNS)
-    return table.astype({"poison_rate": float, "value": float, "low": float, "high": float, "n": int, "seed": int,
-                         "rate_reached": float, "seconds": float, "peak_memory_mb": float, "peak_vram_mb": float,
-                         "clean_samples": float, "threads": float})
+    table = table.astype({"poison_rate": float, "value": float, "low": float, "high": float, "n": int, "seed": int,
+                          "rate_reached": float, "seconds": float, "peak_memory_mb": float, "peak_vram_mb": float,
+                          "clean_samples": float, "threads": float})
+    valid = [validity(part, gates.get(paper, GATE)).implanted for paper, part in table.groupby("paper", sort=False)]
+    return table.assign(valid=pd.concat(valid))
 
 
 def misfit(cells: pd.DataFrame, expected: Iterable[Mapping]) -> str:
@@ -137,12 +141,12 @@ def interval_text(row) -> str:
 
 
 #: what `marked` adds, for captions
-MARKS = ("† less than two thirds of the victim's ACC are left; ‡ a victim without a backdoor (ASR below 80 %): in no mean, "
-         "and no defence's merit")
+MARKS = (f"† less than two thirds of the victim's ACC are left; ‡ {NO_VICTIM} (ASR below 80 % or ACC below 20 %): in no "
+         "mean, and no defence's merit")
 
 
 def marked(rows: pd.DataFrame) -> pd.DataFrame:
-    """Add `setting` (attack and poison rate, ‡ where a victim has no backdoor) and `mark` († for a destroyed network)."""
+    """Add `setting` (attack and poison rate, ‡ where a victim is not valid) and `mark` († for a destroyed network)."""
     names = [setting_name(row) + " ‡" * (not row.credited) for row in rows.itertuples()]
     return rows.assign(setting=names, mark=np.where(rows.destroyed, " †", ""))
 

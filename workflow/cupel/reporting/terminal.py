@@ -109,6 +109,7 @@ def summary(papers: Iterable[tuple[str, str, str | Path]], cells: str | Path | N
     """
     import pandas as pd
 
+    from cupel.evaluation.settings import NO_VICTIM
     from cupel.reporting.tables import misfit
 
     width = min(max(shutil.get_terminal_size((160, 24)).columns, 80), 160)
@@ -121,5 +122,9 @@ def summary(papers: Iterable[tuple[str, str, str | Path]], cells: str | Path | N
         if len(failed):
             lines.append(f"{counted(len(failed), 'cell')} failed, shown in the report:")
             lines += ["  " + shortened(f"{row.path}: {row.reason}", width - 2) for row in failed.head(5).itertuples()]
+        weak = table[table.stage.isin(["victim"]) & (table.status == "ok") & ~table.valid].drop_duplicates("path")
+        if len(weak):
+            lines.append(f"{counted(len(weak), 'victim')} below ASR or ACC of the gate: {NO_VICTIM}, so no merit of a defence:")
+            lines += ["  " + shortened(str(path), width - 2) for path in weak.path.head(5)]
         lines += filter(None, [misfit(table, expected)])
     return "\n".join(lines)

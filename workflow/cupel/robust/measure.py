@@ -12,6 +12,7 @@ from cupel.cells import fail, past, read_tensors, write_tensors
 from cupel.files import digest, workspace, write_json
 from cupel.images import datasets
 from cupel.job import costs
+from cupel.limits import check
 from cupel.robust import released
 from cupel.robust.evaluations import Found, Subject, evaluation
 from cupel.robust.experiment import fraction
@@ -33,6 +34,7 @@ def evaluate(model: GapClassifier, test: datasets.Dataset, spec: dict, work: Pat
         Rows of the tidy table, and arrays by `<kind>_<name>`.
 
     Raises:
+        ValueError: a parameter is wrong.
         TypeError: what is registered as an evaluation returns something else.
     """
     settings = dict(spec["settings"])
@@ -43,6 +45,7 @@ def evaluate(model: GapClassifier, test: datasets.Dataset, spec: dict, work: Pat
         part = work / f"{kind}.npz"
         if not part.is_file():
             started = time.perf_counter()
+            check("robust", "evaluations", kind, evaluation.find(kind), parameters)
             with finite_outputs(subject.model):
                 found = evaluation.find(kind)(subject, **parameters)
             if not isinstance(found, Found):

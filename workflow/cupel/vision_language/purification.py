@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from cupel import cells, job
 from cupel.files import write_json
+from cupel.limits import check
 from cupel.registry import Registry
 from cupel.rng import torch_rng
 from cupel.vision_language import prepared
@@ -149,6 +150,7 @@ def purify(name: str, images: np.ndarray, *, seed: int = 0, device: str | torch.
             not finite.
     """
     function, settings = picture_defence.find(name), picture_defence.settings(name, given)
+    check("vision_language", "defences", name, function, settings)
     x = torch.from_numpy(np.ascontiguousarray(images)).to(device).permute(0, 3, 1, 2).float() / 127.5 - 1
     found = function(x, torch_rng(seed, name), **settings)
     if not isinstance(found, torch.Tensor) or found.shape != x.shape or not found.isfinite().all():

@@ -201,7 +201,8 @@ def train_victim(spec: dict, inputs: Inputs, outputs: dict, device: str) -> None
     record = cells.identity(spec, "victim")
     checkpoint = Path(outputs["metrics"]).with_name("checkpoint.pt")
     try:
-        samples, _ = prepared.load(inputs.poisoned, "train"), prepared.load(inputs.triggered, "test")  # before hours of training
+        prepared.load(inputs.triggered, "test")  # it is wanted only after hours of training
+        samples = prepared.load(inputs.poisoned, "train")
         made = read_json(Path(inputs.poisoned) / "poison.json")
         model = weights(spec, inputs.base, device)
         history, settings = fine_tune(model, spec, samples, device, checkpoint=checkpoint,
