@@ -6,11 +6,12 @@ import pytest
 import torch
 import yaml
 
+from cupel.cells import failure
 from cupel.experiment import Grid
 from cupel.files import digest, read_json, write_json
 from cupel.robust import measure
 from cupel.settings import PAPERS, ConfigError, read_yaml
-from cupel.vision_language import attention, detection, entropy, filters, models, purification, stages, triggers
+from cupel.vision_language import attention, detection, entropy, filters, models, prepared, purification, stages, triggers
 from cupel.vision_language.datasets import shapes
 from cupel.vision_language.inputs import Inputs
 from tests.test_vision_language_dag import cell, filter_all, make_chain, plan
@@ -197,3 +198,71 @@ def test_whoever_calls_is_refused_too(tmp_path, shapes_data):
     asked = {"settings": {"pgd": {"eps": [8]}, "points": {"count": 12}}, "train_eps": 0.1, "seed": 0}
     with pytest.raises(ValueError, match="at most 1"):
         measure.evaluate(tiny(), tiny_set(), asked, tmp_path, "cpu")
+
+
+def test_a_damaged_file_ends_the_job_and_is_no_failed_cell(tmp_path, shapes_data):
+    from cupel.prepared import read_records
+    from cupel.sources import NoSource
+    from cupel.text.models import load_model, load_tokenizer, tiny_llama
+
+    def cut(path):
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+    looked_at(tmp_path / "victim", shapes_data)
+    look(tmp_path / "victim", shapes_data)
+    models.save(small_llava(), tmp_path / "llava")
+    tiny_llama(tmp_path / "llama", 0)
+    (tmp_path / "records.jsonl").write_text('{"a": 1}\n{"a":')
+    for file in ("victim/e.parquet", "victim/poisoned/images.npy", "llava/model.safetensors", "llama/model.safetensors",
+                 "llama/tokenizer.json"):
+        cut(tmp_path / file)
+    inputs = Inputs(entropies=tmp_path / "victim" / "e.parquet", attention=tmp_path / "victim" / "attention.json",
+                    poisoned=tmp_path / "victim" / "poisoned")
+    reads = {"parquet": lambda: detection.measure_filters(plan("smoke").victim(CELL), {"filters": {}, "taus": []}, inputs, {}),
+             "pictures": lambda: prepared.load(tmp_path / "victim" / "poisoned", "train").image(0),
+             "llava": lambda: models.load(tmp_path / "llava"), "llama": lambda: load_model(tmp_path / "llama"),
+             "tokenizer": lambda: load_tokenizer(tmp_path / "llama"),
+             "records": lambda: read_records(tmp_path / "records.jsonl")}
+    for read in reads.values():
+        with pytest.raises(OSError):
+            read()
+    with pytest.raises(NoSource):
+        failure(NoSource("no network"))
+
+
+def test_a_plugin_that_fails_leaves_its_row_out_of_the_sheet(tmp_path, cifar10, monkeypatch):
+    from cupel.images import attacks
+    from cupel.reporting import pictures
+
+    class Wrong(attacks.Attack):
+        def stamp(self, images):
+            raise ValueError("no such pixel")
+
+    monkeypatch.setitem(attacks.ATTACKS, "wrong", Wrong)
+    spec = {name: ({"function": name, "settings": {}}, None) for name in ("badnets", "wrong")}
+    pictures.contact_sheet(str(cifar10), spec, tmp_path / "sheet.png", count=2)
+    assert (tmp_path / "sheet.png").is_file()
+    assert pictures.stamped_or_none("wrong", spec["wrong"][0], None, np.zeros((1, 8, 8, 3), np.uint8)) is None
+
+
+def test_reports_of_papers_do_without_reported_numbers():
+    from cupel.reporting.paper import read_reported
+
+    found = read_reported([])
+    assert found.empty and not found.source.str.startswith("BYE").any() and found.model.replace({"a": "b"}).empty
+
+
+def test_one_defence_of_a_language_model_that_fails_does_not_end_the_others(tmp_path, monkeypatch):
+    from cupel.own import language
+    from cupel.text import defences
+    from cupel.text.models import tiny_llama
+
+    tiny_llama(tmp_path / "model", 0)
+    (tmp_path / "clean.jsonl").write_text('{"instruction": "Say yes", "output": "yes"}\n' * 4)
+    usual = defences.purify
+    monkeypatch.setattr(defences, "purify", lambda name, *given, **more: (wrong if name == "finetune" else usual)(
+        name, *given, **more))
+    few = {"epochs": 1, "batch_size": 2}
+    rows = language.purify(str(tmp_path / "model"), tmp_path / "clean.jsonl", tmp_path / "out", tokens=2, device="cpu",
+                           settings={"crow": few, "finetune": few})
+    assert all(row["finetune"].startswith("failed: RuntimeError: Tensors") and "failed" not in row["crow"] for row in rows)

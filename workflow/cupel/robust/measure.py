@@ -69,7 +69,8 @@ class Network:
 
 def attack_network(spec: dict, settings: dict, network: Network, outputs: dict, device: str) -> None:
     """Measure a trained network, by `Experiments.training` and `Experiments.evaluation`; outputs: `arrays`, `metrics`."""
-    started, base = time.perf_counter(), identity(spec, "attacked")
+    started = time.perf_counter()
+    base = identity(spec, "attacked") | {"attack_parameters": json.dumps(settings, sort_keys=True)}
     asked = {"settings": settings, "train_eps": fraction(spec["settings"]["inner"]["eps"]), "seed": spec["seed"]}
     try:
         past(network.before, network.model)

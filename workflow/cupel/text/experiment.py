@@ -5,6 +5,7 @@ clean items. Settings are nested by section. `name~variant` is a switch where pa
 """
 
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 
 from cupel.experiment import Family, layers
 from cupel.paths import Paths
@@ -62,6 +63,9 @@ class Experiments(Family):
         """Counts and sources of a victim's data."""
         recipe = f"recipe {cell['recipe']} on {cell['dataset']} at scale {self.scale}"
         settings = self.check_needed(cell, where)
+        questions = settings["evaluation"].get("mt_bench")
+        if questions and not Path(questions).is_file():
+            raise ConfigError(f"{where}: {recipe}: evaluation.mt_bench: there is no file {questions}")
         data, triggered = settings["data"], triggered_items(settings, float(cell["rate"]))
         plain = data["items"] - triggered
         if not triggered or not plain:

@@ -184,6 +184,10 @@ def purify(spec: Mapping, defence: Mapping, files: Files, device: str) -> None:
     with workspace(Path(outputs["metrics"]).parent, key) as work:
         try:
             before = past(files.before, files.victim)
+            if files.reference:
+                other = read_json(Path(files.reference).with_name("metrics.json"))
+                if other["status"] != "ok":
+                    raise ValueError(f"the model that it compares with failed: {other['reason']}")
             evaluation = Evaluation(load_tokenizer(files.base), spec, files.data, work)
             clean = sources.read_records(files.data["defence"])[: defence["budget"]["size"]]
             samples = tokenised(clean, evaluation.tokenizer, spec["settings"]["data"]["cutoff"], evaluation.opening,

@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 
 from cupel import cells, job
-from cupel.files import read_json, write_json
+from cupel.files import read_json, reading, write_json
 from cupel.vision_language import filters, scoring
 from cupel.vision_language.inputs import Inputs
 from cupel.vision_language.poison import truth
@@ -64,8 +64,9 @@ def measure_filters(spec: dict, asked: dict, inputs: Inputs, outputs: dict) -> N
         if "failed" in looked:
             raise ValueError(looked["failed"])
         bad, made = truth(inputs.poisoned), read_json(Path(inputs.poisoned) / "poison.json")
-        evidence = filters.Evidence(filters.matrix(pd.read_parquet(inputs.entropies)), image_tokens=looked["image_tokens"],
-                                    seed=spec["seed"], poisoned=bad)
+        with reading(inputs.entropies):
+            table = pd.read_parquet(inputs.entropies)
+        evidence = filters.Evidence(filters.matrix(table), image_tokens=looked["image_tokens"], seed=spec["seed"], poisoned=bad)
         layers, swept = evidence.layers, sweep(evidence, asked["taus"])
     except Exception as error:
         failed = cells.failure(error)
@@ -76,7 +77,7 @@ def measure_filters(spec: dict, asked: dict, inputs: Inputs, outputs: dict) -> N
     rows, accounts = [], {}
     for name, entry in asked["filters"].items():
         method, _, variant = name.partition("~")
-        place = {"defence": method, "variant": variant}
+        place = {"defence": method, "variant": variant, "defence_parameters": json.dumps(entry["settings"], sort_keys=True)}
         try:
             decision = filters.decide(entry["function"], evidence, **entry["settings"])
             hazards = filters.hazards(decision)
@@ -96,7 +97,8 @@ def measure_filters(spec: dict, asked: dict, inputs: Inputs, outputs: dict) -> N
         write_json(outputs["flags"][name], {"flagged": np.flatnonzero(decision.flagged).tolist(), "of": len(bad)})
     for entry in swept:
         rows += rows_of({**entry, "sensitive_layers": len(entry["sensitive"])}, defence="bye",
-                        variant=f"{entry['rule']}_tau{entry['tau']:g}")
+                        variant=f"{entry['rule']}_tau{entry['tau']:g}",
+                        defence_parameters=json.dumps({key: entry[key] for key in ("rule", "tau")}))
     layers = [{"layer": k, **layer.record(), "auroc": detected(evidence.none(), column, bad).get("auroc")}
               for k, (layer, column) in enumerate(zip(layers, evidence.values.T, strict=True))]
     write_json(outputs["record"], {"filters": accounts, "sweep": swept, "layers": layers, "attention": looked,

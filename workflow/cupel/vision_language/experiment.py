@@ -7,6 +7,7 @@ switch where paper and code differ, or an ablation.
 
 import ast
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 
 from cupel.experiment import Family
 from cupel.paths import Paths
@@ -108,6 +109,9 @@ class Experiments(Family):
         for dataset in block["datasets"]:
             entry = self.entries["datasets"][dataset]
             for model in block["models"]:
+                folder = self.entries["models"][model].get("folder")
+                if folder and not (Path(folder) / "config.json").is_file():
+                    raise ConfigError(f"{where}.models: {model}: models.{model}.folder: {folder} has no config.json")
                 if "built" in self.entries["models"][model] and not entry.get("pretrain"):
                     raise ConfigError(f"{where}: model {model} is pretrained here, but dataset {dataset} sets no samples aside "
                                       f"for that: give datasets.{dataset}.pretrain")

@@ -189,19 +189,23 @@ def purify_pictures(spec: dict, defence: dict, inputs: Inputs, outputs: dict, de
     record = cells.identity(spec, "purified", defence)
     try:
         known = cells.past(inputs.before, inputs.victim)
-        started = time.perf_counter()
+        started, same = time.perf_counter(), []
+
+        def change(pictures: np.ndarray) -> np.ndarray:
+            found = purify(defence["function"], pictures, seed=spec["seed"], device=device, **defence["settings"])
+            same.append(np.array_equal(found, pictures))
+            return found
+
         with tempfile.TemporaryDirectory(prefix=".pictures-", dir=Path(outputs["metrics"]).parent) as scratch:
             folders = [Path(scratch) / name for name in ("clean", "triggered")]
             for folder, origin in zip(folders, (inputs.data, inputs.triggered), strict=True):
-                purified_copy(origin, folder, lambda pictures: purify(
-                    defence["function"], pictures, seed=spec["seed"], device=device, **defence["settings"]))
+                purified_copy(origin, folder, change)
             seconds = time.perf_counter() - started
             model = models.load(inputs.victim, dtype=dtype_of(spec), device=device)
             measured = measure(model, spec, Inputs(data=folders[0], triggered=folders[1]), outputs)
+        cells.write_history(outputs["history"], [])
+        write_json(outputs["metrics"], {
+            **record, **measured, **job.costs(), "status": "ok", "clean_samples": 0, "device": device, "unchanged": all(same),
+            "rate_reached": known["rate_reached"], "seconds": seconds, "cp_before": known["cp"], "asr_before": known["asr"]})
     except Exception as error:
         cells.fail(error, {**record, "metrics": ["cp", "asr"]}, outputs)
-        return
-    cells.write_history(outputs["history"], [])
-    write_json(outputs["metrics"], {
-        **record, **measured, **job.costs(), "status": "ok", "clean_samples": 0, "device": device,
-        "rate_reached": known["rate_reached"], "seconds": seconds, "cp_before": known["cp"], "asr_before": known["asr"]})

@@ -102,7 +102,7 @@ def build(spec: dict, source: str | Path, outputs: dict, device: str, **sources)
         return
     cells.write_history(outputs["history"], history)
     write_json(outputs["record"], {
-        **record, **measured, **job.costs(), "status": "ok",
+        **record, **measured, **job.costs(), "status": "ok", "model_sha256": digest(outputs["model"]),
         "samples": len(splits["pretrain"]), "parameters": sum(value.numel() for value in model.network.parameters()),
         "image_tokens": model.image_tokens, "layers": len(model.layers), "seconds": time.perf_counter() - started})
     checkpoint.unlink(missing_ok=True)
@@ -120,6 +120,7 @@ def weights(spec: dict, base: str | Path | None, device: str):
 
     Raises:
         ValueError: `build` failed.
+        ChangedVictim: what it built was changed.
     """
     from cupel.vision_language import models
 
@@ -127,6 +128,9 @@ def weights(spec: dict, base: str | Path | None, device: str):
         made = read_json(Path(base).with_name("base.json"))
         if made.get("status", "ok") != "ok":
             raise ValueError(f"the model that it starts from failed: {made['reason']}")
+        if digest(base) != made["model_sha256"]:
+            raise cells.ChangedVictim(f"{base} is not the model that base.json beside it tells of: remove both and run the "
+                                      "same command again")
 
     entry, dtype = spec["weights"], dtype_of(spec)
     if "hub" in entry:
@@ -212,15 +216,15 @@ def train_victim(spec: dict, inputs: Inputs, outputs: dict, device: str) -> None
         model = None  # two of them need not fit on a device
         model = models.load(outputs["model"], dtype=dtype_of(spec), device=device)
         measured = measure(model, spec, inputs, outputs)
+        cells.write_history(outputs["history"], history)
+        write_json(outputs["metrics"], {
+            **record, **measured, **job.costs(), "status": "ok", "model_sha256": digest(outputs["model"]),
+            "rate_reached": made["count"] / made["total"], "poisoned": made["count"],
+            "train_samples": made["total"], "epochs": settings.epochs, "device": device,
+            "precision": settings.precision, "seconds": time.perf_counter() - started, "train_seconds": fitted})
     except Exception as error:
         cells.fail(error, {**record, "metrics": ["cp", "asr"]}, outputs)
         return
-    cells.write_history(outputs["history"], history)
-    write_json(outputs["metrics"], {
-        **record, **measured, **job.costs(), "status": "ok", "model_sha256": digest(outputs["model"]),
-        "rate_reached": made["count"] / made["total"], "poisoned": made["count"],
-        "train_samples": made["total"], "epochs": settings.epochs, "device": device,
-        "precision": settings.precision, "seconds": time.perf_counter() - started, "train_seconds": fitted})
     checkpoint.unlink(missing_ok=True)
 
 
@@ -228,7 +232,8 @@ def refit(spec: dict, defence: dict, inputs: Inputs, outputs: dict, device: str)
     """Fine-tune again on what a filter left, with the victim's own recipe, and measure the result.
 
     Where nothing was removed and fitting starts from the base, the result is the victim by definition (same weights, data,
-    order and draws): its measurements are taken over, and the record says `reused`.
+    order and draws): its measurements are taken over, and the record says `reused`
+    and `unchanged`.
 
     The defence says its filter, and `refit_from`, `base` or `poisoned` (bye SPEC 2.8). Inputs are those of `train_victim`,
     `victim`, `before`, and `flags`, the decision of the filter; outputs `history`, `clean`, `triggered`, `metrics`.
@@ -262,14 +267,14 @@ def refit(spec: dict, defence: dict, inputs: Inputs, outputs: dict, device: str)
                                    title=f"refit, {defence['name']}")
             seconds = time.perf_counter() - started
             measured = measure(model, spec, inputs, outputs)
+        cells.write_history(outputs["history"], history)
+        left = len(set(made["indices"]) - removed)
+        numbers = {"removed": len(removed), "left": left, "left_share": left / len(kept)}
+        write_json(outputs["metrics"], {
+            **record, **measured, **numbers, **job.costs(), "metrics": [*measured["metrics"], *numbers], "status": "ok",
+            "clean_samples": 0, "rate_reached": known["rate_reached"], "device": device, "reused": reused, "unchanged": reused,
+            "refit_from": defence["refit_from"], "seconds": seconds, "cp_before": known["cp"], "asr_before": known["asr"]})
     except Exception as error:
         cells.fail(error, {**record, "metrics": ["cp", "asr"]}, outputs)
         return
-    cells.write_history(outputs["history"], history)
-    left = len(set(made["indices"]) - removed)
-    numbers = {"removed": len(removed), "left": left, "left_share": left / len(kept)}
-    write_json(outputs["metrics"], {
-        **record, **measured, **numbers, **job.costs(), "metrics": [*measured["metrics"], *numbers], "status": "ok",
-        "clean_samples": 0, "rate_reached": known["rate_reached"], "device": device, "reused": reused,
-        "refit_from": defence["refit_from"], "seconds": seconds, "cp_before": known["cp"], "asr_before": known["asr"]})
     checkpoint.unlink(missing_ok=True)

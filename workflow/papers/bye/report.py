@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 from scipy.stats import entropy, norm
 
-from cupel.cells import read_tensors
+from cupel.cells import failure, read_tensors
 from cupel.files import read_json
 from cupel.reporting import figures, tables
 from cupel.reporting.figures import COLOURS, panels, plt
@@ -445,8 +445,12 @@ def trigger_sheet(folder: str | Path, paper: Paper, used: set[str], count: int =
     rows = [("clean", [*clean, np.full_like(clean[-1], 128)])]
     for name in sorted(names, key=lambda name: name not in used):
         entry = paper.facts["attacks"][name]
-        stamped = [triggers.stamp(entry["function"], picture, 0, samples[k]["id"], **entry["settings"])
-                   for k, picture in zip(chosen, clean, strict=True)]
+        try:
+            stamped = [triggers.stamp(entry["function"], picture, 0, samples[k]["id"], **entry["settings"])
+                       for k, picture in zip(chosen, clean, strict=True)]
+        except Exception as error:  # its victims are failed cells with that reason
+            print(f"{name} is left out: {failure(error)}")
+            continue
         difference, factor = figures.amplified(stamped[-1], clean[-1])
         rows.append((f"{paper.labels['attacks'][name]}{'' if name in used else ' (not run)'}\ndifference ×{factor}",
                      [*stamped, difference]))
