@@ -6,7 +6,7 @@ import pytest
 import torch
 import yaml
 
-from cupel.cells import failure
+from cupel.cells import ChangedVictim, failure
 from cupel.experiment import Grid
 from cupel.files import digest, read_json, write_json
 from cupel.robust import measure
@@ -141,7 +141,9 @@ def test_a_picture_defence_must_return_pictures(monkeypatch):
     ("bye", "recipes.micro_lora.settings.training", {"epochs": 1, "lr": 0}, "above 0"),
     ("crow", "defences.crow.settings.consistency", {"alpha": -1}, "at least 0"),
     ("crow", "defences.crow.settings.training", {"epochs": 0}, "at least 1"),
+    ("bye", "models.micro_llava", {"source": "own", "folder": "nowhere"}, "nowhere has no config.json"),
     ("crow", "scales.smoke.blocks.0.budgets", [], "at least one budget"),
+    ("crow", "recipes.crow.scales.smoke.evaluation.mt_bench", "nowhere.jsonl", "there is no file nowhere.jsonl"),
     ("proper_interpretability", "evaluations.sweep.settings.pgd", {"eps": [8]}, "at most 1"),
     ("proper_interpretability", "evaluations.sweep.settings.pgd", {"eps": ["300/255"]}, "above 1"),
     ("proper_interpretability", "evaluations.sweep.settings.pgd", {"eps": [0.1], "step_size": "0/255"}, "is not a number"),
@@ -266,3 +268,62 @@ def test_one_defence_of_a_language_model_that_fails_does_not_end_the_others(tmp_
     rows = language.purify(str(tmp_path / "model"), tmp_path / "clean.jsonl", tmp_path / "out", tokens=2, device="cpu",
                            settings={"crow": few, "finetune": few})
     assert all(row["finetune"].startswith("failed: RuntimeError: Tensors") and "failed" not in row["crow"] for row in rows)
+
+
+def test_a_base_model_that_was_changed_is_not_fine_tuned(tmp_path, shapes_data):
+    models.save(small_llava(), tmp_path / "base")
+    write_json(tmp_path / "base.json", {"status": "ok", "model_sha256": digest(tmp_path / "base")})
+    spec = plan("smoke").victim(CELL)
+    assert stages.weights(spec, tmp_path / "base", "cpu").layers
+    (tmp_path / "base" / "cupel.json").write_text("{}")
+    with pytest.raises(ChangedVictim, match="remove both and run"):
+        stages.weights(spec, tmp_path / "base", "cpu")
+
+
+def test_pictures_that_stay_as_they_are_say_so(tmp_path, shapes_data, monkeypatch):
+    looked_at(tmp_path, shapes_data)
+    record = read_json(tmp_path / "metrics.json")
+    write_json(tmp_path / "metrics.json", {**record, "rate_reached": 0.1, "cp": 0.5, "asr": 0.5})
+    inputs = Inputs(victim=tmp_path / "model", before=tmp_path / "metrics.json", data=shapes_data,
+                    triggered=tmp_path / "triggered")
+    for name, unchanged in (("idle", True), ("grey", False)):
+        if name == "idle":
+            monkeypatch.setitem(purification.picture_defence, name, lambda images, generator: images)
+        out = {"history": tmp_path / name / "h.csv", "clean": tmp_path / name / "c.parquet",
+               "triggered": tmp_path / name / "t.parquet", "metrics": tmp_path / name / "metrics.json"}
+        (tmp_path / name).mkdir()
+        purification.purify_pictures(plan("smoke").victim(CELL), {"name": name, "function": name, "settings": {},
+                                                                  "budget": {"name": ""}}, inputs, out, "cpu")
+        assert read_json(out["metrics"])["unchanged"] is unchanged
+
+
+def test_parameters_of_filters_and_evaluations_stand_in_their_rows(tmp_path):
+    rows = filter_all(make_chain(tmp_path)["0.1"], (2.0,), {"bye": {"function": "bye", "settings": {"tau": 1.5}}})["rows"]
+    assert {row["defence_parameters"] for row in rows if row["variant"] == ""} == {'{"tau": 1.5}'}
+    spec = {"dataset": "mnist", "model": "small", "recipe": "r", "method": "adv", "seed": 0, "parameters": {},
+            "settings": {"inner": {"eps": 0.1}}}
+    write_json(tmp_path / "before.json", {"status": "failed", "reason": "r"})
+    measure.attack_network(spec, {"pgd": {"eps": [0.1]}}, measure.Network("", "", str(tmp_path / "before.json")),
+                           {"arrays": tmp_path / "a.npz", "metrics": tmp_path / "m.json"}, "cpu")
+    assert read_json(tmp_path / "m.json")["attack_parameters"] == '{"pgd": {"eps": [0.1]}}'
+
+
+def test_a_reference_that_failed_fails_the_defence_and_not_the_job(tmp_path):
+    from cupel.text import stages as text
+
+    for name in ("victim", "reference"):
+        (tmp_path / name / "model").mkdir(parents=True)
+        write_json(tmp_path / name / "metrics.json", {"status": "ok", "model_sha256": digest(tmp_path / name / "model"),
+                                                      "reason": "Diverged"})
+    write_json(tmp_path / "reference" / "metrics.json", {"status": "failed", "reason": "Diverged"})
+    data = {part: tmp_path / f"{part}.jsonl" for part in text.PARTS}
+    for path in (*data.values(), tmp_path / "manifest.json"):
+        path.write_text("")
+    outputs = {name: tmp_path / "out" / name for name in ("model", "answers")} | {
+        name: tmp_path / "out" / f"{name}.csv" for name in ("history", "layers")} | {"metrics": tmp_path / "out" / "m.json"}
+    spec = {"dataset": "refusal", "model": "tiny", "recipe": "r", "attack": {"name": "vpi"}, "poison_rate": 0.5, "seed": 0,
+            "settings": {"training": {"precision": "fp32"}, "evaluation": {"precision": "fp32"}}}
+    defence = {"name": "cleangen", "function": "cleangen", "settings": {}, "budget": {"name": "few", "size": 2}}
+    text.purify(spec, defence, text.Files(tmp_path, data, outputs, tmp_path / "victim" / "model", tmp_path / "victim" /
+                                          "metrics.json", tmp_path / "reference" / "model"), "cpu")
+    assert "compares with failed: Diverged" in read_json(outputs["metrics"])["reason"]
