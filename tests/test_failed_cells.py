@@ -327,3 +327,15 @@ def test_a_reference_that_failed_fails_the_defence_and_not_the_job(tmp_path):
     text.purify(spec, defence, text.Files(tmp_path, data, outputs, tmp_path / "victim" / "model", tmp_path / "victim" /
                                           "metrics.json", tmp_path / "reference" / "model"), "cpu")
     assert "compares with failed: Diverged" in read_json(outputs["metrics"])["reason"]
+
+
+def test_the_table_of_data_tells_of_a_model_that_could_not_be_built(tmp_path, shapes_data):
+    from types import SimpleNamespace
+
+    from cupel.reporting.paper import load, read_reported
+
+    write_json(tmp_path / "base.json", {"dataset": "shapes_tiny", "model": "micro_llava", "status": "failed", "reason": "r"})
+    paper = SimpleNamespace(files={"bases": [tmp_path / "base.json"]}, facts={"datasets": {"shapes_tiny": shapes_data}},
+                            reported=read_reported([]))
+    table = load(PAPERS / "bye" / "report.py").data_table(paper, SimpleNamespace(settings=[]))
+    assert table.loc["shapes_tiny", "micro_llava: weights"] == "failed"

@@ -283,8 +283,9 @@ def data_table(paper: Paper, numbers: Numbers) -> pd.DataFrame:
         row["poisoned"] = ", ".join(str(int(rate * counts["train"] + 1e-9)) for rate in sorted(rates))
         row["pretraining"] = str(counts.get("pretrain", ""))
         for base in (base for base in bases if base["dataset"] == name):
-            row |= {f"{base['model']}: weights": f"{base['parameters']:,}",
-                    f"{base['model']}: CP before fine-tuning": f"{100 * base['cp']:.1f}"}
+            built = base["status"] == "ok"
+            row |= {f"{base['model']}: weights": f"{base['parameters']:,}" if built else "failed",
+                    f"{base['model']}: CP before fine-tuning": f"{100 * base['cp']:.1f}" if built else "failed"}
     return frame(rows)
 
 
