@@ -275,7 +275,8 @@ def multimodal_report(folder):
         cells.append(multimodal_cell(looked / defence, chain["0.1"]["spec"], "purified", defence, cp=(0.79, 40),
                                      asr=(asr, 40), left=(left, 1)))
     cells.append({**cells[-1], "defence": "downsample", "folder": str(looked / "downsample")})
-    write_json(folder / "base.json", {"dataset": "shapes_tiny", "model": "micro_llava", "parameters": 12345, "cp": 0.7})
+    write_json(folder / "base.json", {"dataset": "shapes_tiny", "model": "micro_llava", "parameters": 12345, "cp": 0.7,
+                                      "status": "ok"})
     return made("bye", "bench", cells, folder / "out", files={"bases": [str(folder / "base.json")]},
                 **multimodal_parts(folder / "data"))
 

@@ -105,8 +105,8 @@ def test_tests_in_words():
         "asr of A (defence ft) minus asr of B (defence fst or ims) is above 10 points, in the mean over settings, among cells "
         "with poison rate at most 2 %, variant none.")
     less = {"over": "every", "metric": "f1", "a": {"attack": "sig"}, "constant": 0.2, "direction": "less", "gated": False}
-    assert evidence.in_words(less) == ("20 % minus f1 of A (attack sig) is above 0 points, in every setting. Victims without a "
-                                       "working backdoor count, too.")
+    assert evidence.in_words(less) == ("20 % minus f1 of A (attack sig) is above 0 points, in every setting. Victims that "
+                                       "are not valid count, too.")
 
 
 def test_a_defence_has_one_colour_everywhere():

@@ -117,10 +117,15 @@ def test_findings_are_five_lines_a_paper(tmp_path):
     pd.DataFrame(rows[1:2]).to_csv(tmp_path / "none.csv", index=False)
     assert summary([("ims", "Another", tmp_path / "none.csv")]) == "ims: Another. 1 claim: 1 not judged"
     pd.DataFrame(rows).to_csv(tmp_path / "claims.csv", index=False)
-    cells = pd.DataFrame({"path": ["x", "x", "y"], "status": ["failed", "failed", "ok"], "reason": ["Diverged: at 3"] * 3})
+    cells = pd.DataFrame({"path": ["x", "x", "y"], "status": ["failed", "failed", "ok"], "reason": ["Diverged: at 3"] * 3,
+                          "paper": "fst", "stage": "victim", "valid": [True, True, False]})
     cells.to_parquet(tmp_path / "cells.parquet")
-    text = summary([("fst", "A paper", tmp_path / "claims.csv")], tmp_path / "cells.parquet")
-    assert text.endswith("1 cell failed, shown in the report:\n  x: Diverged: at 3")
+    asked = [{"paper": "fst", "folder": folder} for folder in "xyz"]
+    found = [summary([("fst", "A paper", tmp_path / "claims.csv")], tmp_path / "cells.parquet", asked[:k]) for k in (1, 2, 3)]
+    assert found[1].endswith("1 cell failed, shown in the report:\n  x: Diverged: at 3\n1 victim below ASR or ACC of the gate: "
+                             "no valid victim, so no merit of a defence:\n  y")
+    assert "1 are in it and not asked for, first y (paper fst)" in found[0]
+    assert "1 are asked for and not in it, first z (paper fst)" in found[2]
 
 
 @pytest.mark.parametrize(("words", "sentence"), [

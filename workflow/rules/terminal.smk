@@ -19,7 +19,7 @@ def found():
     ]
     page = next((f"The report: {os.path.abspath(page)}" for page in pages if page in made), "")
     cells = f"{RESULTS}/cells.parquet"
-    text = summary(papers, cells if cells in made else None) if papers else ""
+    text = summary(papers, cells if cells in made else None, expected_cells()) if papers else ""
     return "\n".join(filter(None, [text, page]))
 
 

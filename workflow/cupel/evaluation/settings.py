@@ -14,9 +14,11 @@ VICTIM = ["dataset", "model", "recipe", "attack", "attack_variant", "poison_rate
 SETTING = [*VICTIM, "budget"]
 #: a victim with less of one of these has no backdoor to remove, or is no classifier; what was not measured says nothing
 GATE = {"asr": 0.8, "acc": 0.2}
+#: what readers are told of its cells. Their numbers are numbers, so their status is ok; they are in no mean and no verdict
+NO_VICTIM = "no valid victim"
 
 
-def validity(cells: pd.DataFrame, gate: Mapping[str, float] = GATE) -> pd.DataFrame:
+def validity(cells: pd.DataFrame, gate: Mapping[str, float] | None = None) -> pd.DataFrame:
     """The tidy table with three columns more.
 
     `implanted`: the row's victim was trained and reaches `gate`; True where no victim of its setting and seed is known.
@@ -25,8 +27,9 @@ def validity(cells: pd.DataFrame, gate: Mapping[str, float] = GATE) -> pd.DataFr
 
     Args:
         cells: the tidy table (`cupel.reporting.tables.gather`).
-        gate: lowest value by metric, fractions.
+        gate: lowest value by metric, fractions; None: as the table says in `valid`, by the gate of each paper, else `GATE`.
     """
+    known, gate = gate is None and "valid" in cells, gate or GATE
     keys = [*VICTIM, "seed"]
     rows = cells[cells.metric.isin([*gate, "acc"])]
     victims = rows[rows.stage == "victim"].assign(
@@ -38,5 +41,5 @@ def validity(cells: pd.DataFrame, gate: Mapping[str, float] = GATE) -> pd.DataFr
     destroyed = set(after.path[after.value < KEPT * after.acc_victim.astype(float)])
     below = cells[keys].merge(found, how="left", on=keys).below.to_numpy()
     unchanged = cells.unchanged == True if "unchanged" in cells else False  # noqa: E712 (NaN: a failed cell)
-    return cells.assign(implanted=below != True, destroyed=cells.path.isin(destroyed),  # noqa: E712 (NaN: no victim is known)
-                        unchanged=unchanged)
+    implanted = cells.valid if known else below != True  # noqa: E712 (NaN: no victim is known)
+    return cells.assign(implanted=implanted, destroyed=cells.path.isin(destroyed), unchanged=unchanged)

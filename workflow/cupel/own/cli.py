@@ -171,7 +171,7 @@ def main(arguments: list[str] | None = None) -> int:
                 print(f"{name:12} {(function.__doc__ or '').strip().splitlines()[0]}")
         else:
             parser().print_help()
-    except (ValueError, OSError, ModelUnavailable) as error:
+    except (ValueError, OSError, ImportError, ModelUnavailable) as error:
         print(f"cupel: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

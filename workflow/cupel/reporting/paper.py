@@ -27,7 +27,7 @@ class Paper:
         cells: its rows of the tidy table (`cupel.reporting.tables.gather`).
         labels: names for people by section of experiment.yaml (`defences`, `attacks`, ...), in the order of the file.
         facts: what else experiment.yaml says and a report needs, by family.
-        reported: the paper's own numbers, all rows of `reported/*.csv`; no columns where there is no such file.
+        reported: the paper's own numbers, all rows of `reported/*.csv`.
         files: paths by kind, of what is read beside the table.
         out: folder `results/<scale>/papers/<key>`.
         registry: names for people of all defences of the family, by which each has its colour; in the order of the files.
@@ -78,8 +78,9 @@ def about(cells: pd.DataFrame, scale: str) -> str:
 
 
 def read_reported(paths: list[str]) -> pd.DataFrame:
-    """The rows of all files of published numbers."""
-    return pd.concat(map(pd.read_csv, paths), ignore_index=True) if paths else pd.DataFrame()
+    """The rows of all files of published numbers; none, with the columns that reports look at, without a file."""
+    none = pd.DataFrame(columns=["table", "dataset", "model", "attack", "poison_rate", "defence", "metric", "value", "source"])
+    return pd.concat(map(pd.read_csv, paths), ignore_index=True) if paths else none
 
 
 def load(file: str | Path) -> ModuleType:

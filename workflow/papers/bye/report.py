@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 from scipy.stats import entropy, norm
 
-from cupel.cells import read_tensors
+from cupel.cells import failure, read_tensors
 from cupel.files import read_json
 from cupel.reporting import figures, tables
 from cupel.reporting.figures import COLOURS, panels, plt
@@ -283,8 +283,9 @@ def data_table(paper: Paper, numbers: Numbers) -> pd.DataFrame:
         row["poisoned"] = ", ".join(str(int(rate * counts["train"] + 1e-9)) for rate in sorted(rates))
         row["pretraining"] = str(counts.get("pretrain", ""))
         for base in (base for base in bases if base["dataset"] == name):
-            row |= {f"{base['model']}: weights": f"{base['parameters']:,}",
-                    f"{base['model']}: CP before fine-tuning": f"{100 * base['cp']:.1f}"}
+            built = base["status"] == "ok"
+            row |= {f"{base['model']}: weights": f"{base['parameters']:,}" if built else "failed",
+                    f"{base['model']}: CP before fine-tuning": f"{100 * base['cp']:.1f}" if built else "failed"}
     return frame(rows)
 
 
@@ -445,8 +446,12 @@ def trigger_sheet(folder: str | Path, paper: Paper, used: set[str], count: int =
     rows, changes = [("clean", [*clean, np.full_like(clean[-1], 128)])], []
     for name in sorted(names, key=lambda name: name not in used):
         entry = paper.facts["attacks"][name]
-        stamped = [triggers.stamp(entry["function"], picture, 0, samples[k]["id"], **entry["settings"])
-                   for k, picture in zip(chosen, clean, strict=True)]
+        try:
+            stamped = [triggers.stamp(entry["function"], picture, 0, samples[k]["id"], **entry["settings"])
+                       for k, picture in zip(chosen, clean, strict=True)]
+        except Exception as error:  # its victims are failed cells with that reason
+            print(f"{name} is left out: {failure(error)}")
+            continue
         difference, factor = figures.amplified(stamped[-1], clean[-1])
         changed = stamped[-1].astype(int) - clean[-1]
         changes.append({"trigger": name, "run": name in used, "amplified": factor, "largest_change": np.abs(changed).max(),
