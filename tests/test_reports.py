@@ -448,10 +448,10 @@ def test_the_reach_of_the_inner_step(tmp_path):
     report = load(report_file("ims"))
     assert report.reach_of({}) == pytest.approx(0.02) and report.reach_of({"lr_perturb": 0.03}) == pytest.approx(0.6)
     key = read_yaml(PAPERS / "ims_inner_step" / "experiment.yaml")["report"]
-    cells = image_cells("ims_inner_step", "demo", tmp_path / "cells")
-    facts = Grid(["ims_inner_step"], "demo").families["images"].facts("ims_inner_step", Paths("results", "demo", "data"))
+    cells = image_cells("ims_inner_step", "desk", tmp_path / "cells")
+    facts = Grid(["ims_inner_step"], "desk").families["images"].facts("ims_inner_step", Paths("results", "desk", "data"))
     found = gather(cells)
-    paper = Paper("ims_inner_step", "T", "demo", found, {"defences": {}}, facts, pd.DataFrame(), {}, tmp_path / "out")
+    paper = Paper("ims_inner_step", "T", "desk", found, {"defences": {}}, facts, pd.DataFrame(), {}, tmp_path / "out")
     write_report(paper, report_file(key))
     assert "reach_cifar10_resnet18_fst_spc2" in paper.captions
     assert report.flip_rate(found.path[found.status == "ok"].iloc[0]) == pytest.approx(0.2)

@@ -132,7 +132,7 @@ def test_findings_are_five_lines_a_paper(tmp_path):
     (["crw"], "unknown target 'crw': known are .*did you mean 'crow'"),
     (["--config", "scale=bench", "fst"], "'fst' is none. .* stands after two dashes: --config scale=bench -- fst"),
     (["--config", "scale=paper", "--", "ims_inner_step"], "ims_inner_step has no scale 'paper'; it has smoke, "),
-    (["ims_inner_step"], "rule ims_inner_step:")])
+    (["--config", "scale=smoke", "--", "ims_inner_step"], "rule ims_inner_step:")])
 def test_papers_are_asked_for_by_name(words, sentence):
     command = [sys.executable, "-m", "snakemake", "--cores", "1", "-n", *words]
     run = subprocess.run(command, capture_output=True, text=True, cwd=REPOSITORY, check=False)
