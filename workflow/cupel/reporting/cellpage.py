@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from cupel.evaluation.settings import validity
+from cupel.evaluation.settings import NO_VICTIM, validity
 from cupel.experiment import overlaid
 from cupel.files import read_json
 from cupel.reporting.index import command
@@ -25,7 +25,7 @@ FACTS = {"seconds": "seconds", "peak_memory_mb": "peak memory, MB", "peak_vram_m
 #: what a state means
 STATES = {"destroyed": "less than two thirds of the victim's ACC are left",
           "unchanged": "the victim to the bit, which is what the defence made of it",
-          "victim without a backdoor": "ASR below 80 %, or ACC below 20 %: in no mean, and no defence's merit"}
+          NO_VICTIM: "ASR below 80 % or ACC below 20 %, or below the paper's own gate: in no mean, and no defence's merit"}
 
 
 def known(value):
@@ -138,7 +138,7 @@ def write_cells(cells: pd.DataFrame, expected: Iterable[Mapping], run: Mapping, 
         metrics = [[" ".join(filter(None, [*(_variant(row, kind) for kind in wide), row.metric])), known(row.value),
                     known(row.low), known(row.high), int(row.n)] for row in part.itertuples()]
         state = ("failed" if first.status != "ok" else "destroyed" if first.destroyed else
-                 "victim without a backdoor" if not first.implanted else "unchanged" if first.unchanged else "ok")
+                 NO_VICTIM if not first.implanted else "unchanged" if first.unchanged else "ok")
         picture = (Path(run["sheets"][first.dataset]).with_suffix("") / f"{names['attack']}.png"
                    if first.dataset in run["sheets"] else Path())
         target = f"{path}/metrics.json"
