@@ -648,6 +648,29 @@ def test_released_networks_make_a_table(tmp_path):
     assert (tmp_path / "ata.png").stat().st_size > 1000 and "not numbers of the paper" in (tmp_path / "table.md").read_text()
 
 
+def test_claims_are_judged_on_released_networks_beside_ours(tmp_path):
+    """The authors' networks have one training each: indicated at most; what is not there is not judged."""
+    for method, accuracy in (("normal", 0.0), ("adv", 0.9), ("int", 0.8)):
+        rows = [measured("pgd", "", accuracy, "ata_train"), measured("pgd", "", accuracy / 2, "ata_beyond"),
+                measured("least_eps", "", 1.2, "bound_ratio", 0)]
+        write_json(tmp_path / f"{method}.json", {"rows": rows})
+    records, content = {m: tmp_path / f"{m}.json" for m in ("normal", "adv", "int")}, read_yaml(PAPERS / PI / "claims.yaml")
+    report, file = load(report_file(PI)), tmp_path / "claims.csv"
+    report.judge_released(content, records, file, "desk")
+    grid = pd.read_csv(file, index_col=0)
+    released, ours = grid.columns[1:]
+    assert "released weights" in released and "trained here (scale desk)" in ours and set(grid[ours]) == {"not run"}
+    assert grid[released]["robust-without-adversarial-loss"].startswith("indicated for: +0.800 (")
+    assert grid[released]["int-better-beyond-training-eps"].startswith("open: -0.050 (")
+    assert grid[released]["bound-is-tight"].startswith("indicated for: +0.300 (")
+    assert grid[released]["unforeseen-attacks"] == grid[released]["one-class-is-not-enough"] == "not judged"
+    mine = pd.DataFrame({"claim": ["bound-is-tight"], "verdict": ["supported"], "direction": ["for"], "effect": [0.25],
+                         "low": [0.2], "high": [0.3]})
+    mine.to_csv(tmp_path / "ours.csv", index=False)
+    report.judge_released(content, records, file, "desk", [tmp_path / "ours.csv"])
+    assert pd.read_csv(file, index_col=0)[ours]["bound-is-tight"] == "supported: +0.250 (+0.200 to +0.300)"
+
+
 # ------------------------------------------------------------------------------------------------------------------- BYE
 
 
