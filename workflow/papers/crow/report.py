@@ -93,8 +93,8 @@ def draw(paper: Paper) -> None:
                     f"CROW over {column} (Table {number}); rates in percent. {scale}", "setting")
     table = with_texts(rate_table(pool, records))
     names = [f"{row.setting}: {row.line}, rate {row.lr:g}, {row.updates} updates" for row in table.itertuples()]
-    paper.table("rates", spread(table.assign(row=names), "row", "metric"), "The loss or the rate: CROW and fine-tuning by learning "
-                f"rate, at equal updates of equal items; rates in percent. {scale}", "defence")
+    paper.table("rates", spread(table.assign(row=names), "row", "metric"), "The loss or the rate: CROW and fine-tuning by "
+                f"learning rate, at equal updates of equal items; ASR in percent. {scale}", "defence")
     paper.table("tuning", tuning_table(records), "Tuning defences: settings, losses at the first and last update, and cost "
                 f"(RQ4). {scale}", "cell")
     sources = {name: {"name": made.get("name", ""), "source": made["source"]["kind"],

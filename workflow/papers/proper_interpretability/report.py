@@ -369,8 +369,8 @@ def judge_released(claims: dict, records: dict[str, str], table: str | Path, sca
     said = {"released weights (MNIST Small, one network a method)": released, f"trained here (scale {scale})": here}
     found = {heading: verdicts.set_index("claim").apply(verdict_text, axis=1) for heading, verdicts in said.items()}
     grid = pd.DataFrame({"statement": released.set_index("claim").statement, **found})
-    tables.write_table(grid.fillna("not run"), table, "The claims, judged on the networks that the authors released and on those "
-                       "trained here.", index="claim")
+    tables.write_table(grid.fillna("not run"), table, "The claims, judged on the networks that the authors released and on "
+                       "those trained here.", index="claim")
 
 
 def verdict_text(row) -> str:
