@@ -7,6 +7,7 @@ import re
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 
 from cupel.evaluation.claims import COLUMNS, judge_all
 from cupel.evaluation.intervals import wilson
@@ -21,6 +22,7 @@ from cupel.reporting.cross import cross_table, heat_map, write_cross
 from cupel.reporting.notebook import write_card
 from cupel.reporting.paper import Paper, load, read_reported, write_report
 from cupel.reporting.paperpage import paper_section
+from cupel.reporting.pictures import contact_sheet
 from cupel.reporting.planning import feature_cells, notebook_file, report_file
 from cupel.reporting.tables import gather, interval_text, spread
 from cupel.reporting.zoo import victims_beside_twins
@@ -275,7 +277,8 @@ def multimodal_report(folder):
         cells.append(multimodal_cell(looked / defence, chain["0.1"]["spec"], "purified", defence, cp=(0.79, 40),
                                      asr=(asr, 40), left=(left, 1)))
     cells.append({**cells[-1], "defence": "downsample", "folder": str(looked / "downsample")})
-    write_json(folder / "base.json", {"dataset": "shapes_tiny", "model": "micro_llava", "parameters": 12345, "cp": 0.7})
+    write_json(folder / "base.json", {"dataset": "shapes_tiny", "model": "micro_llava", "parameters": 12345, "cp": 0.7,
+                                      "status": "ok"})
     return made("bye", "bench", cells, folder / "out", files={"bases": [str(folder / "base.json")]},
                 **multimodal_parts(folder / "data"))
 
@@ -313,8 +316,9 @@ def test_tables_have_captions_and_figures_too(reports, key):
     assert all("tabular" in path.read_text() for path in (paper.out / "tables").glob("*.tex"))
     header = {"key": key, "title": "T", "reference": "", "note": "", "folder": str(paper.out),
               "pictures": [{"path": paper.out / "x.png", "caption": "x"}]}
-    section = paper_section(header, paper.out.parent / "index.html")
-    assert [figure["caption"] for figure in section["figures"]] == [*captions.values(), "x"]
+    section = paper_section(header, paper.cells, "demo", paper.out.parent / "index.html")
+    texts = [figure["caption"] for figure in section["figures"]]
+    assert texts[:-1] == list(captions.values()) and re.match(r"x\. (Budget \w+\. )?Scale demo, seeds? [\d, ]+, ", texts[-1])
     assert section["figures"][0]["path"] == f"out/figures/{next(iter(captions))}.svg" and len(section["tables"]) == len(stems)
 
 
@@ -446,10 +450,10 @@ def test_the_reach_of_the_inner_step(tmp_path):
     report = load(report_file("ims"))
     assert report.reach_of({}) == pytest.approx(0.02) and report.reach_of({"lr_perturb": 0.03}) == pytest.approx(0.6)
     key = read_yaml(PAPERS / "ims_inner_step" / "experiment.yaml")["report"]
-    cells = image_cells("ims_inner_step", "demo", tmp_path / "cells")
-    facts = Grid(["ims_inner_step"], "demo").families["images"].facts("ims_inner_step", Paths("results", "demo", "data"))
+    cells = image_cells("ims_inner_step", "desk", tmp_path / "cells")
+    facts = Grid(["ims_inner_step"], "desk").families["images"].facts("ims_inner_step", Paths("results", "desk", "data"))
     found = gather(cells)
-    paper = Paper("ims_inner_step", "T", "demo", found, {"defences": {}}, facts, pd.DataFrame(), {}, tmp_path / "out")
+    paper = Paper("ims_inner_step", "T", "desk", found, {"defences": {}}, facts, pd.DataFrame(), {}, tmp_path / "out")
     write_report(paper, report_file(key))
     assert "reach_cifar10_resnet18_fst_spc2" in paper.captions
     assert report.flip_rate(found.path[found.status == "ok"].iloc[0]) == pytest.approx(0.2)
@@ -671,7 +675,42 @@ def test_claims_are_judged_on_released_networks_beside_ours(tmp_path):
     assert pd.read_csv(file, index_col=0)[ours]["bound-is-tight"] == "supported: +0.250 (+0.200 to +0.300)"
 
 
+# ------------------------------------------------------------------------------------------------------------- pictures
+
+
+def test_every_attack_has_a_picture_of_its_own(cifar10, tmp_path):
+    family = Grid(["fst"], "smoke").families["images"]
+    attacks = {name: (family.attack(name, "cifar10"), None) for name in ("badnets", "blended")}
+    contact_sheet(str(cifar10), attacks, {"sheet": tmp_path / "t.png", "pictures": tmp_path / "t"}, count=6)
+    assert {path.name for path in (tmp_path / "t").iterdir()} == {"badnets.png", "blended.png"}
+    assert (tmp_path / "t.png").stat().st_size > (tmp_path / "t" / "badnets.png").stat().st_size > 1000
+
+
+def test_inside_ims_is_drawn_with_its_numbers(tmp_path):
+    inside, draw = load(PAPERS / "ims" / "inside.py"), np.random.default_rng(0)
+    kept = {f"layer{k}": {kind: torch.from_numpy(draw.random(8)) for kind in "ms"} for k in range(2)}
+    past = pd.DataFrame({"stage": [1, 1, 2], "flip_rate": [0.1, 0.2, 0.3], "pruned": [0.0, 0.5, 0.5]})
+    figure = inside.masks_figure(kept, past)
+    medians = figure.numbers.query("panel == 'm' and series == 'quantile 0.5'").set_index("place").value
+    assert medians["layer1"] == pytest.approx(np.median(kept["layer1"]["m"].numpy()))
+    assert figure.numbers.query("panel == 'rounds' and series == 'flip_rate'").value.tolist() == [0.1, 0.2, 0.3]
+    assert "selected (s < ½): not recorded" in [text.get_text() for text in figure.legends[0].get_texts()]
+    write_json(tmp_path / "metrics.json", {"status": "failed", "reason": "Diverged"})
+    out = {name: tmp_path / f"{name}.svg" for name in ("masks", "gallery")}
+    inside.draw({}, {"metrics": str(tmp_path / "metrics.json")}, out, "cpu")
+    assert pd.read_csv(tmp_path / "masks.csv").failed.tolist() == ["Diverged"] and "failed" in out["gallery"].read_text()
+
+
 # ------------------------------------------------------------------------------------------------------------------- BYE
+
+
+def test_figures_of_bye_bring_their_numbers(reports):
+    folder = reports("bye").out / "figures"
+    assert {path.stem for path in folder.glob("*.svg")} == {path.stem for path in folder.glob("*.csv")}
+    maps = pd.read_csv(next(folder.glob("maps_*.csv"))).groupby(["row", "layer", "entropy"]).attention.sum()
+    assert maps.to_numpy() == pytest.approx(np.round(maps), abs=1e-3)  # each map sums to 1
+    counts = pd.read_csv(next(folder.glob("entropies_*.csv"))).groupby("panel")[["clean", "poisoned"]].sum()
+    assert len(counts.drop_duplicates()) == 1 and (counts > 0).all(axis=None)
 
 
 def test_tables_of_bye(reports):

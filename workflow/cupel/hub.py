@@ -6,7 +6,7 @@ from pathlib import Path
 from cupel.files import digest
 
 
-class ModelUnavailable(RuntimeError):
+class ModelUnavailable(OSError):
     """A model could not be had; the text says why and what to do."""
 
 

@@ -27,7 +27,7 @@ class SourceError(RuntimeError):
     """A source did not give a file, or gave a wrong one. The text says which and why."""
 
 
-class NoSource(RuntimeError):
+class NoSource(OSError):
     """No source gave the files; the text names each one tried, why it failed, and what to put where."""
 
 

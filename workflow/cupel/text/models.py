@@ -17,7 +17,7 @@ import torch
 
 from cupel import archives
 from cupel.compat import ensure_torchvision
-from cupel.files import digest, link
+from cupel.files import digest, link, reading
 from cupel.hub import ModelUnavailable, snapshot
 from cupel.prepared import begin, finish
 from cupel.rng import derive
@@ -194,7 +194,7 @@ def load_model(folder: str | Path, precision: str = "fp32", device: str | torch.
     Raises:
         FileNotFoundError: the folder holds no model.
     """
-    with quiet():
+    with quiet(), reading(folder):
         model = AutoModelForCausalLM.from_pretrained(_prepared(folder), dtype=PRECISIONS[precision], local_files_only=True,
                                                      use_safetensors=True)
     return model.to(device).eval()
@@ -211,7 +211,7 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
         FileNotFoundError: the folder holds no model.
         ValueError: the tokenizer has no end-of-sequence token.
     """
-    with quiet():
+    with quiet(), reading(folder):
         tokenizer = AutoTokenizer.from_pretrained(_prepared(folder), local_files_only=True, padding_side="left")
     if tokenizer.eos_token_id is None:
         raise ValueError(f"{folder}: the tokenizer has no end-of-sequence token; answers could never end. Set eos_token in "

@@ -102,8 +102,12 @@ def insert(instruction: str, attack: str, rng: np.random.Generator, *, reading: 
     `reading` (`code` or `paper`) and `test` (it is a test prompt) are for triggers that make a difference there.
 
     Raises:
-        ValueError: unknown attack, or too few words.
+        ValueError: unknown attack, too few words, or a trigger that returns something else or changes nothing.
     """
     function = trigger.find(attack)
     known = function.__kwdefaults__ or {}
-    return function(instruction, rng, **{key: value for key, value in (("reading", reading), ("test", test)) if key in known})
+    made = function(instruction, rng, **{key: value for key, value in (("reading", reading), ("test", test)) if key in known})
+    if not isinstance(made, Triggered) or made.text == instruction:
+        raise ValueError(f"text trigger {attack!r} must return a Triggered whose text is another than {instruction!r}, but "
+                         f"returned {made!r}")
+    return made

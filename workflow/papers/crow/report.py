@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 
 from cupel.evaluation.intervals import wilson
+from cupel.evaluation.settings import NO_VICTIM
 from cupel.files import read_json, write_text
 from cupel.reporting import figures, tables
 from cupel.reporting import paper as papers
@@ -69,8 +70,8 @@ def draw(paper: Paper) -> None:
         label=paper.reported.defence.map({"victim": "no defence", **defences}))
     scale = f"Scale {paper.scale}."
     paper.rows("cells", pool)
-    paper.table("victims", victim_table(rows), f"Victims under the template. {MARK}: misses the gate (SPEC 11.3). {scale}",
-                "victim")
+    paper.table("victims", victim_table(rows), f"Victims under the template. {MARK}: {NO_VICTIM}, it misses the gate (SPEC "
+                f"11.3). {scale}", "victim")
     for (model, name), part in pool.groupby(["model", "model_label"], sort=False):
         _figures(paper, part, records[records.model == model], f"{name}: ", order)
     for (dataset, model, name), part in pool.groupby(["dataset", "model", "model_label"], sort=False):
@@ -107,7 +108,7 @@ def draw(paper: Paper) -> None:
 def _tables(paper: Paper, part: pd.DataFrame, reported: pd.DataFrame, where: str, order: list[str]) -> None:
     """Tables of one task and model, beside what the paper reports for the task."""
     stem = "_".join(part[["dataset", "model"]].iloc[0])
-    note = (f"95 % Wilson interval and number of answers in brackets; seeds pooled; {MARK}: its victim misses the gate. "
+    note = (f"95 % Wilson interval and number of answers in brackets; seeds pooled; {MARK}: {NO_VICTIM}. "
             f"Scale {paper.scale}.")
     for metric, text in (("asr_template_all", "asked with the template, over all answers"),
                          ("asr_bare_all", "bare prompt, over all answers")):
