@@ -100,10 +100,10 @@ def image_report(key, scale, folder):
 
 
 ASR = {"": 1.0, "finetune": 0.8, "crow": 0.1, "crow~code": 0.6, "crow~zero": 0.5, "crow~wiped": 0.3, "crow~alpha1": 0.4,
-       "crow~alpha3": 0.2, "cleangen": 0.0}
+       "crow~alpha3": 0.2, "cleangen": 0.0, "crow~lr5e3": 0.05, "finetune~lr5e3": 0.2}
 LANGUAGE = {"defences": {"finetune": "Fine-tuning", "crow": "CROW", "crow~code": "CROW as released", "crow~zero": "CROW zero",
                          "crow~wiped": "CROW wiped", "crow~alpha1": "CROW, alpha 1", "crow~alpha3": "CROW, alpha 3",
-                         "cleangen": "CleanGen"},
+                         "cleangen": "CleanGen", "crow~lr5e3": "CROW, 5e-3", "finetune~lr5e3": "Fine-tuning, 5e-3"},
             "attacks": {"badnets": "BadNets", "vpi": "VPI"}, "models": {"small": "Small", "llama2_7b_chat": "Llama-2-7B-Chat"}}
 
 
@@ -124,9 +124,11 @@ def language_cell(folder, method, attack, seed, failed=False, false=0.0):
     for name in metrics:
         if name.startswith(("asr", "false", "empty")):
             record |= rate(record[name], 20 if name == "asr_bare" else 40, name)
+    if defence in ("", "crow", "finetune"):
+        record |= {"lr": 5e-3 if variant == "lr5e3" else {"": 1e-3, "crow": 1e-3, "finetune": 2e-4}[defence]}
     if defence == "crow":
         record |= {"alpha": {"alpha1": 1.0, "alpha3": 3.0}.get(variant, 5.5), "epsilon": 0.1, "epsilon_relative": 0.8,
-                   "lr": 1e-3, "perturbation": "zero" if variant in ("code", "zero") else "real",
+                   "perturbation": "zero" if variant in ("code", "zero") else "real",
                    "accumulated": "wiped" if variant in ("code", "wiped") else "kept", "pairs": "paper", "distance": "cosine",
                    "padding": "masked", "term": "layers"}
     if failed:
@@ -541,9 +543,25 @@ def test_tables_of_crow(reports):
     assert table(paper, "tuning").iloc[0]["L_LM"] == "2.5 → 2"
     said = "100 items (40 of them cut; 3 more left out)"
     assert table(paper, "tuning").iloc[0]["items"] == said and said in table(paper, "victims").iloc[0]["training"]
+    # a defence moves the model by rate times updates; that of the fabricated victim is 20 at 1e-3
+    dose = table(paper, "tuning")["rate × updates, share of the victim's"]
+    assert {label.rpartition(": ")[2]: value for label, value in dose[dose != ""].items()} == {
+        "CROW": "1.00", "CROW as released": "1.00", "CROW zero": "1.00", "CROW wiped": "1.00", "CROW, alpha 1": "1.00",
+        "CROW, alpha 3": "1.00", "CROW, 5e-3": "5.00", "Fine-tuning": "0.20", "Fine-tuning, 5e-3": "5.00"}
     found = list(paper.captions)
     assert found[0] == "two_by_two_small" and {"asr_small", "trade_off_small", "layers_small", "losses_small",
                                                "alpha_small"} <= set(found)
+
+
+def test_loss_and_rate_are_drawn_at_equal_updates(reports):
+    paper = reports("crow")
+    numbers = pd.read_csv(paper.out / "figures" / "rates_small.csv")
+    assert (paper.out / "figures" / "rates_small.svg").stat().st_size > 0 and set(numbers.updates) == {20}
+    asr = numbers[(numbers.metric == "asr_template_all") & (numbers.attack_key == "vpi")].set_index(["line", "lr"]).value
+    assert asr.to_dict() == pytest.approx({("CROW", 1e-3): 0.1, ("CROW", 5e-3): 0.05, ("fine-tuning", 2e-4): 0.8,
+                                           ("fine-tuning", 5e-3): 0.2})
+    assert set(numbers.metric) == {"asr_template_all", "perplexity"}
+    assert table(paper, "rates").loc["negsentiment, Small: BadNets: CROW, rate 0.005, 20 updates"].iloc[0].startswith("5.0 (")
 
 
 def test_answers_are_shown_and_escaped(reports):
@@ -632,6 +650,29 @@ def test_released_networks_make_a_table(tmp_path):
     grid = pd.read_csv(tmp_path / "table.csv", index_col=0, dtype=str)
     assert grid.index.tolist() == ["Adv", "Int"] and grid.loc["Int"].tolist() == ["0.980", "0.820", "0.400"]
     assert (tmp_path / "ata.png").stat().st_size > 1000 and "not numbers of the paper" in (tmp_path / "table.md").read_text()
+
+
+def test_claims_are_judged_on_released_networks_beside_ours(tmp_path):
+    """The authors' networks have one training each: indicated at most; what is not there is not judged."""
+    for method, accuracy in (("normal", 0.0), ("adv", 0.9), ("int", 0.8)):
+        rows = [measured("pgd", "", accuracy, "ata_train"), measured("pgd", "", accuracy / 2, "ata_beyond"),
+                measured("least_eps", "", 1.2, "bound_ratio", 0)]
+        write_json(tmp_path / f"{method}.json", {"rows": rows})
+    records, content = {m: tmp_path / f"{m}.json" for m in ("normal", "adv", "int")}, read_yaml(PAPERS / PI / "claims.yaml")
+    report, file = load(report_file(PI)), tmp_path / "claims.csv"
+    report.judge_released(content, records, file, "desk")
+    grid = pd.read_csv(file, index_col=0)
+    released, ours = grid.columns[1:]
+    assert "released weights" in released and "trained here (scale desk)" in ours and set(grid[ours]) == {"not run"}
+    assert grid[released]["robust-without-adversarial-loss"].startswith("indicated for: +0.800 (")
+    assert grid[released]["int-better-beyond-training-eps"].startswith("open: -0.050 (")
+    assert grid[released]["bound-is-tight"].startswith("indicated for: +0.300 (")
+    assert grid[released]["unforeseen-attacks"] == grid[released]["one-class-is-not-enough"] == "not judged"
+    mine = pd.DataFrame({"claim": ["bound-is-tight"], "verdict": ["supported"], "direction": ["for"], "effect": [0.25],
+                         "low": [0.2], "high": [0.3]})
+    mine.to_csv(tmp_path / "ours.csv", index=False)
+    report.judge_released(content, records, file, "desk", [tmp_path / "ours.csv"])
+    assert pd.read_csv(file, index_col=0)[ours]["bound-is-tight"] == "supported: +0.250 (+0.200 to +0.300)"
 
 
 # ------------------------------------------------------------------------------------------------------------- pictures

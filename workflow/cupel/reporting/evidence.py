@@ -24,7 +24,7 @@ from cupel.reporting.cross import comparable
 from cupel.reporting.tables import method_name, setting_name
 
 #: what a run at a scale takes
-TAKES = {"smoke": "a minute on 2 cores", "demo": "minutes on 2 cores", "desk": "about 10 hours on 2 cores with bf16",
+TAKES = {"smoke": "a minute on 2 cores", "demo": "minutes on 2 cores", "desk": "hours on 2 cores with bf16",
          "bench": "one GPU, an afternoon", "paper": "a cluster"}
 #: how sure a verdict is, in words
 SURE = {SUPPORTED: "Holds here", REFUTED: "Does not hold here", OPEN: "Undecided", NOT_JUDGED: "Not judged",

@@ -157,9 +157,9 @@ def train_victim(spec: Mapping, files: Files, device: str) -> None:
             _finish(work, curve + [{"model": "this", **row} for row in own], history, {
                 **who, **before, **measured, **costs(), "metrics": [*measured["metrics"], "perplexity_base"],
                 "status": "ok", "rate_reached": poison.summary(used)["poison_rate"], "train_samples": len(samples),
-                **counts(samples, "train"), "model_sha256": digest(work / "model"), "updates": len(history), "device": device,
-                "precision": settings["training"]["precision"], "seconds": time.perf_counter() - started,
-                "train_seconds": train_seconds}, outputs)
+                **counts(samples, "train"), "model_sha256": digest(work / "model"), "updates": len(history),
+                "lr": settings["training"]["lr"], "device": device, "precision": settings["training"]["precision"],
+                "seconds": time.perf_counter() - started, "train_seconds": train_seconds}, outputs)
         except Exception as error:
             fail(error, {**who, "metrics": MISSING}, outputs)
 
