@@ -49,7 +49,9 @@ def sheet_attacks(sheet, dataset):
     victims = (ZOO if sheet == "zoo" else GRID).cells("victim", family="images")
     shown = [cell for cell in reversed(victims) if cell["attack"] != "clean" and cell["dataset"] == dataset]
     found = {cell["attack"]: present([f"{VICTIM.format(**cell)}/trigger.npz"]) for cell in shown}
-    return {name: (IMAGES.attack(name, dataset), *(files or [None])) for name, files in found.items() if files or name in FORMULAS}
+    return {
+        name: (IMAGES.attack(name, dataset), *(files or [None])) for name, files in found.items() if files or name in FORMULAS
+    }
 
 
 def sheet_code(wildcards):
