@@ -124,7 +124,9 @@ def _figures(paper: Paper, part: pd.DataFrame, order: list[str], stem: str, plac
     for metric, text in (("asr", "Attack success rate by defence and poison rate."),
                          ("acc", "Clean accuracy by defence and poison rate."),
                          ("ra", "Recovery: triggered images that are given their true class again.")):
-        shown[metric] = figures.bars_by_rate(part, present, metric), text
+        # variants stand in the tables and above: with their bars none could be told from another
+        plain = part[~part.method.str.contains("~")]
+        shown[metric] = figures.bars_by_rate(plain, [label for label in present if label in set(plain.label)], metric), text
     purified = part[(part.method != "victim") & part.credited]
     if purified.kind.nunique() > 1:
         shown["families"] = families(purified), ("Pruning against fine-tuning: a point is a setting, a bar the mean with "
