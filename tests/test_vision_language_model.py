@@ -196,7 +196,9 @@ def test_heat_maps_lie_over_the_image(model):
     assert maps.shape == (3, 3, 4, 4)
     np.testing.assert_allclose(maps.sum((2, 3)), 1, atol=1e-5)
     found = -(maps * np.log(maps + 1e-8)).sum((2, 3))
-    np.testing.assert_allclose(found, matrix(entropy.extract(model, make_records(3))), atol=1e-5)
+    table = entropy.extract(model, make_records(3))
+    np.testing.assert_allclose(found, matrix(table), atol=1e-5)
+    np.testing.assert_allclose(1 - (maps**2).sum((2, 3)), matrix(table, "tsallis"), atol=1e-5)
     plain = np.full((32, 32, 3), 128, np.uint8)
     for row, column in ((0, 3), (2, 1)):
         changed = plain.copy()
@@ -342,6 +344,34 @@ def test_degenerate_layers():
     for bad in (np.zeros(5), np.zeros((1, 3))):
         with pytest.raises(ValueError, match="matrix"):
             Evidence(bad)
+
+
+def test_a_constant_layer_is_sensitive_to_the_official_code():
+    entropies, poisoned = synthetic("bimodal", 0)
+    entropies[:, 0] = 1.0
+    for given in (entropies, entropies[:, [0, 4]]):  # beside other sensitive layers, and alone
+        chosen, flagged = official(given, "sum")
+        assert 0 in chosen
+        found = decide("bye", Evidence(given), constant=True)
+        assert found.record["sensitive"] == chosen and found.flagged.tolist() == flagged.tolist()
+        assert not np.isnan(found.score).any()
+    assert 0 not in decide("bye", Evidence(entropies)).record["sensitive"]
+
+
+def test_other_choices_of_layers_and_another_entropy():
+    entropies, poisoned = synthetic("bimodal", 1)
+    found = decide("best_layer", Evidence(entropies))
+    assert (found.score == entropies[:, 5]).all() and (found.flagged == poisoned).mean() > 0.99
+    scaled = Evidence(entropies * 100)
+    assert [layer.gain for layer in scaled.layers] == pytest.approx([layer.gain for layer in Evidence(entropies).layers], abs=1e-3)
+    low = np.where(poisoned, 0.2, 0.9) + np.random.default_rng(0).normal(0, 0.02, 600)
+    other = np.column_stack([low, low, entropies[:, 0]])
+    evidence = Evidence(synthetic("unimodal", 0)[0], others={"tsallis": other})
+    assert not decide("bye", evidence).flagged.any()
+    for name, given in (("bye", {"measure": "tsallis"}), ("first_layers", {}), ("best_layer", {"measure": "tsallis"})):
+        assert decide(name, evidence, **given).flagged.tolist() == poisoned.tolist()
+    with pytest.raises(ValueError, match="known are shannon, tsallis"):
+        decide("bye", evidence, measure="renyi")
 
 
 # -------------------------------------------------------------------------------------------------------------- baselines

@@ -65,8 +65,9 @@ def measure_filters(spec: dict, asked: dict, inputs: Inputs, outputs: dict) -> N
         write_json(outputs["metrics"], {**base, "status": "failed", "reason": looked["failed"], "metrics": ["f1"]})
         return
     bad, made = truth(inputs.poisoned), read_json(Path(inputs.poisoned) / "poison.json")
-    evidence = filters.Evidence(filters.matrix(pd.read_parquet(inputs.entropies)), image_tokens=looked["image_tokens"],
-                                seed=spec["seed"], poisoned=bad)
+    table = pd.read_parquet(inputs.entropies)
+    evidence = filters.Evidence(filters.matrix(table), image_tokens=looked["image_tokens"], seed=spec["seed"], poisoned=bad,
+                                others={name: filters.matrix(table, name) for name in filters.MEASURES[1:]})
     rows, accounts = [], {}
     for name, entry in asked["filters"].items():
         method, _, variant = name.partition("~")

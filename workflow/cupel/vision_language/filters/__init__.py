@@ -3,9 +3,9 @@
 `decide(name, evidence, **settings)` runs one by its registered name.
 """
 
-from cupel.vision_language.filters.base import Decision, Evidence, Mixture, hazards, matrix, mixture, sample_filter
+from cupel.vision_language.filters.base import MEASURES, Decision, Evidence, Mixture, hazards, matrix, mixture, sample_filter
 
-__all__ = ["Decision", "Evidence", "Mixture", "decide", "hazards", "matrix", "mixture", "sample_filter"]
+__all__ = ["MEASURES", "Decision", "Evidence", "Mixture", "decide", "hazards", "matrix", "mixture", "sample_filter"]
 
 
 def decide(name: str, evidence: Evidence, **given) -> Decision:
