@@ -60,6 +60,8 @@ class Experiments(Family):
                 if key not in entry:
                     raise self.wrong("datasets", name, "",
                                      f"{GENERATED} is made by the pipeline: say how many samples with {key}")
+            if "asks" in entry:
+                raise self.wrong("datasets", name, "asks", f"{GENERATED} has two kinds of questions, both about every picture")
             return
         self.known("datasets", name, "dataset", "dataset", [entry["dataset"]], allowed=datasets.NAMES)
         description = datasets.describe(entry["dataset"])

@@ -29,7 +29,7 @@ def prepare(entry: dict, folder: str | Path, **sources) -> dict:
     asked = {key: entry[key] for key in ("train", "test", "pretrain", "seed") if key in entry}
     if entry["dataset"] == shapes.DESCRIPTION.name:
         return shapes.prepare(folder, **asked)
-    asked["excerpt"] = entry.get("excerpt", False)
+    asked |= {key: entry[key] for key in ("excerpt", "asks") if key in entry}
     return datasets.prepare(datasets.describe(entry["dataset"]), folder, **sources, **asked)
 
 
