@@ -87,7 +87,7 @@ def test_schema_knows_the_settings_of_training_and_of_models():
     ("datasets.easy_vqa.train", 40000, r"train and pretrain ask for 64000 samples, but split train has 38575"),
     ("datasets.easy_vqa.excerpt", True, "no excerpt of easy_vqa is known; set it to false"),
     ("datasets.shapes_tiny", {"dataset": "shapes", "test": 4, "target": "x", "source": "x"}, "say how many samples with train"),
-    ("datasets.shapes_tiny.asks", "what", "shapes has two kinds of questions"),
+    ("datasets.shapes_tiny.asks", ["what"], "shapes has two kinds of questions"),
     ("models.micro_llava.hub", "a/b", "exactly one of built, hub and folder"),
     ("models.micro_llava.language_model", "smollm2-135m", "belongs to built: smollm2_llava"),
     ("models.smol_llava.settings", {"width": 3}, "unknown parameter of smollm2_llava 'width'"),
@@ -217,7 +217,9 @@ def make_chain(tmp_path) -> dict:
                parameters={"divisor": 4})
         filtered = tmp_path / f"filtered@{rate}"
         bad = truth(folder)
-        table = pd.DataFrame(entropies_like(bad, shift), columns=[f"layer_{k}" for k in range(3)])
+        values = entropies_like(bad, shift)
+        table = pd.DataFrame(np.hstack([values, values / 5]), columns=[f"{name}_{k}" for name in ("layer", "tsallis")
+                                                                      for k in range(3)])
         table.insert(0, "id", [record["id"] for record in load(folder, "train").records])
         filtered.mkdir()
         table.to_parquet(filtered / "entropies.parquet")

@@ -117,13 +117,13 @@ def test_draws_repeat_nest_and_have_a_limit(mirror, tmp_path):
 
 
 def test_one_kind_of_question(tmp_path):
-    manifest = prepare("easy_vqa", tmp_path, train=600, test=100, pretrain=900, asks="what shape")
+    manifest = prepare("easy_vqa", tmp_path, train=600, test=100, pretrain=900, asks=["what shape"])
     assert manifest["counts"] == {"pretrain": 900, "train": 600, "test": 100}
     for split in ("train", "test"):
         assert {record["answer"] for record in load(tmp_path, split).records} == {"circle", "rectangle", "triangle"}
     assert {"yes", "blue"} < {record["answer"] for record in load(tmp_path, "pretrain").records}
     with pytest.raises(ValueError, match="of train are asked for, but there are"):
-        prepare("easy_vqa", tmp_path, train=4000, pretrain=900, asks="what shape")
+        prepare("easy_vqa", tmp_path, train=4000, pretrain=900, asks=["what shape"])
 
 
 def test_rsvqa_excerpt(mirror, tmp_path):

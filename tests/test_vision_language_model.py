@@ -210,6 +210,20 @@ def test_heat_maps_lie_over_the_image(model):
         assert divmod(int(moved.argmax()), 4) == (row, column)
 
 
+def test_patches_read_before_the_last_layer_are_local():
+    """One layer, read before it: a change in one patch reaches the token of that place and no other."""
+    plain = np.full((32, 32, 3), 128, np.uint8)
+    changed = plain.copy()
+    changed[8:16, 16:24] = 0
+    for layer, moved_tokens in ((-2, 1), (-1, 16)):
+        model = small_llava(vision_layers=1, vision_feature_layer=layer)
+        pair = Encoder(model, [{"image": image, "question": "what is it?"} for image in (plain, changed)]).batch([0, 1])
+        with torch.inference_mode():
+            features = model.network.get_image_features(pair["pixel_values"]).pooler_output
+        moved = (features[0] - features[1]).norm(dim=-1).view(4, 4)
+        assert (moved > 1e-6).sum() == moved_tokens and moved[1, 2] == moved.max()
+
+
 def test_extraction_goes_on_where_it_was_killed(tmp_path, monkeypatch):
     model, records = small_llava(), make_records(10)
     monkeypatch.setattr(resume.Checkpoint, "due", lambda self: True)
