@@ -5,7 +5,7 @@ VENV ?= .venv
 EXTRAS ?= dev
 BIN := $(VENV)/bin
 
-.PHONY: reproduce plan test test-all faults lint
+.PHONY: reproduce plan keep test test-all faults lint
 
 # what config.yaml says (another scale, some papers: make reproduce SCALE=bench PAPERS="fst ims"): installs on first use, downloads
 # data, reports
@@ -15,6 +15,16 @@ reproduce: $(VENV)/.installed
 # what a scale takes, before anything is run: jobs, and hours where such jobs were measured (PAPERS="fst ims", CORES=8)
 plan: $(VENV)/.installed
 	$(BIN)/python -m cupel.plan $(if $(SCALE),--scale $(SCALE)) $(if $(PAPERS),--papers $(PAPERS)) $(if $(CORES),--cores $(CORES))
+
+# what is kept of a scale that was run (make keep SCALE=desk): numbers, verdicts, tables, figures, and of each cell the small files, from
+# which a later run goes on: tar -xf docs/results/desk/cells.tar.xz
+keep: KEPT = docs/results/$(SCALE)
+keep:
+	mkdir -p $(KEPT)
+	cp results/$(SCALE)/cells.parquet results/$(SCALE)/claims.csv results/$(SCALE)/provenance.json $(KEPT)
+	cd results/$(SCALE)/papers && find . \( -name "*.csv" -o -name "*.md" -o -name "*.svg" \) -exec cp --parents {} "$(CURDIR)/$(KEPT)" \;
+	find results/$(SCALE) -name work -prune -o \( -name metrics.json -o -name history.csv -o -name trigger.npz \) -print \
+	| sort | tar -cJf $(KEPT)/cells.tar.xz -T -
 
 # what every change must pass
 test: $(VENV)/.installed lint

@@ -30,7 +30,8 @@ def edit(file, change):
 def test_every_paper_plans_at_every_scale(scale):
     papers = [paper for paper in ALL if scale in read_yaml(PAPERS / paper / "experiment.yaml")["scales"]]
     grid = Grid(papers, scale)
-    lacking = {"desk": {"bye", "crow", "proper_interpretability"}, "paper": {"ims_inner_step", "breadth"}}
+    lacking = {"desk": {"bye", "crow", "proper_interpretability"}, "paper": {"ims_inner_step", "breadth"},
+               "demo": {"ims_inner_step", "breadth"}}
     assert set(ALL) - set(papers) == lacking.get(scale, {"breadth"})
     for paper in papers:
         assert grid.cells(paper=paper) == grid.of_paper(paper) or paper in ("ims", "ims_inner_step", "breadth")
@@ -81,8 +82,8 @@ def test_settings_are_overlaid_for_data_set_then_model_then_scale():
 
 
 def test_what_an_attack_changes_in_the_training():
-    cell = {"dataset": "cifar10", "model": "preactresnet18", "recipe": "ims", "attack": "inputaware"}
-    for scale, epochs in (("paper", 75), ("demo", 8)):
+    for scale, recipe, epochs in (("paper", "ims", 75), ("desk", "fst", 16)):
+        cell = {"dataset": "cifar10", "model": "preactresnet18", "recipe": recipe, "attack": "inputaware"}
         training = Grid([], scale).families["images"].recipe(cell)["training"]
         assert training["epochs"] == epochs and not training["drop_last"]
 
@@ -142,7 +143,7 @@ def test_wrong_settings_name_file_key_and_what_is_allowed(folder, paper, change,
 def test_wrong_papers_and_plugins():
     with pytest.raises(ConfigError, match=r"config.yaml: papers: unknown paper 'fts'.*did you mean 'fst'"):
         Grid(["fts"], "demo")
-    with pytest.raises(ConfigError, match=r"scale: ims_inner_step has no scale 'paper'; it has smoke, demo, desk, bench"):
+    with pytest.raises(ConfigError, match=r"scale: ims_inner_step has no scale 'paper'; it has smoke, desk, bench"):
         Grid(["ims_inner_step"], "paper")
     with pytest.raises(ConfigError, match=r"config.yaml: plugins: no such file: nowhere.py"):
         Grid(["fst"], "demo", plugins=["nowhere.py"])
@@ -175,14 +176,14 @@ def test_scales_are_the_same_everywhere():
 
 
 def test_blocks_hold_every_purified_cell_once():
-    grid = Grid(["fst", "ims", "ims_inner_step"], "demo")
+    grid = Grid(["fst", "ims", "ims_inner_step"], "desk")
     blocks = grid.blocks()
     cells = [tuple(sorted((k, v) for k, v in cell.items() if k != "paper")) for block in blocks for cell in block]
     assert len(cells) == len(set(cells)) == len(grid.cells("purified"))
     assert all(len({cell["attack"] + cell["rate"] for cell in block}) == 1 for block in blocks)
     # what is asked for first is not moved by what is asked for besides
-    assert [block for block in blocks if block[0]["paper"] == "fst"] == Grid(["fst"], "demo").blocks()
-    assert not Grid(["fst"], "demo", jobs="cell").blocks()
+    assert [block for block in blocks if block[0]["paper"] == "fst"] == Grid(["fst"], "desk").blocks()
+    assert not Grid(["fst"], "desk", jobs="cell").blocks()
 
 
 def test_the_paper_scale_has_one_purifying_job_for_each_victim():

@@ -72,7 +72,7 @@ def test_benchmark_files_are_found(folder, graph, monkeypatch):
     (["--scale", "smok"], "scale: 'smok' is not allowed; allowed are smoke, demo, desk, bench, paper"),
     (["--papers", "ftt"], "unknown paper 'ftt'.*did you mean 'fst'"),
     (["--papers", "ims_inner_step", "--scale", "paper"],
-     "ims_inner_step has no scale 'paper'; it has smoke, demo, desk, bench")])
+     "ims_inner_step has no scale 'paper'; it has smoke, desk, bench")])
 def test_what_is_not_there_is_refused_at_once(folder, monkeypatch, chosen, sentence):
     monkeypatch.chdir(folder.path)
     monkeypatch.setattr(plan, "graph", None)

@@ -14,7 +14,7 @@ rule prepare_trigger:
         PATHS.benchmark(TRIGGER, "trigger")
     priority: FIRST
     resources:
-        **training(4000, 4000, demo=10, desk=60, bench=60, paper=240),
+        **training(4000, 4000, demo=60, desk=60, bench=60, paper=240),
     params:
         spec=of_path(IMAGES.trigger),
         data=image_content,
@@ -64,7 +64,7 @@ rule train_victim:
     priority: FIRST
     retries: 1
     resources:
-        **training(6000, 4000, demo=15, desk=60, bench=60, paper=720),
+        **training(6000, 4000, demo=60, desk=60, bench=60, paper=720),
     params:
         spec=of_path(IMAGES.victim),
         data=image_content,
@@ -90,7 +90,7 @@ rule purify:
         PATHS.benchmark(PURIFIED, "purify")
     retries: 1
     resources:
-        **training(6000, 4000, demo=15, desk=60, bench=60, paper=240),
+        **training(6000, 4000, demo=60, desk=60, bench=60, paper=240),
     params:
         spec=of_path(IMAGES.victim),
         defences=lambda wildcards: [of_path(IMAGES.defence)(wildcards)],
@@ -129,7 +129,7 @@ for block in GRID.blocks():
         priority: len(block)
         retries: 1
         resources:
-            **training(6000, 4000, demo=30, desk=480, bench=240, paper=1440),
+            **training(6000, 4000, demo=120, desk=480, bench=240, paper=1440),
         params:
             spec=IMAGES.victim(block[0]),
             defences=[IMAGES.defence(cell) for cell in block],
