@@ -119,7 +119,8 @@ def extract(model: VisionLanguageModel, records: Sequence[dict], out: str | Path
                        for k, values in enumerate(measure(p).T.tolist())}
             return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
 
-        return stream(model, records, compute, out, run=("entropy", "tsallis"), batch_size=batch_size, dtype=np.float32, title="entropy")
+        return stream(model, records, compute, out, run=("entropy", "tsallis"), batch_size=batch_size, dtype=np.float32,
+                      title="entropy")
 
 
 def heat_maps(model: VisionLanguageModel, records: Sequence[dict]) -> np.ndarray:

@@ -416,7 +416,8 @@ def _growth_figures(paper: Paper, numbers: Numbers, records: list) -> None:
                 figure = figures.lines(found.assign(label=found.label.replace(numbers.labels)), "x", titles, "label",
                                        xlabel=xlabel)
                 figure.axes[1].axhline(2, color=POISONED, lw=1, ls="--")
-                paper.figure(f"growth_{stem}_{dataset}", figure, f"The collapse against {xlabel} ({main.name('dataset', *alike)}): "
+                where = main.name("dataset", *alike)
+                paper.figure(f"growth_{stem}_{dataset}", figure, f"The collapse against {xlabel} ({where}): "
                              "how well low entropy tells poisoned samples in every layer, how far apart its two components "
                              "lie (above the dashed line a layer is sensitive, by the code's rule), and the F1 that follows. "
                              "Means over seeds, with the lowest and the highest.")

@@ -6,7 +6,8 @@ TAU = 2.0
 
 
 @sample_filter("bye")
-def bye(evidence: Evidence, *, rule: str = "sum", tau: float = TAU, measure: str = "shannon", constant: bool = False) -> Decision:
+def bye(evidence: Evidence, *, rule: str = "sum", tau: float = TAU, measure: str = "shannon",
+        constant: bool = False) -> Decision:
     """The low component of the mixture on the mean over the sensitive layers; nothing without a sensitive layer.
 
     The decision's record holds rule, tau, replaced (how many values were not finite), sensitive, message, aggregated (mixture).

@@ -79,7 +79,8 @@ def _assemble(text: LlamaConfig, vision: CLIPVisionConfig, tokenizer, template: 
 
 def tiny_llava(texts: Sequence[str], *, image_size: int = 64, patch_size: int = 8, vision_width: int = 96,
                vision_layers: int = 2, vision_heads: int = 4, vision_feature_layer: int = -1, width: int = 128,
-               layers: int = 4, heads: int = 4, kv_heads: int | None = None, initial: float = 0.06, seed: int = 0) -> VisionLanguageModel:
+               layers: int = 4, heads: int = 4, kv_heads: int | None = None, initial: float = 0.06,
+               seed: int = 0) -> VisionLanguageModel:
     """A LLaVA from scratch: CLIP-like tower, two-layer projector, Llama, word-level tokenizer of `texts`.
 
     Args:
