@@ -403,24 +403,24 @@ def _growth_figures(paper: Paper, numbers: Numbers, records: list) -> None:
     victims = paper.cells[paper.cells.stage == VICTIM].drop_duplicates("path")
     updates = {(Setting.of(row), row.seed): rows["step"].iloc[-1] for row in victims.itertuples()
                if len(rows := history(row.path))}
-    firsts = {main.dataset: main for main in reversed(numbers.mains)}
-    for dataset, main in firsts.items():
+    titles = {"auroc": "AUROC of low entropy", "bsi_sum": "separation, |Δμ| / (σ₁ + σ₂)", "f1": "F1"}
+    for main in {main.dataset: main for main in reversed(numbers.mains)}.values():
         for stem, xlabel, alike, at in (
-                ("updates", "updates of fine-tuning", ("model", "trigger", "rate"), updates.get),
-                ("weights", "weights", ("recipe", "trigger", "rate"), lambda key: weights.get((key[0].dataset, key[0].model)))):
-            found = growth([(at((setting, seed)), record) for setting, seed, record, _ in records
-                            if setting.same(main, "dataset", *alike) and "failed" not in record and at((setting, seed))])
-            if len(set(found.x)) > 1:
-                titles = {"auroc": "AUROC of low entropy", "bsi_sum": "separation, |Δμ| / (σ₁ + σ₂)",
-                          "f1": "F1 of " + ", ".join(dict.fromkeys(numbers.labels[name] for name in GROWTH))}
-                figure = figures.lines(found.assign(label=found.label.replace(numbers.labels)), "x", titles, "label",
-                                       xlabel=xlabel)
-                figure.axes[1].axhline(2, color=POISONED, lw=1, ls="--")
-                where = main.name("dataset", *alike)
-                paper.figure(f"growth_{stem}_{dataset}", figure, f"The collapse against {xlabel} ({where}): "
-                             "how well low entropy tells poisoned samples in every layer, how far apart its two components "
-                             "lie (above the dashed line a layer is sensitive, by the code's rule), and the F1 that follows. "
-                             "Means over seeds, with the lowest and the highest.")
+                ("updates", "updates of fine-tuning", ("dataset", "model", "trigger", "rate"), updates.get),
+                ("weights", "weights", ("dataset", "recipe", "trigger", "rate"),
+                 lambda key: weights.get((key[0].dataset, key[0].model)))):
+            found = max((growth([(at((setting, seed)), record) for setting, seed, record, _ in records
+                                 if setting.same(one, *alike) and "failed" not in record and at((setting, seed))])
+                         for one in numbers.like(main, "dataset", "trigger", "rate")), key=lambda table: table.x.nunique())
+            if found.x.nunique() < 2:
+                continue
+            figure = figures.lines(found.assign(label=found.label.replace(numbers.labels)), "x", titles, "label", xlabel=xlabel)
+            figure.axes[1].axhline(2, color=POISONED, lw=1, ls="--")
+            where = main.name("dataset", "trigger", "rate")
+            paper.figure(f"growth_{stem}_{main.dataset}", figure, f"The collapse against {xlabel} ({where}): how well low "
+                         "entropy tells poisoned samples in every layer, how far apart its two components lie (above the dashed "
+                         "line a layer is sensitive, by the code's rule), and the F1 that follows. Means over seeds, with the "
+                         "lowest and the highest.")
 
 
 def growth(accounts: list[tuple[float, dict]]) -> pd.DataFrame:
