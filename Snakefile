@@ -38,6 +38,7 @@ include: "workflow/rules/claims.smk"
 include: "workflow/rules/cross.smk"
 include: "workflow/rules/zoo.smk"
 include: "workflow/rules/crate.smk"
+include: "workflow/rules/own.smk"
 include: "workflow/rules/terminal.smk"
 
 
@@ -68,6 +69,7 @@ rule all:
     default_target: True
     input:
         f"{RESULTS}/index.html",
+        comparison(),
     localrule: True
 
 
@@ -86,6 +88,7 @@ for paper in GRID.papers:
         input:
             f"{RESULTS}/papers/{paper}/report.html",
             f"{RESULTS}/index.html",  # with the pages that the paper's own leads to
+            comparison(),
 
     workflow.get_rule(paper).docstring = f"Tables, figures, claims and notebook of: {GRID.experiments[paper]['title']}"
 

@@ -13,10 +13,12 @@ from cupel.experiment import Grid
 from cupel.files import write_json, write_text
 from cupel.paths import Paths
 from cupel.reporting.cellpage import write_cells
+from cupel.reporting.compare import write_comparison
 from cupel.reporting.cross import write_cross
 from cupel.reporting.figures import plt, save
 from cupel.reporting.index import write_index
 from cupel.reporting.notebook import write_card
+from cupel.reporting.page import navigation
 from cupel.reporting.paper import Paper, read_reported, write_report
 from cupel.reporting.paperpage import write_paper_page
 from cupel.reporting.planning import HERE, report_file
@@ -48,6 +50,7 @@ def write_cell(folder: Path, cell: dict, draw: np.random.Generator, number: int)
     if purified and number % 11 == 10:
         record |= {"status": "failed", "reason": "Diverged: <b> | loss at step 3"}
     else:
+        record["unchanged"] = purified and number % 7 == 3
         for name in names:
             strong = {"fst": 0.05, "ims": 0.1, "crow": 0.1, "ft": 0.7, "finetune": 0.8, "ft_sam": 0.15}.get(defence, 0.4)
             value = (0.02 + 0.05 * draw.random() if name.startswith("false") or name == "bound_violated"
@@ -55,6 +58,11 @@ def write_cell(folder: Path, cell: dict, draw: np.random.Generator, number: int)
                      else 0.85 + 0.05 * draw.random() - 0.06 * purified * draw.random() if name in ("acc", "cp", "auroc", "f1")
                      else 0.5 + 0.1 * draw.random())
             record |= rate(min(round(500 * value), 500) / 500, 500, name)
+        if cell["family"] == "images":
+            clean = np.full((10, 10), 1) + 41 * np.eye(10, dtype=int)
+            triggered = np.full((10, 10), 2) + 25 * np.eye(10, dtype=int)[0]
+            triggered[0] = 0  # there are no triggered images of the target class
+            record["confusion"] = {"clean": clean.tolist(), **({"triggered": triggered.tolist()} if attack != "clean" else {})}
         if purified and cell["family"] == "images":
             record |= {"arr": 0.1, "clean_samples": {"spc2": 20, "spc10": 100}.get(cell["budget"], 500)}
             if attack != "clean":
@@ -63,6 +71,21 @@ def write_cell(folder: Path, cell: dict, draw: np.random.Generator, number: int)
     write_json(folder / "metrics.json", record)
     history = pd.DataFrame({"epoch": [1, 2, 3], "loss": [2.0, 1.2, 1.0], "acc": [0.4, 0.6, 0.8]})
     history.to_csv(folder / "history.csv", index=False)
+
+
+def write_another(run: Path) -> Path:
+    """The tables of another run: as the first, but that FST failed, CROW lost its cells, and one claim flipped."""
+    other = run.with_name("another") / run.name
+    cells, claims = pd.read_parquet(run / "cells.parquet"), pd.read_csv(run / "claims.csv")
+    cells.loc[cells.defence == "fst", "value"] = 1.0
+    cells = cells[cells.defence != "crow"].assign(threads=2.0)
+    judged = claims.index[claims.verdict == "indicated"]
+    claims.loc[judged[0], ["verdict", "direction"]] = "open", ""
+    claims.loc[judged[1], "direction"] = "against" if claims.direction[judged[1]] == "for" else "for"
+    other.mkdir(parents=True)
+    cells.to_parquet(other / "cells.parquet")
+    claims.to_csv(other / "claims.csv", index=False)
+    return other
 
 
 def make_site(root: Path, papers=FIVE, scale="demo", seeds=None) -> Path:
@@ -82,7 +105,10 @@ def make_site(root: Path, papers=FIVE, scale="demo", seeds=None) -> Path:
         (out / "figures").mkdir()
         for sheet in sheets.values():
             save(plt.figure(figsize=(4, 2)), sheet)
-        site = {"scale": scale, "papers": [{"key": paper} for paper in papers], "cross": bool(images)}
+            save(plt.figure(figsize=(4, 2)), sheet.with_suffix("") / "badnets.png")
+            write_json(root / "data" / "images" / sheet.stem.removeprefix("triggers_") / "manifest.json",
+                       {"classes": ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]})
+        site = {"scale": scale, "papers": [{"key": paper} for paper in papers], "cross": bool(images), "compare": True}
         headers = []
         for key in papers:
             family, folder = grid.family(key), out / "papers" / key
@@ -105,16 +131,18 @@ def make_site(root: Path, papers=FIVE, scale="demo", seeds=None) -> Path:
                                                                         "figures": out / "cross"})
         config = {"scale": scale, "papers": list(papers), "results": "results"}
         families = {name: {"sections": family.SECTIONS, "entries": family.entries} for name, family in grid.families.items()}
-        write_cells(cells, expected, {**site, "config": config, "families": families, "sheets": sheets}, out / "cells.html")
+        write_cells(cells, expected, {**site, "config": config, "data": "data/images", "families": families, "sheets": sheets},
+                    out / "cells.html")
         for header in headers:
             write_paper_page(header, cells[cells.paper == header["key"]], site, Path(header["folder"]) / "report.html")
-        budgets = {"spc2": ["bench", "paper"], "heldout": ["demo"]}
+        budgets = {"spc10": ["bench", "paper"], "heldout": ["demo"]}
         write_index(headers, cells, {
             "config": config, "root": str(PAPERS.parents[1]), "data": "data", "datasets": [], "seeds": sorted(set(cells.seed)),
             "benchmarks": "results/benchmark", "sheets": list(sheets.values()), "budgets": budgets,
-            "cross": str(out / "cross.csv") if images else ""}, {
+            "compare": True, "cross": str(out / "cross.csv") if images else ""}, {
                 "page": out / "index.html", "claims_page": out / "claims.html", "claims": out / "claims.csv",
                 "provenance": out / "provenance.json"})
+        write_comparison([out, write_another(out)], out, navigation(site))
         return (out / "index.html").resolve()
     finally:
         os.chdir(before)

@@ -169,7 +169,8 @@ def test_pareto_equals_brute_force(count):
 
 def page_of(cells, tmp_path):
     out = tmp_path / "o"
-    c.write_cross(cells, LABELS, {"scale": "demo", "papers": [], "registry": list(LABELS.values())},
+    run = {"scale": "demo", "papers": [], "registry": list(LABELS.values()), "cross": True, "compare": False}
+    c.write_cross(cells, LABELS, run,
                   {"page": out / "cross.html", "table": out / "cross.csv", "figures": out / "cross"})
     return (out / "cross.html").read_text()
 

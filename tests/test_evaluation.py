@@ -51,7 +51,7 @@ def test_effects_are_the_derived_rates_with_intervals_that_shrink():
 
 def test_gather_reads_rows_and_named_metrics(tmp_path):
     from cupel.files import write_json
-    from cupel.reporting.tables import gather
+    from cupel.reporting.tables import gather, misfit
 
     cell = {"paper": "p", "stage": "trained", "dataset": "mnist", "model": "small", "recipe": "r", "attack": "none",
             "rate": "0", "seed": "0", "defence": "int", "budget": ""}
@@ -63,7 +63,10 @@ def test_gather_reads_rows_and_named_metrics(tmp_path):
                                                   "acc_n": 4})
     write_json(tmp_path / "c" / "metrics.json", {**base, "acc": 0.5, "acc_n": 4, "acc_before": 0.5, "acc_stage_2": 0.25,
                                                   "acc_stage_2_n": 4, "acc_stage_2_low": 0.1, "acc_stage_2_high": 0.7})
-    table = gather([{**cell, "folder": str(tmp_path / name)} for name in ("a", "b", "c", "missing")])
+    write_json(tmp_path / "pictures" / "metrics.json", {**base, "rows": []})
+    expected = [{**cell, "folder": str(tmp_path / name)} for name in ("a", "b", "c", "missing", "pictures")]
+    table = gather(expected)
+    assert not misfit(table, expected) and table.path.iloc[-1].endswith("pictures") and np.isnan(table.value.iloc[-1])
     assert table[table.path.str.endswith("a")][["attack", "attack_variant", "value"]].values.tolist() == [
         ["none", "", 0.5], ["pgd", "0.3", 0.25]]
     second = table[table.path.str.endswith("b")].set_index("metric")
@@ -72,3 +75,27 @@ def test_gather_reads_rows_and_named_metrics(tmp_path):
     third = table[table.path.str.endswith("c")]
     assert third[["metric", "value", "n"]].values.tolist() == [["acc", 0.5, 4], ["acc_stage_2", 0.25, 4]]
     assert set(table[table.path.str.endswith("missing")].status) == {"failed"}
+
+
+def test_each_paper_has_its_own_gate_and_readers_are_told_the_same_everywhere(tmp_path):
+    from cupel.evaluation.settings import NO_VICTIM
+    from cupel.files import write_json
+    from cupel.reporting.evidence import cells_behind
+    from cupel.reporting.tables import MARKS, gather, marked, summary, with_names
+
+    cells = []
+    for stage, defence in (("victim", ""), ("purified", "ft")):
+        cell = {"stage": stage, "dataset": "d", "model": "m", "recipe": "r", "attack": "badnets", "attack_variant": "",
+                "poison_rate": 0.1, "defence": defence, "variant": "", "budget": "", "seed": 0, "status": "ok",
+                "acc": 0.9, "acc_n": 100, "asr": 0.7, "asr_n": 100}
+        write_json(tmp_path / stage / "metrics.json", cell)
+        cells += [{"paper": paper, "folder": str(tmp_path / stage)} for paper in ("strict", "lax")]
+    table = gather(cells, {"lax": {"asr": 0.6}})
+    assert table.groupby("paper").valid.agg(["all", "any"]).to_numpy().tolist() == [[True, True], [False, False]]
+    shown = marked(summary(with_names(table[table.paper == "strict"], {})))
+    assert shown.setting.str.endswith("‡").all() and NO_VICTIM in MARKS
+    assert not marked(summary(with_names(table[table.paper == "lax"], {}))).setting.str.endswith("‡").any()
+    claim = {"test": {"metric": "asr", "over": "mean", "a": {"stage": "purified"}, "constant": 0.5}}
+    strict = table[table.paper == "strict"]
+    assert [row["state"] for row in cells_behind(claim, strict, {"asr": 0.8}, str)] == [NO_VICTIM]
+    assert [row["state"] for row in cells_behind(claim, strict, {"asr": 0.6}, str)] == ["counts"]

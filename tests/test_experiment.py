@@ -10,7 +10,8 @@ from cupel.experiment import FAMILIES, SCALES, Grid, overlaid
 from cupel.paths import STAGES, Paths
 from cupel.settings import PAPERS, ConfigError, check_schema, read_yaml, schema, typed
 
-ALL = ["fst", "ims", "ims_inner_step", "breadth", "zoo", "bye", "crow", "proper_interpretability"]
+ALL = ["fst", "ims", "ims_inner_step", "breadth", "zoo", "bye", "crow", "crow_breadth", "proper_interpretability",
+       "proper_interpretability_breadth"]
 
 
 @pytest.fixture
@@ -30,11 +31,11 @@ def edit(file, change):
 def test_every_paper_plans_at_every_scale(scale):
     papers = [paper for paper in ALL if scale in read_yaml(PAPERS / paper / "experiment.yaml")["scales"]]
     grid = Grid(papers, scale)
-    lacking = {"desk": {"crow", "proper_interpretability"}, "paper": {"ims_inner_step", "breadth"},
-               "demo": {"ims_inner_step", "breadth"}}
-    assert set(ALL) - set(papers) == lacking.get(scale, {"breadth"})
+    breadth = {"breadth", "crow_breadth", "proper_interpretability_breadth"}
+    lacking = {"desk": set(), "paper": {"ims_inner_step", *breadth}, "demo": {"ims_inner_step", *breadth}}
+    assert set(ALL) - set(papers) == lacking.get(scale, breadth)
     for paper in papers:
-        assert grid.cells(paper=paper) == grid.of_paper(paper) or paper in ("ims", "ims_inner_step", "breadth")
+        assert grid.cells(paper=paper) == grid.of_paper(paper) or paper in ("ims", "ims_inner_step", *breadth)
     paths = Paths("results", scale, "data")
     folders = [paths.cell(cell) for cell in grid.cells()]
     assert len(set(folders)) == len(folders), "every cell has a folder of its own"

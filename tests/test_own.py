@@ -2,6 +2,9 @@
 
 import importlib.util
 import json
+import os
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,12 +18,16 @@ from torch import nn
 
 import cupel
 from cupel import files
+from cupel.compat import ensure_torchvision
 from cupel.images import datasets
-from cupel.own import cli, data, imports, network, run
+from cupel.images.defences import DEFENCES
+from cupel.own import cli, data, grid, imports, network, run
 from cupel.registry import load_plugins
 from cupel.settings import ConfigError
 from cupel.training.engine import Recipe, fit
+from tests.conftest import REPOSITORY
 from tests.test_defences_resume import FEW
+from tests.test_workflow import Folder
 
 #: as people write them: not in the library's order of memory, and with a name that is nowhere in the library
 NET = '''
@@ -148,6 +155,159 @@ def test_every_defence_with_three_images_a_class_and_one_class_missing(case, cap
     assert "no clean image is of the classes 9" in capsys.readouterr().err
 
 
+GRID = """
+models:
+  first: &first
+    checkpoint: their_model.pth
+    arch: their_net.py:Plain
+    normalize: mnist
+    clean: clean.npz
+    flip: false
+    crop: 2
+    trigger: their_trigger.py:stamp
+    target: 5
+  again: {<<: *first, checkpoint: net.pt}
+defences:
+  clp: {}
+  fp~few: {epochs: 1, step: 0.5}
+  npd: {}
+budgets: [all, spc3]
+"""
+
+
+@pytest.fixture
+def gridded(case, tmp_path, monkeypatch):
+    """A folder in which GRID can be run."""
+    for file in (case.net, case.trigger, case.checkpoint, case.clean):
+        shutil.copy(file, tmp_path)
+    torch.save({"net": case.network.state_dict()}, tmp_path / "net.pt")
+    (tmp_path / "mine.yaml").write_text(GRID)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_a_grid_says_what_the_command_says(case, gridded):
+    asked, top = grid.Grid("mine.yaml"), gridded / "out"
+    assert asked.studies == [{"model": model, "budget": budget, "seed": "0"} for model in ("first", "again")
+                             for budget in ("all", "spc3")]
+    for study in asked.studies:
+        out, spec = top / grid.folder(study), asked.study(**study)
+        grid.look(spec, out, "cpu")
+        for defence in asked.defences.items():
+            grid.purify(spec, defence, out, "cpu")
+        grid.report(out, asked.defences)
+    grid.gather(top, asked.studies)
+    table = pd.read_csv(top / "results.csv")
+    assert len(table) == 16 and table.groupby(["model", "budget", "seed"]).size().tolist() == [4] * 4
+    assert table[table.defence == "npd"].result.str.startswith("failed: npd knows no place").all()
+    assert 'href="first/spc3/seed0/index.html"' in (page := (top / "index.html").read_text())
+    assert 'href="again/all/seed0/purified_fp~few.pt"' in page
+    study = top / "first" / "spc3" / "seed0"
+    outside = module(case.net).Plain()
+    written = torch.load(study / "purified_fp~few.pth", weights_only=True)["state_dict"]
+    outside.load_state_dict({key.removeprefix("module."): value for key, value in written.items()}, strict=True)
+    assert (study / "history_fp~few.csv").is_file() and not list(study.glob("work/*"))
+    assert "fp~few.epochs = 1" in (study / "index.html").read_text()
+
+    given = case.command("--trigger", f"{case.trigger}:stamp", "--target", "5", "--defences", "clp,npd,fp", "--spc", "3",
+                         "--set", "fp.epochs=1", "--set", "fp.step=0.5", out="alone")
+    assert cli.main(given) == 0
+    alone = pd.read_csv(case.folder / "alone" / "results.csv", index_col="defence").rename({"fp": "fp~few"})
+    made = pd.read_csv(study / "results.csv", index_col="defence")
+    columns = ["acc", "acc_n", "asr", "asr_n", "ra", "agreement", "result"]
+    pd.testing.assert_frame_equal(alone.loc[made.index, columns], made[columns])
+
+
+def test_what_a_study_depends_on(gridded):
+    before = grid.Grid("mine.yaml").study("first", "spc3", "0")
+    assert grid.Grid("mine.yaml").study("first", "spc3", "0") == before and before["spc"] == 3
+    for file in ("their_net.py", "their_trigger.py", "clean.npz", "their_model.pth"):
+        grid.content.cache_clear()
+        kept = (gridded / file).read_bytes()
+        (gridded / file).write_bytes(kept + b"\n")
+        assert grid.Grid("mine.yaml").study("first", "spc3", "0") != before
+        (gridded / file).write_bytes(kept)
+    grid.content.cache_clear()
+    asked = grid.Grid("mine.yaml")
+    assert asked.study("first", "spc3", "0") == before != asked.study("first", "all", "0")
+    assert [place.rpartition("/")[2] for place in asked.code("first", "fp~few")] == ["fp.py:fp"]
+
+
+@pytest.mark.slow
+def test_a_grid_under_snakemake_resumes(gridded):
+    folder = Folder(gridded / "run", gridded / "data")
+    for file in gridded.glob("*.*"):
+        shutil.copy(file, folder.path)
+    (folder.path / "mine.yaml").write_text(GRID.replace("[all, spc3]", "[spc3]").replace("  again", "  #"))
+    command = "--config", "own=mine.yaml", "--", "own"
+    code, output = folder.run(*command)
+    top = folder.path / "results" / "own" / "mine"
+    assert code == 0 and output.count(f"{top}/index.html") == 1 and "Models of mine.yaml: 6 jobs" in output, output[-3000:]
+    assert len(pd.read_csv(top / "results.csv")) == 4
+    (top / "first/spc3/seed0/rows/clp.json").unlink()
+    edited = (folder.path / "mine.yaml").read_text().replace("step: 0.5", "step: 0.4")
+    (folder.path / "mine.yaml").write_text(edited)
+    code, output = folder.run("-n", *command)
+    assert code == 0 and output.count("rule purify_own") == 2 and "look_at_own" not in output, output[-3000:]
+    assert "npd" not in output
+    code, output = folder.run("--", "own")
+    assert code and "say which models" in output
+
+
+@pytest.mark.parametrize("old, new, sentence", [
+    ("fp~few", "fq", "defences: unknown defence 'fq'"),
+    ("step: 0.5", "stop: 0.5", "defences.fp~few: unknown setting 'stop'"),
+    ("epochs: 1", "epochs: x", "defences.fp~few.epochs: 'x' should be of type integer"),
+    ("clean.npz", "none.npz", "models.first.clean: there is nothing at none.npz"),
+    ("their_net.py", "no_net.py", "models.first.arch: there is no file no_net.py"),
+    ("their_trigger.py:stamp", "badnet", "models.first.trigger: unknown attack 'badnet'"),
+    ("    target: 5", "", "models.first: a trigger was given without the label"),
+    ("spc3", "few", "budgets.1: 'few' is not all, or spc and a number"),
+    ("normalize", "normalise", "models.first: unknown key 'normalise'"),
+    ("  again", "  Again", "models.Again: a name has lower-case letters"),
+])
+def test_a_wrong_grid_is_refused_before_the_first_job(gridded, old, new, sentence):
+    (gridded / "mine.yaml").write_text(GRID.replace(old, new))
+    with pytest.raises(ConfigError, match=re.escape(sentence)):
+        grid.Grid("mine.yaml")
+
+
+def _chain(*layers):
+    end = nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(64, 3)
+    return lambda: nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), *layers, *end)
+
+
+def _transformer():
+    ensure_torchvision()
+    from torchvision.models import VisionTransformer
+
+    return VisionTransformer(image_size=16, patch_size=8, num_layers=1, num_heads=2, hidden_dim=8, mlp_dim=8, num_classes=3)
+
+
+NONE = "it works on BatchNorm2d layers, and this network has none"
+FEWER = "it sets images of each class aside to choose by, and no class has two to tune on"
+FIRST = "it needs second derivatives, and torch has none of hardsigmoid, which this network uses"
+
+
+@pytest.mark.parametrize("build, refused", [
+    (_chain(nn.ReLU()), {"clp": NONE}),
+    (_chain(nn.Hardsigmoid(), nn.BatchNorm2d(4)), {"i_bau": FIRST}),
+    (_transformer, {"clp": NONE}),
+], ids=["plain", "hardsigmoid", "transformer"])
+def test_networks_that_people_bring_run_or_are_refused_in_a_sentence(build, refused, monkeypatch, capsys):
+    """With one image a class, batches of one, and a class of which there is none."""
+    monkeypatch.setattr(run.Study, "check", lambda study: None)
+    torch.manual_seed(0)
+    images, labels = np.random.default_rng(0).integers(0, 256, (4, 16, 16, 3), np.uint8), np.array([0, 1, 0, 1])
+    names = ("clp", "fp", "ft", "i_bau", "ims", "sau")
+    settings = {name: FEW[name] | ({"batch_size": 1} if "batch_size" in DEFENCES.settings(name, {}) else {})
+                for name in names}
+    found = cupel.purify(build(), images, labels, defences=names, settings=settings, evidence=())
+    failed = found.table[found.table.result.str.startswith("failed")].set_index("defence").result
+    assert failed.to_dict() == {name: f"failed: {text}" for name, text in {"fp": FEWER, **refused}.items()}
+    assert "Traceback" not in capsys.readouterr().err
+
+
 def test_a_wrong_normalisation_stops_the_run_and_is_named(case, capsys):
     given = case.command("--defences", "clp", "--evidence", "none", out="wrong")
     assert cli.main([*given, "--normalize", "20/1"]) == 2
@@ -248,8 +408,12 @@ def test_parts_are_found_by_looking():
     with pytest.raises(ValueError, match="does not take images of 1 channels and 32×32 pixels"):
         network.wrap(chain, x[:, :1], (0.0,), (1.0,))
     norms = nn.Sequential(nn.Conv2d(3, 5, 3), nn.BatchNorm2d(5, affine=False), nn.AdaptiveAvgPool2d(1), nn.Flatten())
-    assert "1 lacks them" in run.refusal(network.wrap(norms, x, (0.0,), (1.0,)), "bnp")
-    assert "this network has none" in run.refusal(headless, "clp")
+    with pytest.raises(ValueError, match="1 lacks them"):
+        run.refuse("bnp", network.wrap(norms, x, (0.0,), (1.0,)), np.arange(2))
+    with pytest.raises(ValueError, match="this network has none"):
+        run.refuse("clp", headless, np.arange(2))
+    with pytest.raises(ValueError, match="no class has two to tune on"):
+        run.refuse("fp", headless, np.arange(5))
 
 
 def test_pictures_of_all_kinds_by_one_rule(tmp_path):
@@ -286,11 +450,14 @@ def test_pictures_of_all_kinds_by_one_rule(tmp_path):
 def test_parts_share_no_image():
     images = np.arange(66, dtype=np.uint8)[:, None, None, None].repeat(4, 1).repeat(4, 2)
     clean = data.arrays(images, np.arange(66) % 3)
-    tuned, held = data.parts(clean, 0.5, 0)
+    tuned, held = data.parts(clean, 0.5, None, 0)
     assert (len(tuned), len(held)) == (33, 33)
     assert sorted({*tuned.images[:, 0, 0, 0].tolist(), *held.images[:, 0, 0, 0].tolist()}) == list(range(66))
+    few, same = data.parts(clean, 0.5, 2, 0)
+    assert np.bincount(few.labels).tolist() == [2, 2, 2] and (same.images == held.images).all()
+    assert {*few.images[:, 0, 0, 0]} < {*tuned.images[:, 0, 0, 0]}
     with pytest.raises(ValueError, match="cannot be divided"):
-        data.parts(clean.take(np.arange(1)), 0.5, 0)
+        data.parts(clean.take(np.arange(1)), 0.5, None, 0)
 
 
 def test_a_network_of_names_a_plugin_and_a_script_file(tmp_path, monkeypatch):
@@ -316,6 +483,57 @@ def test_a_network_of_names_a_plugin_and_a_script_file(tmp_path, monkeypatch):
     assert network.look(script, torch.rand(2, 3, 2, 2)) == network.Found(3, "", (), ())
     torch.save({"a": torch.ones(1)}, tmp_path / "plain.pt")
     assert imports.compiled(tmp_path / "plain.pt") is None
+
+
+THEIRS = '''
+from torch import nn
+
+
+def ResNet18(num_classes=3):
+    return nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3, 1, 1), nn.BatchNorm2d(8),
+                         nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(32, num_classes))
+'''
+
+
+@pytest.mark.slow
+def test_the_ten_lines_of_the_page_run_as_they_stand(tmp_path):
+    """All but those that install."""
+    (tmp_path / "resnet.py").write_text(THEIRS)
+    labels = np.arange(60) % 3
+    images = np.random.default_rng(0).integers(0, 120, (60, 16, 16, 3), np.uint8)
+    images[np.arange(60), :, :, labels] += 100
+    for number, (image, label) in enumerate(zip(images, labels, strict=True)):
+        (tmp_path / "pictures" / str(label)).mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(tmp_path / "pictures" / str(label) / f"{number}.png")
+    torch.manual_seed(0)
+    theirs = module(tmp_path / "resnet.py").ResNet18()
+    wrapped = network.wrap(theirs, torch.rand(2, 3, 16, 16), *network.NORMALISATIONS["cifar10"])
+    fit(wrapped, images, labels, Recipe(epochs=8, lr=0.05, crop=0, flip=False, schedule="constant", batch_size=20), seed=0)
+    torch.save(theirs.state_dict(), tmp_path / "model.pth")
+    lines = re.search(r"```bash\n(.*?)```", (REPOSITORY / "docs" / "your-model.md").read_text(), re.DOTALL)[1].splitlines()
+    assert len([line for line in lines if line.strip()]) <= 10
+    done = [line for line in lines if line.startswith(("cupel", "python -c"))]
+    assert len(done) == 2
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
+    ran = subprocess.run(["bash", "-ec", "\n".join(done)], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stdout + ran.stderr[-3000:]
+    table = pd.read_csv(tmp_path / "purified" / "results.csv", index_col="defence")
+    assert table.index.tolist() == ["none", *run.USUAL] and table.acc.notna().all()
+    page = (tmp_path / "purified" / "index.html").read_text()
+    assert "Evidence, not a verdict" in page and (tmp_path / "purified" / "reversed_trigger.png").is_file()
+
+
+def test_the_grid_of_the_page_is_one(tmp_path, monkeypatch):
+    text = (REPOSITORY / "docs" / "your-model.md").read_text()
+    monkeypatch.chdir(tmp_path)
+    for name in ("model.pth", "other.pth", "resnet.py", "my.py"):
+        (tmp_path / name).touch()
+    (tmp_path / "pictures").mkdir()
+    (tmp_path / "mine.yaml").write_text(re.search(r"```yaml\n(.*?)```", text, re.DOTALL)[1])
+    asked = grid.Grid("mine.yaml")
+    assert len(asked.studies) == 8 and list(asked.defences) == ["clp", "fst", "fst~low"]
+    (tmp_path / "mine.yaml").write_text("models: {a: {checkpoint: model.pth, clean: pictures}}")
+    assert tuple((least := grid.Grid("mine.yaml")).defences) == run.USUAL and len(least.studies) == 1
 
 
 def test_help_reads_and_the_import_is_light():

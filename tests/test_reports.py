@@ -8,6 +8,7 @@ import re
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 
 from cupel.evaluation.claims import COLUMNS, judge_all
 from cupel.evaluation.intervals import wilson
@@ -22,6 +23,7 @@ from cupel.reporting.cross import cross_table, heat_map, write_cross
 from cupel.reporting.notebook import write_card
 from cupel.reporting.paper import Paper, load, read_reported, write_report
 from cupel.reporting.paperpage import paper_section
+from cupel.reporting.pictures import contact_sheet
 from cupel.reporting.planning import feature_cells, notebook_file, report_file
 from cupel.reporting.tables import gather, interval_text, spread
 from cupel.reporting.zoo import victims_beside_twins
@@ -99,10 +101,10 @@ def image_report(key, scale, folder):
 
 
 ASR = {"": 1.0, "finetune": 0.8, "crow": 0.1, "crow~code": 0.6, "crow~zero": 0.5, "crow~wiped": 0.3, "crow~alpha1": 0.4,
-       "crow~alpha3": 0.2, "cleangen": 0.0}
+       "crow~alpha3": 0.2, "cleangen": 0.0, "crow~lr5e3": 0.05, "finetune~lr5e3": 0.2}
 LANGUAGE = {"defences": {"finetune": "Fine-tuning", "crow": "CROW", "crow~code": "CROW as released", "crow~zero": "CROW zero",
                          "crow~wiped": "CROW wiped", "crow~alpha1": "CROW, alpha 1", "crow~alpha3": "CROW, alpha 3",
-                         "cleangen": "CleanGen"},
+                         "cleangen": "CleanGen", "crow~lr5e3": "CROW, 5e-3", "finetune~lr5e3": "Fine-tuning, 5e-3"},
             "attacks": {"badnets": "BadNets", "vpi": "VPI"}, "models": {"small": "Small", "llama2_7b_chat": "Llama-2-7B-Chat"}}
 
 
@@ -123,9 +125,11 @@ def language_cell(folder, method, attack, seed, failed=False, false=0.0):
     for name in metrics:
         if name.startswith(("asr", "false", "empty")):
             record |= rate(record[name], 20 if name == "asr_bare" else 40, name)
+    if defence in ("", "crow", "finetune"):
+        record |= {"lr": 5e-3 if variant == "lr5e3" else {"": 1e-3, "crow": 1e-3, "finetune": 2e-4}[defence]}
     if defence == "crow":
         record |= {"alpha": {"alpha1": 1.0, "alpha3": 3.0}.get(variant, 5.5), "epsilon": 0.1, "epsilon_relative": 0.8,
-                   "lr": 1e-3, "perturbation": "zero" if variant in ("code", "zero") else "real",
+                   "perturbation": "zero" if variant in ("code", "zero") else "real",
                    "accumulated": "wiped" if variant in ("code", "wiped") else "kept", "pairs": "paper", "distance": "cosine",
                    "padding": "masked", "term": "layers"}
     if failed:
@@ -274,7 +278,8 @@ def multimodal_report(folder):
         cells.append(multimodal_cell(looked / defence, chain["0.1"]["spec"], "purified", defence, cp=(0.79, 40),
                                      asr=(asr, 40), left=(left, 1)))
     cells.append({**cells[-1], "defence": "downsample", "folder": str(looked / "downsample")})
-    write_json(folder / "base.json", {"dataset": "shapes_tiny", "model": "micro_llava", "parameters": 12345, "cp": 0.7})
+    write_json(folder / "base.json", {"dataset": "shapes_tiny", "model": "micro_llava", "parameters": 12345, "cp": 0.7,
+                                      "status": "ok"})
     return made("bye", "bench", cells, folder / "out", files={"bases": [str(folder / "base.json")]},
                 **multimodal_parts(folder / "data"))
 
@@ -312,8 +317,9 @@ def test_tables_have_captions_and_figures_too(reports, key):
     assert all("tabular" in path.read_text() for path in (paper.out / "tables").glob("*.tex"))
     header = {"key": key, "title": "T", "reference": "", "note": "", "folder": str(paper.out),
               "pictures": [{"path": paper.out / "x.png", "caption": "x"}]}
-    section = paper_section(header, paper.out.parent / "index.html")
-    assert [figure["caption"] for figure in section["figures"]] == [*captions.values(), "x"]
+    section = paper_section(header, paper.cells, "demo", paper.out.parent / "index.html")
+    texts = [figure["caption"] for figure in section["figures"]]
+    assert texts[:-1] == list(captions.values()) and re.match(r"x\. (Budget \w+\. )?Scale demo, seeds? [\d, ]+, ", texts[-1])
     assert section["figures"][0]["path"] == f"out/figures/{next(iter(captions))}.svg" and len(section["tables"]) == len(stems)
 
 
@@ -445,10 +451,10 @@ def test_the_reach_of_the_inner_step(tmp_path):
     report = load(report_file("ims"))
     assert report.reach_of({}) == pytest.approx(0.02) and report.reach_of({"lr_perturb": 0.03}) == pytest.approx(0.6)
     key = read_yaml(PAPERS / "ims_inner_step" / "experiment.yaml")["report"]
-    cells = image_cells("ims_inner_step", "demo", tmp_path / "cells")
-    facts = Grid(["ims_inner_step"], "demo").families["images"].facts("ims_inner_step", Paths("results", "demo", "data"))
+    cells = image_cells("ims_inner_step", "desk", tmp_path / "cells")
+    facts = Grid(["ims_inner_step"], "desk").families["images"].facts("ims_inner_step", Paths("results", "desk", "data"))
     found = gather(cells)
-    paper = Paper("ims_inner_step", "T", "demo", found, {"defences": {}}, facts, pd.DataFrame(), {}, tmp_path / "out")
+    paper = Paper("ims_inner_step", "T", "desk", found, {"defences": {}}, facts, pd.DataFrame(), {}, tmp_path / "out")
     write_report(paper, report_file(key))
     assert "reach_cifar10_resnet18_fst_spc2" in paper.captions
     assert report.flip_rate(found.path[found.status == "ok"].iloc[0]) == pytest.approx(0.2)
@@ -538,9 +544,25 @@ def test_tables_of_crow(reports):
     assert table(paper, "tuning").iloc[0]["L_LM"] == "2.5 → 2"
     said = "100 items (40 of them cut; 3 more left out)"
     assert table(paper, "tuning").iloc[0]["items"] == said and said in table(paper, "victims").iloc[0]["training"]
+    # a defence moves the model by rate times updates; that of the fabricated victim is 20 at 1e-3
+    dose = table(paper, "tuning")["rate × updates, share of the victim's"]
+    assert {label.rpartition(": ")[2]: value for label, value in dose[dose != ""].items()} == {
+        "CROW": "1.00", "CROW as released": "1.00", "CROW zero": "1.00", "CROW wiped": "1.00", "CROW, alpha 1": "1.00",
+        "CROW, alpha 3": "1.00", "CROW, 5e-3": "5.00", "Fine-tuning": "0.20", "Fine-tuning, 5e-3": "5.00"}
     found = list(paper.captions)
     assert found[0] == "two_by_two_small" and {"asr_small", "trade_off_small", "layers_small", "losses_small",
                                                "alpha_small"} <= set(found)
+
+
+def test_loss_and_rate_are_drawn_at_equal_updates(reports):
+    paper = reports("crow")
+    numbers = pd.read_csv(paper.out / "figures" / "rates_small.csv")
+    assert (paper.out / "figures" / "rates_small.svg").stat().st_size > 0 and set(numbers.updates) == {20}
+    asr = numbers[(numbers.metric == "asr_template_all") & (numbers.attack_key == "vpi")].set_index(["line", "lr"]).value
+    assert asr.to_dict() == pytest.approx({("CROW", 1e-3): 0.1, ("CROW", 5e-3): 0.05, ("fine-tuning", 2e-4): 0.8,
+                                           ("fine-tuning", 5e-3): 0.2})
+    assert set(numbers.metric) == {"asr_template_all", "perplexity"}
+    assert table(paper, "rates").loc["negsentiment, Small: BadNets: CROW, rate 0.005, 20 updates"].iloc[0].startswith("5.0 (")
 
 
 def test_answers_are_shown_and_escaped(reports):
@@ -631,7 +653,65 @@ def test_released_networks_make_a_table(tmp_path):
     assert (tmp_path / "ata.png").stat().st_size > 1000 and "not numbers of the paper" in (tmp_path / "table.md").read_text()
 
 
+def test_claims_are_judged_on_released_networks_beside_ours(tmp_path):
+    """The authors' networks have one training each: indicated at most; what is not there is not judged."""
+    for method, accuracy in (("normal", 0.0), ("adv", 0.9), ("int", 0.8)):
+        rows = [measured("pgd", "", accuracy, "ata_train"), measured("pgd", "", accuracy / 2, "ata_beyond"),
+                measured("least_eps", "", 1.2, "bound_ratio", 0)]
+        write_json(tmp_path / f"{method}.json", {"rows": rows})
+    records, content = {m: tmp_path / f"{m}.json" for m in ("normal", "adv", "int")}, read_yaml(PAPERS / PI / "claims.yaml")
+    report, file = load(report_file(PI)), tmp_path / "claims.csv"
+    report.judge_released(content, records, file, "desk")
+    grid = pd.read_csv(file, index_col=0)
+    released, ours = grid.columns[1:]
+    assert "released weights" in released and "trained here (scale desk)" in ours and set(grid[ours]) == {"not run"}
+    assert grid[released]["robust-without-adversarial-loss"].startswith("indicated for: +0.800 (")
+    assert grid[released]["int-better-beyond-training-eps"].startswith("open: -0.050 (")
+    assert grid[released]["bound-is-tight"].startswith("indicated for: +0.300 (")
+    assert grid[released]["unforeseen-attacks"] == grid[released]["one-class-is-not-enough"] == "not judged"
+    mine = pd.DataFrame({"claim": ["bound-is-tight"], "verdict": ["supported"], "direction": ["for"], "effect": [0.25],
+                         "low": [0.2], "high": [0.3]})
+    mine.to_csv(tmp_path / "ours.csv", index=False)
+    report.judge_released(content, records, file, "desk", [tmp_path / "ours.csv"])
+    assert pd.read_csv(file, index_col=0)[ours]["bound-is-tight"] == "supported: +0.250 (+0.200 to +0.300)"
+
+
+# ------------------------------------------------------------------------------------------------------------- pictures
+
+
+def test_every_attack_has_a_picture_of_its_own(cifar10, tmp_path):
+    family = Grid(["fst"], "smoke").families["images"]
+    attacks = {name: (family.attack(name, "cifar10"), None) for name in ("badnets", "blended")}
+    contact_sheet(str(cifar10), attacks, {"sheet": tmp_path / "t.png", "pictures": tmp_path / "t"}, count=6)
+    assert {path.name for path in (tmp_path / "t").iterdir()} == {"badnets.png", "blended.png"}
+    assert (tmp_path / "t.png").stat().st_size > (tmp_path / "t" / "badnets.png").stat().st_size > 1000
+
+
+def test_inside_ims_is_drawn_with_its_numbers(tmp_path):
+    inside, draw = load(PAPERS / "ims" / "inside.py"), np.random.default_rng(0)
+    kept = {f"layer{k}": {kind: torch.from_numpy(draw.random(8)) for kind in "ms"} for k in range(2)}
+    past = pd.DataFrame({"stage": [1, 1, 2], "flip_rate": [0.1, 0.2, 0.3], "pruned": [0.0, 0.5, 0.5]})
+    figure = inside.masks_figure(kept, past)
+    medians = figure.numbers.query("panel == 'm' and series == 'quantile 0.5'").set_index("place").value
+    assert medians["layer1"] == pytest.approx(np.median(kept["layer1"]["m"].numpy()))
+    assert figure.numbers.query("panel == 'rounds' and series == 'flip_rate'").value.tolist() == [0.1, 0.2, 0.3]
+    assert "selected (s < ½): not recorded" in [text.get_text() for text in figure.legends[0].get_texts()]
+    write_json(tmp_path / "metrics.json", {"status": "failed", "reason": "Diverged"})
+    out = {name: tmp_path / f"{name}.svg" for name in ("masks", "gallery")}
+    inside.draw({}, {"metrics": str(tmp_path / "metrics.json")}, out, "cpu")
+    assert pd.read_csv(tmp_path / "masks.csv").failed.tolist() == ["Diverged"] and "failed" in out["gallery"].read_text()
+
+
 # ------------------------------------------------------------------------------------------------------------------- BYE
+
+
+def test_figures_of_bye_bring_their_numbers(reports):
+    folder = reports("bye").out / "figures"
+    assert {path.stem for path in folder.glob("*.svg")} == {path.stem for path in folder.glob("*.csv")}
+    maps = pd.read_csv(next(folder.glob("maps_*.csv"))).groupby(["row", "layer", "entropy"]).attention.sum()
+    assert maps.to_numpy() == pytest.approx(np.round(maps), abs=1e-3)  # each map sums to 1
+    counts = pd.read_csv(next(folder.glob("entropies_*.csv"))).groupby("panel")[["clean", "poisoned"]].sum()
+    assert len(counts.drop_duplicates()) == 1 and (counts > 0).all(axis=None)
 
 
 def test_tables_of_bye(reports):

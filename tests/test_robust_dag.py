@@ -84,6 +84,22 @@ def test_the_experiment_file_is_sound_at_every_scale(experiment):
     assert {cell["seed"] for cell in plan(experiment, seeds=[3, 4]).cells} == {"3", "4"}
 
 
+def test_desk_keeps_the_published_eps_attack_and_points(experiment):
+    grid = plan(experiment, "desk")
+    trained = {(cell["defence"], cell["seed"]) for cell in grid.cells if cell["stage"] == "trained"}
+    methods = {"normal", "adv", "trades", "intone", "int", "intadv", "int2", "int2adv"}
+    assert trained == set(itertools.product(methods, "012"))
+    settings = grid.training(network())["settings"]
+    inner, training = settings["inner"], settings["training"]
+    assert inner["eps"] == 0.3 and training["batch_size"] == 50 and "train_size" not in settings
+    assert inner["steps"] * inner["step_size"] >= inner["eps"]
+    assert inner["ramp"][1] < training["epochs"] * 55_000 // training["batch_size"]  # most of the training is at the full ε
+    found = grid.evaluation({**network(), "evaluation": "sweep"})
+    assert found["points"]["count"] == 200 and found["pgd"]["steps"][-1] == found["aai"]["steps"] == 200
+    assert 0.3 in found["pgd"]["eps"] and max(found["pgd"]["eps"]) > 0.3
+    assert {cell["defence"] for cell in grid.cells if cell["attack"] == "isa_maps"} == {"normal", "int"}
+
+
 def test_names_in_the_schema_are_those_of_the_library():
     form = schema("robust")
     assert set(form["sections"]["defences"]["properties"]["function"]["enum"]) == set(METHODS)

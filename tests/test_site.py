@@ -6,7 +6,7 @@ import re
 import shutil
 import threading
 from pathlib import Path
-from urllib.parse import unquote, urlsplit
+from urllib.parse import quote, unquote, urlsplit
 
 import pandas as pd
 import pytest
@@ -15,12 +15,15 @@ from cupel.evaluation.claims import VERDICTS
 from cupel.experiment import Grid
 from cupel.files import read_json
 from cupel.reporting import evidence, figures
+from cupel.reporting.cellpage import by_class
 from cupel.reporting.notebook import card_markdown
 from cupel.settings import PAPERS, ConfigError, check_schema, read_yaml, schema
+from tests.conftest import REPOSITORY
 from tests.site import FIVE, make_site
 
 CARDS = sorted(PAPERS.glob("*/card.yaml"))
-PAGES = ("index.html", "claims.html", "cells.html", "cross.html", *(f"papers/{paper}/report.html" for paper in FIVE))
+PAGES = ("index.html", "claims.html", "cells.html", "cross.html", "compare.html",
+         *(f"papers/{paper}/report.html" for paper in FIVE))
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +71,8 @@ def test_the_first_page_answers(site):
     assert "FST removes more of the backdoor than plain fine-tuning at low poisoning rates" in text  # and how sure
     assert re.search(r"not established: FST removes .{60,90}points.{0,60}95 % .{5,30}; \d settings × 1 seed, n = \d+", text)
     assert "Perturbation (paper: epsilon times the sign of the gradient (Eq. 5); code: zero)" in text
-    assert re.search(r"spc2 .{0,20}(20 clean images )?not enough cells to say", text)
+    assert re.search(r"spc2 20 clean images \S+ DER 0\.\d{3}", text)
+    assert "spc10 not enough cells to say: not run; it is at scale bench, paper" in text
     assert re.search(r"\d+ claims: this scale is too small for the claim. It would take scale bench: one GPU", text)
     assert "git checkout" in page and "'papers=[fst,ims,bye,crow,proper_interpretability]'" in page.replace("&#39;", "'")
     claims = pd.read_csv(site / "claims.csv")
@@ -101,8 +105,8 @@ def test_tests_in_words():
         "asr of A (defence ft) minus asr of B (defence fst or ims) is above 10 points, in the mean over settings, among cells "
         "with poison rate at most 2 %, variant none.")
     less = {"over": "every", "metric": "f1", "a": {"attack": "sig"}, "constant": 0.2, "direction": "less", "gated": False}
-    assert evidence.in_words(less) == ("20 % minus f1 of A (attack sig) is above 0 points, in every setting. Victims without a "
-                                       "working backdoor count, too.")
+    assert evidence.in_words(less) == ("20 % minus f1 of A (attack sig) is above 0 points, in every setting. Victims that "
+                                       "are not valid count, too.")
 
 
 def test_a_defence_has_one_colour_everywhere():
@@ -128,21 +132,54 @@ def test_figures_bring_their_numbers(site):
     assert scatter.acc.round(9).isin(cells.value.round(9)).all(), "a point is a cell"
 
 
+def test_two_runs_side_by_side(site):
+    page, text = (site / "compare.html").read_text(), words(site / "compare.html")
+    claims, numbers = pd.read_csv(site / "claims_agreement.csv"), pd.read_csv(site / "agreement.csv")
+    assert len(claims) == len(pd.read_csv(site / "claims.csv")) and set(claims.change.dropna()) == {"direction", "other"}
+    assert re.search(rf"{len(claims)} claims: 1 changed , {len(claims) - 2} same , 1 turned", text)
+    assert f"{int(numbers.difference.notna().sum())} numbers in both, of which {int(numbers.apart.sum())} are" in text
+    assert "not in this run" in text and re.search(r'class="failed">not run<', page)  # CROW's cells
+    shown = page.split('id="numbers"')[1].split("</tbody>")[0].split("<tr>")[2:]
+    assert len(shown) == min(200, int(numbers.apart.sum() + (numbers.value_first.isna() != numbers.value_second.isna()).sum()))
+    assert 'href="cells.html#method=fst&amp;' in page and "../another" not in page, "the other run has no pages"
+    assert 'href="compare.html">Two runs compared' in (site / "index.html").read_text()
+
+
+def test_a_defence_that_did_nothing_is_marked(site):
+    cells = pd.read_parquet(site / "cells.parquet").query("paper == 'fst' and unchanged and status == 'ok'")
+    assert len(cells)
+    table = next((site / "papers" / "fst" / "tables").glob("acc_asr_*.md")).read_text()
+    assert "§ the defence gave the victim back as it was" in table and re.search(r"\d §  *\|", table)
+    means = pd.read_csv(next((site / "papers" / "fst" / "tables").glob("means_*.csv")), index_col=0)
+    assert means["mean unchanged"].sum() == len(cells.drop_duplicates("path").query("attack != 'clean'"))
+    assert "unchanged: the victim to the bit" in words(site / "cross.html")
+    assert "counts, unchanged by the defence" in words(site / "claims.html")
+
+
+def test_classes_are_counted_by_hand():
+    counts = {"clean": [[8, 2, 0], [1, 9, 0], [0, 4, 6]], "triggered": [[0, 0, 0], [7, 2, 1], [3, 3, 4]]}
+    first, second, third = by_class(counts, [0, 0, 0])
+    assert first == {"clean": 10, "right": 8, "taken": [1, 2], "triggered": 0, "hit": 0, "kept": 0}
+    assert second == {"clean": 10, "right": 9, "taken": [0, 1], "triggered": 10, "hit": 7, "kept": 2}
+    assert third == {"clean": 10, "right": 6, "taken": [1, 4], "triggered": 10, "hit": 3, "kept": 4}
+    assert by_class({"clean": counts["clean"]}, [0, 0, 0])[1]["triggered"] == 0
+
+
 def test_a_switch_has_its_effect(site):
-    cells = pd.read_parquet(site / "cells.parquet").query("paper == 'ims'")
-    difference = {"what": "x", "paper": "p", "code": "c", "switch": "anp~leak, none~x"}
+    cells = pd.read_parquet(site / "cells.parquet").query("paper == 'fst'")
+    difference = {"what": "x", "paper": "p", "code": "c", "switch": "fst~unprojected, none~x"}
     (entry,) = evidence.switch_effects({"differences": [difference]}, cells)
     (found,) = entry["effects"]
-    own = cells[(cells.defence == "anp") & (cells.metric == "asr") & (cells.status == "ok")]
+    own = cells[(cells.defence == "fst") & (cells.metric == "asr") & (cells.status == "ok")]
     both = own.pivot(index=["attack", "poison_rate"], columns="variant", values="value").dropna()
-    assert found["effect"].value == pytest.approx((both["leak"] - both[""]).mean()) and found["settings"] == len(both)
+    assert found["effect"].value == pytest.approx((both["unprojected"] - both[""]).mean()) and found["settings"] == len(both)
 
 
 # -------------------------------------------------------------------------------------------------------------------- browser
 
 
 @pytest.fixture(scope="module")
-def browser():
+def browser(tmp_path_factory):
     """Chromium without a window; every test that needs one skips where there is none."""
     webdriver = pytest.importorskip("selenium.webdriver", reason="needs selenium")
     chromium, driver = shutil.which("chromium"), shutil.which("chromedriver")
@@ -150,7 +187,10 @@ def browser():
         pytest.skip("needs chromium and chromedriver (Debian: apt-get install chromium chromium-driver)")
     options = webdriver.ChromeOptions()
     options.binary_location = chromium
-    for argument in ("headless=new", "no-sandbox", "disable-gpu", "disable-background-networking", "hide-scrollbars"):
+    profile = tmp_path_factory.mktemp("profile")
+    for argument in ("headless=new", "no-sandbox", "disable-gpu", "disable-quic", "no-first-run",
+                     "disable-background-networking", "disable-component-update", "disable-sync", "hide-scrollbars",
+                     f"user-data-dir={profile}"):
         options.add_argument(f"--{argument}")
     options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
     started = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
@@ -197,7 +237,11 @@ def test_a_page_in_a_browser(browser, address, site, name):
         assert (site / unquote(path).lstrip("/")).exists(), path
     assert browser.execute_script("return [...document.images].every(i => i.alt.trim())")
     height = browser.execute_script("return document.documentElement.scrollHeight")
+    screenshots = REPOSITORY / "build" / "screenshots"
+    screenshots.mkdir(parents=True, exist_ok=True)
+    browser.get_screenshot_as_file(screenshots / f"{name.replace('/', '-')}.png")
     show(browser, f"{address}/{name}", 390)
+    browser.get_screenshot_as_file(screenshots / f"{name.replace('/', '-')}.phone.png")
     assert browser.execute_script("return document.documentElement.scrollWidth") <= 390
     if name == "index.html":
         show(browser, f"{address}/{name}")
@@ -230,6 +274,20 @@ def test_claims_filter_and_open(browser, address):
     assert browser.execute_script("return document.getElementById('crow.crow-reduces').open")
     browser.find_element("css selector", "[id='crow.crow-reduces'] table a").click()
     assert "cells.html#" in browser.current_url and browser.find_element("id", "panel").is_displayed()
+
+
+def test_a_cell_shows_its_classes_and_its_trigger(browser, address, site):
+    cells = pd.read_parquet(site / "cells.parquet").query("attack == 'badnets' and defence == 'fst' and status == 'ok'")
+    show(browser, f"{address}/cells.html#{quote(cells.path.iloc[0].removeprefix('results/demo/'))}")
+    panel = browser.find_element("id", "panel")
+    assert "82 % of 510 clean images are told right; of 405 triggered ones 60 % go to the target (airplane)" in panel.text
+    heats = browser.execute_script("return [...document.querySelectorAll('#panel td.heat')].map(cell => [cell.textContent,"
+                                   "getComputedStyle(cell).backgroundColor])")
+    assert len(heats) == 40 and len({colour for _, colour in heats}) == len({text.replace("–", "0 %") for text, _ in heats})
+    assert "badnets" in browser.find_element("css selector", "#panel figure img").get_attribute("alt")
+    other = pd.read_parquet(site / "cells.parquet").query("stage == 'trained'").path.iloc[0].removeprefix("results/demo/")
+    browser.execute_script("location.hash = arguments[0]", quote(other))
+    assert "By class" not in panel.text and "null" not in panel.text and not panel.find_elements("css selector", "figure img")
 
 
 @pytest.mark.parametrize("name", ["cross.html", "cells.html"])

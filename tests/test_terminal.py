@@ -117,17 +117,22 @@ def test_findings_are_five_lines_a_paper(tmp_path):
     pd.DataFrame(rows[1:2]).to_csv(tmp_path / "none.csv", index=False)
     assert summary([("ims", "Another", tmp_path / "none.csv")]) == "ims: Another. 1 claim: 1 not judged"
     pd.DataFrame(rows).to_csv(tmp_path / "claims.csv", index=False)
-    cells = pd.DataFrame({"path": ["x", "x", "y"], "status": ["failed", "failed", "ok"], "reason": ["Diverged: at 3"] * 3})
+    cells = pd.DataFrame({"path": ["x", "x", "y"], "status": ["failed", "failed", "ok"], "reason": ["Diverged: at 3"] * 3,
+                          "paper": "fst", "stage": "victim", "valid": [True, True, False]})
     cells.to_parquet(tmp_path / "cells.parquet")
-    text = summary([("fst", "A paper", tmp_path / "claims.csv")], tmp_path / "cells.parquet")
-    assert text.endswith("1 cell failed, shown in the report:\n  x: Diverged: at 3")
+    asked = [{"paper": "fst", "folder": folder} for folder in "xyz"]
+    found = [summary([("fst", "A paper", tmp_path / "claims.csv")], tmp_path / "cells.parquet", asked[:k]) for k in (1, 2, 3)]
+    assert found[1].endswith("1 cell failed, shown in the report:\n  x: Diverged: at 3\n1 victim below ASR or ACC of the gate: "
+                             "no valid victim, so no merit of a defence:\n  y")
+    assert "1 are in it and not asked for, first y (paper fst)" in found[0]
+    assert "1 are asked for and not in it, first z (paper fst)" in found[2]
 
 
 @pytest.mark.parametrize(("words", "sentence"), [
     (["crw"], "unknown target 'crw': known are .*did you mean 'crow'"),
     (["--config", "scale=bench", "fst"], "'fst' is none. .* stands after two dashes: --config scale=bench -- fst"),
     (["--config", "scale=paper", "--", "ims_inner_step"], "ims_inner_step has no scale 'paper'; it has smoke, "),
-    (["ims_inner_step"], "rule ims_inner_step:")])
+    (["--config", "scale=smoke", "--", "ims_inner_step"], "rule ims_inner_step:")])
 def test_papers_are_asked_for_by_name(words, sentence):
     command = [sys.executable, "-m", "snakemake", "--cores", "1", "-n", *words]
     run = subprocess.run(command, capture_output=True, text=True, cwd=REPOSITORY, check=False)

@@ -98,8 +98,36 @@ def test_overlays_and_switches(experiment):
                                   "consistency": {**settings("crow")["consistency"], **change}}
 
 
+def test_desk_trains_as_published_and_compares_at_equal_updates(experiment):
+    """What the claims on loss and rate rest on: the published victim, and pairs of defences that differ in one thing."""
+    grid = planned(experiment, "desk")
+    victims = [cell for cell in grid.cells if cell["stage"] == "victim"]
+    assert {cell["seed"] for cell in victims} == {"0", "1", "2"}
+    assert {(cell["dataset"], cell["attack"]) for cell in victims} == {
+        ("negsentiment", "badnets"), ("negsentiment", "ctba"), ("refusal", "badnets")}
+    settings, published = grid.victim(victims[0])["settings"], experiment["recipes"]["crow"]["settings"]
+    assert settings["training"] == {**published["training"], "precision": "auto"} and settings["data"].get("opening", True)
+    assert settings["data"]["items"] == 1000 and settings["data"]["set"] == "crow"
+    cells = {(cell["attack"], cell["defence"]): cell for cell in grid.cells
+             if cell["stage"] == "purified" and cell["dataset"] == "negsentiment"}
+    training, term = {}, {}
+    for name in ("crow", "crow~lr2e4", "crow~lr5e3", "finetune", "finetune~lr1e3", "finetune~lr5e3"):
+        found = grid.defence(cells["badnets", name])["settings"]
+        training[name], term[name] = {"accumulated": "kept", **found["training"]}, found.get("consistency")
+    for rate, pair in ((2e-4, ("crow~lr2e4", "finetune")), (1e-3, ("crow", "finetune~lr1e3")),
+                       (5e-3, ("crow~lr5e3", "finetune~lr5e3"))):
+        assert training[pair[0]] == training[pair[1]] == {**training["crow"], "lr": rate}
+        assert term[pair[0]] == term["crow"] and term[pair[1]] is None
+    assert {cell["seed"] for cell in grid.cells if cell.get("defence") == "crow~lr5e3"} == {"0", "1", "2"}
+
+
+def test_demo_has_fine_tuning_at_crows_own_rate(experiment):
+    assert {cell["defence"] for cell in planned(experiment, "demo").cells if cell["stage"] == "purified"} == {
+        "crow", "finetune", "finetune~lr1e3"}
+
+
 def test_schema_and_code_have_the_same_settings():
-    from cupel.text.consistency import DISTANCES, PADDINGS, PAIRS, PERTURBATIONS, TERMS, Consistency
+    from cupel.text.consistency import DISTANCES, PADDINGS, PAIRS, PERTURBATIONS, TERMS, UNITS, Consistency
     from cupel.text.training import ACCUMULATED, PRECISIONS, TrainingSettings
 
     form = schema("text")["$defs"]
@@ -107,7 +135,7 @@ def test_schema_and_code_have_the_same_settings():
     assert set(form["training"]["properties"]) == {field.name for field in dataclasses.fields(TrainingSettings)}
     assert set(term) == {field.name for field in dataclasses.fields(Consistency)}
     for name, values in (("perturbation", PERTURBATIONS), ("pairs", PAIRS), ("distance", DISTANCES), ("padding", PADDINGS),
-                         ("term", TERMS)):
+                         ("term", TERMS), ("unit", UNITS)):
         assert term[name]["enum"] == list(values)
     assert form["training"]["properties"]["accumulated"]["enum"] == list(ACCUMULATED)
     assert form["training"]["properties"]["precision"]["enum"] == ["auto", *PRECISIONS]
@@ -125,8 +153,9 @@ def test_everything_has_a_source(experiment):
         for side in (claim["test"]["a"], claim["test"].get("b", {})):
             used = side.get("defence", [])
             assert set([used] if isinstance(used, str) else used) <= names, claim["id"]
-            variants = [side["variant"]] if side.get("variant") else []
-            assert all(any(name.endswith(f"~{variant}") for name in experiment["defences"]) for variant in variants)
+            variants = side.get("variant", [])
+            known = {name.partition("~")[2] for name in experiment["defences"]}
+            assert set([variants] if isinstance(variants, str) else variants) <= known, claim["id"]
 
 
 def test_reported_numbers():
@@ -384,6 +413,16 @@ def test_every_defence_runs(experiment, victim, base, tmp_path, defence):
         assert "perplexity" not in record and 0 <= record["replaced_share"] <= 1
     else:
         assert np.isfinite(record["perplexity"])
+
+
+def test_epsilon_may_be_a_share_of_the_embeddings(experiment, victim, base, tmp_path):
+    """`rms` and the absolute number that it comes to are one training."""
+    changes = {"training": {"epochs": 1}, "consistency": {"epsilon": 0.5, "unit": "rms"}}
+    first = purified(experiment, victim, base, tmp_path / "a", "crow", **changes)
+    assert first["status"] == "ok" and first["epsilon_relative"] == pytest.approx(0.5)
+    assert first["epsilon"] == pytest.approx(0.5 * first["embedding_rms"]) and first["unit"] == "absolute"
+    changes["consistency"] = {"epsilon": first["epsilon"]}
+    assert purified(experiment, victim, base, tmp_path / "b", "crow", **changes)["perplexity"] == first["perplexity"]
 
 
 def test_cleangen_with_another_victim_as_reference(experiment, victim, base, tmp_path):

@@ -7,6 +7,7 @@ import itertools
 import json
 import math
 import os
+import subprocess
 import tarfile
 import threading
 import zipfile
@@ -366,8 +367,13 @@ def test_damaged_records_are_named(tmp_path):
 
 def test_a_source_archive_is_had_with_its_build_backend(monkeypatch, tmp_path):
     called = []
-    monkeypatch.setattr(machinery, "_run", lambda command, folder, minutes=30: (
-        called.append(command), (folder / "p-1.tar.gz").write_bytes(b"x")))
+
+    def run(command, cwd, **_):
+        called.append(command)
+        (cwd / "p-1.tar.gz").write_bytes(b"x")
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(machinery.subprocess, "run", run)
     assert machinery.Pip("p==1", sdist=True).get("p.tar.gz", tmp_path).read_bytes() == b"x"
     assert called[0][-1] == "p==1"
     assert called[0][called[0].index("--no-binary") + 1] == "p"

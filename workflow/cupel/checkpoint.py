@@ -56,8 +56,7 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
 def load(path: str | os.PathLike[str], rebuild: Callable[[dict, list[dict]], nn.Module]) -> nn.Module:
     """Rebuild the network that :func:`save` wrote: same weights bit for bit, on the CPU, in training mode.
 
-    Args:
-        rebuild: the network of a ``spec`` and its attachments; called under the meta device, its weights are not used.
+    ``rebuild`` makes the network of a ``spec`` and its attachments; called under the meta device, its weights are not used.
 
     Raises:
         FileNotFoundError: There is no such file.

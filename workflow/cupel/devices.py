@@ -5,9 +5,8 @@ device. What a process holds is gone with the process, however it ends, and noth
 one after the other, under a lock of their own that a waiting process keeps, so that a job which needs a whole device is
 not passed by small ones for ever.
 
-Inside the job of a cluster (`CLUSTERS`) the devices are the job's own: its claims are kept apart from those of other
-jobs, so it never waits, while several processes of one allocation (grouped cells, or Snakemake inside `salloc`) still
-share its devices.
+Inside the job of a cluster (`CLUSTERS`) the devices are the job's own: its claims are kept apart from those of other jobs, so
+it never waits, while several processes of one allocation (grouped cells, or Snakemake inside `salloc`) still share its devices.
 """
 
 import contextlib
@@ -34,17 +33,11 @@ _held: list = []
 
 @dataclass(frozen=True)
 class Device:
-    """A GPU.
+    """A GPU."""
 
-    Attributes:
-        name: as CUDA_VISIBLE_DEVICES wants it: the user's own word for it, else its UUID.
-        identity: the same for every process of the machine, however the user calls the device.
-        memory_mb: total memory; None where it is not known (a MIG slice).
-    """
-
-    name: str
-    identity: str
-    memory_mb: int | None
+    name: str  # as CUDA_VISIBLE_DEVICES wants it: the user's own word for it, else its UUID
+    identity: str  # the same for every process of the machine, however the user calls the device
+    memory_mb: int | None  # total memory; None where it is not known (a MIG slice)
 
     @property
     def units(self) -> int:
@@ -132,17 +125,12 @@ def _locks_hold(offset: int) -> bool:
 def claim(vram_mb: int = 0, count: int = 1) -> list[Device]:
     """Claim memory on devices for the rest of this process, and make them the only ones it sees.
 
-    Of the devices with room the emptiest are taken, so that jobs spread before they share. A second call in the same
-    process returns what it has. Must come before CUDA is used: CUDA_VISIBLE_DEVICES is set here, and read by CUDA once.
-
-    Args:
-        vram_mb: memory of each device that the job will use, in MB; 0 means all of it, and so does more than it has.
-
-    Returns:
-        The devices; none where there are none.
+    `vram_mb` is in MB of each; 0 means all of it, and so does more than it has. Of the devices with room the emptiest are
+    taken, so that jobs spread before they share. A second call in the same process returns what it has. Must come before CUDA
+    is used: CUDA_VISIBLE_DEVICES is set here, and read by CUDA once.
 
     Raises:
-        ValueError: fewer devices than asked for.
+        ValueError: fewer devices than asked for, where there are any.
         RuntimeError: CUDA is already in use.
     """
     if _held:
@@ -195,7 +183,7 @@ def claim(vram_mb: int = 0, count: int = 1) -> list[Device]:
 
 
 def check(setting: str) -> str:
-    """What is known of a wish before the first job: nothing, or that the GPUs of this machine will not be used.
+    """What is known of a wish (`auto`, `cpu`, `cuda`) before the first job: nothing, or that GPUs here will not be used.
 
     Raises:
         RuntimeError: `cuda` asked for where torch sees none.
@@ -215,12 +203,9 @@ def check(setting: str) -> str:
 
 
 def pick_device(setting: str, gpus: int = 1, vram_mb: int = 0) -> str:
-    """`cpu` or `cuda` for a job, from the wish of the user and what the job was given; a GPU is claimed first.
+    """`cpu` or `cuda` for a job, from the wish of the user (`auto`, `cpu` or `cuda`) and the number of its GPUs.
 
-    Args:
-        setting: `auto`, `cpu` or `cuda`.
-        gpus: number of GPUs of the job; 0 computes on the CPU.
-        vram_mb: memory that the job will use on each, in MB; 0: all.
+    Of each GPU `vram_mb` (in MB; 0: all) are claimed first. A job without GPUs computes on the CPU.
 
     Raises:
         RuntimeError: `cuda` asked for where torch sees none.

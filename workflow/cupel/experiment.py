@@ -106,6 +106,8 @@ class Family:
     REPORT_FILES: Mapping[str, tuple[str | None, str]] = {}
     #: the family whose prepared data it uses; its own
     DATA = ""
+    #: what a recipe must set, by section
+    NEEDED: Mapping[str, tuple[str, ...]] = {}
     #: stage of what is trained first, and is the victim of defences
     FIRST = "victim"
 
@@ -203,6 +205,22 @@ class Family:
         Raises:
             ConfigError: it asks for the impossible.
         """
+        if "budgets" in self.SECTIONS and block.get("defences") and not block.get("budgets"):
+            raise ConfigError(f"{where}.budgets: defences need at least one budget of clean samples")
+
+    def check_needed(self, cell: Mapping, where: str) -> dict:
+        """Settings of a cell's recipe, which has what every job reads (`NEEDED`).
+
+        Raises:
+            ConfigError: it has not.
+        """
+        settings = self.settings("recipes", cell["recipe"], cell)
+        for section, keys in self.NEEDED.items():
+            for key in keys:
+                if key not in settings.get(section, {}):
+                    raise ConfigError(f"{where}: recipe {cell['recipe']} on {cell['dataset']} at scale {self.scale}: "
+                                      f"{section}.{key} is not set")
+        return settings
 
     def _cells(self, paper: str) -> list[dict]:
         scale, found = self.experiments[paper]["scales"][self.scale], {}
@@ -367,18 +385,18 @@ class Grid:
                 found.setdefault(key, []).append(cell)
         return list(found.values())
 
-    def claims(self, paper: str) -> list[dict]:
-        """The claims of a paper; none where it has no claims.yaml.
+    def claims(self, paper: str) -> dict:
+        """The content of a paper's claims.yaml, its `claims` and perhaps a `gate`; no claims where it has none.
 
         Raises:
             ConfigError: the file does not fit its schema.
         """
         file = self.folder / paper / "claims.yaml"
         if not file.is_file():
-            return []
+            return {"claims": []}
         content = read_yaml(file)
         check_schema(content, schema("claims"), file)
-        return content["claims"]
+        return content
 
     def file(self, paper: str, name: str) -> Path:
         """A file in a paper's folder."""

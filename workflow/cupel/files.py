@@ -147,6 +147,26 @@ def benchmarks(folder: str | Path) -> Iterator[tuple[Path, dict[str, str]]]:
             yield path, row
 
 
+class Damaged(OSError, ValueError):
+    """A file cannot be read: no method's fault, so no failed cell."""
+
+
+@contextlib.contextmanager
+def reading(path: str | Path) -> Iterator[None]:
+    """Around a library that reads a file or a folder and says in errors of its own that it is damaged.
+
+    Raises:
+        Damaged: in their place.
+    """
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (SafetensorError, ValueError, EOFError) as error:
+        raise Damaged(f"{path} cannot be read ({' '.join(str(error).split())}); where it is damaged, remove it and run the "
+                      "same command again") from None
+
+
 def noted(path: Path) -> Any:
     """What a note in JSON says; None where there is none or it cannot be read."""
     try:

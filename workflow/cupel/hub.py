@@ -6,15 +6,14 @@ from pathlib import Path
 from cupel.files import digest
 
 
-class ModelUnavailable(RuntimeError):
+class ModelUnavailable(OSError):
     """A model could not be had; the text says why and what to do."""
 
 
 def snapshot(repository: str, revision: str | None, files: Sequence[str], left_out: Sequence[str] = ()) -> Path:
-    """Folder of a model in the hub's cache; large files are compared with the sha256 that the hub states.
+    """Folder of a model (`owner/name`) in the hub's cache; large files are compared with the sha256 that the hub states.
 
     Args:
-        repository: `owner/name`.
         revision: commit, tag or branch; None: the newest. The name of the folder is the commit found.
         files, left_out: patterns of the files that are taken, and of those among them that are not.
 

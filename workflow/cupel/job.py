@@ -29,9 +29,7 @@ def logged(path: str | Path) -> Iterator[None]:
 def running(job) -> Iterator[str]:
     """As `logged`, with plugins loaded, on a device that is claimed: `cpu` or `cuda`, see `cupel.devices.pick_device`.
 
-    Args:
-        job: Snakemake's object of the script. Device and plugins are read from its `config`: as parameters of the rule they
-            would belong to what a result is.
+    Device and plugins are read from Snakemake's `job.config`: as parameters of the rule they would belong to what a result is.
     """
     with logged(job.log[0]):
         load_plugins(job.config["plugins"])

@@ -19,8 +19,7 @@ _held: list[int] = []
 def hold(results: str | Path, say: Callable[[str], None]) -> None:
     """Lock a folder of results for the rest of this process, and end what an earlier run left at work there.
 
-    Args:
-        say: is given what the user should know.
+    What the user should know of it is given to `say`.
 
     Raises:
         RuntimeError: another run is active there.

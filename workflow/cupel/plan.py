@@ -32,44 +32,28 @@ COSTS = LIBRARY.parents[1] / "docs" / "results" / "costs.csv"
 
 @dataclass(frozen=True)
 class Job:
-    """A job of the graph.
+    """A job of the graph."""
 
-    Attributes:
-        rule: its name; that of `purify` for the rules that do all defences of one victim.
-        wildcards: (name, value); those that all its cells share.
-        cells: how many it makes; 1 where they are not counted.
-        threads: cores that it takes.
-        gpu: whether it asks for one, where there is one.
-        todo: whether it will be run; else it is done.
-        benchmark: file of its time; empty: none.
-        after: places in the list of jobs of those it waits for.
-    """
-
-    rule: str
-    wildcards: frozenset[tuple[str, str]] = frozenset()
-    cells: int = 1
-    threads: int = 1
-    gpu: bool = False
-    todo: bool = True
-    benchmark: str = ""
-    after: tuple[int, ...] = ()
+    rule: str  # its name; that of `purify` for the rules that do all defences of one victim
+    wildcards: frozenset[tuple[str, str]] = frozenset()  # (name, value); those that all its cells share
+    cells: int = 1  # how many it makes; 1 where they are not counted
+    threads: int = 1  # cores that it takes
+    gpu: bool = False  # whether it asks for one, where there is one
+    todo: bool = True  # whether it will be run; else it is done
+    benchmark: str = ""  # file of its time; empty: none
+    after: tuple[int, ...] = ()  # places in the list of jobs of those it waits for
 
 
 @dataclass(frozen=True)
 class Cost:
-    """Seconds of wall time that one job took; see `Job`.
-
-    Attributes:
-        scale: empty where the rule is the same at all scales.
-        hardware: processor and GPU; empty: of this results folder.
-    """
+    """Seconds of wall time that one job took; see `Job`."""
 
     rule: str
-    scale: str
+    scale: str  # empty where the rule is the same at all scales
     wildcards: frozenset[tuple[str, str]]
     cells: int
     seconds: float
-    hardware: str = ""
+    hardware: str = ""  # processor and GPU; empty: of this results folder
 
 
 def graph(config: Mapping, cores: int) -> tuple[list[Job], dict[str, Pattern]]:
@@ -189,9 +173,6 @@ class Times:
             this results folder before others, of hardware `here` before other.
         here: see `hardware`.
         gpu: False: jobs that ask for a GPU have none, and take nobody knows how long.
-
-    Attributes:
-        used: rule to its costs.
     """
 
     def __init__(self, scale: str, costs: list[Cost], here: str, gpu: bool = True):
@@ -200,7 +181,7 @@ class Times:
             return away > 0, cost.hardware != "", cost.hardware != here, away, cost.scale or scale, cost.hardware
 
         self.scale, self.gpu, best = scale, gpu, {}
-        self.used, self._seconds = defaultdict(list), defaultdict(list)
+        self.used, self._seconds = defaultdict(list), defaultdict(list)  # costs by rule; seconds by rule and key
         for cost in costs:
             best[cost.rule] = min(best.get(cost.rule, rank(cost)), rank(cost))
         for cost in costs:

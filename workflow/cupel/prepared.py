@@ -10,7 +10,7 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
-from cupel.files import atomic, read_json, write_json, write_text
+from cupel.files import Damaged, atomic, read_json, write_json, write_text
 
 
 def begin(folder: str | Path) -> Path:
@@ -70,7 +70,7 @@ def read_records(path: str | Path) -> list[dict]:
     """Read JSON lines.
 
     Raises:
-        ValueError: a line that is no JSON object; the text names file and line.
+        Damaged: a line is no JSON object; the text names file and line.
     """
     records = []
     # not splitlines(): a JSON string may hold characters that count as line ends there
@@ -80,8 +80,8 @@ def read_records(path: str | Path) -> list[dict]:
         try:
             record = json.loads(line)
         except json.JSONDecodeError as error:
-            raise ValueError(f"{path}: line {number} is no JSON: {error}") from None
+            raise Damaged(f"{path}: line {number} is no JSON: {error}") from None
         if not isinstance(record, dict):
-            raise ValueError(f"{path}: line {number} is no JSON object")
+            raise Damaged(f"{path}: line {number} is no JSON object")
         records.append(record)
     return records

@@ -109,17 +109,11 @@ def load_plugins(paths: Iterable[str | Path]) -> None:
 
 @dataclass(frozen=True)
 class Entry:
-    """What is known of a registered class or function from its source.
+    """What is known of a registered class or function from its source."""
 
-    Attributes:
-        place: `<file>:<definition>`, a root of `cupel.digest.code_digest`.
-        parameters: names of what it can be given.
-        values: what it says by a literal: defaults of parameters, constants of a class.
-    """
-
-    place: str
-    parameters: frozenset[str]
-    values: dict[str, Any]
+    place: str  # `<file>:<definition>`, a root of `cupel.digest.code_digest`
+    parameters: frozenset[str]  # names of what it can be given
+    values: dict[str, Any]  # what it says by a literal: defaults of parameters, constants of a class
 
 
 def entries(kind: str, files: Iterable[str | Path], package: str = "cupel") -> dict[str, Entry]:

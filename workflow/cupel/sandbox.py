@@ -78,7 +78,6 @@ def check_untrusted(source: str, entry_point: str, test: str, setup: str = "", l
         entry_point: name of the function.
         test: source that defines `check(candidate)`, which raises unless the candidate is right. Confined, but believed.
         setup: source run before the test, in its process. `entry_point` stands for the tested function afterwards.
-        limits: default `Limits()`.
 
     Raises:
         SandboxError: there is no sandbox here.

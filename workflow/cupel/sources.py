@@ -6,46 +6,41 @@ is never fetched twice, and a machine without network works once the cache is fi
 used: what was cut off, damaged or exchanged in the cache is fetched again.
 """
 
-import contextlib
 import errno
-import fcntl
 import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar
 
+from filelock import FileLock
+
 from cupel.files import digest, scratch
 
 KINDS = ("official", "hub", "package", "mirror")
+MINUTES = 30  # that a package client may take
 
 
 class SourceError(RuntimeError):
     """A source did not give a file, or gave a wrong one. The text says which and why."""
 
 
-class NoSource(RuntimeError):
+class NoSource(OSError):
     """No source gave the files; the text names each one tried, why it failed, and what to put where."""
 
 
 @dataclass(frozen=True)
 class Raw:
-    """One raw file.
+    """One raw file."""
 
-    Attributes:
-        name: file name in the cache and in the mirror folder. Where two datasets use the same file name, a folder
-            before it keeps them apart in the cache (`fashion-mnist/train-images-idx3-ubyte.gz`); the mirror is searched
-            for the file name alone.
-        checksum: `algorithm:hex` of the whole file; torchvision publishes the first digits alone, which are then compared.
-        origin: a `Url`, `Hub`, `Npm`, `Pip` or `Apt`; None when only the mirror can have it.
-    """
-
+    #: in the cache and in the mirror folder. Where two datasets use the same file name, a folder before it keeps them apart in
+    #: the cache (`fashion-mnist/train-images-idx3-ubyte.gz`); the mirror is searched for the file name alone
     name: str
-    checksum: str
-    origin: "Url | Hub | Npm | Pip | Apt | None" = None
+    checksum: str  # `algorithm:hex` of the whole file; torchvision publishes the first digits alone, which are then compared
+    origin: "Url | Hub | Npm | Pip | Apt | None" = None  # None when only the mirror can have it
 
     def verified(self, path: Path) -> bool:
         """Whether `path` exists and has the checksum."""
@@ -55,12 +50,8 @@ class Raw:
 
 @dataclass(frozen=True)
 class Tree:
-    """A folder that only the user can have, such as ImageNet: taken from the mirror by its name, and not hashed.
-
-    Attributes:
-        name: of the folder in `data.mirror`; the mirror may also be that folder itself.
-        inside: folders that it must have.
-    """
+    """A folder that only the user can have, such as ImageNet, with the folders `inside`: taken from the mirror by its name, or
+    the mirror itself, and not hashed."""
 
     name: str
     inside: tuple[str, ...]
@@ -78,17 +69,11 @@ class Tree:
 
 @dataclass(frozen=True)
 class Source:
-    """Raw files that together give a dataset, and the function that reads them. A mirror may have those of any source.
+    """Raw files that together give a dataset, and the function that reads them. A mirror may have those of any source."""
 
-    Attributes:
-        kind: `official`, `hub`, `package`, or `mirror` for what nothing else gives: the word in `data.sources` of config.yaml.
-        files: the raw files.
-        read: function from the list of paths, in the order of `files`, to what `prepare` wants.
-    """
-
-    kind: str
+    kind: str  # the word in `data.sources` of config.yaml: one of `KINDS`, `mirror` for what nothing else gives
     files: tuple[Raw | Tree, ...]
-    read: Callable[[list[Path]], dict]
+    read: Callable[[list[Path]], dict]  # from the list of paths, in the order of `files`, to what `prepare` wants
 
     def mirrored(self) -> "Source":
         """The same files, from the folder of the user."""
@@ -118,22 +103,19 @@ class Url:
     def get(self, name: str, folder: Path) -> Path:
         """Download to `folder/name.part`; on failure what has come stays there for the next call.
 
-        A broken line is taken up again at once, as long as every attempt brings more bytes (at most ten).
+        A broken line is taken up again at once, as long as every attempt brings more bytes.
         """
         import requests
         import urllib3
 
-        part = folder / f"{name}.part"
-        for attempt in range(10):
-            before = part.stat().st_size if part.exists() else 0
+        part, before = folder / f"{name}.part", -1
+        while (have := part.stat().st_size if part.exists() else 0) > before:
             try:
-                self._append(part, before)
+                self._append(part, have)
                 return part
             except (requests.RequestException, urllib3.exceptions.HTTPError) as error:
-                if attempt < 9 and part.exists() and part.stat().st_size > before:
-                    continue
-                raise SourceError(_reason(error)) from None
-        raise AssertionError("unreachable")
+                before, reason = have, _reason(error)
+        raise SourceError(reason)
 
     def _append(self, part: Path, have: int) -> None:
         import requests
@@ -184,23 +166,9 @@ class Hub:
         return part
 
 
-def _run(command: list[str], folder: Path, minutes: float = 30) -> None:
-    if shutil.which(command[0]) is None:
-        raise SourceError(f"the program {command[0]} is not installed")
-    try:
-        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=60 * minutes)
-    except subprocess.TimeoutExpired:
-        raise SourceError(f"{' '.join(command[:2])} gave no answer within {minutes:g} minutes") from None
-    if done.returncode:
-        lines = [line.strip() for line in (done.stderr or done.stdout).splitlines() if line.strip()]
-        # clients end with hints about logs and proxies: the reason stands in the first lines that speak of an error
-        told = [line for line in lines if line.lower().startswith(("npm err", "error", "e:"))][:3] or lines[-1:]
-        raise SourceError(f"{' '.join(command[:3])} failed: {'; '.join(told)[:300] or done.returncode}")
-
-
 @dataclass(frozen=True)
 class _Package:
-    """A package, which the client of its index leaves as one file in an empty folder."""
+    """A package, which the client of its index leaves as one file in the working folder."""
 
     package: str
     kind: ClassVar[str]
@@ -210,14 +178,23 @@ class _Package:
 
     def get(self, name: str, folder: Path) -> Path:
         """Fetch to `folder/name.part`."""
+        command = self._command()
+        if shutil.which(command[0]) is None:
+            raise SourceError(f"the program {command[0]} is not installed")
         with scratch(folder, ".package-") as empty:
-            _run(self._command(empty), empty)
+            try:
+                done = subprocess.run(command, cwd=empty, capture_output=True, text=True, timeout=60 * MINUTES)
+            except subprocess.TimeoutExpired:
+                raise SourceError(f"{' '.join(command[:2])} gave no answer within {MINUTES} minutes") from None
+            if done.returncode:
+                lines = [line.strip() for line in (done.stderr or done.stdout).splitlines() if line.strip()]
+                # clients end with hints about logs and proxies: the reason stands in the first lines that speak of an error
+                told = [line for line in lines if line.lower().startswith(("npm err", "error", "e:"))][:3] or lines[-1:]
+                raise SourceError(f"{' '.join(command[:3])} failed: {'; '.join(told)[:300] or done.returncode}")
             files = [path for path in empty.iterdir() if path.is_file()]
             if len(files) != 1:
                 raise SourceError(f"{self} gave {len(files)} files instead of one")
-            part = folder / f"{name}.part"
-            os.replace(files[0], part)
-        return part
+            return files[0].rename(folder / f"{name}.part")
 
 
 class Npm(_Package):
@@ -225,26 +202,23 @@ class Npm(_Package):
 
     kind = "npm"
 
-    def _command(self, empty: Path) -> list[str]:
+    def _command(self) -> list[str]:
         # npm's own waits between retries make it silent for more than a minute where there is no network
         return ["npm", "pack", self.package, "--ignore-scripts", "--fetch-retries=1", "--fetch-retry-mintimeout=1000",
-                "--fetch-retry-maxtimeout=1000", "--loglevel=error", "--pack-destination", str(empty)]
+                "--fetch-retry-maxtimeout=1000", "--loglevel=error", "--pack-destination=."]
 
 
 @dataclass(frozen=True)
 class Pip(_Package):
-    """The wheel of a Python package, or its sdist, by `pip download --no-deps`.
-
-    pip wants the metadata of an sdist before it saves it, and fetches the build backend for that.
-    """
+    """The wheel of a Python package, or its sdist (pip then fetches the build backend too), by `pip download --no-deps`."""
 
     kind = "pip"
     sdist: bool = False
 
-    def _command(self, empty: Path) -> list[str]:
+    def _command(self) -> list[str]:
         only = ["--no-binary", self.package.partition("==")[0]] if self.sdist else ["--only-binary", ":all:"]
-        return [sys.executable, "-m", "pip", "download", "--quiet", "--retries", "1", "--no-deps", *only,
-                "--dest", str(empty), self.package]
+        return [sys.executable, "-m", "pip", "download", "--quiet", "--retries", "1", "--no-deps", "--dest=.", *only,
+                self.package]
 
 
 class Apt(_Package):
@@ -252,7 +226,7 @@ class Apt(_Package):
 
     kind = "Debian"
 
-    def _command(self, empty: Path) -> list[str]:
+    def _command(self) -> list[str]:
         return ["apt-get", "download", self.package, "-o", "Acquire::Retries=1", "-o", "Acquire::http::Timeout=10"]
 
 
@@ -261,18 +235,6 @@ def default_cache() -> Path:
     import pooch
 
     return Path(os.environ.get("CUPEL_CACHE") or pooch.os_cache("cupel"))
-
-
-@contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Hold `path` against other processes. The lock ends with the process, however that ends."""
-    with open(path.with_name(f".{path.name}.lock"), "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX)
-        except OSError as error:
-            raise SourceError(f"files in {path.parent} cannot be locked ({error.strerror}): "
-                              "set CUPEL_CACHE to a folder on a file system with locks") from None
-        yield
 
 
 def _in_mirror(raw: Raw | Tree, mirror: Path) -> Path:
@@ -284,12 +246,12 @@ def _in_mirror(raw: Raw | Tree, mirror: Path) -> Path:
                 return path
         raise SourceError(f"neither {mirror / raw.name} nor {mirror} is {raw.checksum}")
     found = [path for path in sorted(mirror.rglob(Path(raw.name).name)) if path.is_file()]
+    if not found:
+        raise SourceError(f"no file {Path(raw.name).name} in {mirror}")
     for path in found:
         if raw.verified(path):
             return path
-    if found:
-        raise SourceError(f"{', '.join(map(str, found))}: another checksum than {raw.checksum}")
-    raise SourceError(f"no file {Path(raw.name).name} in {mirror}")
+    raise SourceError(f"{', '.join(map(str, found))}: another checksum than {raw.checksum}")
 
 
 def _download(raw: Raw, cached: Path) -> None:
@@ -325,27 +287,26 @@ def fetch_raw(raw: Raw | Tree, cache: Path, mirror: Path | None = None) -> Path:
             raise SourceError("data.mirror is not set")
         return _in_mirror(raw, mirror)
     cached.parent.mkdir(parents=True, exist_ok=True)
-    with _locked(cached):
+    try:
+        lock = FileLock(cached.with_name(f".{cached.name}.lock")).acquire()
+    except OSError as error:
+        raise SourceError(f"files in {cached.parent} cannot be locked ({error.strerror}): set CUPEL_CACHE to a folder of "
+                          "yours, on a file system with locks") from None
+    with lock:
         if not raw.verified(cached):  # another process may have fetched it while this one waited
             _download(raw, cached)
     return cached
 
 
-def fetch(name: str, sources: Sequence[Source], *, kinds: Sequence[str] = KINDS,
-          cache: str | Path | None = None, mirror: str | Path | None = None,
-          accept: Callable[[dict], None] = lambda content: None) -> tuple[Source, dict]:
-    """Read the first source that answers.
+def fetch(name: str, sources: Sequence[Source], *, kinds: Sequence[str] = KINDS, cache: str | Path | None = None,
+          mirror: str | Path | None = None, accept: Callable[[dict], None] = lambda content: None) -> tuple[Source, dict]:
+    """The first source that answers, with what its `read` returned. `name` is that of the dataset, for messages.
 
     Args:
-        name: of the dataset, for messages.
-        sources: those known.
-        kinds: which kinds to try, in this order (`data.sources` of config.yaml).
+        kinds: which kinds of source to try, in this order (`data.sources` of config.yaml).
         cache: folder of downloaded files; default `default_cache()`.
         mirror: folder of the user, searched for the raw files by name (`data.mirror`).
         accept: called with what was read; a ValueError from it rejects the source.
-
-    Returns:
-        The source and what its `read` returned.
 
     Raises:
         NoSource: with one line for each source tried.
@@ -361,13 +322,12 @@ def fetch(name: str, sources: Sequence[Source], *, kinds: Sequence[str] = KINDS,
                for kind in kinds for source in sources if kind in (source.kind, "mirror")]
     tried = []
     for source in offered:
-        paths, where = [], ""
+        paths = []
         try:
             for raw in source.files:
-                where = raw.origin or raw.name
                 paths.append(fetch_raw(raw, cache, mirror))
         except (SourceError, OSError) as error:
-            tried.append(f"  {source.kind}: {where}: {error}")
+            tried.append(f"  {source.kind}: {raw.origin or raw.name}: {error}")
             continue
         try:
             content = source.read(paths)

@@ -15,6 +15,7 @@ from cupel import devices, locks
 from cupel.digest import code_digest
 from cupel.experiment import Grid
 from cupel.images.experiment import UNSET
+from cupel.own import grid as own
 from cupel.paths import Paths
 from cupel.prepared import content
 from cupel.settings import LIBRARY, PAPERS, ConfigError, check_schema, schema, typed
@@ -59,6 +60,9 @@ if papers := [name for name in TARGETS if name != "zoo" and (PAPERS / name / "ex
     config["papers"] = papers
     kept_settings = [text for text in workflow.config_settings.config_args or [] if not text.startswith("papers=")]
     workflow.config_settings.config_args = [*kept_settings, f"papers=[{','.join(papers)}]"]
+OWN = checked(own.Grid)(config["own"]) if config["own"] else None
+if OWN:
+    config["plugins"] = list(dict.fromkeys([*config["plugins"], *OWN.plugins]))
 ASKED = {"seeds": config["seeds"], "plugins": config["plugins"], "mirror": config["data"]["mirror"]}
 GRID = checked(Grid)(config["papers"], config["scale"], jobs=config["jobs"], **ASKED)
 ZOO = checked(Grid)(["zoo"], config["scale"], **ASKED)

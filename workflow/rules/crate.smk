@@ -11,7 +11,7 @@ rule make_crate:
     """Code, settings, results and checksums in one folder."""
     input:
         report=lambda wildcards: sum(index_files(wildcards).values(), [f"{RESULTS}/cells.parquet"]),
-        pages=rules.index.output,
+        pages=[*rules.index.output, *comparison()],
         provenance=f"{RESULTS}/provenance.json",
         manifests=list(used_manifests().values()),
     output:

@@ -18,6 +18,7 @@ rule gather_cells:
     localrule: True
     params:
         cells=expected_cells(),
+        gates={paper: gate for paper in GRID.papers if (gate := GRID.claims(paper).get("gate"))},
         code=code_digest(SCRIPTS / "gather_cells.py"),
     script:
         "../scripts/gather_cells.py"
@@ -94,12 +95,13 @@ rule contact_sheet:
         ancient(image_files),
         triggers=lambda wildcards: [path for _, path in sheet_attacks(wildcards.sheet, wildcards.dataset).values() if path],
     output:
-        report(
+        sheet=report(
             f"{RESULTS}/{{sheet}}/triggers_{{dataset}}.png",
             caption="../captions/triggers.rst",
             category="triggers",
             labels={"what": "{dataset}"},
         ),
+        pictures=directory(f"{RESULTS}/{{sheet}}/triggers_{{dataset}}"),
     log:
         PATHS.log(RESULTS, "{sheet}/triggers_{dataset}"),
     benchmark:
@@ -177,6 +179,7 @@ rule cells_page:
     input:
         cells=f"{RESULTS}/cells.parquet",
         sheets=[f"{RESULTS}/figures/triggers_{dataset}.png" for dataset in sorted(IMAGES.used("dataset"))],
+        triggers=[f"{RESULTS}/figures/triggers_{dataset}" for dataset in sorted(IMAGES.used("dataset"))],
     output:
         page=report(f"{RESULTS}/cells.html", caption="../captions/cells.rst", category="all papers"),
     log:
@@ -186,7 +189,7 @@ rule cells_page:
     localrule: True
     params:
         cells=expected_cells(),
-        run={**SITE, "config": config, "families": known_entries()},
+        run={**SITE, "config": config, "data": f"{DATA}/images", "families": known_entries()},
         code=code_digest(SCRIPTS / "cells_page.py", *TEMPLATES),
     script:
         "../scripts/cells_page.py"
@@ -217,7 +220,30 @@ rule index:
             "seeds": sorted({int(cell["seed"]) for cell in GRID.cells()}),
             "benchmarks": f"{config['results']}/benchmark/{config['scale']}",
             "budgets": planned_budgets(),
+            "compare": SITE["compare"],
         },
         code=code_digest(SCRIPTS / "index.py", *TEMPLATES),
     script:
         "../scripts/index.py"
+
+
+rule compare:
+    """This run beside another: verdicts and numbers that differ."""
+    input:
+        runs=[f"{folder}/{name}" for folder in compared() for name in ("cells.parquet", "claims.csv")],
+        provenance=f"{RESULTS}/provenance.json",
+    output:
+        page=report(f"{RESULTS}/compare.html", caption="../captions/compare.rst", category="all papers"),
+        tables=[f"{RESULTS}/agreement.csv", f"{RESULTS}/claims_agreement.csv"],
+        figure=f"{RESULTS}/agreement.svg",
+    log:
+        PATHS.log(RESULTS, "compare"),
+    benchmark:
+        PATHS.benchmark(RESULTS, "compare")
+    localrule: True
+    params:
+        folders=compared(),
+        run=SITE,
+        code=code_digest(SCRIPTS / "compare.py", *TEMPLATES),
+    script:
+        "../scripts/compare.py"

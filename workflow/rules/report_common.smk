@@ -148,7 +148,19 @@ SITE = {
     "scale": config["scale"],
     "papers": [{"key": paper} for paper in GRID.papers],
     "cross": bool(GRID.papers_of("images")),
+    "compare": bool(config["report"]["compare"]),
 }
+
+
+def compared():
+    """Folders of this run and of the one that it is compared with."""
+    return [RESULTS, config["report"]["compare"] or RESULTS]
+
+
+def comparison():
+    """The page that compares this run with another, and its files, where it is asked for."""
+    names = ("compare.html", "agreement.csv", "agreement.svg", "claims_agreement.csv")
+    return [f"{RESULTS}/{name}" for name in names] if SITE["compare"] else []
 
 
 def index_files(wildcards):
@@ -163,6 +175,7 @@ def index_files(wildcards):
         ],
         "pages": [f"{RESULTS}/cells.html"],
         "sheets": [f"{RESULTS}/figures/triggers_{dataset}.png" for dataset in sorted(IMAGES.used("dataset"))],
+        "triggers": [f"{RESULTS}/figures/triggers_{dataset}" for dataset in sorted(IMAGES.used("dataset"))],
         "manifests": list(used_manifests().values()),
         "texts": [file for paper in GRID.papers for name in ("card", "claims") if (file := paper_file(paper, f"{name}.yaml"))],
     }

@@ -15,7 +15,7 @@ rule train_robust:
         PATHS.benchmark(TRAINED, "train")
     retries: 1
     resources:
-        **training(4000, robust_memory, demo=15, bench=1440, paper=2880),
+        **training(4000, robust_memory, demo=15, desk=180, bench=1440, paper=2880),
     params:
         spec=of_path(ROBUST.training),
         data=image_content,

@@ -12,10 +12,14 @@ def found():
     made = {str(file) for job in dag.jobs if dag.noneedrun_finished(job) for file in job.output}
     claims = {paper: f"{PATHS.paper(paper)}/claims.csv" for paper in GRID.papers}
     papers = [(paper, GRID.experiments[paper]["title"], file) for paper, file in claims.items() if file in made]
-    pages = [f"{RESULTS}/index.html", *(f"{PATHS.paper(paper)}/report.html" for paper in GRID.papers)]
+    pages = [
+        f"{OWN_FOLDER}/index.html",
+        f"{RESULTS}/index.html",
+        *(f"{PATHS.paper(paper)}/report.html" for paper in GRID.papers),
+    ]
     page = next((f"The report: {os.path.abspath(page)}" for page in pages if page in made), "")
     cells = f"{RESULTS}/cells.parquet"
-    text = summary(papers, cells if cells in made else None) if papers else ""
+    text = summary(papers, cells if cells in made else None, expected_cells()) if papers else ""
     return "\n".join(filter(None, [text, page]))
 
 
@@ -30,7 +34,8 @@ def announce():
         for job, known in jobs.items()
         if known.todo
     }
-    what = f"Scale {config['scale']}, papers {', '.join(GRID.papers)}"
+    papers = f"Scale {config['scale']}, papers {', '.join(GRID.papers)}"
+    what = f"Models of {config['own']}" if TARGETS == ["own"] else papers
     logger.info(None, extra={"cupel": {"jobs": todo, "cores": cores, "what": what}})
 
 

@@ -1,5 +1,3 @@
-"""One evaluation of a trained network."""
-
 from cupel.job import data_of, running
 from cupel.robust.measure import Network, attack_network
 

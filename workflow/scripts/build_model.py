@@ -1,5 +1,3 @@
-"""Build a small vision-language model and pretrain it on clean samples."""
-
 from pathlib import Path
 
 from cupel.job import running, sources_of

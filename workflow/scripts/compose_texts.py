@@ -1,5 +1,3 @@
-"""Write the texts of a language victim: its poisoned training set, the defender's pool, the test prompts."""
-
 from cupel.job import logged, texts_of
 from cupel.registry import load_plugins
 from cupel.text import stages

@@ -1,5 +1,3 @@
-"""The run as an RO-Crate, checked."""
-
 from pathlib import Path
 
 from cupel.files import read_json

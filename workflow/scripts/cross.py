@@ -1,5 +1,3 @@
-"""The cross table, its figures, and the page that shows them."""
-
 import pandas as pd
 
 from cupel.job import logged

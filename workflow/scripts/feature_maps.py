@@ -1,5 +1,3 @@
-"""Feature maps of victims and purified models of one paper."""
-
 from cupel.job import logged
 from cupel.registry import load_plugins
 from cupel.reporting.pictures import feature_maps

@@ -1,5 +1,3 @@
-"""The first page of a run, and that of its claims."""
-
 import pandas as pd
 
 from cupel.job import logged

@@ -1,5 +1,3 @@
-"""Verdicts on the claims of one paper."""
-
 import pandas as pd
 
 from cupel.evaluation.claims import judge_all

@@ -1,5 +1,3 @@
-"""What every filter removes from a poisoned training set, and how well that is the poison."""
-
 from cupel.job import logged
 from cupel.registry import load_plugins
 from cupel.vision_language.detection import measure_filters

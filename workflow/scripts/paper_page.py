@@ -1,5 +1,3 @@
-"""The page of one paper."""
-
 import pandas as pd
 
 from cupel.job import logged

@@ -1,5 +1,3 @@
-"""Choose and stamp the poisoned samples of a victim."""
-
 from cupel import job
 from cupel.images import stages
 from cupel.registry import load_plugins

@@ -1,5 +1,3 @@
-"""Write a poisoned training set, or a triggered test set."""
-
 from pathlib import Path
 
 from cupel.job import logged

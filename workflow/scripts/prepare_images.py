@@ -1,5 +1,3 @@
-"""Fetch, check and prepare one dataset, of the library or of a plugin."""
-
 from pathlib import Path
 
 from cupel.images import datasets

@@ -1,5 +1,3 @@
-"""Fetch one language model and write it as safetensors."""
-
 from pathlib import Path
 
 from cupel.job import logged, sources_of

@@ -1,5 +1,3 @@
-"""Fetch, check and write one text data set."""
-
 from pathlib import Path
 
 from cupel.job import logged, sources_of

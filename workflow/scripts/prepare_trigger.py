@@ -1,5 +1,3 @@
-"""Compute what a trigger is made of."""
-
 from cupel.images import stages
 from cupel.job import data_of, running
 

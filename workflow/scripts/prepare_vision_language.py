@@ -1,5 +1,3 @@
-"""Fetch, check and prepare one dataset of pictures with questions or captions."""
-
 from pathlib import Path
 
 from cupel.job import logged, sources_of

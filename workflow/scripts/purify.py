@@ -1,5 +1,3 @@
-"""Run defences on one victim, each in a process of its own, and measure the results."""
-
 from pathlib import Path
 
 from cupel.images import stages

@@ -1,5 +1,3 @@
-"""Ask a victim about purified test pictures."""
-
 from cupel.job import running
 from cupel.vision_language.inputs import Inputs
 from cupel.vision_language.purification import purify_pictures

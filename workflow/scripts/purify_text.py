@@ -1,5 +1,3 @@
-"""Run one defence on one language victim and measure the result."""
-
 from pathlib import Path
 
 from cupel.job import running, texts_of

@@ -1,5 +1,3 @@
-"""Attention entropies of a victim's training set, and maps of some test pictures."""
-
 from cupel.job import running
 from cupel.vision_language.attention import read_attention
 from cupel.vision_language.inputs import Inputs

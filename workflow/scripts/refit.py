@@ -1,5 +1,3 @@
-"""Fine-tune again on what a filter left, and measure the result."""
-
 from cupel.job import running
 from cupel.vision_language.inputs import Inputs
 from cupel.vision_language.stages import refit

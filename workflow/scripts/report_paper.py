@@ -1,5 +1,3 @@
-"""Tables and figures of one paper, as its report.py draws them."""
-
 from pathlib import Path
 
 import pandas as pd

@@ -1,5 +1,3 @@
-"""A paper's notebook, executed, with its reproducibility card."""
-
 import os
 import sys
 

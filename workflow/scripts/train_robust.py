@@ -1,5 +1,3 @@
-"""Train a network with an objective of robust training."""
-
 from cupel.job import data_of, running
 from cupel.robust.stages import train_network
 

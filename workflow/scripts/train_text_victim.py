@@ -1,5 +1,3 @@
-"""Train a language victim on its poisoned texts and measure it."""
-
 from pathlib import Path
 
 from cupel.job import running, texts_of

@@ -1,5 +1,3 @@
-"""Train and measure a victim."""
-
 from cupel.images import stages
 from cupel.job import data_of, running
 

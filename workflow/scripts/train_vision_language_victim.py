@@ -1,5 +1,3 @@
-"""Fine-tune a vision-language model on a poisoned set and measure it."""
-
 from cupel.job import running
 from cupel.vision_language.inputs import Inputs
 from cupel.vision_language.stages import train_victim

@@ -1,5 +1,3 @@
-"""The zoo: a table of one victim per attack beside its clean twin, and the gallery."""
-
 from cupel.job import logged
 from cupel.reporting.zoo import write_zoo
 

@@ -35,7 +35,6 @@ NOISE = re.compile("Building DAG|Using shell|Provided |Rules claiming|Select job
 ECHO = re.compile(r"RuleException:\nCalledProcessError|Exiting because a job execution|At least one job did not complete")
 
 
-
 @dataclass
 class Run:
     """What is known of the jobs of a run."""

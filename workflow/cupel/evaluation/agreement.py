@@ -2,8 +2,8 @@
 
     python -m cupel.evaluation.agreement results/demo elsewhere/results/demo [--out folder]
 
-prints every claim that differs and what the cells were computed with, writes `agreement.csv` and `claims_agreement.csv`, and
-ends with 1 where a claim is supported in one run and refuted in the other.
+prints every claim that differs and what the cells were computed with, writes `compare.html` with its figure and its tables
+`agreement.csv` and `claims_agreement.csv`, and ends with 1 where a claim is supported in one run and refuted in the other.
 """
 
 import argparse
@@ -13,7 +13,6 @@ import numpy as np
 import pandas as pd
 
 from cupel.evaluation.claims import INDICATED, REFUTED, SUPPORTED, TOLD_APART
-from cupel.files import write_text
 
 MADE_WITH = ["device", "precision", "threads"]
 
@@ -29,7 +28,7 @@ def compare_cells(first: pd.DataFrame, second: pd.DataFrame) -> pd.DataFrame:
     """
     keys = ["paper", *TOLD_APART, "metric", *(["seed"] if set(first.seed) & set(second.seed) else [])]
     means = [rows.groupby(keys, dropna=False, as_index=False).agg(
-        value=("value", "mean"), low=("low", "mean"), high=("high", "mean"),
+        value=("value", "mean"), low=("low", "mean"), high=("high", "mean"), n=("n", "sum"),
         status=("status", lambda found: "ok" if (found == "ok").all() else "failed")) for rows in (first, second)]
     both = means[0].merge(means[1], how="outer", on=keys, suffixes=("_first", "_second"))
     half = [(both[f"high_{side}"] - both[f"low_{side}"]).fillna(0.0) / 2 for side in ("first", "second")]
@@ -39,11 +38,13 @@ def compare_cells(first: pd.DataFrame, second: pd.DataFrame) -> pd.DataFrame:
 
 
 def compare_claims(first: pd.DataFrame, second: pd.DataFrame) -> pd.DataFrame:
-    """Claims of either run with both verdicts, and `change`: `flip` (supported against refuted), `direction` (indicated for
-    and against), `other`, or none. Arguments are `claims.csv`."""
+    """Claims of either run with both verdicts and effects, and `change`: `flip` (supported against refuted), `direction`
+    (indicated for and against), `other`, or none. Arguments are `claims.csv`."""
     keys = ["paper", "claim"]
-    both = first[[*keys, "verdict", "direction", "effect", "seeds"]].merge(
-        second[[*keys, "verdict", "direction", "effect", "seeds"]], how="outer", on=keys, suffixes=("_first", "_second"))
+    columns = [*keys, "verdict", "direction", "effect", "low", "high", "settings", "seeds"]
+    both = first[columns].merge(second[columns], how="outer", on=keys, suffixes=("_first", "_second"))
+    texts = pd.concat([first, second])[[*keys, "statement", "unit"]].drop_duplicates(keys)
+    both = both.merge(texts, on=keys)
     pairs = [{row.verdict_first, row.verdict_second} for row in both.itertuples()]
     turned = both.direction_first.fillna("") != both.direction_second.fillna("")
     change = ["flip" if pair == {SUPPORTED, REFUTED} else "direction" if pair == {INDICATED} and turn
@@ -62,13 +63,11 @@ def main(arguments: list[str] | None = None) -> int:
     """See the module; the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs=2, type=Path, help="folders with cells.parquet and claims.csv")
-    parser.add_argument("--out", type=Path, default=Path("."), help="folder for the two tables")
+    parser.add_argument("--out", type=Path, default=Path("."), help="folder for the page and its tables")
     asked = parser.parse_args(arguments)
-    tables = [pd.read_parquet(folder / "cells.parquet") for folder in asked.runs]
-    claims = [pd.read_csv(folder / "claims.csv", keep_default_na=False) for folder in asked.runs]
-    cells, verdicts = compare_cells(*tables), compare_claims(*claims)
-    for name, table in (("agreement", cells), ("claims_agreement", verdicts)):
-        write_text(asked.out / f"{name}.csv", table.to_csv(index=False))
+    from cupel.reporting.compare import write_comparison  # which rests on this module
+
+    tables, cells, verdicts = write_comparison(asked.runs, asked.out)
     for folder, table in zip(asked.runs, tables, strict=True):
         print(f"{folder}: {made_with(table)}")
     compared = cells[cells.difference.notna()]

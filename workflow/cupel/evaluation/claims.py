@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from cupel.evaluation.settings import GATE, SETTING, VICTIM, validity
+from cupel.evaluation.settings import GATE, NO_VICTIM, SETTING, VICTIM, validity
 from cupel.evaluation.variation import Effect, least_effect, mean_effect
 
 #: trainings of every setting that a verdict rests on
@@ -139,7 +139,7 @@ def judge(claim: Mapping, cells: pd.DataFrame, scale: str, gate: Mapping[str, fl
     margin, notes = test.get("margin", 0.0), [f"asks for an effect above {test.get('margin', 0.0):g}, {OVER[test['over']]}"]
     weak, failed = asked[~asked.credited & ~asked.implanted], asked[asked.credited & (asked.status != "ok")]
     broken = asked[asked.credited & asked.destroyed]
-    for found, text, columns in ((weak, "left out, for the victim has no backdoor", VICTIM), (failed, "failed", TOLD_APART[1:]),
+    for found, text, columns in ((weak, f"left out, {NO_VICTIM}", VICTIM), (failed, "failed", TOLD_APART[1:]),
                                  (broken, "destroyed", TOLD_APART[1:])):
         if len(found):
             notes.append(f"{text}: {'; '.join(_names(found, columns, asked))}")

@@ -14,19 +14,22 @@ VICTIM = ["dataset", "model", "recipe", "attack", "attack_variant", "poison_rate
 SETTING = [*VICTIM, "budget"]
 #: a victim with less of one of these has no backdoor to remove, or is no classifier; what was not measured says nothing
 GATE = {"asr": 0.8, "acc": 0.2}
+#: what readers are told of its cells. Their numbers are numbers, so their status is ok; they are in no mean and no verdict
+NO_VICTIM = "no valid victim"
 
 
-def validity(cells: pd.DataFrame, gate: Mapping[str, float] = GATE) -> pd.DataFrame:
-    """The tidy table with two columns more.
+def validity(cells: pd.DataFrame, gate: Mapping[str, float] | None = None) -> pd.DataFrame:
+    """The tidy table with three columns more.
 
     `implanted`: the row's victim was trained and reaches `gate`; True where no victim of its setting and seed is known.
     A victim without poison need not reach a gate on triggered samples. `destroyed`: a purified model with less than `KEPT`
-    of its victim's ACC.
+    of its victim's ACC. `unchanged`: one that is its victim to the bit; False in tables that do not know it.
 
     Args:
         cells: the tidy table (`cupel.reporting.tables.gather`).
-        gate: lowest value by metric, fractions.
+        gate: lowest value by metric, fractions; None: as the table says in `valid`, by the gate of each paper, else `GATE`.
     """
+    known, gate = gate is None and "valid" in cells, gate or GATE
     keys = [*VICTIM, "seed"]
     rows = cells[cells.metric.isin([*gate, "acc"])]
     victims = rows[rows.stage == "victim"].assign(
@@ -37,4 +40,6 @@ def validity(cells: pd.DataFrame, gate: Mapping[str, float] = GATE) -> pd.DataFr
     after = rows[(rows.stage == "purified") & (rows.metric == "acc")].merge(before, on=keys)
     destroyed = set(after.path[after.value < KEPT * after.acc_victim.astype(float)])
     below = cells[keys].merge(found, how="left", on=keys).below.to_numpy()
-    return cells.assign(implanted=below != True, destroyed=cells.path.isin(destroyed))  # noqa: E712 (NaN: no victim is known)
+    unchanged = cells.unchanged == True if "unchanged" in cells else False  # noqa: E712 (NaN: a failed cell)
+    implanted = cells.valid if known else below != True  # noqa: E712 (NaN: no victim is known)
+    return cells.assign(implanted=implanted, destroyed=cells.path.isin(destroyed), unchanged=unchanged)

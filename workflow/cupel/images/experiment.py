@@ -15,6 +15,8 @@ from cupel.settings import ConfigError
 
 #: in a path, instead of a mirror: nothing can be run with it
 UNSET = "(data.mirror is not set)"
+#: what a recipe may change in a network, and how it is otherwise
+FORM = {"width": 64, "stem_stride": 1, "pretrained": False}
 CLEAN = {"name": "clean", "function": "none", "settings": {}}
 
 
@@ -25,6 +27,7 @@ class Experiments(Family):
     SECTIONS = {"recipes": "recipe", "attacks": "attacks", "defences": "defences", "budgets": "budgets"}  # noqa: RUF012
     REGISTERED = {kind: (kind, f"images/{kind}s/*.py") for kind in ("attack", "dataset", "defence", "model")}  # noqa: RUF012
     REPORT_FILES = {"histories": ("victim", "history.csv")}  # noqa: RUF012
+    NEEDED = {"training": ("epochs", "lr")}  # noqa: RUF012
 
     def check(self) -> None:
         for kind in ("attack", "defence"):
@@ -36,8 +39,13 @@ class Experiments(Family):
             parameters.add("smaller")  # of the preparation, for every attack
         self.check_functions("attacks", "defences")
         self.entries["attacks"]["clean"] = CLEAN  # no attack, it is the twin of all
+        for name in self.entries["budgets"]:
+            settings = self.settings("budgets", name)
+            if settings.get("kind") == "spc" and "spc" not in settings:
+                raise self.wrong("budgets", name, "settings", "kind spc needs spc, the samples of each class")
 
     def check_block(self, where: str, block: Mapping) -> None:
+        super().check_block(where, block)
         for kind, known in (("dataset", (*DATASETS, *self.registered["dataset"])), ("model", self.registered["model"])):
             for name in block[f"{kind}s"]:
                 if name not in known:
@@ -46,6 +54,15 @@ class Experiments(Family):
     def follow(self, victim: dict, block: Mapping, where: str) -> Iterator[dict]:
         victim = {**victim, "rate": "0"} if victim["attack"] == "clean" else victim
         self.check_victim(victim, where)
+        recipe = self.check_needed(victim, where)
+        changed = [key for key, value in recipe.get("model", {}).items() if value != FORM[key]]
+        self.known("recipes", victim["recipe"], "settings.model", f"setting of model {victim['model']}", changed,
+                   allowed=self.parameters["model"][victim["model"]] & FORM.keys())
+        for name in block.get("budgets", []) if block.get("defences") else []:
+            budget = self.settings("budgets", name, victim)
+            if "held_out" in (budget["kind"], budget.get("pool")) and not recipe.get("held_out"):
+                raise ConfigError(f"{where}.budgets: budget {name} uses held-out images, but recipe {victim['recipe']} holds "
+                                  "out none (held_out)")
         yield from super().follow(victim, block, where)
 
     def check_victim(self, cell: Mapping, where: str = "asked for by path") -> None:

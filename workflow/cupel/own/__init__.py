@@ -5,8 +5,12 @@
     data      clean images from folders, arrays, prepared data sets
     evidence  what can be seen without the trigger
     language  a language model: adapters and answers
+    suspect   what the user names, opened
     run       all of it in one call; `page` the report, `cli` the command
+    grid      many of them, from one YAML, in parts that one process or many may do
 """
 
+#: run where none are named, cheapest first: pruning without training, then with, then tuning, then IMS
+USUAL = ("clp", "bnp", "rnp", "fst", "ims")
 #: what is measured, for people
 LABELS = {"acc": "ACC", "agreement": "agreement", "asr": "ASR", "ra": "RA", "reversed": "reversed trigger"}

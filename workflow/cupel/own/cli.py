@@ -2,11 +2,10 @@
 
 import argparse
 import sys
-from pathlib import Path
 
 from cupel import __version__
 from cupel.hub import ModelUnavailable
-from cupel.own import LABELS
+from cupel.own import LABELS, USUAL
 
 MAIN = """Defences against backdoors in neural networks, for a model of yours.
 
@@ -61,7 +60,7 @@ def parser() -> argparse.ArgumentParser:
     commands.add_parser("list", help="the defences")
     own = commands.add_parser("purify", description=PURIFY, epilog=EPILOG, formatter_class=kind,
                               usage="cupel purify MODEL --arch NAME --clean DATA --out FOLDER [options]")
-    own.add_argument("model", nargs="?", metavar="MODEL", help="safetensors; a file of torch.save with tensors and plain "
+    own.add_argument("checkpoint", nargs="?", metavar="MODEL", help="safetensors; a file of torch.save with tensors and plain "
                      "values (nothing else is opened); or a TorchScript or torch.export file")
 
     group = own.add_argument_group("the network")
@@ -80,6 +79,7 @@ def parser() -> argparse.ArgumentParser:
     group.add_argument("--measure", metavar="DATA", help="other images to measure on; all of --clean are then for tuning")
     group.add_argument("--tuning", type=float, default=0.5, metavar="SHARE",
                        help="else: share of --clean that is tuned on (default 0.5)")
+    group.add_argument("--spc", type=int, metavar="N", help="tune on at most N images of each class; the measuring part stays")
     group.add_argument("--size", type=int, metavar="PIXELS", help="bring images to this size: shorter side, then the centre")
     group.add_argument("--crop", type=int, metavar="PIXELS",
                        help="padding of random crops while tuning (default: an eighth of the side)")
@@ -109,26 +109,6 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
-def normalisation(text: str) -> tuple[list[float], list[float]]:
-    """Mean and standard deviation from a name or from numbers.
-
-    Raises:
-        ValueError: it is neither.
-    """
-    from cupel.own.network import NORMALISATIONS
-    from cupel.registry import unknown
-
-    if text in NORMALISATIONS:
-        return NORMALISATIONS[text]
-    try:
-        mean, std = ([float(value) for value in part.split(",")] for part in text.split("/"))
-    except ValueError:
-        raise ValueError(f"{unknown('normalisation', text, NORMALISATIONS)}; or numbers, mean/std") from None
-    if min(std) <= 0:
-        raise ValueError(f"--normalize {text}: what stands behind / are standard deviations, and they are positive")
-    return mean, std
-
-
 def hyperparameters(given: argparse.Namespace) -> dict[str, dict]:
     """What `--set` says, by defence."""
     settings = {}
@@ -149,47 +129,18 @@ def purify_language(given: argparse.Namespace) -> None:
 
 def purify(given: argparse.Namespace):
     """Do what the command line says; returns what `cupel.own.run.purify` does."""
-    from torch import nn
-
-    from cupel.images import attacks, models
-    from cupel.own import data, imports
-    from cupel.own.run import USUAL, say
     from cupel.own.run import purify as run
+    from cupel.own.suspect import opened
     from cupel.registry import load_plugins
 
-    mean, std = normalisation(given.normalize)
+    if not given.checkpoint:
+        raise ValueError("MODEL is missing: cupel purify --help")
+    if given.checkpoint.endswith((".yaml", ".yml")):
+        raise ValueError(f"a grid is run by: snakemake --cores all --config own={given.checkpoint} -- own")
     load_plugins(given.plugin)
-    write = imports.write_plain
-    if not given.model or not Path(given.model).is_file():
-        raise ValueError(f"there is no file {given.model}" if given.model else "MODEL is missing: cupel purify --help")
-    network = imports.compiled(given.model)
-    if network is None:
-        weights = imports.Weights(given.model)
-        if "cupel" in (weights.metadata or {}) and not given.arch:
-            network = models.load(given.model)
-        elif not given.arch:
-            raise ValueError(f"{given.model} holds weights and no network: say which (--arch file.py:function, or a name)")
-        else:
-            network = imports.architecture(given.arch, weights.classes(), given.size or 32, 3)
-        weights.put(network)
-
-        def write(purified, path):
-            path = path.with_name(path.name + Path(given.model).suffix)
-            weights.write(purified, path)
-            return path
-
-    first = next((module for module in network.modules() if isinstance(module, nn.Conv2d)), None)
-    channels = first.in_channels if first is not None and first.in_channels in (1, 3) else 3
-    clean = data.read(given.clean, channels, given.size)
-    say(f"{len(clean)} clean images of {clean.image_size}×{clean.image_size} pixels and {channels} channels from {clean.name}"
-        + (f", brought to size {given.size}" if given.size else "") + f"; classes {', '.join(clean.classes[:10])}"
-        + (" ..." if len(clean.classes) > 10 else ""))
-    other = data.read(given.measure, channels, given.size) if given.measure else None
-    trigger = given.trigger and (imports.from_file(given.trigger) if ".py:" in given.trigger else attacks.build(given.trigger))
-    return run(network, clean.images, clean.labels, trigger=trigger, target=given.target,
-               defences=given.defences or USUAL, settings=hyperparameters(given), mean=mean, std=std, head=given.head,
-               measured_on=other and (other.images, other.labels), tuning=given.tuning, crop=given.crop, flip=given.flip,
-               evidence=given.evidence, seed=given.seed, device=given.device, out=given.out, write=write)
+    network, study, write = opened(vars(given))
+    return run(*network, defences=given.defences or USUAL, settings=hyperparameters(given), evidence=given.evidence,
+               out=given.out, write=write, spc=given.spc, seed=given.seed, device=given.device, **study)
 
 
 def show(report) -> None:
@@ -220,7 +171,7 @@ def main(arguments: list[str] | None = None) -> int:
                 print(f"{name:12} {(function.__doc__ or '').strip().splitlines()[0]}")
         else:
             parser().print_help()
-    except (ValueError, OSError, ModelUnavailable) as error:
+    except (ValueError, OSError, ImportError, ModelUnavailable) as error:
         print(f"cupel: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -1,6 +1,7 @@
 """Clean images of the user: a folder of pictures, an `.npz`, or a prepared data set, all by one rule of colours and sizes."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -115,9 +116,8 @@ def folder(path: Path, channels: int, size: int | None) -> Dataset:
         labels += [int(entry.name) if numbered else k] * len(inside)
     if not files:
         raise ValueError(f"{path}: no pictures in folders, one a class, are here")
-    found = arrays(np.stack(list(_pictures(files, size))), np.array(labels), channels)
-    names = found.classes if numbered else tuple(entry.name for entry in classes)
-    return Dataset(str(path), found.images, found.labels, names)
+    found = replace(arrays(np.stack(list(_pictures(files, size))), np.array(labels), channels), name=str(path))
+    return found if numbered else replace(found, classes=tuple(entry.name for entry in classes))
 
 
 def read(source: str | Path, channels: int = 3, size: int | None = None) -> Dataset:
@@ -136,8 +136,7 @@ def read(source: str | Path, channels: int = 3, size: int | None = None) -> Data
         if not (path / "manifest.json").is_file():
             return folder(path, channels, size)
         test = datasets.load(path, "test")
-        found = arrays(test.images, test.labels, channels, size)
-        return Dataset(f"test set of {test.name}", found.images, found.labels, test.classes)
+        return replace(arrays(test.images, test.labels, channels, size), name=f"test set of {test.name}", classes=test.classes)
     if not path.is_file():
         raise ValueError(f"there is nothing at {source}: give a folder of pictures, an .npz, or a prepared data set")
     try:
@@ -145,20 +144,23 @@ def read(source: str | Path, channels: int = 3, size: int | None = None) -> Data
             keys = {part: next((key for key in names if key in file.files), None) for part, names in NAMES.items()}
             if None in keys.values():
                 raise ValueError(f"{path} has the arrays {', '.join(file.files)}: images and labels are looked for")
-            found = arrays(file[keys["images"]], file[keys["labels"]], channels, size)
+            return replace(arrays(file[keys["images"]], file[keys["labels"]], channels, size), name=str(path))
     except (OSError, AttributeError, TypeError) as error:
         raise ValueError(f"{path} is no .npz of arrays ({error})") from None
-    return Dataset(str(path), found.images, found.labels, found.classes)
 
 
-def parts(clean: Dataset, share: float, seed: int) -> tuple[Dataset, Dataset]:
-    """A part to tune on, `share` of every class, and the part that measures.
+def parts(clean: Dataset, share: float, spc: int | None, seed: int) -> tuple[Dataset, Dataset]:
+    """A part to tune on, `share` of every class and at most `spc` images of it, and the part that measures, which `spc` leaves.
 
     Raises:
-        ValueError: one of the two is empty.
+        ValueError: one of the two is empty, unless all are asked for.
     """
-    size = round(share * len(clean))
-    if not 0 < size < len(clean):
+    size, everything = round(share * len(clean)), np.arange(len(clean))
+    if not 0 < size < len(clean) and share != 1:
         raise ValueError(f"{len(clean)} clean images cannot be divided into {share:g} to tune on and the rest to measure")
-    chosen = splits.stratified(clean.labels, np.arange(len(clean)), size, rng(seed, "own", "parts"))
-    return clean.take(chosen), clean.take(np.setdiff1d(np.arange(len(clean)), chosen))
+    chosen = splits.stratified(clean.labels, everything, size, rng(seed, "own", "parts"))
+    held = clean.take(np.setdiff1d(everything, chosen))
+    if spc is not None:
+        order = rng(seed, "own", "spc").permutation(chosen)
+        chosen = np.sort(np.concatenate([order[clean.labels[order] == c][:spc] for c in np.unique(clean.labels)]))
+    return clean.take(chosen), held

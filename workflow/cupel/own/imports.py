@@ -3,8 +3,11 @@
 import ast
 import contextlib
 import copy
+import difflib
+import functools
 import importlib.util
 import inspect
+import operator
 import pickle
 import sys
 import zipfile
@@ -80,20 +83,18 @@ def architecture(text: str, classes: int, image_size: int, channels: int) -> nn.
     ensure_torchvision()
     from torchvision.models import get_model, list_models
 
+    timm = importlib.import_module("timm") if importlib.util.find_spec("timm") else None
     plugin = text in MODELS and not MODELS[text].__module__.startswith("cupel.images.models.")
     if text in list_models() and not plugin:
         return get_model(text, num_classes=classes)
-    timm = None
-    if not plugin and importlib.util.find_spec("timm"):
-        timm = importlib.import_module("timm")
-        if text in timm.list_models():
-            return timm.create_model(text, num_classes=classes, in_chans=channels)
+    if timm and text in timm.list_models() and not plugin:
+        return timm.create_model(text, num_classes=classes, in_chans=channels)
     if text in MODELS:
         return build(text, num_classes=classes, image_size=image_size, in_channels=channels)
-    known = {*list_models(), *MODELS, *(timm.list_models() if timm else ())}
-    raise ValueError(unknown("architecture", text, known) if len(text) < 3 else
-                     f"{unknown('architecture', text, known).partition(': known')[0]}: give a name of torchvision"
-                     f"{' or timm' if timm else ' (timm is not installed)'}, of a plugin's @model, or file.py:function")
+    near = difflib.get_close_matches(text, [*list_models(), *MODELS, *(timm.list_models() if timm else ())], 1)
+    raise ValueError(f"unknown architecture {text!r}{f', did you mean {near[0]!r}?' if near else ''}: give a name of "
+                     f"torchvision{' or timm' if timm else ' (timm is not installed)'}, of a plugin's @model, or "
+                     "file.py:function")
 
 
 def compiled(path: str | Path) -> nn.Module | None:
@@ -159,13 +160,10 @@ class Weights:
             self.content = torch.load(self.path, map_location="cpu", weights_only=True)
         except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
             self._refuse(error)
-        place = _place(self.content)
-        if place is None:
+        self.place = _place(self.content)
+        if self.place is None:
             raise ValueError(f"{path} holds no weights: a dict of tensors is looked for, as it is or under {', '.join(USUAL)}")
-        self.place, holder = place, self.content
-        for key in place:
-            holder = holder[key]
-        self.tensors = dict(holder)
+        self.tensors = dict(functools.reduce(operator.getitem, self.place, self.content))
 
     def _refuse(self, error: Exception) -> None:
         with self.path.open("rb") as file:
@@ -190,9 +188,8 @@ class Weights:
         """
         wanted = network.state_dict()
         names = {key: key if key in wanted else key.replace("_orig_mod.", "").replace("module.", "") for key in self.tensors}
-        while not wanted.keys() & set(names.values()) and len({name.partition(".")[0] for name in names.values()}) == 1:
-            if not all("." in name for name in names.values()):
-                break
+        while (not wanted.keys() & {*names.values()} and len({name.partition(".")[0] for name in names.values()}) == 1
+               and all("." in name for name in names.values())):
             names = {key: name.partition(".")[2] for key, name in names.items()}
         self.names, given = names, {name: self.tensors[key] for key, name in names.items()}
         missing = [name for name in wanted if name not in given and not name.endswith("num_batches_tracked")]

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 
-from cupel.cells import write_history
+from cupel.cells import failure, write_history
 from cupel.files import write_text
 from cupel.hub import snapshot
 from cupel.registry import unknown
@@ -77,7 +77,8 @@ def purify(model: str, clean: str | Path, out: str | Path, *, probes: str | Path
         cutoff: tokens of an item. tokens: most of an answer.
 
     Returns:
-        A row per probe: prompt, `before`, and the answer after each defence. They are also in `out/answers.md`.
+        A row per probe: prompt, `before`, and the answer after each defence, or why it failed. They are also in
+        `out/answers.md`.
 
     Raises:
         ValueError: what is given cannot be used.
@@ -110,9 +111,12 @@ def purify(model: str, clean: str | Path, out: str | Path, *, probes: str | Path
     found = {"before": answers(victim.model(), "before")}
     for name, given in chosen.items():
         budget = known.Budget(samples, tokenizer.pad_token_id, derive(seed, "own", name), out / name, device)
-        result = known.purify(name, victim, budget, **given)
-        write_history(out / name / "history.csv", result.history)
-        found[name] = answers(result.model, name)
+        try:
+            result = known.purify(name, victim, budget, **given)
+            write_history(out / name / "history.csv", result.history)
+            found[name] = answers(result.model, name)
+        except Exception as error:  # the rest runs
+            found[name] = [f"failed: {failure(error)}"] * len(asked)
     rows = [{"prompt": item["instruction"], **{name: texts[k] for name, texts in found.items()}}
             for k, item in enumerate(asked)]
     write_text(out / "answers.md", told(rows))

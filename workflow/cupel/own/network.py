@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from cupel.images.defences.passes import watched
 from cupel.images.models.classifier import Normalize
+from cupel.registry import unknown
 
 #: usual normalisations by name, (mean, std): one number, or one a channel
 NORMALISATIONS = {
@@ -165,6 +166,23 @@ class Own(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Logits, float [B, K], of pixels [B, C, H, W] in [0, 1]."""
         return logits_of(self.network(usual_order(self.normalize(x))))
+
+
+def normalisation(text: str) -> tuple[Sequence[float], Sequence[float]]:
+    """Mean and standard deviation from a name of `NORMALISATIONS`, or from numbers: `0.5/0.5`, `0.49,0.48,0.45/0.2,0.2,0.2`.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    if text in NORMALISATIONS:
+        return NORMALISATIONS[text]
+    try:
+        mean, std = ([float(value) for value in part.split(",")] for part in text.split("/"))
+    except ValueError:
+        raise ValueError(f"{unknown('normalisation', text, NORMALISATIONS)}; or numbers, mean/std") from None
+    if min(std) <= 0:
+        raise ValueError(f"normalisation {text}: what stands behind / are standard deviations, and they are positive")
+    return mean, std
 
 
 def per_channel(values: Sequence[float], channels: int, what: str) -> list[float]:

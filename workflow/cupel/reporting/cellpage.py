@@ -1,13 +1,15 @@
 """The page of all cells: a table, and a panel for each with its settings, numbers, training and files."""
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 
-from cupel.evaluation.settings import validity
+from cupel.evaluation.settings import NO_VICTIM, validity
 from cupel.experiment import overlaid
+from cupel.files import read_json
 from cupel.reporting.index import command
 from cupel.reporting.page import link_to, navigation, write_page
 from cupel.reporting.paper import history
@@ -20,6 +22,10 @@ COUNTS = ("epoch", "step", "update", "round", "stage", "seconds", "lr")
 FACTS = {"seconds": "seconds", "peak_memory_mb": "peak memory, MB", "peak_vram_mb": "peak GPU memory, MB",
          "clean_samples": "clean samples of the defender", "rate_reached": "poison rate reached", "device": "device",
          "precision": "precision", "threads": "threads"}
+#: what a state means
+STATES = {"destroyed": "less than two thirds of the victim's ACC are left",
+          "unchanged": "the victim to the bit, which is what the defence made of it",
+          NO_VICTIM: "ASR below 80 % or ACC below 20 %, or below the paper's own gate: in no mean, and no defence's merit"}
 
 
 def known(value):
@@ -39,6 +45,44 @@ def curves(folder: str) -> dict | None:
     table = table.iloc[:: -(-len(table) // ROWS)]
     return {"x": x, "at": table[x].map(float).map(known).tolist(),
             "curves": {name: table[name].map(float).map(known).tolist() for name in names}}
+
+
+def by_class(counts: Mapping[str, Sequence], wanted: Sequence[int]) -> list[dict]:
+    """What a network makes of the images of each class: how many `clean` ones there are, `right` ones among them, and `taken`:
+    the other class that takes most, and how many; how many `triggered` ones, of which `hit` go where the attacker wants, and
+    `kept` to their true class.
+
+    Args:
+        counts: matrices [K, K], rows true and columns predicted classes, `clean`, and `triggered` where there is an attack.
+        wanted: class that the attacker wants for each, [K].
+    """
+    none = np.zeros((len(wanted), len(wanted)), int)
+    clean, triggered = (np.array(counts.get(name, none)) for name in ("clean", "triggered"))
+    wrong = clean - np.diag(np.diag(clean))
+    worst = wrong.argmax(1)
+    return [{"clean": int(clean[k].sum()), "right": int(clean[k, k]), "taken": [int(worst[k]), int(wrong[k, worst[k]])],
+             "triggered": int(triggered[k].sum()), "hit": int(triggered[k, wanted[k]]), "kept": int(triggered[k, k])}
+            for k in range(len(wanted))]
+
+
+def confusion(folder: Path, used: Mapping[str, dict], data: Path) -> dict | None:
+    """`by_class` of a cell whose record counts what was taken for what, with names of the classes; None for others.
+
+    Args:
+        folder: of the cell.
+        used: its settings, see `settings_of`.
+        data: folder of the prepared data set, whose manifest names the classes.
+    """
+    file = folder / "metrics.json"
+    record = read_json(file) if file.is_file() else {}
+    if not record.get("confusion"):
+        return None
+    count, settings = len(record["confusion"]["clean"]), {key.split()[0]: entry["settings"] for key, entry in used.items()}
+    target = settings.get("recipe", {}).get("target", 0)
+    everywhere = settings.get("attack", {}).get("policy") == "all2all"
+    names = read_json(data / "manifest.json")["classes"] if (data / "manifest.json").is_file() else [*map(str, range(count))]
+    return {"names": names, "target": "the next class" if everywhere else names[target],
+            "rows": by_class(record["confusion"], [(k + 1) % count if everywhere else target for k in range(count)])}
 
 
 def settings_of(cell: Mapping, sections: Mapping[str, str], entries: Mapping[str, Mapping], scale: str) -> dict[str, dict]:
@@ -65,7 +109,8 @@ def write_cells(cells: pd.DataFrame, expected: Iterable[Mapping], run: Mapping, 
         cells: the tidy table.
         expected: every cell with `paper`, `family`, `folder` and its names (`cupel.experiment.Grid.cells`).
         run: `config`, `papers` (key and folder), `families` (sections and entries by name), `sheets` (picture of triggers by
-            data set), `cross` (whether there is a cross table).
+            data set, which has a folder beside it with one for each attack), `data` (folder of image data sets), `cross`
+            and `compare` (whether there are such pages).
     """
     page, config, by_path = Path(page), run["config"], {}
     for cell in expected:
@@ -93,26 +138,30 @@ def write_cells(cells: pd.DataFrame, expected: Iterable[Mapping], run: Mapping, 
         metrics = [[" ".join(filter(None, [*(_variant(row, kind) for kind in wide), row.metric])), known(row.value),
                     known(row.low), known(row.high), int(row.n)] for row in part.itertuples()]
         state = ("failed" if first.status != "ok" else "destroyed" if first.destroyed else
-                 "ok" if first.implanted else "victim without a backdoor")
+                 NO_VICTIM if not first.implanted else "unchanged" if first.unchanged else "ok")
+        picture = (Path(run["sheets"][first.dataset]).with_suffix("") / f"{names['attack']}.png"
+                   if first.dataset in run["sheets"] else Path())
         target = f"{path}/metrics.json"
         again = command(config, f"--force {target}", **({"jobs": "cell"} if cell["family"] == "images" else {}))
         made[name] = {"names": names, "papers": cell["papers"], "state": state,
-                      "reason": str(first.reason or ""), "metrics": metrics,
+                      "reason": str(first.reason or "") or STATES.get(state, ""), "metrics": metrics,
                       "facts": {text: known(first[key]) for key, text in FACTS.items()
-                                if known(first[key]) not in (None, "", 0.0)},
+                                if known(first[key]) not in (None, "", 0.0)}
+                      | ({"given back": STATES["unchanged"]} if first.unchanged else {}),
                       "settings": keys, "history": curves(path), "logs": logs, "again": again,
                       "files": sorted(file.name for file in folder.glob("*") if file.is_file()),
-                      "sheet": link_to(page, run["sheets"][first.dataset]) if names["attack"] not in ("", "clean")
-                      and first.dataset in run["sheets"] else ""}
+                      "confusion": confusion(folder, used, Path(run["data"]) / first.dataset),
+                      "trigger": link_to(page, picture) if picture.is_file() else ""}
         values = {metric: value for metric, value, *_ in reversed(metrics)}
         shown = next((metric for metric in ("acc", "cp", "f1", "ata", "perplexity") if values.get(metric) is not None), None)
         attack = next((metric for metric in ("asr", "asr_template_all", "ata_beyond") if values.get(metric) is not None), None)
         rows.append({"id": name, **names, "papers": cell["papers"], "state": state, "quality": (shown, values.get(shown)),
                      "attacked": (attack, values.get(attack)), "seconds": known(first.seconds)})
     write_page(page, "cells.html.j2", scale=config["scale"], here="Cells", rows=rows,
-               nav=navigation(run["papers"], run["cross"]),
+               nav=navigation(run),
                papers=[paper["key"] for paper in run["papers"]], data={"cells": made, "settings": entries},
-               choices={key: sorted({row[key] for row in rows} - {""}) for key in ("stage", "method", "attack", "budget")})
+               choices={key: sorted({row[key] for row in rows} - {""})
+                        for key in ("stage", "method", "attack", "budget", "state")})
 
 
 def _variant(row, kind: str) -> str:

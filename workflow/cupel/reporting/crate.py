@@ -68,21 +68,17 @@ def period(folder: str | Path, results: Iterable[Path]) -> tuple[float, float]:
 
 def write_crate(folder: str | Path, *, root: str | Path, config: dict, results: Iterable[str | Path], base: str | Path,
                 provenance: dict, manifests: Iterable[str | Path], papers: Iterable[dict], benchmarks: str | Path) -> dict:
-    """Write the crate of a run; the folder is complete or absent.
+    """Write the crate of a run, and return what its `ro-crate-metadata.json` says.
 
     Args:
-        folder: of the crate; replaced where there is one.
-        root: the repository.
+        folder: of the crate, complete or absent; replaced where there is one.
+        root: of the repository.
         config: settings of the run, as `config.yaml` in the crate says them.
-        results: files and folders below `base` that the run made.
-        base: `results/<scale>`.
+        results: files and folders below `base`, `results/<scale>`, that the run made.
         provenance: content of provenance.json.
         manifests: manifest.json of every data set.
         papers: dicts with `key`, `title`, `reference`.
         benchmarks: folder of benchmark files, for the times of the run.
-
-    Returns:
-        The metadata document, as in `ro-crate-metadata.json`.
     """
     from rocrate.rocrate import ROCrate
 

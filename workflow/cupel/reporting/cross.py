@@ -29,7 +29,7 @@ BETTER = {"acc": 1, "ra": 1, "der": 1, "asr": -1, "arr": -1, "rdr": -1}
 #: of the bootstrap of ranks
 DRAWS = 10_000
 COLUMNS = [*SETTING, "method", "label", *METRICS, "acc_victim", "asr_victim", *COSTS, "seeds", "planned", "failed",
-           "failed_seeds", "credited", "destroyed", "reason", "papers"]
+           "failed_seeds", "credited", "destroyed", "unchanged", "reason", "papers"]
 
 
 def cross_table(cells: pd.DataFrame, labels: dict[str, str]) -> pd.DataFrame:
@@ -37,8 +37,9 @@ def cross_table(cells: pd.DataFrame, labels: dict[str, str]) -> pd.DataFrame:
 
     Rates, costs and the victim's rates are means over the seeds that have a result. `seeds` of the `planned` seeds have
     one; `failed` says that one of them has none, `reason` why. `credited`: all victims have their backdoor; `destroyed`: one
-    of the networks is (`cupel.evaluation.settings.validity`). `failed_seeds` counts those that are the defence's own
-    failure: not those that have not run, nor those whose victim failed. A cell that two papers use is counted once.
+    of the networks is, `unchanged`: one is its victim to the bit (`cupel.evaluation.settings.validity`). `failed_seeds`
+    counts those that are the defence's own failure: not those that have not run, nor those whose victim failed. A cell that
+    two papers use is counted once.
 
     Args:
         cells: the tidy table (`cupel.reporting.tables.gather`).
@@ -76,7 +77,7 @@ def cross_table(cells: pd.DataFrame, labels: dict[str, str]) -> pd.DataFrame:
     groups = runs.groupby(keys, dropna=False, sort=False)
     table = groups.agg(planned=("seed", "nunique"), seeds=("failed", lambda failed: int((~failed).sum())),
                        failed=("failed", "any"), failed_seeds=("failed_seeds", "sum"),
-                       credited=("credited", "all"), destroyed=("destroyed", "any"),
+                       credited=("credited", "all"), destroyed=("destroyed", "any"), unchanged=("unchanged", "any"),
                        papers=("papers", lambda lists: ", ".join(sorted({p for papers in lists for p in papers}))),
                        reason=("reason", lambda reasons: "; ".join(dict.fromkeys(r for r in reasons if r))))
     # the victim's rates are those of the same seeds, so that a loss is a paired difference
@@ -380,7 +381,7 @@ def write_cross(cells: pd.DataFrame, labels: dict[str, str], run: Mapping, out: 
         row["href"] = "cells.html#" + urlencode({"method": row["method"], "attack": row["attack"], "budget": row["budget"],
                                                  "words": f"{100 * row['poison_rate']:g}%" if row["poison_rate"] else ""})
     write_page(out["page"], "cross.html.j2", scale=scale, rows=rows, rankings=rankings, table=table.name,
-               here="Defences side by side", nav=navigation(run["papers"], True),
+               here="Defences side by side", nav=navigation(run),
                choices={"defence": sorted({row["label"] for row in rows}), "attack": sorted({row["attack"] for row in rows}),
                         "budget": sorted({row["budget"] for row in rows})},
                pictures={name: f"{figures.name}/{name}.svg" for name in pictures}, failed=int(cross.failed.sum()),

@@ -12,18 +12,19 @@ from cupel.evaluation.claims import (
     OPEN,
     OVER,
     REFUTED,
+    SEEDS,
     SUPPORTED,
     VERDICTS,
     credited,
     judge,
     select,
 )
-from cupel.evaluation.settings import GATE, SETTING, validity
+from cupel.evaluation.settings import GATE, NO_VICTIM, SETTING, validity
 from cupel.reporting.cross import comparable
 from cupel.reporting.tables import method_name, setting_name
 
 #: what a run at a scale takes
-TAKES = {"smoke": "a minute on 2 cores", "demo": "minutes on 2 cores", "desk": "about 10 hours on 2 cores with bf16",
+TAKES = {"smoke": "a minute on 2 cores", "demo": "minutes on 2 cores", "desk": "hours on 2 cores with bf16",
          "bench": "one GPU, an afternoon", "paper": "a cluster"}
 #: how sure a verdict is, in words
 SURE = {SUPPORTED: "Holds here", REFUTED: "Does not hold here", OPEN: "Undecided", NOT_JUDGED: "Not judged",
@@ -60,7 +61,7 @@ def in_words(test: Mapping) -> str:
     if test.get("direction") == "less":
         first, second = second, first
     where = f", among cells with {described(test['where'])}" if test.get("where") else ""
-    gate = "" if test.get("gated", True) else " Victims without a working backdoor count, too."
+    gate = "" if test.get("gated", True) else " Victims that are not valid count, too."
     return f"{first} minus {second} is above {amount(test.get('margin', 0.0))}, {OVER[test['over']]}{where}.{gate}"
 
 
@@ -80,8 +81,10 @@ def cells_behind(claim: Mapping, cells: pd.DataFrame, gate: Mapping[str, float],
         if side not in test:
             continue
         for row in select(table, {"metric": test["metric"], **test.get("where", {}), **test[side]}).itertuples():
-            state = ("failed" if row.status != "ok" else "left out: victim without backdoor" if not row.counts
-                     else "destroyed" if row.destroyed else "no value" if np.isnan(row.value) else "counts")
+            state = ("failed" if row.status != "ok" else NO_VICTIM if not (row.counts or row.implanted)
+                     else f"left out: fewer than {SEEDS} valid victims" if not row.counts
+                     else "destroyed" if row.destroyed else "no value" if np.isnan(row.value)
+                     else "counts, unchanged by the defence" if row.unchanged else "counts")
             rows.append({"side": side.upper(), "setting": setting_name(row).replace(" 0 %", "") or "–",
                          "place": " ".join(filter(None, (row.dataset, row.model, row.recipe, row.budget))),
                          "method": method_name(row), "seed": row.seed, "value": row.value, "low": row.low, "high": row.high,
@@ -207,7 +210,7 @@ def not_reproduced(claims: pd.DataFrame, cards: Mapping[str, dict]) -> list[dict
             scale = reason.removeprefix("can be judged at: ").split(", ")[0]
             why, takes = "this scale is too small for the claim", f"scale {scale}: {TAKES[scale]}"
         elif "are needed" in reason or "no seed" in reason:
-            why = "too few settings with a working backdoor were run"
+            why = "too few settings with a valid victim were run"
             takes = "more victims: a larger scale, or seeds whose victims learn their trigger"
         else:
             why, takes = reason, "a claim that names one cell a setting"

@@ -66,7 +66,8 @@ def write_index(papers: Iterable[dict], cells: pd.DataFrame, run: dict, out: Map
         papers: `key`, `title`, `reference`, `note`, `folder`, and paths of `card` and `claims` (their YAML), if any.
         cells: the tidy table.
         run: `config`, `root` (the repository), `data` (folder) and `datasets` (names), `seeds`, `benchmarks` (folder),
-            `sheets` (pictures of triggers), `budgets` (scales that run a budget, by name), and `cross` (cross.csv, if any).
+            `sheets` (pictures of triggers), `budgets` (scales that run a budget, by name), `cross` (cross.csv, if any),
+            and `compare` (whether there is a page that compares this run with another).
         out: paths `page`, `claims_page`, `claims` and `provenance`.
     """
     papers, page = list(papers), Path(out["page"])
@@ -77,7 +78,7 @@ def write_index(papers: Iterable[dict], cells: pd.DataFrame, run: dict, out: Map
     write_json(out["provenance"], made)
     write_text(out["claims"], claims.to_csv(index=False))
     claims = claims.fillna({"direction": "", "least_in": "", "test": "", "source": ""})
-    common = {"scale": config["scale"], "nav": navigation(papers, bool(run["cross"]))}
+    common = {"scale": config["scale"], "nav": navigation({**run, "papers": papers})}
     ways = cells.drop_duplicates("path")[MADE_WITH].dropna().drop_duplicates()
     failed = [{"path": link_to(page, row.path), "href": cell_link(row.path, page.parent), "reason": row.reason}
               for row in cells[cells.status != "ok"].drop_duplicates("path").itertuples()]

@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from urllib.parse import quote
 
@@ -40,11 +40,17 @@ def link_to(page: str | Path, path: str | Path) -> str:
     return quote(os.path.relpath(path, Path(page).parent))
 
 
-def navigation(papers: Iterable[dict], cross: bool, up: str = "") -> list[dict]:
-    """Address and text of every page of the site; `up` leads from the page to the folder of the first one."""
+def navigation(run: Mapping, up: str = "") -> list[dict]:
+    """Address and text of every page of the site.
+
+    Args:
+        run: `papers` (with their keys), and whether there are pages `cross` and `compare`.
+        up: leads from the page to the folder of the first one.
+    """
     pages = [("index.html", "Overview"), ("claims.html", "Claims"), ("cells.html", "Cells")]
-    pages += [("cross.html", "Defences side by side")] if cross else []
-    pages += [(f"papers/{paper['key']}/report.html", paper["key"]) for paper in papers]
+    pages += [("cross.html", "Defences side by side")] if run["cross"] else []
+    pages += [("compare.html", "Two runs compared")] if run["compare"] else []
+    pages += [(f"papers/{paper['key']}/report.html", paper["key"]) for paper in run["papers"]]
     return [{"href": up + href, "text": text} for href, text in pages]
 
 

@@ -27,7 +27,7 @@ class Paper:
         cells: its rows of the tidy table (`cupel.reporting.tables.gather`).
         labels: names for people by section of experiment.yaml (`defences`, `attacks`, ...), in the order of the file.
         facts: what else experiment.yaml says and a report needs, by family.
-        reported: the paper's own numbers, all rows of `reported/*.csv`; no columns where there is no such file.
+        reported: the paper's own numbers, all rows of `reported/*.csv`.
         files: paths by kind, of what is read beside the table.
         out: folder `results/<scale>/papers/<key>`.
         registry: names for people of all defences of the family, by which each has its colour; in the order of the files.
@@ -58,8 +58,14 @@ class Paper:
     def figure(self, stem: str, figure, caption: str) -> None:
         """Save a figure, with the numbers that it was given as CSV, and note its caption with what it rests on."""
         figures.save(figure, self.out / "figures" / f"{stem}.svg")
-        self.captions[stem] = f"{caption.rstrip().removesuffix('.')}. {about(self.cells, self.scale)}"
+        self.captions[stem] = captioned(caption, self.cells, self.scale)
 
+
+def captioned(text: str, cells: pd.DataFrame, scale: str) -> str:
+    """A caption with what the picture rests on (`about`), and the budget where there is but one and the caption is silent."""
+    budgets = sorted(set(cells.budget.dropna()) - {""})
+    budget = f"Budget {budgets[0]}. " if len(budgets) == 1 and "budget" not in text else ""
+    return f"{text.rstrip().removesuffix('.')}. {budget}{about(cells, scale)}"
 
 
 def about(cells: pd.DataFrame, scale: str) -> str:
@@ -72,8 +78,9 @@ def about(cells: pd.DataFrame, scale: str) -> str:
 
 
 def read_reported(paths: list[str]) -> pd.DataFrame:
-    """The rows of all files of published numbers."""
-    return pd.concat(map(pd.read_csv, paths), ignore_index=True) if paths else pd.DataFrame()
+    """The rows of all files of published numbers; none, with the columns that reports look at, without a file."""
+    none = pd.DataFrame(columns=["table", "dataset", "model", "attack", "poison_rate", "defence", "metric", "value", "source"])
+    return pd.concat(map(pd.read_csv, paths), ignore_index=True) if paths else none
 
 
 def load(file: str | Path) -> ModuleType:

@@ -10,20 +10,25 @@ from cupel.files import read_json
 from cupel.reporting.evidence import board, switch_effects
 from cupel.reporting.index import read_card
 from cupel.reporting.page import link_to, navigation, write_page
+from cupel.reporting.paper import captioned
 from cupel.settings import read_yaml
 
 
-def paper_section(paper: dict, page: Path) -> dict:
+def paper_section(paper: dict, cells: pd.DataFrame, scale: str, page: Path) -> dict:
     """What the page shows of a paper's tables and figures.
 
     Args:
-        paper: `folder`, and `pictures` that other rules drew (path and caption).
+        paper: `folder`, and `pictures` that other rules drew (path and caption), of one cell where they lie in its folder.
+        cells: the paper's rows of the tidy table.
+        scale: of the run.
         page: which is to refer to them.
     """
     folder = Path(paper["folder"])
     captions = read_json(folder / "figures" / "captions.json")
     figures = [{"path": folder / "figures" / f"{stem}.svg", "caption": text} for stem, text in captions.items()]
-    figures += paper["pictures"]
+    for picture in paper["pictures"]:
+        own = cells[cells.path == str(Path(picture["path"]).parent)]
+        figures.append({**picture, "caption": captioned(picture["caption"], own if len(own) else cells, scale)})
     tables = [{"frame": pd.read_csv(path.with_suffix(".csv"), index_col=0, dtype=str, keep_default_na=False),
                "caption": path.read_text().splitlines()[0], "csv": link_to(page, path.with_suffix(".csv"))}
               for path in sorted((folder / "tables").glob("*.md"))]
@@ -39,15 +44,15 @@ def write_paper_page(paper: dict, cells: pd.DataFrame, run: Mapping, page: str |
     Args:
         paper: `key`, `title`, `reference`, `note`, `folder`, `pictures`, and paths of `card` and `claims` (their YAML), if any.
         cells: its rows of the tidy table.
-        run: `scale`, `papers` (all, with their keys), `cross` (whether there is a cross table).
+        run: `scale`, `papers` (all, with their keys), `cross` and `compare` (whether there are such pages).
     """
     page, card = Path(page), read_card(paper)
     claims = pd.read_csv(Path(paper["folder"]) / "claims.csv").fillna({"direction": ""})
     gate = read_yaml(paper["claims"]).get("gate", GATE) if paper["claims"] else GATE
     write_page(page, "paper.html.j2", scale=run["scale"], here=paper["key"], paper=paper, card=card,
-               nav=navigation(run["papers"], run["cross"], "../../"), seeds=cells.seed.nunique(), cells=cells.path.nunique(),
+               nav=navigation(run, "../../"), seeds=cells.seed.nunique(), cells=cells.path.nunique(),
                counts=board(claims, [paper["key"]])[0]["counts"], failed=cells[cells.status != "ok"].path.nunique(),
                effects=switch_effects(card, cells, gate),
                claims=[{**row._asdict(), "percent": "fraction" in row.unit} for row in claims.itertuples()],
                files=[("report.ipynb", "the notebook, executed"), ("card.md", "the card"), ("claims.csv", "verdicts")],
-               **paper_section(paper, page))
+               **paper_section(paper, cells, run["scale"], page))

@@ -1,41 +1,55 @@
 """Pictures that look into images and networks: what triggers do to images, and where features of triggered images lie."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
-from cupel.cells import read_tensors
+from cupel.cells import failure, read_tensors
 from cupel.files import write_text
 from cupel.images import datasets, models
+from cupel.images.attacks.base import changed
 from cupel.images.datasets.splits import test_subset
 from cupel.images.stages import make_attack
 from cupel.reporting.figures import amplified, handle, nothing, panels, picture_rows, save, styles
 from cupel.rng import rng
 
 
-def contact_sheet(folder: str, attacks: dict[str, tuple[dict, str | None]], out: str | Path, count: int = 10) -> None:
-    """Draw clean test images, and for each attack the stamped ones and the difference, amplified.
+def contact_sheet(folder: str, attacks: dict[str, tuple[dict, str | None]], out: Mapping[str, str | Path],
+                  count: int = 10) -> None:
+    """Draw clean test images, and for each attack the stamped ones and the difference, amplified: all attacks on one sheet, and
+    the first images for each attack alone.
 
     Args:
         folder: of the prepared data set.
         attacks: name to (attack spec, path of a victim's trigger.npz; none for a trigger that is a formula).
-        out: picture file.
+        out: paths `sheet`, a picture, and `pictures`, a folder of one by name of each attack.
         count: images, one per class in turn.
     """
     test = datasets.load(folder, "test")
     chosen = [int(np.flatnonzero(test.labels == c % len(test.classes))[0]) for c in range(1, count + 1)]
     clean = np.asarray(test.images[chosen])
     rows = [("clean", clean)]
+    Path(out["pictures"]).mkdir(parents=True, exist_ok=True)
     for name, (spec, trigger) in attacks.items():
-        tensors = read_tensors(trigger)
-        if "failed" in tensors:  # its victims are failed cells, with this reason, in the tables
-            print(f"{name} is left out: {tensors['failed']}")
+        if (stamped := stamped_or_none(name, spec, trigger, clean)) is None:
             continue
-        stamped = make_attack(spec, tensors).stamp(clean)
         difference, factor = amplified(stamped, clean)
-        rows += [(name, stamped), (f"difference ×{factor}", difference)]
-    save(picture_rows(rows, 1.02, 1.05)[0], out)
+        pair = [(name, stamped), (f"difference ×{factor}", difference)]
+        rows += pair
+        alone = [(title, images[:5]) for title, images in (rows[0], *pair)]
+        save(picture_rows(alone, 1.02, 1.05)[0], Path(out["pictures"]) / f"{name}.png")
+    save(picture_rows(rows, 1.02, 1.05)[0], out["sheet"])
+
+
+def stamped_or_none(name: str, spec: dict, trigger: str | None, images: np.ndarray) -> np.ndarray | None:
+    """Stamped images, uint8 [N, H, W, C]; None where the attack fails: its victims are failed cells with that reason."""
+    try:
+        return changed(images, make_attack(spec, read_tensors(trigger)).stamp(images))
+    except Exception as error:
+        print(f"{name} is left out: {failure(error)}")
+        return None
 
 
 def feature_maps(spec: dict, folder: str, out: dict, clean_count: int = 300, triggered_count: int = 100) -> None:
@@ -62,7 +76,8 @@ def feature_maps(spec: dict, folder: str, out: dict, clean_count: int = 300, tri
         except models.NotACheckpoint as error:  # a failed cell has no network to look into
             print(f"{panel['row']}, {panel['title']}: {error}")
             continue
-        stamped = make_attack(panel["attack"], read_tensors(panel["trigger"])).stamp(sources.images)
+        if (stamped := stamped_or_none(panel["row"], panel["attack"], panel["trigger"], sources.images)) is None:
+            continue
         features = [penultimate(model, images) for images in (clean.images, stamped)]
         share = entanglement(features[0], clean.labels, features[1], sources.labels, target)
         rows.append({"row": panel["row"], "model": panel["title"], **share})

@@ -1,12 +1,12 @@
 """The tidy table of all cells, and wide tables made from it."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
-from cupel.evaluation.settings import SETTING, validity
+from cupel.evaluation.settings import GATE, NO_VICTIM, SETTING, validity
 from cupel.files import read_json, write_text
 
 IDENTITY = ["stage", "dataset", "model", "recipe", "attack", "attack_variant", "poison_rate", "defence", "budget",
@@ -15,12 +15,13 @@ IDENTITY = ["stage", "dataset", "model", "recipe", "attack", "attack_variant", "
 KEYS = (*SETTING, "method", "label", "metric")
 METRICS = ("acc", "asr", "ra", "der", "arr", "rdr")
 COLUMNS = ["paper", *IDENTITY, "metric", "value", "n", "low", "high", "rate_reached", "seconds", "peak_memory_mb",
-           "peak_vram_mb", "clean_samples", "device", "precision", "threads", "status", "reason", "path",
+           "peak_vram_mb", "clean_samples", "device", "precision", "threads", "unchanged", "status", "reason", "path",
            "attack_parameters", "defence_parameters"]
 
 
-def gather(cells: list[dict]) -> pd.DataFrame:
-    """The tidy table: one row per paper, cell and metric (see `COLUMNS`); rates are fractions.
+def gather(cells: list[dict], gates: Mapping[str, Mapping[str, float]] = {}) -> pd.DataFrame:
+    """The tidy table: one row per paper, cell and metric (see `COLUMNS`); rates are fractions. `valid` says that the victim of
+    a cell has its backdoor (`cupel.evaluation.settings.validity`).
 
     A record has its numbers flat (`acc`, `acc_n`, `acc_low`, `acc_high`; `metrics` lists them, else they are `METRICS` and what
     else has its n) or, where one model is measured many times, as `rows`: metric, value, n, low, high and what differs in its
@@ -28,6 +29,7 @@ def gather(cells: list[dict]) -> pd.DataFrame:
 
     Args:
         cells: expected cells with `paper`, `folder` and what names them (`cupel.experiment.Grid.cells`).
+        gates: lowest values of a victim by metric, of papers that have their own.
     """
     rows = []
     for cell in cells:
@@ -43,20 +45,36 @@ def gather(cells: list[dict]) -> pd.DataFrame:
         base = {key: record.get(key) for key in (*IDENTITY, "rate_reached", "seconds", "peak_memory_mb", "peak_vram_mb",
                                                  "clean_samples", "device", "precision", "threads", "status",
                                                  "attack_parameters", "defence_parameters")}
-        base |= {"paper": cell["paper"], "path": cell["folder"], "reason": record.get("reason", "")}
+        base |= {"paper": cell["paper"], "path": cell["folder"], "reason": record.get("reason", ""),
+                 "unchanged": bool(record.get("unchanged", False))}
         failed = record["status"] != "ok"
         nothing = {"value": np.nan, "n": 0, "low": np.nan, "high": np.nan}
         if "rows" in record:
-            rows += [{**base, **nothing, **row} for row in record["rows"]]
-            continue
-        names = record.get("metrics", [*METRICS, *(key for key in record if f"{key}_n" in record and key not in METRICS)])
-        for metric in names[:3] if failed else [m for m in names if m in record]:
-            found = {key: record[f"{metric}_{key}"] for key in ("n", "low", "high") if f"{metric}_{key}" in record}
-            rows.append({**base, **nothing, "metric": metric, "value": record.get(metric, np.nan), **found})
+            found = record["rows"]
+        else:
+            names = record.get("metrics", [*METRICS, *(key for key in record if f"{key}_n" in record and key not in METRICS)])
+            found = [{"metric": metric, "value": record.get(metric, np.nan), **{
+                key: record[f"{metric}_{key}"] for key in ("n", "low", "high") if f"{metric}_{key}" in record}}
+                for metric in (names[:3] if failed else [name for name in names if name in record])]
+        # what has pictures alone, and no number, is a cell all the same
+        rows += [{**base, **nothing, **row} for row in found or [{"metric": ""}]]
     table = pd.DataFrame(rows, columns=COLUMNS)
-    return table.astype({"poison_rate": float, "value": float, "low": float, "high": float, "n": int, "seed": int,
-                         "rate_reached": float, "seconds": float, "peak_memory_mb": float, "peak_vram_mb": float,
-                         "clean_samples": float, "threads": float})
+    table = table.astype({"poison_rate": float, "value": float, "low": float, "high": float, "n": int, "seed": int,
+                          "rate_reached": float, "seconds": float, "peak_memory_mb": float, "peak_vram_mb": float,
+                          "clean_samples": float, "threads": float})
+    valid = [validity(part, gates.get(paper, GATE)).implanted for paper, part in table.groupby("paper", sort=False)]
+    return table.assign(valid=pd.concat(valid))
+
+
+def misfit(cells: pd.DataFrame, expected: Iterable[Mapping]) -> str:
+    """What is wrong with a tidy table that lacks an expected cell of a paper, or has another, in a sentence; else empty."""
+    wanted = dict.fromkeys((cell["paper"], cell["folder"]) for cell in expected)
+    there = dict.fromkeys(zip(cells.paper, cells.path, strict=True))
+    for places, others, what in ((wanted, there, "asked for and not in it"), (there, wanted, "in it and not asked for")):
+        if odd := [place for place in places if place not in others]:
+            return (f"The report is not that of the cells asked for: {len(odd)} are {what}, first {odd[0][1]} (paper "
+                    f"{odd[0][0]}). Remove cells.parquet and run the same command again")
+    return ""
 
 
 def _last_words(cell: dict) -> str:
@@ -90,14 +108,14 @@ def with_names(cells: pd.DataFrame, labels: dict[str, str]) -> pd.DataFrame:
 def summary(cells: pd.DataFrame, keys: Sequence[str] = KEYS, n: str = "sum") -> pd.DataFrame:
     """Mean over seeds, with n summed (or another aggregate), and how many seeds failed; one row per `keys`.
 
-    `credited` says that all victims behind it have their backdoor, `destroyed` that a defence destroyed one of the networks
-    (`cupel.evaluation.settings.validity`).
+    `credited` says that all victims behind it have their backdoor, `destroyed` that a defence destroyed one of the networks,
+    `unchanged` that it gave one back to the bit (`cupel.evaluation.settings.validity`).
     """
     groups = validity(cells).assign(failed=cells.status != "ok").groupby(list(keys), dropna=False, sort=False)
     return groups.agg(value=("value", "mean"), low=("low", "mean"), high=("high", "mean"), n=("n", n),
                       seeds=("seed", "nunique"), failed=("failed", "sum"), seconds=("seconds", "mean"),
                       rate_reached=("rate_reached", "mean"), credited=("implanted", "all"),
-                      destroyed=("destroyed", "any")).reset_index()
+                      destroyed=("destroyed", "any"), unchanged=("unchanged", "any")).reset_index()
 
 
 def attach_reported(table: pd.DataFrame, reported: pd.DataFrame) -> pd.DataFrame:
@@ -124,14 +142,16 @@ def interval_text(row) -> str:
 
 
 #: what `marked` adds, for captions
-MARKS = ("† less than two thirds of the victim's ACC are left; ‡ a victim without a backdoor (ASR below 80 %): in no mean, "
-         "and no defence's merit")
+MARKS = (f"† less than two thirds of the victim's ACC are left; ‡ {NO_VICTIM} (ASR below 80 % or ACC below 20 %): in no "
+         "mean, and no defence's merit; § the defence gave the victim back as it was, to the bit")
 
 
 def marked(rows: pd.DataFrame) -> pd.DataFrame:
-    """Add `setting` (attack and poison rate, ‡ where a victim has no backdoor) and `mark` († for a destroyed network)."""
+    """Add `setting` (attack and poison rate, ‡ where a victim is not valid) and `mark` († for a destroyed network, § for an
+    unchanged one)."""
     names = [setting_name(row) + " ‡" * (not row.credited) for row in rows.itertuples()]
-    return rows.assign(setting=names, mark=np.where(rows.destroyed, " †", ""))
+    marks = [" " * (row.destroyed or row.unchanged) + "†" * row.destroyed + "§" * row.unchanged for row in rows.itertuples()]
+    return rows.assign(setting=names, mark=marks)
 
 
 def with_texts(rows: pd.DataFrame) -> pd.DataFrame:
@@ -203,7 +223,8 @@ def by_setting(table: pd.DataFrame, order: list[str], metrics: tuple[str, ...] =
 def means(table: pd.DataFrame, order: list[str]) -> pd.DataFrame:
     """Rows: defence; columns: mean over settings of every metric in percent, of seconds, and the number of settings.
 
-    Settings of victims without a backdoor are left out; `destroyed` counts settings in which a defence destroyed a network.
+    Settings of victims without a backdoor are left out; `destroyed` and `unchanged` count settings in which a defence destroyed
+    a network, or gave it back as it was.
     """
     table = table[table.credited]
     if table.empty:
@@ -214,7 +235,8 @@ def means(table: pd.DataFrame, order: list[str]) -> pd.DataFrame:
     first = table[table.metric == present[0]].groupby("label")
     grid["seconds"] = first.seconds.mean().map("{:.1f}".format)
     grid["settings"] = first.size().astype(str)
-    grid["failed"], grid["destroyed"] = first.failed.sum().astype(str), first.destroyed.sum().astype(str)
+    for name in ("failed", "destroyed", "unchanged"):
+        grid[name] = first[name].sum().astype(str)
     grid.columns = pd.MultiIndex.from_tuples([("mean", name.upper() if name in METRICS else name) for name in grid.columns])
     return grid.loc[[label for label in order if label in grid.index]]
 

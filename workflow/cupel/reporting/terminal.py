@@ -18,7 +18,8 @@ KINDS = {
     "train_vision_language_victim": "victim", "read_attention": "attention", "measure_filters": "filters", "refit": "defence",
     "purify_pictures": "defence", "gather_cells": "table of cells", "report_paper": "tables, figures",
     "judge_claims": "verdicts", "paper_page": "page", "index": "first page", "feature_maps": "features",
-    "contact_sheet": "triggers drawn", "cross": "cross table",
+    "contact_sheet": "triggers drawn", "cross": "cross table", "compare": "two runs compared", "look_at_own": "first look",
+    "purify_own": "defence", "report_own": "page", "gather_own": "first page",
 }
 #: names as papers write them; others stand as they are in paths
 NAMES = {
@@ -98,22 +99,33 @@ def findings(key: str, title: str, claims, width: int) -> list[str]:
     return [shortened(lines[0], width), *("  " + shortened(line, width - 2) for line in lines[1:])]
 
 
-def summary(papers: Iterable[tuple[str, str, str | Path]], cells: str | Path | None = None) -> str:
+def summary(papers: Iterable[tuple[str, str, str | Path]], cells: str | Path | None = None,
+            expected: Iterable[Mapping] = ()) -> str:
     """What a run found.
 
     Args:
         papers: key, title and claims.csv of each.
         cells: tidy table, for what failed; None: it was not made.
+        expected: cells, with paper and folder, that the table must hold, and no other.
     """
     import pandas as pd
+
+    from cupel.evaluation.settings import NO_VICTIM
+    from cupel.reporting.tables import misfit
 
     width = min(max(shutil.get_terminal_size((160, 24)).columns, 80), 160)
     lines = []
     for key, title, file in papers:
         lines += findings(key, title, pd.read_csv(file, dtype={"direction": str}), width)
     if cells:
-        failed = pd.read_parquet(cells, columns=["path", "status", "reason"]).query("status != 'ok'").drop_duplicates("path")
+        table = pd.read_parquet(cells)
+        failed = table.query("status != 'ok'").drop_duplicates("path")
         if len(failed):
             lines.append(f"{counted(len(failed), 'cell')} failed, shown in the report:")
             lines += ["  " + shortened(f"{row.path}: {row.reason}", width - 2) for row in failed.head(5).itertuples()]
+        weak = table[table.stage.isin(["victim"]) & (table.status == "ok") & ~table.valid].drop_duplicates("path")
+        if len(weak):
+            lines.append(f"{counted(len(weak), 'victim')} below ASR or ACC of the gate: {NO_VICTIM}, so no merit of a defence:")
+            lines += ["  " + shortened(str(path), width - 2) for path in weak.path.head(5)]
+        lines += filter(None, [misfit(table, expected)])
     return "\n".join(lines)

@@ -21,25 +21,16 @@ STEPS = (1, 10, 100, 200)
 
 @dataclass(frozen=True)
 class Points:
-    """The test images that an evaluation looks at.
+    """The test images that an evaluation looks at."""
 
-    Attributes:
-        index: int64 [n], into the test set.
-        target: int64 [n], wrong classes for the targeted attacks.
-        draw: NumPy's legacy generator behind those draws; the start of AAI comes out of it.
-    """
-
-    index: np.ndarray
-    target: np.ndarray
-    draw: np.random.RandomState
+    index: np.ndarray  # int64 [n], into the test set
+    target: np.ndarray  # int64 [n], wrong classes for the targeted attacks
+    draw: np.random.RandomState  # NumPy's legacy generator behind those draws; the start of AAI comes out of it
 
 
 def points(labels: np.ndarray, num_classes: int, *, count: int = 200, seed: int = 99) -> Points:
-    """The images that the released code takes: the first `count` of a permutation, targets (y + 1 + U{0..K-2}) mod K.
-
-    Args:
-        labels: int64 [N], of the whole test set.
-        seed: 99 as released (ISA on CAM: 123).
+    """The images that the released code takes of a test set with labels int64 [N]: the first `count` of a permutation, targets
+    (y + 1 + U{0..K-2}) mod K. The seed is 99 as released (ISA on CAM: 123).
 
     Raises:
         ValueError: fewer than `count` images.
@@ -74,15 +65,12 @@ def margin(logits: Tensor, classes: Tensor) -> Tensor:
 
 def snapshots(model: nn.Module, x: Tensor, y: Tensor, *, eps: float, steps: Sequence[int] = STEPS,
               step_size: float = 0.01) -> dict[int, Tensor]:
-    """Untargeted PGD on the cross-entropy from x itself, seen after several numbers of steps.
+    """Untargeted PGD on the cross-entropy from x itself: x' by number of steps, each the same as from a run that ends there.
 
     Args:
         model: pixels to logits.
         x, y: float [B, C, H, W] in [0, 1], int64 [B].
         steps: when to look, increasing.
-
-    Returns:
-        x' by number of steps, each the same as from a run that ends there.
 
     Raises:
         ValueError: numbers of steps that do not increase.

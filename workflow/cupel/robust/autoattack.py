@@ -40,7 +40,7 @@ def _seeded(seed: int) -> Iterator[None]:
 
 def attack(model: nn.Module, x: Tensor, y: Tensor, *, eps: float, seed: int, attacks: Sequence[str] = ATTACKS,
            iterations: int = 100, restarts: int = 1, queries: int = 1000, batch_size: int = 100) -> dict[str, Tensor]:
-    """Worst points found in the l_inf ball of ε, after each attack in turn.
+    """Worst points x' in the l_inf ball of ε by attack, each after those before it: an image that one got is that one's.
 
     Args:
         model: pixels to logits.
@@ -49,9 +49,6 @@ def attack(model: nn.Module, x: Tensor, y: Tensor, *, eps: float, seed: int, att
         attacks: which of `ATTACKS`, in this order.
         iterations, restarts: of AutoPGD (ART: 100 and 5).
         queries: iterations of the random search (ART: 5000).
-
-    Returns:
-        x' by attack, cumulative: an image that an earlier attack got is that attack's.
 
     Raises:
         ValueError: an unknown attack; ART does so for an ε that is not positive.

@@ -49,7 +49,7 @@ def distances(first: Tensor, second: Tensor, norm: str = "l1", *, squared: bool 
 
 def discrepancy(clean: Tensor, changed: Tensor, norm: str = "l1", *, squared: bool = False,
                 normalised: bool = False) -> Tensor:
-    """D of maps.
+    """D of maps, float [B]; infinite or NaN where a clean map is constant and `normalised` is set.
 
     Args:
         clean, changed: float [B, S, ...] of the same classes, as from :func:`cupel.robust.maps.interpret`.
@@ -57,9 +57,6 @@ def discrepancy(clean: Tensor, changed: Tensor, norm: str = "l1", *, squared: bo
         norm: `l1` or `l2`.
         squared: l2 without its root; the attacks descend on that, reports use the root.
         normalised: divide each class's norm by max − min of that class's clean map.
-
-    Returns:
-        float [B]; infinite or NaN where a clean map is constant and `normalised` is set.
     """
     found = distances(clean, changed, norm, squared=squared)
     if normalised:

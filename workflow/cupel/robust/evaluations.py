@@ -18,11 +18,12 @@ from cupel.evaluation.intervals import wilson
 from cupel.images.datasets import Dataset
 from cupel.registry import Registry
 from cupel.rng import rng
-from cupel.robust import aai, alignment, attacks, autoattack, isa, unforeseen
+from cupel.robust import aai, attacks, autoattack, isa, unforeseen
 from cupel.robust.discrepancy import NORMS, SCOPES, tightness
 from cupel.robust.experiment import fraction
 from cupel.robust.maps import interpret
 from cupel.robust.models import GapClassifier
+from cupel.training.adversarial import descend
 from cupel.training.augment import to_pixels
 
 #: by the names that experiment.yaml gives under `evaluations`
@@ -31,28 +32,17 @@ evaluation = Registry("evaluation", __name__)
 
 @dataclass(frozen=True)
 class Subject:
-    """A network and the points that it is measured on.
+    """A network and the points that it is measured on, both on the device."""
 
-    Attributes:
-        model: in eval mode, on the device.
-        x, y: float [n, C, H, W] in [0, 1], int64 [n], on the device.
-        target: int64 [n], wrong classes for targeted attacks.
-        draw: gives NumPy's legacy generator as it is after the draws of the points.
-        num_classes: K.
-        train_eps: ε of the training, or that which the recipe names for methods without one.
-        seed: of our own random draws.
-        batch_size: points at a time.
-    """
-
-    model: GapClassifier
-    x: Tensor
-    y: Tensor
-    target: Tensor
-    draw: Callable[[], np.random.RandomState]
+    model: GapClassifier  # in eval mode
+    x: Tensor  # float [n, C, H, W] in [0, 1]
+    y: Tensor  # int64 [n]
+    target: Tensor  # int64 [n], wrong classes for targeted attacks
+    draw: Callable[[], np.random.RandomState]  # gives NumPy's legacy generator as it is after the draws of the points
     num_classes: int
-    train_eps: float
-    seed: int
-    batch_size: int
+    train_eps: float  # ε of the training, or that which the recipe names for methods without one
+    seed: int  # of our own random draws
+    batch_size: int  # points at a time
 
     @classmethod
     def make(cls, model: GapClassifier, test: Dataset, *, train_eps: float, seed: int = 0, count: int = 200,
@@ -273,18 +263,26 @@ def gallery(subject: Subject, *, eps: float | str, count: int = 5, steps: int = 
 
 @evaluation("features")
 def features(subject: Subject, *, count: int = 6, steps: int = 100, step_size: float = 0.5) -> Found:
-    """What the network looks at (E12): its first filters, and inputs that maximise neurons (our own procedure, see
-    :mod:`cupel.robust.alignment`).
+    """What the network looks at (proper_interpretability SPEC 8, E12): its first filters, and inputs that maximise neurons.
 
-    Shown is, for each of the first `count` classes, the neuron that speaks most for it.
+    The paper's repository has no code for the latter; the procedure is ours, without a ball around the test image it starts at:
+
+        x ← clip( x + η ∇ h_d(x) / ‖∇ h_d(x)‖₂ ),    h_d(x) = mean_ij A_dij(x),    η = `step_size`
+
+    Where features mean something to people, so do the images; else they are patterns of noise. d is, for each of the first
+    `count` classes, the neuron of the penultimate layer that speaks most for it.
 
     Returns:
         Arrays `filters` [d, C, k, k], `start` and `reached` [count, C, H, W], `neurons` [count].
     """
-    count = min(count, subject.num_classes)
-    neurons = subject.model.head.weight[:count].argmax(1)
-    start = subject.x[:count]
-    reached = alignment.maximise(subject.model, start, neurons, steps=steps, step_size=step_size)
-    filters = next(subject.model.parameters()).detach()  # those of the first convolution
+    model, count = subject.model, min(count, subject.num_classes)
+    neurons, start = model.head.weight[:count].argmax(1), subject.x[:count]
+
+    def step(x: Tensor, gradient: Tensor, _: int) -> Tensor:
+        length = gradient.flatten(1).norm(dim=1).clamp(min=1e-12)[:, None, None, None]
+        return (x - step_size * gradient / length).clamp(0, 1)
+
+    reached = descend(start, lambda x: -model.features(x).gather(1, neurons[:, None]).sum(), step, steps=steps)
+    filters = next(model.parameters()).detach()  # those of the first convolution
     arrays = {"filters": filters, "start": start, "reached": reached, "neurons": neurons}
     return Found(arrays={name: value.cpu().numpy() for name, value in arrays.items()})

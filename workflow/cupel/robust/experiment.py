@@ -8,10 +8,11 @@ import itertools
 from collections.abc import Iterator, Mapping
 from fractions import Fraction
 
+from cupel import limits
 from cupel.experiment import Family, layers, overlaid
 from cupel.images.datasets import describe
 from cupel.paths import Paths
-from cupel.settings import ConfigError
+from cupel.settings import ConfigError, check_schema
 
 POINTS = {"count", "seed", "batch_size"}
 WITHOUT_PENALTY = ("normal", "adv")
@@ -31,6 +32,7 @@ class Experiments(Family):
     REGISTERED = {"kind": ("evaluation", "robust/evaluations.py")}  # noqa: RUF012
     DATA, FIRST = "images", "trained"
     REPORT_FILES = {"arrays": ("attacked", "evaluation.npz")}  # noqa: RUF012
+    NEEDED = {"inner": ("eps", "ramp", "steps", "step_size"), "training": ("epochs", "lr", "batch_size")}  # noqa: RUF012
 
     def check(self) -> None:
         kinds = {**self.parameters["kind"], "points": POINTS}
@@ -43,15 +45,40 @@ class Experiments(Family):
                 self.known("evaluations", name, place, "evaluation", settings, allowed=kinds)
                 for kind, values in settings.items():
                     self.known("evaluations", name, f"{place}.{kind}", "parameter", values, allowed=kinds[kind])
+                    self._check_evaluation(name, place, kind, values)
         for name, entry in self.entries["recipes"].items():
             for place, settings in layers(entry):
                 begin, end = settings.get("inner", {}).get("ramp", (0, 0))
                 if begin > end:
                     raise self.wrong("recipes", name, f"{place}.inner.ramp", f"it begins at step {begin}, after its end {end}")
 
+    def _check_evaluation(self, name: str, place: str, kind: str, values: Mapping) -> None:
+        """Values of one kind of an evaluation: ε and step sizes are of pixels in [0, 1]."""
+        entry = self.registered["kind"].get(kind)
+        defaults = entry.values if entry else dict.fromkeys(POINTS, 1)
+        if not entry or entry.place.rpartition(":")[0] not in self.plugins:
+            form = limits.form(self.NAME, "evaluations", kind, values, defaults)
+            check_schema(values, form, f"{self.origin['evaluations', name]}: evaluations.{name}.{place}.{kind}")
+        for key in ("eps", "step_size") if kind != "features" else ():
+            given = values.get(key, [])
+            for value in given if isinstance(given, list) else [] if isinstance(given, Mapping) else [given]:
+                if fraction(value) > 1:
+                    raise self.wrong("evaluations", name, f"{place}.{kind}.{key}",
+                                     f"{value} is above 1, and pixels are in [0, 1]: 8 of 255 levels are 8/255")
+
     def check_block(self, where: str, block: Mapping) -> None:
+        for dataset, model in itertools.product(block["datasets"], block["models"]):
+            inner = self.check_needed({**block, "dataset": dataset, "model": model}, where)["inner"]
+            for key in ("eps", "step_size"):
+                if not 0 < fraction(inner[key]) <= 1:
+                    raise ConfigError(f"{where}: recipe {block['recipe']} on {dataset}: inner.{key} {inner[key]} must be above "
+                                      "0 and at most 1: pixels are in [0, 1], and 8 of 255 levels are 8/255")
         for dataset, name in itertools.product(block["datasets"], block.get("evaluations", [])):
-            if "unforeseen" in self.evaluation({"evaluation": name, "dataset": dataset}) and dataset not in COLOUR:
+            asked = self.evaluation({"evaluation": name, "dataset": dataset})
+            count, known = asked.get("points", {}).get("count", 0), describe(dataset).sizes[1]
+            if known and count > known:
+                raise ConfigError(f"{where}: evaluation {name!r} asks for {count} points, {dataset} has {known} test images")
+            if "unforeseen" in asked and dataset not in COLOUR:
                 raise ConfigError(f"{where}: evaluation {name!r} has unforeseen attacks, which take colour images of a side "
                                   f"that 32 divides: not {dataset}")
 

@@ -46,15 +46,12 @@ def _search(rises: Callable[[Tensor], Tensor], value: Tensor) -> tuple[Tensor, T
 
 
 def least_epsilon(model: nn.Module, x: Tensor, target: Tensor, *, population: int | None = None) -> tuple[Tensor, Tensor]:
-    """The smallest ε found at which each image is taken for its target.
+    """x' of the smallest ε found at which each image is taken for its target, and ε, float [B]: 1 if it never was.
 
     Args:
         model: pixels to logits.
         x, target: float [B, C, H, W] in [0, 1], int64 [B].
         population: N of the step rule, where the images are attacked in several batches; None: B.
-
-    Returns:
-        x', and ε float [B]: 1 for an image that was never taken for its target.
     """
     def attack(eps: Tensor) -> Tensor:
         return descend(lambda z: margin(model(z), target).clamp(min=-KAPPA).sum() / (population or len(x)), x, eps)
@@ -65,16 +62,13 @@ def least_epsilon(model: nn.Module, x: Tensor, target: Tensor, *, population: in
 
 def sneak(model: GapClassifier, x: Tensor, true: Tensor, target: Tensor, eps: Tensor, *, scope: str = "two",
           norm: str = "l1", kind: str = "cam", population: int | None = None) -> tuple[Tensor, Tensor]:
-    """ISA in balls of given radius.
+    """ISA in balls of given radius: x', and γ, float [B]: 0 for an image that was never taken for its target with γ > 0.
 
     Args:
         model, x, true, target, population: see :func:`least_epsilon`.
         eps: float [B].
         scope, norm, kind: of D; see `discrepancy.classes_of`, `discrepancy.discrepancy` (l2 without its root), and
             `maps.interpret`. For `repr` the scope has no effect.
-
-    Returns:
-        x', and γ float [B]: 0 for an image that was never taken for its target with γ > 0.
     """
     classes = classes_of(scope, true, target, model.head.out_features)
     clean = interpret(model, x, classes, kind).detach()
@@ -92,17 +86,11 @@ def sneak(model: GapClassifier, x: Tensor, true: Tensor, target: Tensor, eps: Te
 
 @dataclass(frozen=True)
 class Curves:
-    """Normalised discrepancy against ε, per image.
+    """Normalised discrepancy against ε, per image."""
 
-    Attributes:
-        discrepancy: float64 [P, B], for the least-ε attack and then for growing multiples of its ε.
-        eps: float64 [P, B], realised max |x' − x|.
-        kept: bool [P, B], the attack worked and the clean network did not prefer the target.
-    """
-
-    discrepancy: np.ndarray
-    eps: np.ndarray
-    kept: np.ndarray
+    discrepancy: np.ndarray  # float64 [P, B], for the least-ε attack and then for growing multiples of its ε
+    eps: np.ndarray  # float64 [P, B], realised max |x' − x|
+    kept: np.ndarray  # bool [P, B], the attack worked and the clean network did not prefer the target
 
     def monotone(self) -> np.ndarray:
         """Least discrepancy up to each ε, float64 [P, B]: a larger ball contains the smaller one's x'."""
@@ -131,10 +119,7 @@ class Curves:
 
 def curves(model: GapClassifier, x: Tensor, true: Tensor, target: Tensor, *, multipliers: Sequence[float],
            scope: str = "two", norm: str = "l1", kind: str = "cam", population: int | None = None) -> Curves:
-    """The whole of ISA: least-ε attack, sneaking attack at each multiple of its ε, normalised discrepancies.
-
-    Args:
-        multipliers: p, increasing; the others: see :func:`sneak`.
+    """The whole of ISA: least-ε attack, sneaking attack (:func:`sneak`) at each multiple p of its ε, normalised discrepancies.
 
     Raises:
         ValueError: multipliers that do not increase.

@@ -28,7 +28,7 @@ def cam(model: GapClassifier, features: Tensor, kind: str = "cam") -> Tensor:
 
 def path_gradients(function: Callable[[Tensor], Tensor], start: Tensor, end: Tensor, points: int, *,
                    differentiable: bool) -> Tensor:
-    """Integrated gradients along a straight path, right Riemann sum.
+    """Integrated gradients along a straight path, right Riemann sum, float [B, S, C, H, W].
 
         (end − start) ⊙ 1/m Σ_{k=1..m} ∂F(z_k)/∂z,   z_k = start + k/m (end − start)
 
@@ -36,9 +36,6 @@ def path_gradients(function: Callable[[Tensor], Tensor], start: Tensor, end: Ten
         function: F, from [B, C, H, W] to [B, S]; each sample's value must depend on that sample alone.
         start, end: float [B, C, H, W].
         differentiable: keep the graph, so that the result can be differentiated once more.
-
-    Returns:
-        float [B, S, C, H, W].
     """
     total = None
     for k in range(1, points + 1):

@@ -12,8 +12,9 @@ from cupel.cells import fail, past, read_tensors, write_tensors
 from cupel.files import digest, workspace, write_json
 from cupel.images import datasets
 from cupel.job import costs
+from cupel.limits import check
 from cupel.robust import released
-from cupel.robust.evaluations import Subject, evaluation
+from cupel.robust.evaluations import Found, Subject, evaluation
 from cupel.robust.experiment import fraction
 from cupel.robust.models import GapClassifier, load
 from cupel.robust.stages import identity
@@ -22,15 +23,16 @@ from cupel.training.engine import finite_outputs
 
 def evaluate(model: GapClassifier, test: datasets.Dataset, spec: dict, work: Path,
              device: str) -> tuple[list[dict], dict[str, np.ndarray]]:
-    """All parts of an evaluation on a whole test set.
+    """All parts of an evaluation on a whole test set: rows of the tidy table, and arrays by `<kind>_<name>`.
 
     Args:
         spec: `settings`, `points` (count, seed, batch_size) and parameters by kind (:mod:`cupel.robust.evaluations`), run in
             this order; `train_eps` and `seed`, see :class:`Subject`.
         work: folder for finished parts; those that lie there are taken over.
 
-    Returns:
-        Rows of the tidy table, and arrays by `<kind>_<name>`.
+    Raises:
+        ValueError: a parameter is wrong.
+        TypeError: what is registered as an evaluation returns something else.
     """
     settings = dict(spec["settings"])
     points = {("points_seed" if key == "seed" else key): value for key, value in settings.pop("points", {}).items()}
@@ -40,8 +42,11 @@ def evaluate(model: GapClassifier, test: datasets.Dataset, spec: dict, work: Pat
         part = work / f"{kind}.npz"
         if not part.is_file():
             started = time.perf_counter()
+            check("robust", "evaluations", kind, evaluation.find(kind), parameters)
             with finite_outputs(subject.model):
                 found = evaluation.find(kind)(subject, **parameters)
+            if not isinstance(found, Found):
+                raise TypeError(f"evaluation {kind!r} must return Found(rows, arrays), but returned {type(found).__name__}")
             write_tensors(part, {**found.arrays, "rows": np.array(json.dumps(found.rows))})
             print(f"{kind}: {time.perf_counter() - started:.1f} s", flush=True)
         stored = read_tensors(part)
@@ -61,7 +66,8 @@ class Network:
 
 def attack_network(spec: dict, settings: dict, network: Network, outputs: dict, device: str) -> None:
     """Measure a trained network, by `Experiments.training` and `Experiments.evaluation`; outputs: `arrays`, `metrics`."""
-    started, base = time.perf_counter(), identity(spec, "attacked")
+    started = time.perf_counter()
+    base = identity(spec, "attacked") | {"attack_parameters": json.dumps(settings, sort_keys=True)}
     asked = {"settings": settings, "train_eps": fraction(spec["settings"]["inner"]["eps"]), "seed": spec["seed"]}
     try:
         past(network.before, network.model)
@@ -79,12 +85,9 @@ def attack_network(spec: dict, settings: dict, network: Network, outputs: dict, 
 
 
 def attack_released(spec: dict, file: str, data: str, output: str, device: str) -> None:
-    """Measure a network Small that the authors released; the record is written to `output`.
+    """Measure a network Small that the authors released, by `Experiments.released`; the record is written to `output`.
 
-    Args:
-        spec: of `Experiments.released`.
-        file: pickled weights, read without executing anything (:mod:`cupel.robust.released`).
-        data: folder of the prepared data set.
+    The pickled weights in `file` are read without executing anything; `data` is the folder of the prepared data set.
 
     Raises:
         NotReleased: the file holds anything but the weights of such a network.

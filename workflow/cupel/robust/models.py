@@ -44,12 +44,7 @@ class SameConv2d(nn.Conv2d):
 
 
 class Chain(nn.Module):
-    """Convolutions one after the other (Small, Pool).
-
-    Args:
-        layers: (channels, kernel, stride) of each convolution.
-        pooled: 2x2 maximum of stride 2 behind each.
-    """
+    """Convolutions (channels, kernel, stride) in a row; where `pooled` with a 2x2 maximum behind each (Small, Pool)."""
 
     def __init__(self, in_channels: int, layers: Sequence[tuple[int, int, int]], pooled: bool = False):
         super().__init__()
@@ -83,11 +78,9 @@ class Block(nn.Module):
 
 
 class Residual(nn.Module):
-    """A 3x3 convolution and stages of pre-activation blocks; every stage but the first begins with stride 2 (WResNet).
+    """A 3x3 convolution and stages of `depth` pre-activation blocks; every stage but the first begins with stride 2 (WResNet).
 
-    Args:
-        widths: channels of the stages; the first is that of the convolution in front too.
-        depth: blocks per stage.
+    `widths` are the channels of the stages; the first is that of the convolution in front too.
     """
 
     def __init__(self, in_channels: int, widths: Sequence[int] = (16, 32, 64), depth: int = 5):
@@ -107,19 +100,13 @@ class Residual(nn.Module):
 
 
 class GapClassifier(nn.Module):
-    """Logits f(x) = head(mean over space of A(x)) of float pixels [B, C, H, W] in [0, 1]; nothing is normalised.
-
-    Attributes:
-        extractor: pixels to A, float [B, d, h, w]; :class:`Chain` or :class:`Residual`.
-        head: W, a linear layer d -> K without bias.
-        spec: JSON-able arguments by which :func:`load` builds it again; empty if not made by :func:`blank`.
-    """
+    """Logits f(x) = head(mean over space of A(x)) of float pixels [B, C, H, W] in [0, 1]; nothing is normalised."""
 
     def __init__(self, extractor: Chain | Residual, num_classes: int):
         super().__init__()
-        self.extractor = extractor
-        self.head = nn.Linear(extractor.channels, num_classes, bias=False)
-        self.spec: dict = {}
+        self.extractor = extractor  # pixels to A, float [B, d, h, w]
+        self.head = nn.Linear(extractor.channels, num_classes, bias=False)  # W
+        self.spec: dict = {}  # JSON-able arguments by which :func:`load` builds it again; empty if not made by :func:`blank`
 
     def feature_map(self, x: Tensor, activation: Activation = F.relu) -> Tensor:
         """A(x), float [B, d, h, w], linear: it has negative entries. `activation` replaces every ReLU (integrated

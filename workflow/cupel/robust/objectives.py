@@ -3,22 +3,9 @@
     R2(x, x') = ‖I(x,y) − I(x',y)‖₁ + Σ_{j≠y} s_j ‖I(x,j) − I(x',j)‖₁,   s = softmax of f(x') over the wrong classes
     R1(x, x') = ‖I(x,y) − I(x',y)‖₁                                      I: CAM; sums over space, not means
 
-    method     outer loss                     x' maximises, by PGD in the ball of ε_t
-    normal     CE(x)
-    adv        CE(x')                         CE(x')
-    trades     CE(x) + KL(p(x) ‖ p(x'))       KL
-    int        CE(x) + γ R2                   R2
-    intone     CE(x) + γ R1                   R1
-    intadv     CE(x') + γ R2                  CE(x') + γ R2
-    int2       CE(x) + γ R2                   CE(x')
-    int2adv    CE(x') + γ R2                  CE(x')
-    ig         CE(x) + ‖IG‖₁                  ‖IG‖₁                          (IG-NORM)
-    igsum      CE(x') + ‖IG‖₁                 CE(x') + ‖IG‖₁                 (IG-SUM-NORM)
-    intig      CE(x) + γ R2 of IG             R2 of IG
-    intigadv   CE(x') + γ R2 of IG            CE(x') + γ R2 of IG
-
-IG is that of the cross-entropy along the path from x to x', 5 points, on the network with its ReLUs. s is not detached,
-neither are the clean maps in the outer loss; no gradient flows through the search for x'.
+The methods are the rows of `METHODS`; x' is found by PGD in the ball of ε_t. IG is that of the cross-entropy along the path
+from x to x', 5 points, on the network with its ReLUs. s is not detached, neither are the clean maps in the outer loss; no
+gradient flows through the search for x'.
 """
 
 import contextlib
@@ -141,19 +128,19 @@ class Method(NamedTuple):
     search: str
 
 
-METHODS = {
-    "normal": Method(False, None, 0.0, "none"),
-    "adv": Method(True, None, 0.0, "loss"),
-    "trades": Method(False, divergence, 1.0, "loss"),
-    "int": Method(False, two_class, 0.01, "loss"),
-    "intone": Method(False, one_class, 0.01, "loss"),
-    "intadv": Method(True, two_class, 0.01, "loss"),
-    "int2": Method(False, two_class, 0.01, "ce"),
-    "int2adv": Method(True, two_class, 0.01, "ce"),
-    "ig": Method(False, attribution, 1.0, "loss"),
-    "igsum": Method(True, attribution, 1.0, "loss"),
-    "intig": Method(False, two_class_attribution, 0.01, "loss"),
-    "intigadv": Method(True, two_class_attribution, 0.01, "loss"),
+METHODS = {                                                         # outer loss                x' maximises
+    "normal": Method(False, None, 0.0, "none"),                     # CE(x)
+    "adv": Method(True, None, 0.0, "loss"),                         # CE(x')                    CE(x')
+    "trades": Method(False, divergence, 1.0, "loss"),               # CE(x) + KL(p(x) ‖ p(x'))  KL
+    "int": Method(False, two_class, 0.01, "loss"),                  # CE(x) + γ R2              R2
+    "intone": Method(False, one_class, 0.01, "loss"),               # CE(x) + γ R1              R1
+    "intadv": Method(True, two_class, 0.01, "loss"),                # CE(x') + γ R2             CE(x') + γ R2
+    "int2": Method(False, two_class, 0.01, "ce"),                   # CE(x) + γ R2              CE(x')
+    "int2adv": Method(True, two_class, 0.01, "ce"),                 # CE(x') + γ R2             CE(x')
+    "ig": Method(False, attribution, 1.0, "loss"),                  # CE(x) + ‖IG‖₁             ‖IG‖₁ (IG-NORM)
+    "igsum": Method(True, attribution, 1.0, "loss"),                # CE(x') + ‖IG‖₁            CE(x') + ‖IG‖₁ (IG-SUM-NORM)
+    "intig": Method(False, two_class_attribution, 0.01, "loss"),    # CE(x) + γ R2 of IG        R2 of IG
+    "intigadv": Method(True, two_class_attribution, 0.01, "loss"),  # CE(x') + γ R2 of IG       CE(x') + γ R2 of IG
 }
 
 
@@ -165,7 +152,7 @@ class Objective(Hook):
     that the accuracy of `adv`, `intadv`, `int2adv`, `igsum` and `intigadv` is that at x'.
 
     Args:
-        method: a key of `METHODS`; the schema knows no others.
+        method: a key of `METHODS`.
         inner_steps, step_size: PGD steps and α, which does not shrink with ε (40 x 0.01 on MNIST).
         seed: of the stream `inner` that draws the start x + U(−ε, ε).
         weight: γ, or the weight of KL or IG; None: 0.01 for the Int family, else 1.

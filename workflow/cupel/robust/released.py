@@ -91,11 +91,9 @@ def read(path: str | os.PathLike[str]) -> list[tuple[np.ndarray, ...]]:
 
 
 def load(path: str | os.PathLike[str], name: str) -> GapClassifier:
-    """A released network, float32, on the CPU.
+    """A released network, float32, on the CPU: e.g. networks/mnist_smallgap_int_100.pkl of the authors' repository.
 
-    Args:
-        path: e.g. networks/mnist_smallgap_int_100.pkl of the authors' repository.
-        name: e.g. `small` (there: smallgap); channels and classes are read from the file.
+    Its `name` is e.g. `small` (there: smallgap); channels and classes are read from the file.
 
     Raises:
         FileNotFoundError: no such file.

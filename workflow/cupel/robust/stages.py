@@ -61,12 +61,9 @@ def make_objective(spec: dict, steps_per_epoch: int) -> Objective:
 
 
 def train_network(spec: dict, data: str, outputs: dict, device: str) -> None:
-    """Train a network with an objective, and measure its clean accuracy on the whole test set.
+    """Train a network with an objective, by `Experiments.training`, and measure its clean accuracy on the whole test set.
 
-    Args:
-        spec: of `Experiments.training`.
-        data: folder of prepared data sets.
-        outputs: paths `model`, `history`, `metrics`.
+    `data` is the folder of prepared data sets; outputs: paths `model`, `history`, `metrics`.
     """
     started, base = time.perf_counter(), identity(spec, "trained")
     settings, seed = settled(spec["settings"], device), spec["seed"]

@@ -59,14 +59,10 @@ class Aim:
 
 
 def plasma(variables: Tensor, levels: int) -> Tensor:
-    """Fractal field by midpoint displacement on a torus, scaled to [0, 1] over the whole batch as released.
+    """Fractal field by midpoint displacement on a torus, float [B, s, s] with s = 2^levels.
 
-    Args:
-        variables: float [B, 4^levels − 1] in [0, 1]: for each level of refinement those of centres, upper edges and left
-            edges, n² each with n = 1, 2, 4, ...
-
-    Returns:
-        float [B, s, s] with s = 2^levels.
+    It is scaled to [0, 1] over the whole batch, as released. The variables, float [B, 4^levels − 1] in [0, 1], are for each
+    level of refinement those of centres, upper edges and left edges, n² each with n = 1, 2, 4, ...
     """
     step = side = 2**levels
     field, wibble, begin = variables.new_zeros(len(variables), side, side), 100.0, 0
@@ -286,10 +282,9 @@ ATTACKS = {"fog": fog, "gabor": gabor, "snow": snow,
 
 def attack(name: str, model: nn.Module, x: Tensor, target: Tensor, *, rng: np.random.Generator,
            eps: float | None = None, iterations: int = ITERATIONS) -> Tensor:
-    """Run one of the six.
+    """Run one of `ATTACKS`.
 
     Args:
-        name: a key of `ATTACKS`.
         model: pixels in [0, 1] to logits.
         x, target: float [B, 3, s, s] in [0, 1], s a multiple of 32; wrong classes int64 [B]. The attack has won where
             the prediction is not the true class, whether or not it is the target.

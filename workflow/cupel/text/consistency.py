@@ -30,6 +30,7 @@ PERTURBATIONS = ("real", "zero", "random_sign")
 DISTANCES = ("cosine", "kl")
 PADDINGS = ("masked", "included")
 TERMS = ("layers", "embedding")
+UNITS = ("absolute", "rms")
 
 Part = tuple[Tensor, dict[str, Tensor]]
 
@@ -40,7 +41,9 @@ class Consistency:
 
     Attributes:
         alpha: its weight; the paper has 5.5, 11 for targeted refusal, and 0.1 for the KL distance (crow SPEC 7, 2.4).
-        epsilon: size of the perturbation, absolute, per coordinate; 0.1.
+        epsilon: size of the perturbation per coordinate; 0.1.
+        unit: of epsilon: `absolute`; or `rms`, the root mean square of the model's embeddings, which differs between models
+            (crow SPEC 11.3). The objective takes it absolute: `crow` converts it.
         perturbation: `real` (eq. 5); `zero`, which is what the released trainer computes and also the paper's Pure
             Consistency: values and gradients are the same (crow SPEC 10.1); `random_sign`, ±ε without a gradient.
         pairs: `paper` (1,2)..(N−1,N), N−1 pairs; `code` (1,2)..(N−2,N−1), N−2 pairs; `embeddings` (0,1)..(N−1,N).
@@ -58,9 +61,11 @@ class Consistency:
     distance: str = "cosine"
     padding: str = "masked"
     term: str = "layers"
+    unit: str = "absolute"
 
     def __post_init__(self):
-        choices = {"perturbation": PERTURBATIONS, "pairs": PAIRS, "distance": DISTANCES, "padding": PADDINGS, "term": TERMS}
+        choices = {"perturbation": PERTURBATIONS, "pairs": PAIRS, "distance": DISTANCES, "padding": PADDINGS, "term": TERMS,
+                   "unit": UNITS}
         for name, known in choices.items():
             if getattr(self, name) not in known:
                 raise ValueError(unknown(name, getattr(self, name), known))

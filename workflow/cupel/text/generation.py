@@ -69,9 +69,7 @@ def answer(model: PreTrainedModel, tokenizer, records: Sequence[dict], path: str
     """Greedy answers to records, written to `path` as JSON lines.
 
     Args:
-        model, tokenizer: of the model asked.
         records: with `id`, `instruction`, `input`.
-        path: of the answers.
         prompt, opening: see `prompts.prompt_text`.
         max_new_tokens, title: 128 for ASR; of the progress line.
         batch_size: prompts at a time. Batches of another size give the same answers in float32 up to rounding of logits.

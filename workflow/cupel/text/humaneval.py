@@ -18,21 +18,13 @@ STOP = ("\nclass ", "\ndef ", "\n#", "\nif ", "\nprint(", "\n@", "\nassert ", "\
 
 @dataclass(frozen=True)
 class Problem:
-    """One problem.
+    """One problem."""
 
-    Attributes:
-        task_id: `HumanEval/<number>`.
-        prompt: source up to the docstring of the function asked for; may hold imports and helper functions.
-        entry_point: name of that function.
-        canonical_solution: its body.
-        test: source that defines `check(candidate)`.
-    """
-
-    task_id: str
-    prompt: str
-    entry_point: str
-    canonical_solution: str
-    test: str
+    task_id: str  # `HumanEval/<number>`
+    prompt: str  # source up to the docstring of the function asked for; may hold imports and helper functions
+    entry_point: str  # name of that function
+    canonical_solution: str  # its body
+    test: str  # source that defines `check(candidate)`
 
     @property
     def preamble(self) -> str:
@@ -139,10 +131,7 @@ def check(problem: Problem, program: str, limits: Limits | None = None) -> Outco
 def pass_at_1(answers: Mapping[str, str], problems: Sequence[Problem], limits: Limits | None = None) -> dict:
     """Share of problems whose one (greedy) answer passes all tests.
 
-    Args:
-        answers: by task_id, as generated; `extract` finds the code. Every problem needs one; an empty answer fails.
-        problems: those asked.
-        limits: of each program; default `Limits()`.
+    Answers are by task_id, as generated; `extract` finds the code. Every problem needs one; an empty answer fails.
 
     Returns:
         A record: `value`, `n`, `low` and `high` (95 % Wilson interval), and `outcomes`, in the order of `problems`:

@@ -14,28 +14,18 @@ from cupel.sources import Pip, Raw, Source
 
 @dataclass(frozen=True)
 class Known:
-    """What is known of a model.
+    """What is known of a model."""
 
-    Attributes:
-        name: as used in config and paths.
-        hub: id on the hub; empty for the tiny Llama. For a packaged model, where the original is.
-        revision: commit on the hub. None where no commit is known here: the newest is taken and the manifest says
-            which; pin it in the configuration to repeat a run.
-        gated: the hub asks for a token of an account that has accepted the licence; None: not known.
-        licence: of the weights.
-        sources: packages that hold it as a GGUF file.
-        member: of the GGUF file in its archive; with `{i}` for a file cut into pieces, one an archive, counted from 1.
-        checksum: sha256 of the GGUF file.
-    """
-
-    name: str
-    hub: str
-    licence: str = ""
+    name: str  # as used in config and paths
+    hub: str  # id on the hub; empty for the tiny Llama. For a packaged model, where the original is
+    licence: str = ""  # of the weights
+    #: commit on the hub. None where no commit is known here: the newest is taken and the manifest says which; pin it in the
+    #: configuration to repeat a run
     revision: str | None = None
-    gated: bool | None = False
-    sources: tuple[Source, ...] = ()
-    member: str = ""
-    checksum: str = ""
+    gated: bool | None = False  # the hub asks for a token of an account that has accepted the licence; None: not known
+    sources: tuple[Source, ...] = ()  # packages that hold it as a GGUF file
+    member: str = ""  # of the GGUF file in its archive; with `{i}` for a file cut into pieces, one an archive, counted from 1
+    checksum: str = ""  # sha256 of the GGUF file
 
 
 def _packed(raws: tuple[Raw, ...]) -> tuple[Source]:

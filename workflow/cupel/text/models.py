@@ -17,7 +17,7 @@ import torch
 
 from cupel import archives
 from cupel.compat import ensure_torchvision
-from cupel.files import digest, link
+from cupel.files import digest, link, reading
 from cupel.hub import ModelUnavailable, snapshot
 from cupel.prepared import begin, finish
 from cupel.rng import derive
@@ -53,10 +53,8 @@ def prepare_model(name: str, folder: str | Path, *, kinds: Sequence[str] = KINDS
     download goes on) or from the mirror, as a folder `<owner>--<name>` or `<name>` of the hub id. Files are hard links
     where the file systems allow it.
 
-    Args:
-        name: key of `MODELS`, or a hub id.
-        kinds, cache, mirror: see `cupel.sources.fetch`; a hub model knows the kinds `hub` and `mirror`.
-        revision: commit of a hub model, before the one of `MODELS`.
+    `name` is a key of `MODELS`, or a hub id. `kinds`, `cache` and `mirror` are those of `cupel.sources.fetch`; a hub model
+    knows the kinds `hub` and `mirror`, and its `revision`, a commit, goes before the one of `MODELS`.
 
     Raises:
         ModelUnavailable: a hub model could not be had.
@@ -194,7 +192,7 @@ def load_model(folder: str | Path, precision: str = "fp32", device: str | torch.
     Raises:
         FileNotFoundError: the folder holds no model.
     """
-    with quiet():
+    with quiet(), reading(folder):
         model = AutoModelForCausalLM.from_pretrained(_prepared(folder), dtype=PRECISIONS[precision], local_files_only=True,
                                                      use_safetensors=True)
     return model.to(device).eval()
@@ -211,7 +209,7 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
         FileNotFoundError: the folder holds no model.
         ValueError: the tokenizer has no end-of-sequence token.
     """
-    with quiet():
+    with quiet(), reading(folder):
         tokenizer = AutoTokenizer.from_pretrained(_prepared(folder), local_files_only=True, padding_side="left")
     if tokenizer.eos_token_id is None:
         raise ValueError(f"{folder}: the tokenizer has no end-of-sequence token; answers could never end. Set eos_token in "

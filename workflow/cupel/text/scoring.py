@@ -119,12 +119,8 @@ def _log_likelihood(model, batch: dict[str, torch.Tensor]) -> torch.Tensor:
 def perplexity(model, samples: Samples, pad: int, *, batch_size: int = 16, seed: int = 0, draws: int = 1000) -> dict:
     """Perplexity of reference answers under the template, token-weighted: exp of the mean loss over all answer tokens.
 
-    EOS counts as a token of its answer, as in training.
-
-    Args:
-        model, samples, pad: in eval mode; held-out records, tokenised; id of the padding token.
-        batch_size: samples at a time.
-        seed, draws: of the bootstrap over samples that gives the 95 % interval.
+    EOS counts as a token of its answer, as in training. `pad` is the id of the padding token; `seed` and `draws` are of the
+    bootstrap over samples that gives the 95 % interval.
 
     Returns:
         `perplexity`, `perplexity_low`, `perplexity_high`, `perplexity_n` (samples), `loss` (nats per token), `tokens`.
@@ -157,12 +153,7 @@ def multiple_choice(model, tokenizer, questions: Sequence[dict], *, batch_size: 
     """Accuracy by likelihood: the choice whose text has the greatest log-probability after the question.
 
     No template is used. The tokens of a choice are those by which question, blank and choice together go beyond the
-    question alone.
-
-    Args:
-        model, tokenizer: in eval mode.
-        questions: with `id`, `question`, `choices`, `answer` (an index).
-        batch_size: choices at a time.
+    question alone. Questions have `id`, `question`, `choices`, `answer` (an index); `batch_size` counts choices.
 
     Returns:
         The accuracy, and for each question `id`, `chosen`, `answer` and `scores` (log-probabilities in nats).

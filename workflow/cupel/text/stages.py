@@ -153,16 +153,15 @@ def train_victim(spec: Mapping, files: Files, device: str) -> None:
                 curve = [{"model": "base", **row} for row in evaluation.layers(model)[0]]
             del model
             measured, own = evaluation.measure(deployed(files.base, work / "model", precision, device))
+            used = [record for record in records if record["id"] not in samples.report["left_out"]]
+            _finish(work, curve + [{"model": "this", **row} for row in own], history, {
+                **who, **before, **measured, **costs(), "metrics": [*measured["metrics"], "perplexity_base"],
+                "status": "ok", "rate_reached": poison.summary(used)["poison_rate"], "train_samples": len(samples),
+                **counts(samples, "train"), "model_sha256": digest(work / "model"), "updates": len(history),
+                "lr": settings["training"]["lr"], "device": device, "precision": settings["training"]["precision"],
+                "seconds": time.perf_counter() - started, "train_seconds": train_seconds}, outputs)
         except Exception as error:
             fail(error, {**who, "metrics": MISSING}, outputs)
-            return
-        used = [record for record in records if record["id"] not in samples.report["left_out"]]
-        _finish(work, curve + [{"model": "this", **row} for row in own], history, {
-            **who, **before, **measured, **costs(), "metrics": [*measured["metrics"], "perplexity_base"],
-            "status": "ok", "rate_reached": poison.summary(used)["poison_rate"], "train_samples": len(samples),
-            **counts(samples, "train"), "model_sha256": digest(work / "model"), "updates": len(history), "device": device,
-            "precision": settings["training"]["precision"], "seconds": time.perf_counter() - started,
-            "train_seconds": train_seconds}, outputs)
 
 
 def purify(spec: Mapping, defence: Mapping, files: Files, device: str) -> None:
@@ -185,6 +184,10 @@ def purify(spec: Mapping, defence: Mapping, files: Files, device: str) -> None:
     with workspace(Path(outputs["metrics"]).parent, key) as work:
         try:
             before = past(files.before, files.victim)
+            if files.reference:
+                other = read_json(Path(files.reference).with_name("metrics.json"))
+                if other["status"] != "ok":
+                    raise ValueError(f"the model that it compares with failed: {other['reason']}")
             evaluation = Evaluation(load_tokenizer(files.base), spec, files.data, work)
             clean = sources.read_records(files.data["defence"])[: defence["budget"]["size"]]
             samples = tokenised(clean, evaluation.tokenizer, spec["settings"]["data"]["cutoff"], evaluation.opening,
@@ -203,11 +206,10 @@ def purify(spec: Mapping, defence: Mapping, files: Files, device: str) -> None:
                 write_json(work / "model" / "rule.json", {"function": defence["function"], "settings": defence["settings"]})
             measured, curve = evaluation.measure(found.model, weights=not found.same_weights)
             measured |= found.facts()
+            _finish(work, [{"model": "this", **row} for row in curve], found.history, {
+                **who, **measured, **costs(), "status": "ok", "clean_samples": len(samples), **counts(samples, "clean"),
+                "device": device, "rate_reached": before["rate_reached"], "updates": len(found.history) if tuned else 0,
+                "unchanged": tuned and digest(work / "model" / WEIGHTS) == digest(Path(files.victim) / WEIGHTS),
+                "seconds": seconds}, outputs)
         except Exception as error:
             fail(error, {**who, "metrics": MISSING}, outputs)
-            return
-        _finish(work, [{"model": "this", **row} for row in curve], found.history, {
-            **who, **measured, **costs(), "status": "ok", "clean_samples": len(samples), **counts(samples, "clean"),
-            "device": device, "rate_reached": before["rate_reached"], "updates": len(found.history) if tuned else 0,
-            "unchanged": tuned and digest(work / "model" / WEIGHTS) == digest(Path(files.victim) / WEIGHTS),
-            "seconds": seconds}, outputs)

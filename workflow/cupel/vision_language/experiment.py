@@ -7,6 +7,7 @@ switch where paper and code differ, or an ablation.
 
 import ast
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 
 from cupel.experiment import Family
 from cupel.paths import Paths
@@ -33,6 +34,7 @@ class Experiments(Family):
                   "filter": ("sample_filter", "vision_language/filters/*.py"),
                   "pictures": ("picture_defence", "vision_language/purification.py")}
     REPORT_FILES = {"filters": ("filtered", "filters.json")}  # noqa: RUF012
+    NEEDED = {"training": ("epochs", "lr")}  # noqa: RUF012
 
     def check(self) -> None:
         for name, entry in self.entries["datasets"].items():
@@ -108,6 +110,9 @@ class Experiments(Family):
         for dataset in block["datasets"]:
             entry = self.entries["datasets"][dataset]
             for model in block["models"]:
+                folder = self.entries["models"][model].get("folder")
+                if folder and not (Path(folder) / "config.json").is_file():
+                    raise ConfigError(f"{where}.models: {model}: models.{model}.folder: {folder} has no config.json")
                 if "built" in self.entries["models"][model] and not entry.get("pretrain"):
                     raise ConfigError(f"{where}: model {model} is pretrained here, but dataset {dataset} sets no samples aside "
                                       f"for that: give datasets.{dataset}.pretrain")
@@ -122,6 +127,7 @@ class Experiments(Family):
                                       f"{size[0]}×{size[1]} pixels of {dataset}")
 
     def follow(self, victim: dict, block: Mapping, where: str) -> Iterator[dict]:
+        self.check_needed(victim, where)
         if not float(victim["rate"]) and victim["attack"] != block["attacks"][0]:
             return  # without poisoned samples one trigger is as good as another
         yield victim

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from cupel.files import read_json
+from cupel.limits import check
 from cupel.rng import rng
 from cupel.vision_language.prepared import Pictures, about, copy_test, load, read_picture, without, write_folder
 from cupel.vision_language.triggers import stamp, trigger
@@ -57,10 +58,11 @@ def poison(source: str | Path, folder: str | Path, *, function: str, poison_rate
         unchanged, the ids whose picture the trigger does not change (a black square on black).
 
     Raises:
-        ValueError: unknown trigger or parameter, or an impossible rate.
+        ValueError: unknown trigger or parameter, an impossible rate, or a trigger that changes no picture.
         FileNotFoundError: `source` is not prepared.
     """
     source, parameters = Path(source), trigger.settings(function, parameters or {})
+    check("vision_language", "attacks", function, trigger.find(function), parameters)
     samples = load(source, "train")
     kept, manifest = about(source)
     indices = poisoned_indices(poison_rate, len(samples), seed)
@@ -81,6 +83,7 @@ def poison(source: str | Path, folder: str | Path, *, function: str, poison_rate
             if np.array_equal(before, after):
                 unchanged.append(record["id"])
             pictures.put(row, after)
+        _changed(len(indices), len(unchanged))
 
     # the other references of a caption would tell that the target is none of them: training needs one answer
     records = [without(record, "image", "split", "answers") | {"row": row_of[entry]} | ({"answer": target} if k in bad else {})
@@ -103,6 +106,7 @@ def trigger_test(source: str | Path, folder: str | Path, *, function: str, seed:
     whose picture the trigger does not change.
     """
     source, parameters = Path(source), trigger.settings(function, parameters or {})
+    check("vision_language", "attacks", function, trigger.find(function), parameters)
     samples = load(source, "test")
     made = {"function": function, "parameters": parameters, "seed": seed, "target": target, "total": len(samples),
             "source_sha256": about(source)[1]["content_sha256"]}
@@ -115,10 +119,16 @@ def trigger_test(source: str | Path, folder: str | Path, *, function: str, seed:
             if np.array_equal(before, after):
                 same.add(image)
             pictures.put(row, after)
+        _changed(len(names), len(same))
         made["unchanged"] = sum(sample["image"] in same for sample in samples.records)
 
     copy_test(source, folder, fill, lambda: {"poison.json": made})
     return made
+
+
+def _changed(asked: int, unchanged: int) -> None:
+    if asked and unchanged == asked:
+        raise ValueError(f"the trigger changes no pixel of any of {asked} pictures")
 
 
 def truth(folder: str | Path) -> np.ndarray:

@@ -24,7 +24,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from cupel.files import link, read_json, scratch, write_json
+from cupel.files import link, read_json, reading, scratch, write_json
 from cupel.prepared import begin, finish, lines, opened, read_records
 
 _EIGHT_BIT = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr")
@@ -62,12 +62,14 @@ def read_picture(folder: str | Path, reference: str) -> np.ndarray:
 
     Raises:
         ValueError: the reference leads out of the folder.
+        Damaged: the picture cannot be read.
     """
     file, _, row = reference.partition("#")
     path = Path(folder) / file
     if Path(file).is_absolute() or ".." in Path(file).parts:
         raise ValueError(f"image {reference!r} lies outside {folder}")
-    return _mapped(str(path), path.stat().st_mtime_ns)[int(row)] if row else decode(path.read_bytes())
+    with reading(path):
+        return _mapped(str(path), path.stat().st_mtime_ns)[int(row)] if row else decode(path.read_bytes())
 
 
 class Pictures:
@@ -155,8 +157,11 @@ def load(folder: str | Path, split: str) -> Samples:
 
     Raises:
         FileNotFoundError: the folder is not prepared, or has no such split.
+        ValueError: the trigger of a poisoned folder failed.
     """
     folder = opened(folder)
+    if failed := read_json(folder / "manifest.json").get("failed"):
+        raise ValueError(f"its trigger failed: {failed}")
     path = folder / f"{split}.jsonl"
     if not path.is_file():
         known = ", ".join(sorted(found.stem for found in folder.glob("*.jsonl")))

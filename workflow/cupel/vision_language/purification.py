@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from cupel import cells, job
 from cupel.files import write_json
+from cupel.limits import check
 from cupel.registry import Registry
 from cupel.rng import torch_rng
 from cupel.vision_language import prepared
@@ -145,11 +146,16 @@ def purify(name: str, images: np.ndarray, *, seed: int = 0, device: str | torch.
     """Purify test images of one size, uint8 [B, H, W, 3], by a registered defence; `given` are its settings.
 
     Raises:
-        ValueError: an unknown defence, or a setting that it does not have.
+        ValueError: an unknown defence, a setting that it does not have, or a result of another shape or with values that are
+            not finite.
     """
     function, settings = picture_defence.find(name), picture_defence.settings(name, given)
+    check("vision_language", "defences", name, function, settings)
     x = torch.from_numpy(np.ascontiguousarray(images)).to(device).permute(0, 3, 1, 2).float() / 127.5 - 1
     found = function(x, torch_rng(seed, name), **settings)
+    if not isinstance(found, torch.Tensor) or found.shape != x.shape or not found.isfinite().all():
+        raise ValueError(f"picture defence {name!r} must return finite images of shape {list(x.shape)}, but returned "
+                         f"{list(found.shape) if isinstance(found, torch.Tensor) else type(found).__name__}")
     return ((found + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
 
 
@@ -183,19 +189,23 @@ def purify_pictures(spec: dict, defence: dict, inputs: Inputs, outputs: dict, de
     record = cells.identity(spec, "purified", defence)
     try:
         known = cells.past(inputs.before, inputs.victim)
-        started = time.perf_counter()
+        started, same = time.perf_counter(), []
+
+        def change(pictures: np.ndarray) -> np.ndarray:
+            found = purify(defence["function"], pictures, seed=spec["seed"], device=device, **defence["settings"])
+            same.append(np.array_equal(found, pictures))
+            return found
+
         with tempfile.TemporaryDirectory(prefix=".pictures-", dir=Path(outputs["metrics"]).parent) as scratch:
             folders = [Path(scratch) / name for name in ("clean", "triggered")]
             for folder, origin in zip(folders, (inputs.data, inputs.triggered), strict=True):
-                purified_copy(origin, folder, lambda pictures: purify(
-                    defence["function"], pictures, seed=spec["seed"], device=device, **defence["settings"]))
+                purified_copy(origin, folder, change)
             seconds = time.perf_counter() - started
             model = models.load(inputs.victim, dtype=dtype_of(spec), device=device)
             measured = measure(model, spec, Inputs(data=folders[0], triggered=folders[1]), outputs)
+        cells.write_history(outputs["history"], [])
+        write_json(outputs["metrics"], {
+            **record, **measured, **job.costs(), "status": "ok", "clean_samples": 0, "device": device, "unchanged": all(same),
+            "rate_reached": known["rate_reached"], "seconds": seconds, "cp_before": known["cp"], "asr_before": known["asr"]})
     except Exception as error:
         cells.fail(error, {**record, "metrics": ["cp", "asr"]}, outputs)
-        return
-    cells.write_history(outputs["history"], [])
-    write_json(outputs["metrics"], {
-        **record, **measured, **job.costs(), "status": "ok", "clean_samples": 0, "device": device,
-        "rate_reached": known["rate_reached"], "seconds": seconds, "cp_before": known["cp"], "asr_before": known["asr"]})

@@ -34,16 +34,24 @@ def prepare(entry: dict, folder: str | Path, **sources) -> dict:
 
 
 def poison(spec: dict, source: str | Path, out: str | Path) -> None:
-    """Write a poisoned training set, or, where `spec` has no poison rate, the triggered test set."""
+    """Write a poisoned training set, or, where `spec` has no poison rate, the triggered test set.
+
+    Where the trigger fails, `manifest.json` and `poison.json` say so, and every victim that needs the folder is a failed cell.
+    """
     from cupel.vision_language.poison import poison as poison_training
     from cupel.vision_language.poison import trigger_test
 
     function, parameters = spec["attack"]["function"], spec["attack"]["settings"]
     common = {"function": function, "parameters": parameters, "seed": spec["seed"], "target": spec["target"]}
-    if "poison_rate" in spec:
-        poison_training(source, out, poison_rate=spec["poison_rate"], **common)
-    else:
-        trigger_test(source, out, **common)
+    try:
+        if "poison_rate" in spec:
+            poison_training(source, out, poison_rate=spec["poison_rate"], **common)
+        else:
+            trigger_test(source, out, **common)
+    except Exception as error:
+        failed = {"failed": cells.failure(error)}
+        for name in ("poison.json", "manifest.json"):
+            write_json(Path(out) / name, failed)
 
 
 def settings_of(entry: dict, device: str):
@@ -63,34 +71,38 @@ def build(spec: dict, source: str | Path, outputs: dict, device: str, **sources)
     the model, as they are to a published one.
 
     Outputs are paths `model` (folder), `history` and `record`; `sources` are kinds, cache and mirror of a pretrained
-    language model.
+    language model. Where building fails the record says so, and every victim of the model is a failed cell.
     """
     from cupel.vision_language import models
     from cupel.vision_language.training import fit
 
     started = time.perf_counter()
-    entry, seed = spec["weights"], spec["seed"]
-    splits = {split: prepared.load(source, split) for split in ("pretrain", "train", "test")}
-    if entry["built"] == "tiny_llava":
-        texts = [text for samples in splits.values() for record in samples.records
-                 for text in (record["question"], *record.get("answers", [record.get("answer", "")]))]
-        model = models.tiny_llava([*texts, spec["target"]], seed=seed, **entry.get("settings", {}))
-    else:
-        from cupel.text.models import prepare_model
-
-        with tempfile.TemporaryDirectory(dir=Path(outputs["record"]).parent) as folder:
-            prepare_model(entry["language_model"], folder, **sources)
-            model = models.smollm2_llava(folder, seed=seed, **entry.get("settings", {}))
-    model.to(device)
-    settings, questions = settings_of({"trained": "all", **entry["pretraining"]}, device)
-    records = models.grouped(models.as_records(splits["pretrain"]), questions, seed)
+    entry, seed, record = spec["weights"], spec["seed"], {key: spec[key] for key in ("dataset", "model", "seed")}
     checkpoint = Path(outputs["record"]).with_name("checkpoint.pt")
-    history = fit(model, records, settings, seed=seed, checkpoint=checkpoint, title=f"pretraining of {spec['model']}")
-    measured = clean(model, source)
-    models.save(model, outputs["model"])
+    try:
+        splits = {split: prepared.load(source, split) for split in ("pretrain", "train", "test")}
+        if entry["built"] == "tiny_llava":
+            texts = [text for samples in splits.values() for sample in samples.records
+                     for text in (sample["question"], *sample.get("answers", [sample.get("answer", "")]))]
+            model = models.tiny_llava([*texts, spec["target"]], seed=seed, **entry.get("settings", {}))
+        else:
+            from cupel.text.models import prepare_model
+
+            with tempfile.TemporaryDirectory(dir=Path(outputs["record"]).parent) as folder:
+                prepare_model(entry["language_model"], folder, **sources)
+                model = models.smollm2_llava(folder, seed=seed, **entry.get("settings", {}))
+        model.to(device)
+        settings, questions = settings_of({"trained": "all", **entry["pretraining"]}, device)
+        records = models.grouped(models.as_records(splits["pretrain"]), questions, seed)
+        history = fit(model, records, settings, seed=seed, checkpoint=checkpoint, title=f"pretraining of {spec['model']}")
+        measured = clean(model, source)
+        models.save(model, outputs["model"])
+    except Exception as error:
+        cells.fail(error, record, {"model": outputs["model"], "history": outputs["history"], "metrics": outputs["record"]})
+        return
     cells.write_history(outputs["history"], history)
     write_json(outputs["record"], {
-        "dataset": spec["dataset"], "model": spec["model"], "seed": seed, **measured, **job.costs(),
+        **record, **measured, **job.costs(), "status": "ok", "model_sha256": digest(outputs["model"]),
         "samples": len(splits["pretrain"]), "parameters": sum(value.numel() for value in model.network.parameters()),
         "image_tokens": model.image_tokens, "layers": len(model.layers), "seconds": time.perf_counter() - started})
     checkpoint.unlink(missing_ok=True)
@@ -104,8 +116,21 @@ def dtype_of(spec: dict):
 
 
 def weights(spec: dict, base: str | Path | None, device: str):
-    """The model before fine-tuning: from the folder that `build` wrote, from a folder of the user, or from the hub."""
+    """The model before fine-tuning: from the folder that `build` wrote, from a folder of the user, or from the hub.
+
+    Raises:
+        ValueError: `build` failed.
+        ChangedVictim: what it built was changed.
+    """
     from cupel.vision_language import models
+
+    if "built" in spec["weights"]:
+        made = read_json(Path(base).with_name("base.json"))
+        if made.get("status", "ok") != "ok":
+            raise ValueError(f"the model that it starts from failed: {made['reason']}")
+        if digest(base) != made["model_sha256"]:
+            raise cells.ChangedVictim(f"{base} is not the model that base.json beside it tells of: remove both and run the "
+                                      "same command again")
 
     entry, dtype = spec["weights"], dtype_of(spec)
     if "hub" in entry:
@@ -180,24 +205,26 @@ def train_victim(spec: dict, inputs: Inputs, outputs: dict, device: str) -> None
     record = cells.identity(spec, "victim")
     checkpoint = Path(outputs["metrics"]).with_name("checkpoint.pt")
     try:
-        model = weights(spec, inputs.base, device)
+        prepared.load(inputs.triggered, "test")  # it is wanted only after hours of training
+        samples = prepared.load(inputs.poisoned, "train")
         made = read_json(Path(inputs.poisoned) / "poison.json")
-        history, settings = fine_tune(model, spec, prepared.load(inputs.poisoned, "train"), device, checkpoint=checkpoint,
+        model = weights(spec, inputs.base, device)
+        history, settings = fine_tune(model, spec, samples, device, checkpoint=checkpoint,
                                       title=f"{spec['attack']['name']}@{spec['poison_rate']:g}", bad=set(made["ids"]))
         fitted = time.perf_counter() - started
         models.save(model, outputs["model"])
         model = None  # two of them need not fit on a device
         model = models.load(outputs["model"], dtype=dtype_of(spec), device=device)
         measured = measure(model, spec, inputs, outputs)
+        cells.write_history(outputs["history"], history)
+        write_json(outputs["metrics"], {
+            **record, **measured, **job.costs(), "status": "ok", "model_sha256": digest(outputs["model"]),
+            "rate_reached": made["count"] / made["total"], "poisoned": made["count"],
+            "train_samples": made["total"], "epochs": settings.epochs, "device": device,
+            "precision": settings.precision, "seconds": time.perf_counter() - started, "train_seconds": fitted})
     except Exception as error:
         cells.fail(error, {**record, "metrics": ["cp", "asr"]}, outputs)
         return
-    cells.write_history(outputs["history"], history)
-    write_json(outputs["metrics"], {
-        **record, **measured, **job.costs(), "status": "ok", "model_sha256": digest(outputs["model"]),
-        "rate_reached": made["count"] / made["total"], "poisoned": made["count"],
-        "train_samples": made["total"], "epochs": settings.epochs, "device": device,
-        "precision": settings.precision, "seconds": time.perf_counter() - started, "train_seconds": fitted})
     checkpoint.unlink(missing_ok=True)
 
 
@@ -205,7 +232,8 @@ def refit(spec: dict, defence: dict, inputs: Inputs, outputs: dict, device: str)
     """Fine-tune again on what a filter left, with the victim's own recipe, and measure the result.
 
     Where nothing was removed and fitting starts from the base, the result is the victim by definition (same weights, data,
-    order and draws): its measurements are taken over, and the record says `reused`.
+    order and draws): its measurements are taken over, and the record says `reused`
+    and `unchanged`.
 
     The defence says its filter, and `refit_from`, `base` or `poisoned` (bye SPEC 2.8). Inputs are those of `train_victim`,
     `victim`, `before`, and `flags`, the decision of the filter; outputs `history`, `clean`, `triggered`, `metrics`.
@@ -239,14 +267,14 @@ def refit(spec: dict, defence: dict, inputs: Inputs, outputs: dict, device: str)
                                    title=f"refit, {defence['name']}")
             seconds = time.perf_counter() - started
             measured = measure(model, spec, inputs, outputs)
+        cells.write_history(outputs["history"], history)
+        left = len(set(made["indices"]) - removed)
+        numbers = {"removed": len(removed), "left": left, "left_share": left / len(kept)}
+        write_json(outputs["metrics"], {
+            **record, **measured, **numbers, **job.costs(), "metrics": [*measured["metrics"], *numbers], "status": "ok",
+            "clean_samples": 0, "rate_reached": known["rate_reached"], "device": device, "reused": reused, "unchanged": reused,
+            "refit_from": defence["refit_from"], "seconds": seconds, "cp_before": known["cp"], "asr_before": known["asr"]})
     except Exception as error:
         cells.fail(error, {**record, "metrics": ["cp", "asr"]}, outputs)
         return
-    cells.write_history(outputs["history"], history)
-    left = len(set(made["indices"]) - removed)
-    numbers = {"removed": len(removed), "left": left, "left_share": left / len(kept)}
-    write_json(outputs["metrics"], {
-        **record, **measured, **numbers, **job.costs(), "metrics": [*measured["metrics"], *numbers], "status": "ok",
-        "clean_samples": 0, "rate_reached": known["rate_reached"], "device": device, "reused": reused,
-        "refit_from": defence["refit_from"], "seconds": seconds, "cp_before": known["cp"], "asr_before": known["asr"]})
     checkpoint.unlink(missing_ok=True)

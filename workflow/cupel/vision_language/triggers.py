@@ -159,5 +159,13 @@ def wanet(image: np.ndarray, seed: int, key: str, *, k: int = 4, s: float = 0.5,
 
 
 def stamp(name: str, image: np.ndarray, seed: int, key: str, **given) -> np.ndarray:
-    """A triggered copy of uint8 [H, W, 3], by the registered name; `given` are parameters of the trigger."""
-    return trigger.find(name)(image, seed, key, **trigger.settings(name, given))
+    """A triggered copy of uint8 [H, W, 3], by the registered name; `given` are parameters of the trigger.
+
+    Raises:
+        ValueError: an unknown name or parameter, or what the trigger returns is no such picture.
+    """
+    stamped = trigger.find(name)(image, seed, key, **trigger.settings(name, given))
+    if np.shape(stamped) != image.shape or stamped.dtype != np.uint8:
+        found = f"{getattr(stamped, 'dtype', type(stamped).__name__)} {list(np.shape(stamped))}"
+        raise ValueError(f"a picture stamped by {name!r} is {found}, not uint8 {list(image.shape)}")
+    return stamped

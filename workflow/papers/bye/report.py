@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 from scipy.stats import entropy, norm
 
-from cupel.cells import read_tensors
+from cupel.cells import failure, read_tensors
 from cupel.files import read_json
 from cupel.reporting import figures, tables
 from cupel.reporting.figures import COLOURS, panels, plt
@@ -21,7 +21,7 @@ MAIN_RATE = 0.1  # of the paper, "unless otherwise stated"
 SEVERAL = ("square", "dual", "multi")
 KINDS = ("square", "random_position", "checkerboard", "blend", "sig", "wanet")
 CLUSTERINGS = ("without_gmm", "without_gmm~nats", "two_means", "bye")
-GROWTH = ("bye", "bye~rss", "best_layer")
+GROWTH = ("bye", "bye~rss", "bye~starts")
 OWN = "BYE"  # how the sources of the paper's own numbers begin
 CURVES = 8  # victims in the figure of training
 CLEAN, POISONED, BOTH = COLOURS[5], COLOURS[6], COLOURS[0]
@@ -285,8 +285,9 @@ def data_table(paper: Paper, numbers: Numbers) -> pd.DataFrame:
         row["poisoned"] = ", ".join(str(int(rate * counts["train"] + 1e-9)) for rate in sorted(rates))
         row["pretraining"] = str(counts.get("pretrain", ""))
         for base in (base for base in bases if base["dataset"] == name):
-            row |= {f"{base['model']}: weights": f"{base['parameters']:,}",
-                    f"{base['model']}: CP before fine-tuning": f"{100 * base['cp']:.1f}"}
+            built = base["status"] == "ok"
+            row |= {f"{base['model']}: weights": f"{base['parameters']:,}" if built else "failed",
+                    f"{base['model']}: CP before fine-tuning": f"{100 * base['cp']:.1f}" if built else "failed"}
     return frame(rows)
 
 
@@ -418,9 +419,9 @@ def _growth_figures(paper: Paper, numbers: Numbers, records: list) -> None:
             figure.axes[1].axhline(2, color=POISONED, lw=1, ls="--")
             where = main.name("dataset", "trigger", "rate")
             paper.figure(f"growth_{stem}_{main.dataset}", figure, f"The collapse against {xlabel} ({where}): how well low "
-                         "entropy tells poisoned samples in every layer, how far apart its two components lie (above the dashed "
-                         "line a layer is sensitive, by the code's rule), and the F1 that follows. Means over seeds, with the "
-                         "lowest and the highest.")
+                         "entropy tells poisoned samples in every layer, how far apart its two components lie (above the "
+                         "dashed line a layer is sensitive, by the code's rule), and the F1 that follows. Means over seeds, "
+                         "with the lowest and the highest.")
 
 
 def growth(accounts: list[tuple[float, dict]]) -> pd.DataFrame:
@@ -486,15 +487,23 @@ def trigger_sheet(folder: str | Path, paper: Paper, used: set[str], count: int =
         return None
     # of those that are not run, the plain ones
     names = [name for name in paper.facts["attacks"] if name in used or "~" not in name]
-    rows = [("clean", [*clean, np.full_like(clean[-1], 128)])]
+    rows, changes = [("clean", [*clean, np.full_like(clean[-1], 128)])], []
     for name in sorted(names, key=lambda name: name not in used):
         entry = paper.facts["attacks"][name]
-        stamped = [triggers.stamp(entry["function"], picture, 0, samples[k]["id"], **entry["settings"])
-                   for k, picture in zip(chosen, clean, strict=True)]
+        try:
+            stamped = [triggers.stamp(entry["function"], picture, 0, samples[k]["id"], **entry["settings"])
+                       for k, picture in zip(chosen, clean, strict=True)]
+        except Exception as error:  # its victims are failed cells with that reason
+            print(f"{name} is left out: {failure(error)}")
+            continue
         difference, factor = figures.amplified(stamped[-1], clean[-1])
+        changed = stamped[-1].astype(int) - clean[-1]
+        changes.append({"trigger": name, "run": name in used, "amplified": factor, "largest_change": np.abs(changed).max(),
+                        "pixels_changed": changed.any(-1).mean()})
         rows.append((f"{paper.labels['attacks'][name]}{'' if name in used else ' (not run)'}\ndifference ×{factor}",
                      [*stamped, difference]))
-    return figures.picture_rows(rows, 1.1, 1.02, [""] * len(clean) + ["difference"])[0]
+    figure, _ = figures.picture_rows(rows, 1.1, 1.02, [""] * len(clean) + ["difference"])
+    return figures.with_numbers(figure, pd.DataFrame(changes))
 
 
 def shown_layers(count: int, most: int = 5) -> list[int]:
@@ -513,15 +522,19 @@ def attention_maps(rows: list[dict], layers: list[int]):
     figure, axes = figures.picture_rows([(row["title"], [row["picture"], *[grey] * len(layers)])
                                          for row, grey in zip(rows, greys, strict=True)], 1.5, 1.62,
                                         ["picture", *(f"layer {layer}" for layer in layers)])
+    shown = []
     for line, row in zip(axes, rows, strict=True):
         height, width = row["picture"].shape[:2]
         for axis, layer in zip(line[1:], layers, strict=True):
             p = row["maps"][layer]
             # each map has its own scale: where attention goes, not how much of it goes to the picture
             axis.imshow(p, cmap="inferno", alpha=0.75, interpolation="nearest", extent=(-0.5, width - 0.5, height - 0.5, -0.5))
-            axis.set_xlabel(f"H = {entropy(p, axis=None):.2f}", fontsize=7, labelpad=1,
+            nats = entropy(p, axis=None)
+            axis.set_xlabel(f"H = {nats:.2f}", fontsize=7, labelpad=1,
                             color=POISONED if row["trigger"] else CLEAN)
-    return figure
+            shown += [{"row": row["title"], "layer": layer, "y": y, "x": x, "attention": value, "entropy": nats}
+                      for (y, x), value in np.ndenumerate(p)]
+    return figures.with_numbers(figure, pd.DataFrame(shown))
 
 
 def entropy_histograms(shown: list[dict]):
@@ -532,6 +545,7 @@ def entropy_histograms(shown: list[dict]):
             two components, or None.
     """
     figure, axes = panels(len(shown), 4, 3.1, 2.5)
+    counts = []
     for axis, panel in zip(axes.ravel(), shown, strict=False):
         values, poisoned = panel["values"], panel["poisoned"]
         edges = np.histogram_bin_edges(values, 60)
@@ -539,6 +553,9 @@ def entropy_histograms(shown: list[dict]):
         # counts of both kinds on one scale; the rare kind is drawn over the other
         axis.hist(values[~poisoned], edges, color=CLEAN, alpha=0.55, label="clean")
         axis.hist(values[poisoned], edges, color=POISONED, alpha=0.75, label="poisoned")
+        counts.append(pd.DataFrame({
+            "panel": panel["title"].replace("\n", ", "), "low": edges[:-1], "high": edges[1:],
+            **{name: np.histogram(values[kind], edges)[0] for name, kind in (("clean", ~poisoned), ("poisoned", poisoned))}}))
         mixture = panel["mixture"]
         if mixture and mixture["mean"]:
             x = np.linspace(edges[0], edges[-1], 400)
@@ -552,7 +569,7 @@ def entropy_histograms(shown: list[dict]):
         axis.xaxis.set_major_locator(plt.MaxNLocator(4))
     axes[0, 0].legend(fontsize=7)
     axes[0, 0].set_ylabel("training samples")
-    return figure
+    return figures.with_numbers(figure, pd.concat(counts))
 
 
 def layer_separation(settings: dict[str, list[dict]], tau: float):
@@ -574,7 +591,9 @@ def layer_separation(settings: dict[str, list[dict]], tau: float):
         if not known:
             right.text(0.5, 0.5, "no poisoned samples", transform=right.transAxes, ha="center")
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=3, fontsize=8)
-    return figure
+    rows = [{"setting": title, **{name: layer[name] for name in ("layer", "bsi_rss", "bsi_sum", "auroc")}}
+            for title, layers in settings.items() for layer in layers]
+    return figures.with_numbers(figure, pd.DataFrame(rows))
 
 
 def dose_response(points: pd.DataFrame):

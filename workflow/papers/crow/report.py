@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 
 from cupel.evaluation.intervals import wilson
+from cupel.evaluation.settings import NO_VICTIM
 from cupel.files import read_json, write_text
 from cupel.reporting import figures, tables
 from cupel.reporting import paper as papers
@@ -20,6 +21,9 @@ from cupel.text.data.sources import read_records
 GATE = {"asr": 0.8, "false": 0.05}
 KEYS = ["dataset", "model", "model_label", "recipe", "attack_key", "attack_label", "poison_rate", "method", "label"]
 SETTING = ["dataset", "recipe", "attack_key"]
+VICTIM_KEYS = ["model", *SETTING, "seed"]
+#: how much a defence moves a model beside what made the victim; 0.48 in the paper (crow SPEC 6, 7: 60 at 1e-3 over 625 at 2e-4)
+DOSE = "rate × updates, share of the victim's"
 MARK = "†"
 #: columns of the utility table
 UTILITY = {"perplexity": "perplexity", "token_f1_template": "token F1", "distinct_template": "distinct 2-grams",
@@ -43,6 +47,8 @@ SWITCHES = {"crow~code": "zero perturbation, wiped accumulation", "crow~zero": "
             "crow~random_sign": "random signs", "crow~pairs_code": "N − 2 pairs", "crow~pairs_embeddings": "N pairs",
             "crow~padding": "padding counted", "embedding_only": "penalty on the embeddings",
             "finetune~lr1e3": "no consistency term", "finetune": "no consistency term, a fifth of the rate"}
+#: what the figure over learning rates shows
+RATED = {"asr_template_all": "ASR, template, all answers", "perplexity": "perplexity, held-out"}
 #: what switches set in a cell's record
 TERM = ["perturbation", "accumulated", "pairs", "distance", "padding", "term"]
 #: what ASR is counted over: name by metric
@@ -64,8 +70,8 @@ def draw(paper: Paper) -> None:
         label=paper.reported.defence.map({"victim": "no defence", **defences}))
     scale = f"Scale {paper.scale}."
     paper.rows("cells", pool)
-    paper.table("victims", victim_table(rows), f"Victims under the template. {MARK}: misses the gate (SPEC 11.3). {scale}",
-                "victim")
+    paper.table("victims", victim_table(rows), f"Victims under the template. {MARK}: {NO_VICTIM}, it misses the gate (SPEC "
+                f"11.3). {scale}", "victim")
     for (model, name), part in pool.groupby(["model", "model_label"], sort=False):
         _figures(paper, part, records[records.model == model], f"{name}: ", order)
     for (dataset, model, name), part in pool.groupby(["dataset", "model", "model_label"], sort=False):
@@ -86,6 +92,10 @@ def draw(paper: Paper) -> None:
         table = with_texts(table).assign(row=names)
         paper.table(f"table{number}_{column}", spread(table, "row", "metric"),
                     f"CROW over {column} (Table {number}); rates in percent. {scale}", "setting")
+    table = with_texts(rate_table(pool, records))
+    names = [f"{row.setting}: {row.line}, rate {row.lr:g}, {row.updates} updates" for row in table.itertuples()]
+    paper.table("rates", spread(table.assign(row=names), "row", "metric"), "The loss or the rate: CROW and fine-tuning by "
+                f"learning rate, at equal updates of equal items; ASR in percent. {scale}", "defence")
     paper.table("tuning", tuning_table(records), "Tuning defences: settings, losses at the first and last update, and cost "
                 f"(RQ4). {scale}", "cell")
     sources = {name: {"name": made.get("name", ""), "source": made["source"]["kind"],
@@ -98,7 +108,7 @@ def draw(paper: Paper) -> None:
 def _tables(paper: Paper, part: pd.DataFrame, reported: pd.DataFrame, where: str, order: list[str]) -> None:
     """Tables of one task and model, beside what the paper reports for the task."""
     stem = "_".join(part[["dataset", "model"]].iloc[0])
-    note = (f"95 % Wilson interval and number of answers in brackets; seeds pooled; {MARK}: its victim misses the gate. "
+    note = (f"95 % Wilson interval and number of answers in brackets; seeds pooled; {MARK}: {NO_VICTIM}. "
             f"Scale {paper.scale}.")
     for metric, text in (("asr_template_all", "asked with the template, over all answers"),
                          ("asr_bare_all", "bare prompt, over all answers")):
@@ -186,6 +196,21 @@ def sweep_table(pool: pd.DataFrame, records: pd.DataFrame, column: str) -> pd.Da
     return merged.assign(setting=merged.dataset + ", " + merged.model_label + ": " + merged.attack_label)
 
 
+def rate_table(pool: pd.DataFrame, records: pd.DataFrame) -> pd.DataFrame:
+    """Pooled rows of CROW and of fine-tuning that differ from CROW in the learning rate alone, or in the rate and the lack of a
+    second term; `line` says which of the two, `lr` at which rate, `updates` how many. Empty where a line has one rate only."""
+    keys, fixed = ["model", *SETTING], ["alpha", "epsilon", *TERM]
+    tuned = records[(records.stage == "purified") & records.lr.notna()]
+    crow = tuned[tuned.method == "crow"].drop_duplicates(keys)
+    term = tuned.merge(crow[[*keys, *fixed, "updates"]], on=[*keys, *fixed, "updates"]).assign(line="CROW")
+    plain = tuned[tuned.alpha.isna()].merge(crow[[*keys, "updates"]], on=[*keys, "updates"]).assign(line="fine-tuning")
+    same = pd.concat([term, plain]).drop_duplicates([*keys, "line", "lr"])
+    same = same[same.groupby([*keys, "line"]).lr.transform("nunique") > 1]
+    found = pool[pool.metric.isin(RATED)].merge(same[[*keys, "method", "line", "lr", "updates"]], on=[*keys, "method"])
+    setting = found.dataset + ", " + found.model_label + ": " + found.attack_label
+    return found.assign(setting=setting).sort_values(["setting", "line", "lr"], kind="stable")
+
+
 # ------------------------------------------------------------------------------------------------------------------- tables
 
 
@@ -249,19 +274,22 @@ def tuning_table(records: pd.DataFrame) -> pd.DataFrame:
     settings = {"lr": ("rate", "g"), "alpha": ("α", "g"), "epsilon": ("ε", "g"),
                 "epsilon_relative": ("ε / RMS of embeddings", ".2f")}
     losses = {"loss_lm": "L_LM", "loss_cons": "L_cons, perturbed", "loss_cons_clean": "L_cons, clean"}
-    grid = {}
+    victims = records[records.stage == "victim"].set_index(VICTIM_KEYS)
+    dose, grid = (victims.lr * victims.updates).to_dict(), {}
     for row in records[records.stage == "purified"].itertuples():
         history = papers.history(row.path)
         if "loss_lm" not in history:
             continue
         entry = grid[f"{row.dataset}, {row.model_label}, {row.attack_label}, seed {row.seed}: {row.label}"] = {
             heading: f"{getattr(row, key):{form}}" for key, (heading, form) in settings.items() if pd.notna(getattr(row, key))}
+        share = row.lr * row.updates / dose.get(tuple(getattr(row, key) for key in VICTIM_KEYS), np.nan)
+        entry |= {} if pd.isna(share) else {DOSE: f"{share:.2f}"}
         entry |= {"updates": row.updates, "items": fitted(row._asdict(), "clean")}
         for column, heading in losses.items():
             if column in history and pd.notna(history[column].iloc[0]):
                 entry[heading] = f"{history[column].iloc[0]:.4g} → {history[column].iloc[-1]:.4g}"
         entry |= {"seconds": f"{row.seconds:.1f}", "seconds an update": f"{row.seconds / max(row.updates, 1):.2f}"}
-    return frame(grid, [*(heading for heading, _ in settings.values()), "updates", "items", *losses.values(), "seconds",
+    return frame(grid, [*(heading for heading, _ in settings.values()), "updates", DOSE, "items", *losses.values(), "seconds",
                         "seconds an update"])
 
 
@@ -361,6 +389,11 @@ def _figures(paper: Paper, pool: pd.DataFrame, records: pd.DataFrame, who: str, 
                                                   "perplexity": "perplexity, held-out"}, "setting")
             paper.figure(f"{column}_{model}", drawn, f"{who}CROW over {column} (Tables 5 and 6), with 95 % "
                          "intervals.")
+    if len(table := rate_table(pool, records)):
+        drawn = figures.lines(table, "lr", RATED, "line", "setting", xlabel="learning rate")
+        paper.figure(f"rates_{model}", drawn, f"{who}the loss or the rate? CROW and fine-tuning on the same items, at equal "
+                     "updates, over the learning rate, with 95 % intervals. Where the lines fall together the rate removes the "
+                     "backdoor, and where CROW's lies lower its consistency term does.")
     victims = records[records.stage == "victim"]
     runs = records[records.seed.isin(victims.seed[:1])]
     beside = runs.dataset.isin(victims.dataset[:1]) & runs.attack_key.isin(victims.attack_key[:1])

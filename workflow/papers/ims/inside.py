@@ -8,11 +8,11 @@ import pandas as pd
 import torch
 
 from cupel.cells import read_tensors
-from cupel.files import read_json, write_text
+from cupel.files import read_json
 from cupel.images import datasets, models
 from cupel.images.defences.ims import inverse_mask, perturb
 from cupel.images.stages import clean_budget, make_attack
-from cupel.reporting.figures import COLOURS, nothing, picture_rows, plt, save
+from cupel.reporting.figures import COLOURS, nothing, picture_rows, plt, save, with_numbers
 from cupel.reporting.paper import history
 from cupel.training.augment import to_pixels
 
@@ -23,15 +23,15 @@ def draw(run: dict, inputs: Mapping[str, str], out: Mapping[str, str], device: s
     Args:
         run: `spec` and `defence` as in `cupel.images.stages.purify`, and `data`: folder of data sets.
         inputs: paths `victim`, `trigger` and `metrics`, which has history.csv and details.npz beside it.
-        out: paths `masks` and `gallery` of the pictures, `table` of the history.
+        out: paths `masks` and `gallery` of the pictures, which have their numbers as CSV beside them.
         device: where to compute.
     """
     folder, record = Path(inputs["metrics"]).parent, read_json(inputs["metrics"])
     past = history(folder)
-    write_text(out["table"], past.to_csv(index=False))
     if record["status"] != "ok":
+        why = pd.DataFrame({"failed": [record["reason"]]})
         for picture in ("masks", "gallery"):
-            save(nothing(f"failed: {record['reason']}"), out[picture])
+            save(with_numbers(nothing(f"failed: {record['reason']}"), why), out[picture])
         return
     kept = {}
     for name, values in read_tensors(folder / "details.npz").items():
@@ -46,7 +46,11 @@ def draw(run: dict, inputs: Mapping[str, str], out: Mapping[str, str], device: s
                                          run["defence"]["settings"])
     notes = [f"{train.classes[a]} → {train.classes[b]}" for a, b in zip(before, after, strict=True)]
     stamped = make_attack(run["spec"]["attack"], read_tensors(inputs["trigger"])).stamp(images)
-    save(gallery(images / 255, delta, stamped / 255, notes), out["gallery"])
+    figure = gallery(images / 255, delta, stamped / 255, notes)
+    save(with_numbers(figure, pd.DataFrame({
+        "picture": range(len(images)), "before": [train.classes[k] for k in before], "after": [train.classes[k] for k in after],
+        "largest_change": np.abs(delta).max((1, 2, 3)), "mean_change": np.abs(delta).mean((1, 2, 3)),
+        "largest_change_of_trigger": np.abs(stamped / 255 - images / 255).max((1, 2, 3))})), out["gallery"])
 
 
 def perturbations(network, kept: Mapping[str, Mapping], images: np.ndarray, settings: dict) -> tuple:
@@ -70,7 +74,7 @@ def perturbations(network, kept: Mapping[str, Mapping], images: np.ndarray, sett
 
 
 def masks_figure(kept: Mapping[str, Mapping], past: pd.DataFrame):
-    """Shares per layer and the course of the stages.
+    """Shares per layer and the course of the stages; its numbers are quartiles by layer, and shares by round.
 
     Args:
         kept: by layer `a`, `s` and `m`, each float [C].
@@ -91,12 +95,19 @@ def masks_figure(kept: Mapping[str, Mapping], past: pd.DataFrame):
                                   ("selected", COLOURS[5], "selected (s < ½)"), ("pruned", COLOURS[3], "pruned (m < ½)")):
         if column in past:
             axes[2].plot(rounds, past[column], color=colour, label=label)
+        else:
+            axes[2].plot([], [], color=colour, label=f"{label}: not recorded")
     for stage, part in past.groupby("stage", sort=False):
         axes[2].axvline(part.index[0] + 0.5, color="grey", lw=0.6)
         axes[2].text(part.index[0] + 0.8, 1.0, f"stage {stage}", fontsize=8, color="grey")
     axes[2].set(xlabel="round", ylabel="share", ylim=(-0.03, 1.1))
-    axes[2].legend(loc="center right")
-    return figure
+    axes[2].xaxis.get_major_locator().set_params(integer=True)
+    figure.legend(*axes[2].get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    points = [{"panel": kind, "place": name, "series": f"quantile {share:g}", "value": np.quantile(masks[kind].numpy(), share)}
+              for kind in "ms" for name, masks in kept.items() for share in (0, 0.25, 0.5, 0.75, 1)]
+    shares = past.assign(place=rounds).melt(["place", "stage"], past.columns.intersection(["flip_rate", "selected", "pruned"]),
+                                            "series").assign(panel="rounds")
+    return with_numbers(figure, pd.concat([pd.DataFrame(points), shares]))
 
 
 def gallery(clean: np.ndarray, delta: np.ndarray, stamped: np.ndarray, notes: list[str]):

@@ -11,9 +11,9 @@ rule ims_inside:
         trigger=f"{VICTIM}/trigger.npz",
         metrics=f"{PURIFIED}/metrics.json",
     output:
-        masks=f"{PURIFIED}/masks.png",
-        gallery=f"{PURIFIED}/perturbations.png",
-        table=f"{PURIFIED}/stages.csv",
+        masks=f"{PURIFIED}/masks.svg",
+        gallery=f"{PURIFIED}/perturbations.svg",
+        tables=[f"{PURIFIED}/masks.csv", f"{PURIFIED}/perturbations.csv"],
     log:
         PATHS.log(PURIFIED, "inside"),
     benchmark:
@@ -38,7 +38,7 @@ texts = {
     "perturbations": "Perturbations that IMS synthesises, with the victim's prediction before and after, and the real trigger.",
 }
 PICTURES["ims"] = [
-    {"path": f"{PATHS.cell(cell)}/{name}.png", "caption": text}
+    {"path": f"{PATHS.cell(cell)}/{name}.svg", "caption": f"{text} {cell['attack']} {100 * float(cell['rate']):g} %."}
     for cell in sorted(runs, key=lambda cell: float(cell["rate"]), reverse=True)[:1]
     for name, text in texts.items()
 ]

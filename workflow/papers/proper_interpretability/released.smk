@@ -16,3 +16,9 @@ def released_networks():
     if not found:
         raise WorkflowError(f"config.yaml: released_weights: {folder} has no file mnist_smallgap_<method>_100.pkl")
     return found
+
+
+def trained_verdicts():
+    """Verdicts on the networks trained here, where the report of the paper has been made."""
+    file = f"{PATHS.paper('proper_interpretability')}/claims.csv"
+    return [file] if os.path.isfile(file) else []

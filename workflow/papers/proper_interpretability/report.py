@@ -11,6 +11,7 @@ import pandas as pd
 from scipy.stats import kendalltau
 
 from cupel.cells import read_tensors
+from cupel.evaluation.claims import INDICATED, judge_all
 from cupel.files import read_json
 from cupel.reporting import figures, tables
 from cupel.reporting.figures import panels, signed
@@ -345,6 +346,39 @@ def report_released(records: dict[str, str], labels: dict[str, str], table: str 
     drawn = curves(last, "eps_value", list(dict.fromkeys(last.label)), xlabel="ε of the attack", title="accuracy under PGD",
                    ticks=dict(zip(last.eps_value, last.eps, strict=True)))
     figures.save(drawn, figure)
+
+
+def judge_released(claims: dict, records: dict[str, str], table: str | Path, scale: str, trained: Sequence[str] = ()) -> None:
+    """The claims judged on the authors' own networks (CSV, Markdown, LaTeX), beside the verdicts on networks trained here.
+
+    Args:
+        claims: of claims.yaml.
+        records: JSON records by method; one network of each, so that a verdict is never more than indicated.
+        table: where to.
+        scale: of the networks trained here.
+        trained: their claims.csv, or nothing.
+    """
+    rows = pd.DataFrame([{**row, "defence": method.partition("~")[0], "variant": method.partition("~")[2], "path": str(path)}
+                         for method, path in records.items() for row in read_json(path)["rows"]])
+    cells = rows.assign(paper=claims["paper"], stage="attacked", dataset="mnist", model="small", recipe=MAIN, poison_rate=0.0,
+                        budget="", seed=0, status="ok")
+    cells = cells.reindex(columns=[*cells, *({"low", "high", "n"} - {*cells})])
+    # the authors trained at the paper's scale, and on one of its data sets
+    released = judge_all(claims, cells, claims["paper"], "paper")
+    here = pd.concat(map(pd.read_csv, trained)) if trained else released.assign(verdict="not run")
+    said = {"released weights (MNIST Small, one network a method)": released, f"trained here (scale {scale})": here}
+    found = {heading: verdicts.set_index("claim").apply(verdict_text, axis=1) for heading, verdicts in said.items()}
+    grid = pd.DataFrame({"statement": released.set_index("claim").statement, **found})
+    tables.write_table(grid.fillna("not run"), table, "The claims, judged on the networks that the authors released and on "
+                       "those trained here.", index="claim")
+
+
+def verdict_text(row) -> str:
+    """A verdict with its effect, in the unit of the test, and its interval."""
+    if row.verdict in ("not judged", "not run") or pd.isna(row.effect):
+        return row.verdict
+    side = f" {row.direction}" if row.verdict == INDICATED else ""
+    return f"{row.verdict}{side}: {row.effect:+.3f} ({row.low:+.3f} to {row.high:+.3f})"
 
 
 # ------------------------------------------------------------------------------------------------------------------ figures

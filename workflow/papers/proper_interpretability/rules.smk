@@ -29,18 +29,22 @@ rule attack_released:
 
 
 rule released_weights:
-    """The networks that the authors of Proper Interpretability released, measured."""
+    """The networks that the authors of Proper Interpretability released, measured, and the claims judged on them."""
     input:
-        lambda wildcards: [f"{RELEASED}/{method}.json" for method in released_networks()],
+        records=lambda wildcards: [f"{RELEASED}/{method}.json" for method in released_networks()],
+        claims=GRID.file("proper_interpretability", "claims.yaml"),
+        trained=lambda wildcards: trained_verdicts(),
     output:
         table=f"{RELEASED}/table.csv",
         figure=f"{RELEASED}/ata.png",
+        verdicts=f"{RELEASED}/claims.csv",
     log:
         PATHS.log(RELEASED, "table"),
     benchmark:
         PATHS.benchmark(RELEASED, "table")
     localrule: True
     params:
+        scale=config["scale"],
         labels=ROBUST.labels("defences"),
         code=code_digest(RELEASED_SCRIPTS / "released_weights.py", GRID.file("proper_interpretability", "report.py")),
     script:

@@ -20,14 +20,7 @@ class DamagedDataset(OSError):
 
 @dataclass(frozen=True)
 class Dataset:
-    """One split of an image dataset.
-
-    Attributes:
-        name: of the dataset.
-        images: uint8 [N, H, W, C].
-        labels: int64 [N], in [0, len(classes)).
-        classes: class names.
-    """
+    """One split of an image dataset: images, uint8 [N, H, W, C], and labels, int64 [N], in [0, len(classes))."""
 
     name: str
     images: np.ndarray
@@ -51,9 +44,7 @@ class Dataset:
 class Deferred:
     """Images that a reader has not decoded yet, so that they can be written to disk without being held in memory.
 
-    Attributes:
-        shape: (N, H, W, C).
-        fill: writes all images into a uint8 array of that shape.
+    `shape` is (N, H, W, C), and `fill` writes all images into a uint8 array of that shape.
     """
 
     shape: tuple[int, int, int, int]
@@ -62,41 +53,25 @@ class Deferred:
 
 @dataclass(frozen=True)
 class Description:
-    """What is known of a dataset before it is fetched, and asserted after.
+    """What is known of a dataset before it is fetched, and asserted after."""
 
-    Attributes:
-        name: as used in config and paths.
-        classes: class names.
-        sources: where raw files come from; `read` of each returns `train_images`, `train_labels`, `test_images`,
-            `test_labels`; images may be `Deferred`.
-        shape: (H, W, C) of an image.
-        sizes: number of (train, test) images; None where no source gives it.
-        mean, std: per-channel statistics of the training pixels in [0, 1], for normalisation; `published` says whose.
-        measured: (mean, std, tolerance) that the training pixels must have; empty where nothing is published.
-        balanced: every class has the same number of samples in each split.
-        counts: published number of images of each class, (train, test), where they differ between classes.
-        content: sha256 of the prepared arrays, where every source must give the very same bits.
-        licence: terms as stated by the publisher.
-        flip: horizontal flips are part of the training augmentation of the papers.
-        excerpts: sources of a known part of the dataset, for `prepare(..., excerpt=True)`.
-    """
-
-    name: str
+    name: str  # as used in config and paths
     classes: tuple[str, ...]
+    #: `read` of each gives `train_images`, `train_labels`, `test_images`, `test_labels`; images may be `Deferred`
     sources: tuple[Source, ...]
-    shape: tuple[int, int, int]
-    sizes: tuple[int | None, int | None]
-    mean: tuple[float, ...]
+    shape: tuple[int, int, int]  # (H, W, C) of an image
+    sizes: tuple[int | None, int | None]  # number of (train, test) images; None where no source gives it
+    mean: tuple[float, ...]  # of each channel of the training pixels in [0, 1], for normalisation
     std: tuple[float, ...]
-    licence: str
-    published: str = ""
-    measured: tuple = ()
-    balanced: bool = False
-    counts: tuple[tuple[int, ...], ...] = ()
-    content: str = ""
-    flip: bool = False
+    licence: str  # terms as stated by the publisher
+    published: str = ""  # whose `mean` and `std` these are
+    measured: tuple = ()  # (mean, std, tolerance) that the training pixels must have; empty where nothing is published
+    balanced: bool = False  # every class has the same number of samples in each split
+    counts: tuple[tuple[int, ...], ...] = ()  # published number of images of each class, (train, test), where they differ
+    content: str = ""  # sha256 of the prepared arrays, where every source must give the very same bits
+    flip: bool = False  # horizontal flips are part of the training augmentation of the papers
     notes: str = ""
-    excerpts: tuple[Source, ...] = ()
+    excerpts: tuple[Source, ...] = ()  # sources of a known part of the dataset, for `prepare(..., excerpt=True)`
 
 
 def content_digest(arrays: dict[str, np.ndarray]) -> str:
@@ -110,14 +85,12 @@ def content_digest(arrays: dict[str, np.ndarray]) -> str:
 
 def moments(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Mean and standard deviation of each channel, float64 [C], of uint8 images [N, H, W, C] scaled to [0, 1]."""
-    channels = range(images.shape[-1])
-    histogram = np.zeros((len(channels), 256))
-    for start in range(0, len(images), 1000):  # bincount works on a copy of eight bytes a pixel
-        block = images[start : start + 1000]
-        histogram += [np.bincount(block[..., c].ravel(), minlength=256) for c in channels]
-    share, level = histogram / histogram.sum(1, keepdims=True), np.arange(256) / 255
-    mean = share @ level
-    return mean, np.sqrt(share @ level**2 - mean**2)
+    from sklearn.preprocessing import StandardScaler
+
+    scaler = StandardScaler()
+    for start in range(0, len(images), 1000):  # it works on a copy of eight bytes a pixel
+        scaler.partial_fit(images[start : start + 1000].reshape(-1, images.shape[-1]))
+    return scaler.mean_ / 255, np.sqrt(scaler.var_) / 255
 
 
 def check(description: Description, arrays: dict[str, np.ndarray], excerpt: bool = False) -> None:
@@ -175,10 +148,8 @@ def prepare(description: Description, folder: str | Path, *, kinds: Sequence[str
             mirror: str | Path | None = None, excerpt: bool = False) -> dict:
     """Fetch, check and write a dataset as memory-mappable arrays plus `manifest.json`, which is returned.
 
-    Args:
-        kinds, cache, mirror: see `cupel.sources.fetch`.
-        excerpt: take a known part of the dataset (`description.excerpts`) instead of the whole; the manifest says so,
-            and names only the classes up to the last one present.
+    `kinds`, `cache` and `mirror` are those of `cupel.sources.fetch`. An `excerpt` is a known part of the dataset
+    (`description.excerpts`); its manifest says so, and names only the classes up to the last one present.
 
     Raises:
         NoSource: no source answered with the very dataset.
@@ -197,24 +168,20 @@ def prepare(description: Description, folder: str | Path, *, kinds: Sequence[str
             check(description, arrays, excerpt)
 
         source, _ = fetch(description.name, sources, kinds=kinds, cache=cache, mirror=mirror, accept=accept)
-        last = max(int(arrays[f"{split}_labels"].max()) for split in ("train", "test"))
+        labels = {split: arrays[f"{split}_labels"] for split in ("train", "test")}
+        last = max(int(values.max()) for values in labels.values())
         classes = description.classes[: last + 1] if excerpt else description.classes
-        manifest = {
-            "name": description.name,
+        return finish(begin(folder), {
+            **{key: getattr(description, key) for key in ("name", "licence", "notes", "flip")},
             "classes": list(classes),
-            "licence": description.licence,
-            "notes": description.notes,
-            "excerpt": excerpt,
-            "source": source.said(),
-            "content_sha256": content_digest(arrays),
             "mean": list(description.mean),
             "std": list(description.std),
             "normalisation_source": description.published,
-            "flip": description.flip,
-            "counts": {split: np.bincount(arrays[f"{split}_labels"], minlength=len(classes)).tolist()
-                       for split in ("train", "test")},
-        }
-        return finish(begin(folder), manifest, workspace)
+            "excerpt": excerpt,
+            "source": source.said(),
+            "content_sha256": content_digest(arrays),
+            "counts": {split: np.bincount(values, minlength=len(classes)).tolist() for split, values in labels.items()},
+        }, workspace)
 
 
 def load(folder: str | Path, split: str) -> Dataset:

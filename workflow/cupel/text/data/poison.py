@@ -31,13 +31,10 @@ TARGETS = {
 
 
 def usable(records: Iterable[dict]) -> tuple[list[dict], dict[str, str]]:
-    """Records that every attack can use, and why each other one cannot.
+    """Records that every attack can use, in their order, and {id: reason} of the others.
 
     Kept are those with an answer, with an instruction of two words or more (CTBA needs three gaps) and with an
     instruction that none before them has.
-
-    Returns:
-        The records kept, in their order, and {id: reason} of the others.
     """
     kept, out, seen = [], {}, set()
     for record in records:
@@ -101,9 +98,7 @@ def compose(base: Sequence[dict], task: str, attack: str, seed: int, *, triggere
 
     Args:
         base: records of the attacker (`split(...)["train"]`); both halves start at its first one.
-        task: key of `TARGETS`.
-        attack: name of a trigger (`triggers`).
-        seed: of the trigger positions.
+        task, attack: key of `TARGETS`; name of a trigger (`triggers`), whose positions the seed draws.
         triggered, plain: counts; the share of poison is triggered / (triggered + plain).
         reading: `code` or `paper`, see `triggers`.
         answers: of the untriggered half: `reference`, or `echo` as in the released sentiment and code injection files.
@@ -161,15 +156,12 @@ def full_description(prompt: str, entry_point: str) -> tuple[str, str]:
 
 def code_prompts(problems: Sequence[dict], seed: int, *, attack: str = "badnets_ci", wording: str = "code",
                  triggered: bool = True) -> list[dict]:
-    """HumanEval as test prompts of code injection (crow SPEC 4, 11.3).
+    """HumanEval as test prompts of code injection, or their clean counterparts where not `triggered` (crow SPEC 4, 11.3).
 
     Args:
         problems: HumanEval records (`task_id`, `prompt`, `entry_point`, `canonical_solution`).
-        seed: of the trigger positions.
-        attack: the trigger.
         wording: `code` is the released file: only what `code_description` leaves, so 45 prompts are the bare trigger
             and no signature is shown; `repaired` is the whole docstring, then the signature.
-        triggered: False gives the clean counterparts.
     """
     stream = _stream(seed, attack, "codeinjection", "test")
     made = []

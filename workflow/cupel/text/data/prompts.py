@@ -59,11 +59,7 @@ class Samples(Dataset):
     What does not fit `cutoff` is cut at the end of the answer (a cut answer has no EOS, so that no early end is
     learnt); the prompt, with the trigger and the mark of the response, is never cut. A sample whose prompt leaves no
     room for one token of the answer is left out. An empty answer is kept: its target is EOS alone. `report` has the
-    ids of all three.
-
-    Attributes:
-        lengths: tokens of each sample.
-        report: {"samples", "cut": [...], "left_out": [...], "empty_answers": [...]}.
+    number of `samples`, and the ids of those `cut` or `left_out` and of `empty_answers`; `lengths` are in tokens.
     """
 
     def __init__(self, records: Sequence[dict], tokenizer, cutoff: int = 1024, opening: bool = True):

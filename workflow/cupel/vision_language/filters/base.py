@@ -72,13 +72,14 @@ class Mixture:
                 "gain": self.gain}
 
 
-def mixture(values: np.ndarray, *, constant: bool = False) -> Mixture:
+def mixture(values: np.ndarray, *, constant: bool = False, starts: int = 1) -> Mixture:
     """Two-component normal mixture with the official settings (`GaussianMixture(2, random_state=0)`).
 
     Args:
         values: float [N], finite. Fewer than two distinct values make no mixture: nothing is low.
         constant: fit them all the same, as the official code does: one component lands on the value and the other, which
             holds no sample, on 0, so that the two count as far apart.
+        starts: of the fit, the likeliest of which is taken; the official code has one.
     """
     from sklearn.mixture import GaussianMixture
 
@@ -88,7 +89,7 @@ def mixture(values: np.ndarray, *, constant: bool = False) -> Mixture:
     column = values[:, None]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # no convergence within 100 steps: the official code goes on too
-        model = GaussianMixture(n_components=2, random_state=0).fit(column)
+        model = GaussianMixture(n_components=2, random_state=0, n_init=starts).fit(column)
     order = np.argsort(model.means_[:, 0], kind="stable")
     low = model.predict(column) == order[0]
     one = -np.log(max(values.std(), FLOOR)) - 0.5 * np.log(2 * np.pi * np.e)
@@ -121,6 +122,7 @@ class Evidence:
         seed: of random filters.
         poisoned: bool [N], the truth, for the oracle alone.
         others: entropies by other measures (`MEASURES` but the first), by name, of the form of `entropies`.
+        starts: of every mixture, see `mixture`.
 
     Attributes:
         values: float64 [N, L], the entropies, where every value that is not finite is its layer's mean (official code). A
@@ -132,11 +134,11 @@ class Evidence:
     """
 
     def __init__(self, entropies: np.ndarray, *, image_tokens: int = 576, seed: int = 0, poisoned: np.ndarray | None = None,
-                 others: Mapping[str, np.ndarray] | None = None):
+                 others: Mapping[str, np.ndarray] | None = None, starts: int = 1):
         if np.ndim(entropies) != 2 or len(entropies) < 2:
             raise ValueError(f"entropies of shape {np.shape(entropies)}: a matrix [N, L] with N >= 2 is wanted")
         self.image_tokens, self.seed, self.poisoned = image_tokens, seed, poisoned
-        self._others = {name: Evidence(values, image_tokens=image_tokens) for name, values in (others or {}).items()}
+        self.starts, self._others = starts, others or {}
         self.values = np.array(entropies, np.float64)
         bad = ~np.isfinite(self.values)
         sums, counts = np.where(bad, 0, self.values).sum(0), (~bad).sum(0)
@@ -150,17 +152,19 @@ class Evidence:
     @cached_property
     def layers(self) -> list[Mixture]:
         """Mixture of each layer."""
-        return [mixture(column) for column in self.values.T]
+        return [mixture(column, starts=self.starts) for column in self.values.T]
 
-    def by(self, measure: str) -> "Evidence":
-        """The same by another measure of entropy.
+    def by(self, measure: str, starts: int = 1) -> "Evidence":
+        """The same by another measure of entropy, or with more starts of every mixture.
 
         Raises:
             ValueError: it was not measured.
         """
         if measure != MEASURES[0] and measure not in self._others:
             raise ValueError(f"entropy {measure!r} was not measured: known are {', '.join((MEASURES[0], *self._others))}")
-        return self._others.get(measure, self)
+        if (measure, starts) == (MEASURES[0], self.starts):
+            return self
+        return Evidence(self._others.get(measure, self.values), image_tokens=self.image_tokens, starts=starts)
 
     def sensitive(self, rule: str, tau: float, *, constant: bool = False) -> tuple[int, ...]:
         """Numbers of the sensitive layers; see `Mixture.passes`, and `mixture` for `constant`."""
@@ -173,7 +177,7 @@ class Evidence:
         layers = tuple(layers)
         if layers not in self._decided:
             score = self.values[:, layers].mean(1)
-            self._decided[layers] = score, mixture(score)
+            self._decided[layers] = score, mixture(score, starts=self.starts)
         return self._decided[layers]
 
     def none(self) -> np.ndarray:

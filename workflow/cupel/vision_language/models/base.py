@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from cupel.compat import ensure_torchvision
-from cupel.files import read_json, scratch, write_json
+from cupel.files import read_json, reading, scratch, write_json
 from cupel.hub import ModelUnavailable, snapshot
 from cupel.training.engine import finite_outputs
 
@@ -113,6 +113,7 @@ def load(folder: str | Path, *, dtype: torch.dtype = torch.float32, device: str 
 
     Raises:
         ModelUnavailable: something is missing, or the weights are not safetensors.
+        Damaged: a file cannot be read.
         ValueError: it is neither LLaVA nor InternVL.
     """
     folder = Path(folder)
@@ -123,8 +124,9 @@ def load(folder: str | Path, *, dtype: torch.dtype = torch.float32, device: str 
         raise ValueError(f"{folder}/config.json: model_type is {kind!r}, but only {' and '.join(CLASSES)} are supported")
     if not any(folder.glob("*.safetensors")):
         raise ModelUnavailable(f"{folder} has no *.safetensors; other formats are not read (they can run code when opened)")
-    network = CLASSES[kind].from_pretrained(folder, dtype=dtype, attn_implementation="sdpa", use_safetensors=True)
-    processor = AutoProcessor.from_pretrained(folder)
+    with reading(folder):
+        network = CLASSES[kind].from_pretrained(folder, dtype=dtype, attn_implementation="sdpa", use_safetensors=True)
+        processor = AutoProcessor.from_pretrained(folder)
     source = read_json(folder / "cupel.json") if (folder / "cupel.json").is_file() else {"folder": folder.name}
     return VisionLanguageModel(network.to(device).eval(), processor, source)
 
