@@ -15,11 +15,15 @@ FORMULAS = ("badnets", "blended", "sig", "lc", "bpp")
 
 @functools.cache
 def feature_figure(paper):
-    """Panels of the figure of features, and what they are measured on; None where experiment.yaml asks for none."""
+    """Panels of the figure of features, and what they are measured on; None where experiment.yaml asks for none, or
+    where networks may be missing and all are."""
     asked = GRID.experiments[paper].get("features")
     if not asked:
         return None
     cells = feature_cells(GRID.cells("victim", paper), GRID.cells("purified", paper), asked["defences"])
+    cells = [(attack, title, cell) for attack, title, cell in cells if present([f"{PATHS.cell(cell)}/model.safetensors"])]
+    if not cells:
+        return None
     panels = [
         {
             "row": attack,
@@ -44,8 +48,10 @@ def sheet_attacks(sheet, dataset):
         return {name: (IMAGES.attack(name, dataset), None) for name in FORMULAS}
     victims = (ZOO if sheet == "zoo" else GRID).cells("victim", family="images")
     shown = [cell for cell in reversed(victims) if cell["attack"] != "clean" and cell["dataset"] == dataset]
-    folders = {cell["attack"]: VICTIM.format(**cell) for cell in shown}
-    return {name: (IMAGES.attack(name, dataset), f"{folder}/trigger.npz") for name, folder in folders.items()}
+    found = {cell["attack"]: present([f"{VICTIM.format(**cell)}/trigger.npz"]) for cell in shown}
+    return {
+        name: (IMAGES.attack(name, dataset), *(files or [None])) for name, files in found.items() if files or name in FORMULAS
+    }
 
 
 def sheet_code(wildcards):
