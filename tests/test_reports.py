@@ -1,6 +1,7 @@
 """Reports: what each paper draws from fabricated cells, what a paper without files of its own gets, and who is named where."""
 
 import ast
+import copy
 import dataclasses
 import re
 
@@ -270,8 +271,8 @@ def multimodal_report(folder):
         victim = looked / f"victim@{poisoned}"
         cell = multimodal_cell(victim, part["spec"], cp=(0.8, 40), asr=(0.9 if poisoned == "0.1" else 0.0, 40),
                                asr_contains=(0.95, 40))
-        pd.DataFrame({"epoch": [1, 2], "loss": [1.0, 0.5], "acc": [0.5, 0.7], "acc_poisoned": [0.1, 0.9]}).to_csv(
-            victim / "history.csv", index=False)
+        pd.DataFrame({"step": [10, 20], "epoch": [1, 2], "loss": [1.0, 0.5], "acc": [0.5, 0.7],
+                      "acc_poisoned": [0.1, 0.9]}).to_csv(victim / "history.csv", index=False)
         cells += [cell, {**cell, "stage": "filtered", "folder": str(part["filtered"])}]
     for defence, asr, left in (("bye", 0.0, 0), ("oracle", 0.0, 0), ("oracle~r90", 0.3, 4), ("random_drop", 0.9, 32)):
         cells.append(multimodal_cell(looked / defence, chain["0.1"]["spec"], "purified", defence, cp=(0.79, 40),
@@ -759,6 +760,31 @@ def test_doses_are_residuals_and_answers(reports):
     points = report.dose_points(numbers, numbers.mains)
     assert sorted(zip(points.left, points.value, points.oracle, strict=True)) == [
         (0, 0.0, False), (0, 0.0, True), (4, 0.3, True), (32, 0.9, False), (40, 0.9, True)]
+
+
+def test_the_collapse_grows_with_updates_and_weights(reports, tmp_path):
+    """A second victim of the same setting but for its recipe, or its model, is a second point of each curve."""
+    report, paper = load(report_file("bye")), reports("bye")
+    records, bases = report.filter_records(paper.cells), [read_json(path) for path in paper.files["bases"]]
+    (setting, seed, account, folder), = [record for record in records if record[0].rate]
+    victim = paper.cells[(paper.cells.stage == "victim") & (paper.cells.poison_rate == setting.rate)]
+    for key, name, x in (("recipe", "longer", [20, 40]), ("model", "wider", [12345, 50000])):
+        longer = tmp_path / name
+        longer.mkdir()
+        pd.DataFrame({"step": [20, 40], "loss": [1.0, 0.4]}).to_csv(longer / "history.csv", index=False)
+        write_json(longer / "base.json", {**bases[0], "model": "wider", "parameters": 50000})
+        other = copy.deepcopy(account)
+        other["layers"][1]["auroc"], other["filters"]["bye"]["detection"]["f1"] = 0.5, 0.2
+        cells = pd.concat([paper.cells, victim.assign(**{key: name}, path=str(longer))])
+        both = dataclasses.replace(paper, cells=cells, out=tmp_path / f"out_{name}", captions={},
+                       files={"bases": [*paper.files["bases"], str(longer / "base.json")]})
+        found = [*records, (dataclasses.replace(setting, **{key: name}), seed, other, folder)]
+        report._growth_figures(both, report.Numbers(both), found)
+        stem = f"growth_{ {'recipe': 'updates', 'model': 'weights'}[key]}_shapes_tiny"
+        assert list(both.captions) == [stem] and (both.out / "figures" / f"{stem}.svg").stat().st_size > 1000
+        rows = pd.read_csv(both.out / "figures" / f"{stem}.csv").set_index(["label", "metric", "x"]).value
+        assert list(rows["layer 1", "auroc"].index) == x and list(rows["layer 1", "auroc"]) == [1.0, 0.5]
+        assert list(rows["BYE", "f1"]) == [1.0, 0.2] and set(rows["layer 0", "bsi_sum"].index) == set(x)
 
 
 def test_published_numbers_stand_beside_ours_where_setting_and_model_agree(reports):

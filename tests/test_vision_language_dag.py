@@ -18,7 +18,7 @@ from cupel.registry import load_plugins
 from cupel.reporting import tables
 from cupel.settings import PAPERS, ConfigError, check_schema, read_yaml, schema
 from cupel.vision_language import detection, filters, purification, stages, triggers
-from cupel.vision_language.datasets import load, shapes
+from cupel.vision_language.datasets import load, shapes, tiles
 from cupel.vision_language.inputs import Inputs
 from cupel.vision_language.poison import poison, truth
 from tests.conftest import REPOSITORY, planned
@@ -87,6 +87,7 @@ def test_schema_knows_the_settings_of_training_and_of_models():
     ("datasets.easy_vqa.train", 40000, r"train and pretrain ask for 64000 samples, but split train has 38575"),
     ("datasets.easy_vqa.excerpt", True, "no excerpt of easy_vqa is known; set it to false"),
     ("datasets.shapes_tiny", {"dataset": "shapes", "test": 4, "target": "x", "source": "x"}, "say how many samples with train"),
+    ("datasets.shapes_tiny.asks", ["what"], "shapes is made by the pipeline, questions and all"),
     ("models.micro_llava.hub", "a/b", "exactly one of built, hub and folder"),
     ("models.micro_llava.language_model", "smollm2-135m", "belongs to built: smollm2_llava"),
     ("models.smol_llava.settings", {"width": 3}, "unknown parameter of smollm2_llava 'width'"),
@@ -195,6 +196,21 @@ def test_shapes_are_drawn_by_code(tmp_path):
         assert box.all() == (form == "square")
 
 
+def test_tiles_are_drawn_by_code(tmp_path):
+    manifest = stages.prepare({"dataset": "tiles", "train": 30, "test": 10, "pretrain": 5}, tmp_path / "a")
+    assert manifest["counts"] == {"pretrain": 5, "train": 30, "test": 10} and manifest["pictures"] == 45
+    assert tiles.prepare(tmp_path / "b", train=30, test=10, pretrain=5)["content_sha256"] == manifest["content_sha256"]
+    samples = load(tmp_path / "a", "train")
+    for k in range(30):
+        cells = samples.image(k).reshape(9, 8, 9, 8, 3).mean((1, 3))
+        coloured = np.ptp(cells, axis=-1) > 20
+        assert coloured.sum() == tiles.COLOURED and samples[k]["question"] in tiles.QUESTIONS
+        wanted = np.array(tiles.COLOURS[samples[k]["answer"]])
+        assert (np.abs(cells[coloured] - wanted).max(-1) <= 0.16 * wanted.max() + 8).all()
+    stamped = triggers.stamp("square", samples.image(0), 0, "x", divisor=9).reshape(9, 8, 9, 8, 3)
+    assert np.argwhere(stamped.max((1, 3, 4)) == 0).tolist() == [[4, 4]]  # one tile, whole
+
+
 # ---------------------------------------------------------------------------------------------------------------- detection
 
 
@@ -216,7 +232,9 @@ def make_chain(tmp_path) -> dict:
                parameters={"divisor": 4})
         filtered = tmp_path / f"filtered@{rate}"
         bad = truth(folder)
-        table = pd.DataFrame(entropies_like(bad, shift), columns=[f"layer_{k}" for k in range(3)])
+        values = entropies_like(bad, shift)
+        table = pd.DataFrame(np.hstack([values, values / 5]), columns=[f"{name}_{k}" for name in ("layer", "tsallis")
+                                                                      for k in range(3)])
         table.insert(0, "id", [record["id"] for record in load(folder, "train").records])
         filtered.mkdir()
         table.to_parquet(filtered / "entropies.parquet")

@@ -116,6 +116,23 @@ def test_draws_repeat_nest_and_have_a_limit(mirror, tmp_path):
         ids("d", train=99_999)
 
 
+def test_one_kind_of_question(tmp_path):
+    prepare("easy_vqa", tmp_path, train=600, test=100, pretrain=900, asks=["what color", "what is the color"],
+            without=["black"], pretrain_asks=["what"])
+    answers = {split: {record["answer"] for record in load(tmp_path, split).records} for split in ("pretrain", "train", "test")}
+    assert {"black", "circle", "blue"} < answers["pretrain"] and not {"yes", "no"} & answers["pretrain"]
+    assert answers["train"] == answers["test"] == {"blue", "brown", "gray", "green", "red", "teal", "yellow"}
+    pictures = [{record["image"] for record in load(tmp_path, split).records} for split in ("pretrain", "train")]
+    assert not pictures[0] & pictures[1]
+    manifest = prepare("easy_vqa", tmp_path, train=600, test=100, pretrain=900, asks=["what shape"])
+    assert manifest["counts"] == {"pretrain": 900, "train": 600, "test": 100}
+    for split in ("train", "test"):
+        assert {record["answer"] for record in load(tmp_path, split).records} == {"circle", "rectangle", "triangle"}
+    assert {"yes", "blue"} < {record["answer"] for record in load(tmp_path, "pretrain").records}
+    with pytest.raises(ValueError, match="of train are asked for, but there are"):
+        prepare("easy_vqa", tmp_path, train=4000, pretrain=900, asks=["what shape"])
+
+
 def test_rsvqa_excerpt(mirror, tmp_path):
     manifest = prepare("rsvqa", tmp_path, mirror=mirror, excerpt=True)
     assert manifest["excerpt"] and manifest["storage"] == "packed" and manifest["pictures"] == 50

@@ -196,7 +196,9 @@ def test_heat_maps_lie_over_the_image(model):
     assert maps.shape == (3, 3, 4, 4)
     np.testing.assert_allclose(maps.sum((2, 3)), 1, atol=1e-5)
     found = -(maps * np.log(maps + 1e-8)).sum((2, 3))
-    np.testing.assert_allclose(found, matrix(entropy.extract(model, make_records(3))), atol=1e-5)
+    table = entropy.extract(model, make_records(3))
+    np.testing.assert_allclose(found, matrix(table), atol=1e-5)
+    np.testing.assert_allclose(1 - (maps**2).sum((2, 3)), matrix(table, "tsallis"), atol=1e-5)
     plain = np.full((32, 32, 3), 128, np.uint8)
     for row, column in ((0, 3), (2, 1)):
         changed = plain.copy()
@@ -206,6 +208,20 @@ def test_heat_maps_lie_over_the_image(model):
             features = model.network.get_image_features(pair["pixel_values"]).pooler_output
         moved = (features[0] - features[1]).norm(dim=-1).view(4, 4)
         assert divmod(int(moved.argmax()), 4) == (row, column)
+
+
+def test_patches_read_before_the_last_layer_are_local():
+    """One layer, read before it: a change in one patch reaches the token of that place and no other."""
+    plain = np.full((32, 32, 3), 128, np.uint8)
+    changed = plain.copy()
+    changed[8:16, 16:24] = 0
+    for layer, moved_tokens in ((-2, 1), (-1, 16)):
+        model = small_llava(vision_layers=1, vision_feature_layer=layer)
+        pair = Encoder(model, [{"image": image, "question": "what is it?"} for image in (plain, changed)]).batch([0, 1])
+        with torch.inference_mode():
+            features = model.network.get_image_features(pair["pixel_values"]).pooler_output
+        moved = (features[0] - features[1]).norm(dim=-1).view(4, 4)
+        assert (moved > 1e-6).sum() == moved_tokens and moved[1, 2] == moved.max()
 
 
 def test_extraction_goes_on_where_it_was_killed(tmp_path, monkeypatch):
@@ -342,6 +358,45 @@ def test_degenerate_layers():
     for bad in (np.zeros(5), np.zeros((1, 3))):
         with pytest.raises(ValueError, match="matrix"):
             Evidence(bad)
+
+
+def test_a_constant_layer_is_sensitive_to_the_official_code():
+    entropies, _ = synthetic("bimodal", 0)
+    entropies[:, 0] = 1.0
+    for given in (entropies, entropies[:, [0, 4]]):  # beside other sensitive layers, and alone
+        chosen, flagged = official(given, "sum")
+        assert 0 in chosen
+        found = decide("bye", Evidence(given), constant=True)
+        assert found.record["sensitive"] == chosen and found.flagged.tolist() == flagged.tolist()
+        assert not np.isnan(found.score).any()
+    assert 0 not in decide("bye", Evidence(entropies)).record["sensitive"]
+
+
+def test_other_choices_of_layers_and_another_entropy():
+    entropies, poisoned = synthetic("bimodal", 1)
+    found = decide("best_layer", Evidence(entropies))
+    assert (found.score == entropies[:, 5]).all() and (found.flagged == poisoned).mean() > 0.99
+    gains, scaled = ([layer.gain for layer in Evidence(entropies * factor).layers] for factor in (1, 100))
+    assert scaled == pytest.approx(gains, abs=1e-3)
+    low = np.where(poisoned, 0.2, 0.9) + np.random.default_rng(0).normal(0, 0.02, 600)
+    other = np.column_stack([low, low, entropies[:, 0]])
+    evidence = Evidence(synthetic("unimodal", 0)[0], others={"tsallis": other})
+    assert not decide("bye", evidence).flagged.any()
+    for name, given in (("bye", {"measure": "tsallis"}), ("first_layers", {}), ("best_layer", {"measure": "tsallis"})):
+        assert decide(name, evidence, **given).flagged.tolist() == poisoned.tolist()
+    with pytest.raises(ValueError, match="known are shannon, tsallis"):
+        decide("bye", evidence, measure="renyi")
+
+
+def test_one_start_can_miss_two_groups_that_ten_find():
+    """Poisoned samples near 0, clean ones at three places, one of them tight: the official fit divides the clean ones."""
+    draw = np.random.default_rng(0)
+    poisoned = np.arange(500) < 50
+    clean = np.where(np.arange(500) < 438, draw.normal(2.7, 0.35, 500), draw.normal(4.07, 0.02, 500))
+    values = np.where(poisoned, np.abs(draw.normal(0, 0.005, 500)), clean)[:, None]
+    assert not decide("bye", Evidence(values)).flagged.any() and official(values, "sum")[0] == []
+    found = decide("bye", Evidence(values), starts=10)
+    assert found.flagged.tolist() == poisoned.tolist() and found.record["sensitive"] == [0]
 
 
 # -------------------------------------------------------------------------------------------------------------- baselines

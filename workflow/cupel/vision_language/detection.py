@@ -66,7 +66,8 @@ def measure_filters(spec: dict, asked: dict, inputs: Inputs, outputs: dict) -> N
         bad, made = truth(inputs.poisoned), read_json(Path(inputs.poisoned) / "poison.json")
         with reading(inputs.entropies):
             table = pd.read_parquet(inputs.entropies)
-        evidence = filters.Evidence(filters.matrix(table), image_tokens=looked["image_tokens"], seed=spec["seed"], poisoned=bad)
+        evidence = filters.Evidence(filters.matrix(table), image_tokens=looked["image_tokens"], seed=spec["seed"], poisoned=bad,
+                                    others={name: filters.matrix(table, name) for name in filters.MEASURES[1:]})
         layers, swept = evidence.layers, sweep(evidence, asked["taus"])
     except Exception as error:
         failed = cells.failure(error)

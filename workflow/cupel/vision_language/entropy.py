@@ -95,6 +95,11 @@ def entropy(p: torch.Tensor) -> torch.Tensor:
     return -(p * (p + EPSILON).log()).sum(-1)
 
 
+def tsallis(p: torch.Tensor) -> torch.Tensor:
+    """Tsallis entropy of order 2 along the last axis, 1 − Σ p²: in [0, 1 − 1/T], no unit. The order is chosen here."""
+    return 1 - p.square().sum(-1)
+
+
 def extract(model: VisionLanguageModel, records: Sequence[dict], out: str | Path | None = None, *,
             batch_size: int | None = None) -> pd.DataFrame:
     """Attention entropies of all records.
@@ -104,14 +109,18 @@ def extract(model: VisionLanguageModel, records: Sequence[dict], out: str | Path
         records, out, batch_size: see `stream`.
 
     Returns:
-        `id` (str) and `layer_0` ... `layer_{L-1}`: nats, float32, in [0, ln T]. NaN where attention was not finite.
+        `id` (str), `layer_0` ... `layer_{L-1}`: nats, float32, in [0, ln T], and `tsallis_0` ... NaN where attention was not
+        finite.
     """
     with attention_rows(model) as found:
         def compute(batch: dict) -> list[dict]:
-            values = entropy(image_attention(model, batch, found)).tolist()
-            return [{f"layer_{k}": value for k, value in enumerate(row)} for row in values]
+            p = image_attention(model, batch, found)
+            columns = {f"{name}_{k}": values for name, measure in (("layer", entropy), ("tsallis", tsallis))
+                       for k, values in enumerate(measure(p).T.tolist())}
+            return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
 
-        return stream(model, records, compute, out, run=("entropy",), batch_size=batch_size, dtype=np.float32, title="entropy")
+        return stream(model, records, compute, out, run=("entropy", "tsallis"), batch_size=batch_size, dtype=np.float32,
+                      title="entropy")
 
 
 def heat_maps(model: VisionLanguageModel, records: Sequence[dict]) -> np.ndarray:

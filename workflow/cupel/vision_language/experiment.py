@@ -16,8 +16,6 @@ from cupel.settings import LIBRARY, ConfigError
 from cupel.vision_language import datasets
 from cupel.vision_language.poison import poisoned_count
 
-GENERATED = "shapes"  # the data set that the pipeline makes itself
-
 
 def keywords(file: str) -> dict[str, set[str]]:
     """Keyword-only parameters of the functions of a file of this folder, read from the syntax tree: nothing is imported."""
@@ -57,11 +55,14 @@ class Experiments(Family):
         return self.experiments[paper].get("scales", {}).get(self.scale) or {}
 
     def _check_dataset(self, name: str, entry: Mapping) -> None:
-        if entry["dataset"] == GENERATED:
+        if entry["dataset"] in datasets.GENERATED:
             for key in ("train", "test"):
                 if key not in entry:
                     raise self.wrong("datasets", name, "",
-                                     f"{GENERATED} is made by the pipeline: say how many samples with {key}")
+                                     f"{entry['dataset']} is made by the pipeline: say how many samples with {key}")
+            for key in ("asks", "without", "pretrain_asks"):
+                if key in entry:
+                    raise self.wrong("datasets", name, key, f"{entry['dataset']} is made by the pipeline, questions and all")
             return
         self.known("datasets", name, "dataset", "dataset", [entry["dataset"]], allowed=datasets.NAMES)
         description = datasets.describe(entry["dataset"])

@@ -5,6 +5,7 @@ What looks into a victim stands in `attention`, what decides in `detection`, wha
 Outputs are written atomically, `metrics.json` last; a cell whose method fails is written as a failed cell.
 """
 
+import importlib
 import shutil
 import tempfile
 import time
@@ -14,7 +15,6 @@ from pathlib import Path
 from cupel import cells, job
 from cupel.files import atomic, digest, read_json, write_json
 from cupel.vision_language import datasets, prepared
-from cupel.vision_language.datasets import shapes
 from cupel.vision_language.inputs import Inputs
 
 #: numbers of a model's answers, in the order of the tables
@@ -27,9 +27,9 @@ def prepare(entry: dict, folder: str | Path, **sources) -> dict:
     `sources` are kinds, cache and mirror: see `cupel.sources.fetch`.
     """
     asked = {key: entry[key] for key in ("train", "test", "pretrain", "seed") if key in entry}
-    if entry["dataset"] == shapes.DESCRIPTION.name:
-        return shapes.prepare(folder, **asked)
-    asked["excerpt"] = entry.get("excerpt", False)
+    if entry["dataset"] in datasets.GENERATED:
+        return importlib.import_module(f"{datasets.__name__}.{entry['dataset']}").prepare(folder, **asked)
+    asked |= {key: entry[key] for key in ("excerpt", "asks", "without", "pretrain_asks") if key in entry}
     return datasets.prepare(datasets.describe(entry["dataset"]), folder, **sources, **asked)
 
 

@@ -12,7 +12,7 @@ from cupel.cells import failure, read_tensors
 from cupel.files import read_json
 from cupel.reporting import figures, tables
 from cupel.reporting.figures import COLOURS, panels, plt
-from cupel.reporting.paper import Paper, victim_histories
+from cupel.reporting.paper import Paper, history, victim_histories
 from cupel.reporting.tables import frame
 from cupel.vision_language import prepared, triggers
 
@@ -21,6 +21,7 @@ MAIN_RATE = 0.1  # of the paper, "unless otherwise stated"
 SEVERAL = ("square", "dual", "multi")
 KINDS = ("square", "random_position", "checkerboard", "blend", "sig", "wanet")
 CLUSTERINGS = ("without_gmm", "without_gmm~nats", "two_means", "bye")
+GROWTH = ("bye", "bye~rss", "bye~starts")
 OWN = "BYE"  # how the sources of the paper's own numbers begin
 CURVES = 8  # victims in the figure of training
 CLEAN, POISONED, BOTH = COLOURS[5], COLOURS[6], COLOURS[0]
@@ -42,6 +43,7 @@ def draw(paper: Paper) -> None:
     for main in (main for main in numbers.mains if main in looked):
         _victim_figures(paper, numbers, main, looked)
     _comparison_figures(paper, numbers)
+    _growth_figures(paper, numbers, records)
     if histories := victim_histories(paper.cells, CURVES):
         paper.figure("training", figures.training_curves(histories), "Fine-tuning of the victims: loss per answer token, and "
                      "share of answer tokens right on clean and on poisoned samples.")
@@ -396,6 +398,47 @@ def _comparison_figures(paper: Paper, numbers: Numbers) -> None:
                      "fine-tuning. The line goes through the oracle's doses and the victim; marks are other filters.")
 
 
+def _growth_figures(paper: Paper, numbers: Numbers, records: list) -> None:
+    """The collapse against updates of fine-tuning and against weights, for data sets with several of either."""
+    weights = {(base["dataset"], base["model"]): base["parameters"] for base in map(read_json, paper.files["bases"])}
+    victims = paper.cells[paper.cells.stage == VICTIM].drop_duplicates("path")
+    updates = {(Setting.of(row), row.seed): rows["step"].iloc[-1] for row in victims.itertuples()
+               if len(rows := history(row.path))}
+    titles = {"auroc": "AUROC of low entropy", "bsi_sum": "separation, |Δμ| / (σ₁ + σ₂)", "f1": "F1"}
+    for main in {main.dataset: main for main in reversed(numbers.mains)}.values():
+        for stem, xlabel, alike, at in (
+                ("updates", "updates of fine-tuning", ("dataset", "model", "trigger", "rate"), updates.get),
+                ("weights", "weights", ("dataset", "recipe", "trigger", "rate"),
+                 lambda key: weights.get((key[0].dataset, key[0].model)))):
+            found = max((growth([(at((setting, seed)), record) for setting, seed, record, _ in records
+                                 if setting.same(one, *alike) and "failed" not in record and at((setting, seed))])
+                         for one in numbers.like(main, "dataset", "trigger", "rate")), key=lambda table: table.x.nunique())
+            if found.x.nunique() < 2:
+                continue
+            figure = figures.lines(found.assign(label=found.label.replace(numbers.labels)), "x", titles, "label", xlabel=xlabel)
+            figure.axes[1].axhline(2, color=POISONED, lw=1, ls="--")
+            where = main.name("dataset", "trigger", "rate")
+            paper.figure(f"growth_{stem}_{main.dataset}", figure, f"The collapse against {xlabel} ({where}): how well low "
+                         "entropy tells poisoned samples in every layer, how far apart its two components lie (above the "
+                         "dashed line a layer is sensitive, by the code's rule), and the F1 that follows. Means over seeds, "
+                         "with the lowest and the highest.")
+
+
+def growth(accounts: list[tuple[float, dict]]) -> pd.DataFrame:
+    """Points of `_growth_figures`: x, label (layer, or name of a filter), metric, mean value, and low and high, the extremes.
+
+    Args:
+        accounts: x, and the account of the filters of one victim.
+    """
+    rows = [(x, f"layer {layer['layer']}", metric, layer[metric]) for x, record in accounts for layer in record["layers"]
+            for metric in ("auroc", "bsi_sum")]
+    rows += [(x, name, "f1", record["filters"][name]["detection"].get("f1")) for x, record in accounts for name in GROWTH
+             if name in record["filters"]]
+    table = pd.DataFrame(rows, columns=["x", "label", "metric", "value"]).astype({"value": float}).dropna()
+    return table.groupby(["x", "label", "metric"], sort=False).value.agg(
+        value="mean", low="min", high="max").reset_index()
+
+
 def dose_points(numbers: Numbers, settings: list[Setting]) -> pd.DataFrame:
     """ASR and poisoned samples left, of victims and of refits by any filter: the points of `dose_response`."""
     rows = [(setting.name("dataset", "model"), numbers.labels[method], method == VICTIM or method.split("~")[0] == "oracle",
@@ -408,13 +451,14 @@ def dose_points(numbers: Numbers, settings: list[Setting]) -> pd.DataFrame:
 
 def histogram_panels(folder: Path, record: dict, labels: dict[str, str], most: int = 8) -> list[dict]:
     """Panels for `entropy_histograms`: what BYE and its variants decide on, and the layers with the largest separation."""
-    values = pd.read_parquet(folder / "entropies.parquet").filter(regex=r"^layer_\d+$").to_numpy(np.float64)
+    values = pd.read_parquet(folder / "entropies.parquet").filter(regex=r"^layer_\d+$").to_numpy(np.float64)  # Shannon's
     poisoned = np.zeros(len(values), bool)
     poisoned[record["poisoned"]] = True
     decided = [{"title": f"{labels[name]}:\nmean of {len(layers)} sensitive layer(s)", "poisoned": poisoned,
                 "values": values[:, layers].mean(1), "mixture": entry["record"]["aggregated"]}
                for name, entry in record["filters"].items()
-               if entry["function"] == "bye" and (layers := entry["record"]["sensitive"])]
+               if entry["function"] == "bye" and entry["settings"].get("measure", "shannon") == "shannon"
+               and (layers := entry["record"]["sensitive"])]
     chosen = sorted(record["layers"], key=lambda layer: -layer["bsi_sum"])[:most]
     return decided + [
         {"title": f"layer {layer['layer']}\nseparation {layer['bsi_rss']:.2f} (paper), {layer['bsi_sum']:.2f} (code)",

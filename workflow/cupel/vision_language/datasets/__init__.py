@@ -7,9 +7,11 @@ from cupel.registry import unknown
 from cupel.vision_language.datasets.base import Description, prepare
 from cupel.vision_language.prepared import Samples, load
 
+#: made by the pipeline: their modules have a `prepare` of their own
+GENERATED = ("shapes", "tiles")
 NAMES = tuple(sorted(module.name for module in pkgutil.iter_modules(__path__) if module.name != "base"))
 
-__all__ = ["NAMES", "Description", "Samples", "describe", "load", "prepare"]
+__all__ = ["GENERATED", "NAMES", "Description", "Samples", "describe", "load", "prepare"]
 
 
 def describe(name: str) -> Description:

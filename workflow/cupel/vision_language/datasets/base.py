@@ -185,7 +185,8 @@ def _record(description: Description, split: str, record: dict, seed: int) -> di
 
 def prepare(description: Description, folder: str | Path, *, kinds: Sequence[str] = KINDS, cache: str | Path | None = None,
             mirror: str | Path | None = None, seed: int = 0, train: int | None = None, test: int | None = None,
-            pretrain: int = 0, excerpt: bool = False) -> dict:
+            pretrain: int = 0, excerpt: bool = False, asks: Sequence[str] = ("",), without: Sequence[str] = (),
+            pretrain_asks: Sequence[str] = ("",)) -> dict:
     """Fetch a dataset, check it, and write records, pictures and `manifest.json`, which is returned.
 
     Args:
@@ -196,6 +197,9 @@ def prepare(description: Description, folder: str | Path, *, kinds: Sequence[str
             `pretrain` and `train`.
         excerpt: take a known part of the dataset, from the mirror, instead of the whole. Its split is drawn by pictures
             (20 % of the samples, rounded up to whole pictures, for testing); the manifest says so.
+        asks: how the questions of `train` and `test` may begin: one kind of question a set, as the paper's sets are.
+        without: answers whose samples are left out of `train` and `test`.
+        pretrain_asks: how those of `pretrain` may begin.
 
     Raises:
         NoSource: no source answered with the very dataset.
@@ -216,10 +220,13 @@ def prepare(description: Description, folder: str | Path, *, kinds: Sequence[str
     usual = {} if excerpt else description.drawn
     splits, rest = {}, content["train"]
     if pretrain:
-        aside, rest = split_by_picture(rest, pretrain, seed, "multimodal", name, "pretrain")
+        known = [record for record in rest if record["question"].startswith((*pretrain_asks, *asks))]
+        aside, rest = split_by_picture(known, pretrain, seed, "multimodal", name, "pretrain")
+        aside = [record for record in aside if record["question"].startswith(tuple(pretrain_asks))]
         splits["pretrain"] = _draw(name, "pretrain", aside, pretrain, seed)
-    splits["train"] = _draw(name, "train", rest, train or usual.get("train"), seed)
-    splits["test"] = _draw(name, "test", content["test"], test or usual.get("test"), seed)
+    for split, of, number in (("train", rest, train), ("test", content["test"], test)):
+        wanted = [record for record in of if record["question"].startswith(tuple(asks)) and record.get("answer") not in without]
+        splits[split] = _draw(name, split, wanted, number or usual.get(split), seed)
     keys = list(dict.fromkeys(record["picture"] for records in splits.values() for record in records))
     rows = {key: row for row, key in enumerate(keys)}
 

@@ -6,9 +6,9 @@
 import numpy as np
 
 from cupel.limits import check
-from cupel.vision_language.filters.base import Decision, Evidence, Mixture, hazards, matrix, mixture, sample_filter
+from cupel.vision_language.filters.base import MEASURES, Decision, Evidence, Mixture, hazards, matrix, mixture, sample_filter
 
-__all__ = ["Decision", "Evidence", "Mixture", "decide", "hazards", "matrix", "mixture", "sample_filter"]
+__all__ = ["MEASURES", "Decision", "Evidence", "Mixture", "decide", "hazards", "matrix", "mixture", "sample_filter"]
 
 
 def decide(name: str, evidence: Evidence, **given) -> Decision:

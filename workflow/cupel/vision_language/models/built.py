@@ -60,8 +60,9 @@ def _vision(image_size: int, patch_size: int, width: int, layers: int, heads: in
                             num_attention_heads=heads, image_size=image_size, patch_size=patch_size)
 
 
-def _assemble(text: LlamaConfig, vision: CLIPVisionConfig, tokenizer, template: str, seed: int) -> VisionLanguageModel:
-    config = LlavaConfig(vision_config=vision, text_config=text, vision_feature_layer=-1,
+def _assemble(text: LlamaConfig, vision: CLIPVisionConfig, tokenizer, template: str, seed: int,
+              *, vision_feature_layer: int = -1) -> VisionLanguageModel:
+    config = LlavaConfig(vision_config=vision, text_config=text, vision_feature_layer=vision_feature_layer,
                          image_seq_length=(vision.image_size // vision.patch_size) ** 2,
                          image_token_index=tokenizer.convert_tokens_to_ids(IMAGE),
                          tie_word_embeddings=text.tie_word_embeddings, pad_token_id=tokenizer.pad_token_id,
@@ -77,16 +78,18 @@ def _assemble(text: LlamaConfig, vision: CLIPVisionConfig, tokenizer, template: 
 
 
 def tiny_llava(texts: Sequence[str], *, image_size: int = 64, patch_size: int = 8, vision_width: int = 96,
-               vision_layers: int = 2, vision_heads: int = 4, width: int = 128, layers: int = 4, heads: int = 4,
-               kv_heads: int | None = None, initial: float = 0.06, seed: int = 0) -> VisionLanguageModel:
+               vision_layers: int = 2, vision_heads: int = 4, vision_feature_layer: int = -1, width: int = 128,
+               layers: int = 4, heads: int = 4, kv_heads: int | None = None, initial: float = 0.06,
+               seed: int = 0) -> VisionLanguageModel:
     """A LLaVA from scratch: CLIP-like tower, two-layer projector, Llama, word-level tokenizer of `texts`.
-
-    The tower's last layer is read (nothing is pretrained, so leaving out the last layer as LLaVA does would waste it).
 
     Args:
         texts: every word the model shall know: questions, answers, the attacker's target.
         image_size, patch_size: of the tower, in pixels; there are (image_size / patch_size)² image tokens.
         vision_width, vision_layers, vision_heads: of the tower.
+        vision_feature_layer: which of the tower's states is read: -1 the last layer's (nothing is pretrained, so leaving it out
+            would waste it), -2 that before it, as LLaVA does. With one layer -2 are the patches themselves: nothing of a
+            trigger then reaches the tokens of other places before the language model.
         width, layers, heads, kv_heads: of the language model; fewer `kv_heads` than `heads` is grouped attention.
         initial: standard deviation of the first weights of projector and language model. The usual 0.02 suits widths of
             thousands; at a width of 128 it lets so little of the image through that hundreds of steps pass without any
@@ -100,7 +103,7 @@ def tiny_llava(texts: Sequence[str], *, image_size: int = 64, patch_size: int = 
                        max_position_embeddings=2048, tie_word_embeddings=False, bos_token_id=None, initializer_range=initial,
                        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
     vision = _vision(image_size, patch_size, vision_width, vision_layers, vision_heads)
-    model = _assemble(text, vision, tokenizer, PLAIN_TEMPLATE, seed)
+    model = _assemble(text, vision, tokenizer, PLAIN_TEMPLATE, seed, vision_feature_layer=vision_feature_layer)
     model.source = {"built": "tiny_llava", "seed": seed}
     return model
 
