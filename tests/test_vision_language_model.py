@@ -388,13 +388,13 @@ def test_other_choices_of_layers_and_another_entropy():
         decide("bye", evidence, measure="renyi")
 
 
-def test_one_start_can_miss_two_groups_that_ten_find():
-    """Poisoned samples near 0, clean ones at three places, one of them tight: the official fit divides the clean ones."""
+def test_ten_starts_find_two_groups():
+    """Poisoned samples near 0, clean ones at two places, one of them tight: one start may divide the clean ones, and which it
+    finds depends on the last bits."""
     draw = np.random.default_rng(0)
     poisoned = np.arange(500) < 50
     clean = np.where(np.arange(500) < 438, draw.normal(2.7, 0.35, 500), draw.normal(4.07, 0.02, 500))
     values = np.where(poisoned, np.abs(draw.normal(0, 0.005, 500)), clean)[:, None]
-    assert not decide("bye", Evidence(values)).flagged.any() and official(values, "sum")[0] == []
     found = decide("bye", Evidence(values), starts=10)
     assert found.flagged.tolist() == poisoned.tolist() and found.record["sensitive"] == [0]
 
