@@ -6,8 +6,8 @@ import math
 
 import pytest
 import torch
-from safetensors.torch import load_file
 import torch.nn.functional as F
+from safetensors.torch import load_file
 
 from cupel.compat import ensure_torchvision
 
