@@ -242,8 +242,8 @@ def test_a_plugin_that_fails_leaves_its_row_out_of_the_sheet(tmp_path, cifar10, 
 
     monkeypatch.setitem(attacks.ATTACKS, "wrong", Wrong)
     spec = {name: ({"function": name, "settings": {}}, None) for name in ("badnets", "wrong")}
-    pictures.contact_sheet(str(cifar10), spec, tmp_path / "sheet.png", count=2)
-    assert (tmp_path / "sheet.png").is_file()
+    pictures.contact_sheet(str(cifar10), spec, {"sheet": tmp_path / "sheet.png", "pictures": tmp_path / "one"}, count=2)
+    assert (tmp_path / "sheet.png").is_file() and [path.name for path in (tmp_path / "one").iterdir()] == ["badnets.png"]
     assert pictures.stamped_or_none("wrong", spec["wrong"][0], None, np.zeros((1, 8, 8, 3), np.uint8)) is None
 
 

@@ -280,8 +280,8 @@ def test_two_runs_at_once_are_refused(finished, tmp_path):
 
 def test_a_failed_cell_does_not_stop_the_report(finished, tmp_path):
     folder = Folder(tmp_path / "failed", finished.data)
-    folder.edit("workflow/papers/fst/experiment.yaml", "smoke: {epochs: 1}\n      demo: {lr: 0.03, alpha",
-                "smoke: {epochs: 1, lr: 1.0e+30}\n      demo: {lr: 0.03, alpha")
+    of_fst = "{{alpha: 0.2, lr: {}, epochs: 10, batch_size: 128, momentum: 0.9, projected: true, heads"
+    folder.edit("workflow/papers/fst/experiment.yaml", of_fst.format("0.01"), of_fst.format("1.0e+30"))
     code, output = folder.run()
     assert code == 0, output[-3000:]
     cells = pd.read_parquet(folder.path / "results/smoke/cells.parquet")
