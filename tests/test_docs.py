@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -24,6 +25,7 @@ ELSEWHERE = {
     "apptainer-args": "a setting",
     "cupel ": "test_own", "snakemake --cores all --config own=": "test_own",
     "make lint": "continuous integration", "make faults": "by hand, an hour: tests/faults",
+    "make keep": "below",
     "make plan": "test_plan", "python -m cupel.plan": "test_plan", "python envs/make.py": "test_environments",
     "python benchmarks/": "by hand, minutes to hours",
     "python -m cupel.evaluation.agreement": "test_claims", "pytest": "itself",
@@ -95,6 +97,23 @@ def test_the_tutorial_runs_as_it_stands(tmp_path, cifar10):
     assert "mine: Forgetting small weights. 1 claim: 1 not judged" in run.stdout
     lines = run.stdout.splitlines()
     assert len(lines) < 300 and max(map(len, lines)) <= 300 and "Traceback" not in run.stdout
+
+
+def test_what_is_kept_of_a_run_and_what_a_later_one_goes_on_from(tmp_path):
+    shutil.copy(REPOSITORY / "Makefile", tmp_path)
+    cell = Path("results/desk/images/victims/c/m/r/a@0.1/seed0")
+    there = [*(f"results/desk/{file}" for file in ("cells.parquet", "claims.csv", "provenance.json", "papers/fst/tables/t.md")),
+             *(cell / name for name in ("metrics.json", "history.csv", "trigger.npz", "model.safetensors", "work/metrics.json"))]
+    for file in there:
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / file).write_text(str(file))
+    subprocess.run(["make", "keep", "SCALE=desk"], cwd=tmp_path, check=True, capture_output=True)
+    shutil.rmtree(tmp_path / "results")
+    subprocess.run(["tar", "-xf", "docs/results/desk/cells.tar.xz"], cwd=tmp_path, check=True)
+    found = {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file()} - {"Makefile"}
+    kept = {f"docs/results/desk/{name}" for name in ("cells.parquet", "cells.tar.xz", "claims.csv", "provenance.json",
+                                                     "fst/tables/t.md")}
+    assert found == kept | {f"{cell}/{name}" for name in ("metrics.json", "history.csv", "trigger.npz")}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(REPOSITORY).as_posix())
