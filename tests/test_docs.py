@@ -103,7 +103,7 @@ def test_what_is_kept_of_a_run_and_what_a_later_one_goes_on_from(tmp_path):
     shutil.copy(REPOSITORY / "Makefile", tmp_path)
     cell = Path("results/desk/images/victims/c/m/r/a@0.1/seed0")
     there = [*(f"results/desk/{file}" for file in ("cells.parquet", "claims.csv", "provenance.json", "papers/fst/tables/t.md")),
-             *(cell / name for name in ("metrics.json", "history.csv", "trigger.npz", "model.safetensors", "work/metrics.json"))]
+             *(cell / name for name in ("metrics.json", "history.csv", "trigger.npz", "work/metrics.json"))]
     for file in there:
         (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / file).write_text(str(file))
