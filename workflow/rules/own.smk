@@ -10,10 +10,13 @@ if "own" in TARGETS and not OWN:
     )
 
 
-def own_resources():
-    """A device for each job, and time that grows: nothing is known of the network."""
-    return {"gpu": GPU, "vram_mb": 0, "mem_mb": memory_of(8000), "runtime": lambda wildcards, attempt: 240 * 2 ** (attempt - 1)}
-
+# a device for each job, and time that grows: nothing is known of the network
+OWN_RESOURCES = {
+    "gpu": GPU,
+    "vram_mb": 0,
+    "mem_mb": memory_of(8000),
+    "runtime": lambda wildcards, attempt: 240 * 2 ** (attempt - 1),
+}
 
 if OWN:
 
@@ -38,7 +41,7 @@ if OWN:
             budget=only(OWN.budgets),
         priority: FIRST
         resources:
-            **own_resources(),
+            **OWN_RESOURCES,
         params:
             study=lambda wildcards: OWN.study(wildcards.model, wildcards.budget, wildcards.seed),
             code=lambda wildcards: code_digest(SCRIPTS / "look_at_own.py", *OWN.code(wildcards.model)),
@@ -62,7 +65,7 @@ if OWN:
             defence=only(OWN.defences),
         retries: 1
         resources:
-            **own_resources(),
+            **OWN_RESOURCES,
         params:
             study=lambda wildcards: OWN.study(wildcards.model, wildcards.budget, wildcards.seed),
             settings=lambda wildcards: OWN.defences[wildcards.defence],
