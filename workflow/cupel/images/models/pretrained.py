@@ -12,7 +12,7 @@ from torch import nn
 from cupel.sources import Raw, SourceError, Url, fetch_raw
 
 
-class WeightsUnavailable(RuntimeError):
+class WeightsUnavailable(OSError):
     """Pretrained weights are neither in the cache nor downloadable."""
 
 
