@@ -7,7 +7,6 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
 
 from cupel.compat import ensure_torchvision
 
@@ -460,11 +459,10 @@ def test_victim_and_defences_through_folders(tmp_path):
     assert (recorded["r"], recorded["lora_alpha"], recorded["lora_dropout"]) == (8, 16, 0)
     assert recorded["target_modules"] == ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"]
     assert str(tmp_path) not in json.dumps(recorded)
-    # a defence begins where the victim ended: at a rate of nearly 0 hardly anything moves
+    # a defence begins where the victim ended: at a rate that is 0 in fp32 nothing moves
     given = Victim(base, victim)
-    purify("finetune", given, budget("still"), training={"precision": "fp32", "epochs": 1, "lr": 1e-12})
-    still, before = load_file(tmp_path / "still" / "model" / weights), load_file(victim / weights)
-    assert all(torch.allclose(still[name], before[name], rtol=0, atol=1e-9) for name in before)
+    purify("finetune", given, budget("still"), training={"precision": "fp32", "epochs": 1, "lr": 1e-60})
+    assert (tmp_path / "still" / "model" / weights).read_bytes() == (victim / weights).read_bytes()
     found = purify("crow", given, budget("crow"), training={"precision": "bf16", "epochs": 4, "lr": 1e-3})
     assert found.history[-1]["loss_cons"] < found.history[0]["loss_cons"]
     assert found.facts()["alpha"] == 5.5 and found.facts()["epochs"] == 4

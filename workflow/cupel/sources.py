@@ -103,13 +103,16 @@ class Url:
     def get(self, name: str, folder: Path) -> Path:
         """Download to `folder/name.part`; on failure what has come stays there for the next call.
 
-        A broken line is taken up again at once, as long as every attempt brings more bytes.
+        A broken line is taken up again at once, as long as every attempt brings more bytes (at most ten).
         """
         import requests
         import urllib3
 
         part, before = folder / f"{name}.part", -1
-        while (have := part.stat().st_size if part.exists() else 0) > before:
+        for _ in range(10):
+            have = part.stat().st_size if part.exists() else 0
+            if have == before:
+                break
             try:
                 self._append(part, have)
                 return part

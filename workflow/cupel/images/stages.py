@@ -145,20 +145,24 @@ def evaluate(model, test: Dataset, attack: Attack | None, target: int, device: s
     """ACC, ASR and RA, in the precision that the network was trained in; ACC alone where there is no attack.
 
     Returns:
-        The flat record of rates with counts and 95 % intervals; and how many images of each true class (rows) were taken for
-        which class (columns), `clean` and `triggered`, where there are at most 50 classes.
+        The flat record of rates with counts and 95 % intervals; and true and predicted classes, int64 [N] each, of the `clean`
+        images, and of the `triggered` ones where there is an attack.
     """
     classes = len(test.classes)
-    clean = answers(model, test.images, classes, device, precision)
+    taken = {"clean": (test.labels, answers(model, test.images, classes, device, precision))}
     triggered = wanted = true = np.zeros(0, np.int64)
     if attack is not None:
         stamped, wanted, true = attack.test_set(test, target)
         triggered = answers(model, stamped, classes, device, precision)
-    found = rates(clean, test.labels, triggered, wanted, true)
-    measured = {key: value for name, rate in found.items() if rate.n for key, value in rate.record(name).items()}
-    taken = {"clean": (test.labels, clean), "triggered": (true, triggered)}
-    counts = {name: confusion(*pair, classes).tolist() for name, pair in taken.items() if len(pair[0])}
-    return measured, counts if classes <= 50 else {}
+        taken["triggered"] = true, triggered
+    found = rates(taken["clean"][1], test.labels, triggered, wanted, true)
+    return {key: value for name, rate in found.items() if rate.n for key, value in rate.record(name).items()}, taken
+
+
+def confusions(taken: dict, classes: int) -> dict[str, list]:
+    """What a record keeps of the answers of `evaluate`: how many images of each true class (rows) were taken for which class
+    (columns); nothing where there are more than 50 classes."""
+    return {name: confusion(*pair, classes).tolist() for name, pair in taken.items()} if classes <= 50 else {}
 
 
 def train_victim(spec: dict, inputs: Inputs, outputs: dict, device: str) -> None:
@@ -212,7 +216,8 @@ def train_victim(spec: dict, inputs: Inputs, outputs: dict, device: str) -> None
     write_tensors(outputs["trigger"], attack.tensors if attack else {})
     write_history(outputs["history"], history)
     write_json(outputs["metrics"], {
-        **base, **measured, **costs(), "status": "ok", "confusion": taken, "rate_reached": reached, "target": target,
+        **base, **measured, **costs(), "status": "ok", "confusion": confusions(taken, len(test.classes)),
+        "rate_reached": reached, "target": target,
         "model_sha256": digest(outputs["model"]), "train_samples": len(clean), "epochs": recipe.epochs,
         "device": device, "precision": recipe.precision,
         "seconds": time.perf_counter() - started, "train_seconds": sum(row["seconds"] for row in history)})
@@ -293,9 +298,10 @@ def purify(spec: dict, defence: dict, inputs: Inputs, outputs: dict, device: str
         if budget.details:
             write_tensors(outputs["details"], budget.details)
         write_json(outputs["metrics"], {
-            **base, **measured, **costs(), "status": "ok", "confusion": taken, "clean_samples": len(chosen), "device": device,
-            "precision": budget.precision, "seconds": seconds, "rate_reached": victim["rate_reached"],
-            "unchanged": digest(outputs["model"]) == victim["model_sha256"], "destroyed": destroyed(victim, measured),
+            **base, **measured, **costs(), "status": "ok", "confusion": confusions(taken, len(test.classes)),
+            "clean_samples": len(chosen), "device": device, "precision": budget.precision, "seconds": seconds,
+            "rate_reached": victim["rate_reached"], "unchanged": digest(outputs["model"]) == victim["model_sha256"],
+            "destroyed": destroyed(victim, measured),
             **{f"{name}_before": victim[name] for name in ("acc", "asr", "ra") if name in victim}, **stages,
             **effects(victim, measured, rng(spec["seed"], "intervals"))})
     except Exception as error:

@@ -206,8 +206,8 @@ class Study:
 
     def measured(self, model: Own) -> dict:
         """Rates of a network on images that no defence sees, as a flat record."""
-        found, _ = evaluate(model, self.held, self.attack, self.target, self.device, precision="fp32")
-        same = self.answers(model, self.held.images) == self.before
+        found, taken = evaluate(model, self.held, self.attack, self.target, self.device, precision="fp32")
+        same = taken["clean"][1] == self.before
         found |= Rate(int(same.sum()), len(same)).record("agreement")
         others = self.held.labels != self.reversed["class"] if self.reversed else ()
         if any(others):

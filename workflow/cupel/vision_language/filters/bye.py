@@ -17,7 +17,6 @@ def bye(evidence: Evidence, *, rule: str = "sum", tau: float = TAU, measure: str
         rule, tau: of the layer test, see `Mixture.passes`.
         measure: of entropy, see `MEASURES`.
         constant: a layer whose entropies are all equal is sensitive, as the official code has it (see `mixture`).
-
         starts: of every mixture; the official code has one, which can miss the two groups however far apart they lie.
 
     Raises:
