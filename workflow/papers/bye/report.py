@@ -13,7 +13,7 @@ from cupel.files import read_json
 from cupel.reporting import figures, tables
 from cupel.reporting.figures import COLOURS, panels, plt
 from cupel.reporting.paper import Paper, history, victim_histories
-from cupel.reporting.tables import frame
+from cupel.reporting.tables import frame, no_value
 from cupel.vision_language import prepared, triggers
 
 VICTIM = "victim"
@@ -122,11 +122,11 @@ class Numbers:
         return np.nan if row is None else row.value
 
     def text(self, setting: Setting, stage: str, method: str, metric: str, *, count: bool = False, interval=False) -> str:
-        """A number for a table: percent, or as it is where it counts something; `failed`; empty for none."""
+        """A number for a table: percent, or as it is where it counts something; `failed` or `not run`; empty for none."""
         row = self.row(setting, stage, method, metric)
         if row is None or np.isnan(row.value):
             failed = row if row is not None else self.row(setting, stage, method, {"filtered": "f1"}.get(stage, "cp"))
-            return "failed" if failed is not None and failed.failed else ""
+            return "" if failed is None else no_value(failed)
         if count:
             return f"{row.value:g}" if row.value == int(row.value) else f"{row.value:.1f}"
         text = f"{100 * row.value:.1f}"
