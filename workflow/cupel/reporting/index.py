@@ -12,7 +12,9 @@ from cupel.evaluation.settings import GATE, NOT_RUN
 from cupel.files import read_json, write_json, write_text
 from cupel.reporting import evidence
 from cupel.reporting.page import link_to, navigation, write_page
-from cupel.reporting.provenance import provenance, rule_times
+from cupel.reporting.provenance import provenance
+from cupel.reporting.terminal import duration
+from cupel.reporting.timing import critical_path, rule_times
 from cupel.settings import read_yaml, schema
 
 #: rows of evidence that a claim shows; all stand in the table of cells
@@ -102,7 +104,8 @@ def write_index(papers: Iterable[dict], cells: pd.DataFrame, run: dict, out: Map
                command=command(config), deposit=command(config, "crate"),
                triggers=[{"path": link_to(page, path), "name": Path(path).stem.removeprefix("triggers_")}
                          for path in run["sheets"]],
-               times=rule_times(run["benchmarks"]).set_index("rule").round(1))
+               times=rule_times(run["benchmarks"]).set_index("rule").round(1),
+               path=critical_path(run["benchmarks"]), duration=duration)
     write_page(out["claims_page"], "claims.html.j2", **common, here="Claims", verdicts=VERDICTS,
                papers=[paper["key"] for paper in papers], claims=entries)
 
