@@ -5,7 +5,8 @@ import pytest
 from scipy.stats import binomtest
 
 from cupel.evaluation.intervals import wilson
-from cupel.evaluation.metrics import arr, der, rates, rdr
+from cupel.evaluation.metrics import arr, confusion, der, rates, rdr
+from cupel.evaluation.redirection import redirected
 from cupel.rng import rng
 
 
@@ -19,6 +20,17 @@ def test_rates_by_hand():
     found = rates(np.array([0, 1, 1, 2]), np.array([0, 1, 2, 2]), np.array([0, 0, 2]), np.array([0, 0, 0]), np.array([1, 2, 2]))
     assert (found["acc"].value, found["asr"].value, found["ra"].value) == (0.75, 2 / 3, 1 / 3)
     assert found["asr"].n == 3 and found["asr"].record("asr")["asr_n"] == 3
+
+
+def test_where_triggered_images_go():
+    """Classes 1 to 3, ten images each, target 0: half of them go to class 2, of which it keeps its own."""
+    true = np.repeat([1, 2, 3], 10)
+    taken = np.where(np.arange(30) % 2, 2, true)
+    found = redirected({"triggered": confusion(true, taken, 4).tolist()})
+    assert found["redirected"] == pytest.approx(10 / 30) and found["redirected_n"] == 30
+    hits = redirected({"triggered": confusion(true, np.zeros(30, int), 4).tolist()})
+    assert hits["redirected"] == 0  # the target is no other class
+    assert redirected({}) == redirected({"triggered": confusion(np.arange(4), np.arange(4), 4).tolist()}) == {}
 
 
 def test_derived_metrics_have_the_documented_signs():
@@ -74,7 +86,7 @@ def test_gather_reads_rows_and_named_metrics(tmp_path):
     assert second.n.to_dict() == {"perplexity": 0, "acc": 4}
     third = table[table.path.str.endswith("c")]
     assert third[["metric", "value", "n"]].values.tolist() == [["acc", 0.5, 4], ["acc_stage_2", 0.25, 4]]
-    assert set(table[table.path.str.endswith("missing")].status) == {"failed"}
+    assert set(table[table.path.str.endswith("missing")].status) == {"not run"}
 
 
 def test_each_paper_has_its_own_gate_and_readers_are_told_the_same_everywhere(tmp_path):

@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 
 from cupel.files import atomic, write_text
-from cupel.reporting.tables import attack_name
+from cupel.reporting.tables import attack_name, setting_name
 
 # Okabe and Ito's colours, which stay apart for colour-blind readers
 COLOURS = ["#000000", "#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7"]
@@ -216,6 +216,37 @@ def bars_by_rate(table: pd.DataFrame, order: Sequence[str], metric: str):
     figure = bars(rows, order, colours, most=4)
     figure.axes[0].set_ylabel(metric.upper())
     return figure
+
+
+#: where triggered images go, by metric: what the legend says, and a colour
+FATES = {"asr": ("the target", COLOURS[6]), "redirected": ("one other class", COLOURS[1]),
+         "ra": ("their own class", COLOURS[3]), "rest": ("other classes", "#bbbbbb")}
+
+
+def fates(table: pd.DataFrame, order: Sequence[str]):
+    """Stacked shares of triggered images by where they go (`FATES`), a bar per defence, a panel per setting.
+
+    Args:
+        table: `cupel.reporting.tables.summary` with asr, redirected and ra of one data set, network, recipe and budget.
+        order: labels.
+    """
+    names = [setting_name(row) for row in table.itertuples()]
+    grid = table.assign(panel=names).pivot_table(index=["panel", "label"], columns="metric", values="value", sort=False)
+    grid = grid.reindex(columns=["asr", "redirected", "ra"]).dropna()
+    grid["rest"] = (1 - grid.sum(axis=1)).clip(lower=0)
+    colours = [colour for _, colour in FATES.values()]
+    places = list(dict.fromkeys(grid.index.get_level_values("panel")))
+    figure, axes = panels(len(places), 3, 3.2, 0.8 + 0.26 * len(order), extra=1.2, sharex=True, sharey=True)
+    for axis, place in zip(axes.ravel(), places, strict=False):
+        part = grid.loc[place].reindex(order)
+        part[list(FATES)].plot.barh(stacked=True, ax=axis, color=colours, width=0.8, legend=False)
+        axis.set(title=place, ylabel="", xlim=(0, 1))
+        axis.grid(False, axis="y")
+    axes[0, 0].invert_yaxis()
+    figure.supxlabel("share of triggered test images", fontsize=9)
+    figure.legend(handles=[handle(name, color=colour, lw=5) for name, colour in FATES.values()], fontsize=8,
+                  loc="outside upper center", ncols=4)
+    return with_numbers(figure, grid.reset_index())
 
 
 def key(figure, colours: dict[str, str], marks: dict[str, str], lines: bool = False) -> None:

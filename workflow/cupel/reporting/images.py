@@ -104,7 +104,8 @@ def _tables(paper: Paper, part: pd.DataFrame, order: list[str], stem: str, where
     known = "in cells.csv." if part.reported.notna().any() else "not known."
     for kind, grid, text, index in (
             ("acc_asr", tables.wide(part, order), "ACC and ASR", "defence"),
-            ("ra", tables.wide(part, order, ("ra",)), "RA", "defence"),
+            ("ra", tables.wide(part, order, ("ra", "redirected")), "where triggered images go: to their class (RA), or to the "
+             "one other class, neither theirs nor the target, that gets most of them (redirected),", "defence"),
             ("means", tables.means(part, order), "means over attacks and rates", "defence"),
             ("settings", tables.by_setting(part, order), "every setting with 95 % intervals of the finite test set",
              "setting: defence")):
@@ -121,12 +122,15 @@ def _figures(paper: Paper, part: pd.DataFrame, order: list[str], stem: str, plac
     scatter = figures.scatter(sides, "asr", "acc", "panel", present, xlabel="ASR (lower is better)",
                               ylabel="ACC (higher is better)")
     shown = {"scatter": (scatter, "Clean accuracy against attack success: good defences stand top left.")}
+    # variants stand in the tables and above: with their bars none could be told from another
+    plain = part[~part.method.str.contains("~")]
     for metric, text in (("asr", "Attack success rate by defence and poison rate."),
                          ("acc", "Clean accuracy by defence and poison rate."),
                          ("ra", "Recovery: triggered images that are given their true class again.")):
-        # variants stand in the tables and above: with their bars none could be told from another
-        plain = part[~part.method.str.contains("~")]
         shown[metric] = figures.bars_by_rate(plain, [label for label in present if label in set(plain.label)], metric), text
+    if "redirected" in set(plain.metric):
+        shown["fates"] = figures.fates(plain[plain.credited], [label for label in present if label in set(plain.label)]), (
+            "Where triggered images go: to the target, to the one other class that gets most, to their own, or elsewhere.")
     purified = part[(part.method != "victim") & part.credited]
     if purified.kind.nunique() > 1:
         shown["families"] = families(purified), ("Pruning against fine-tuning: a point is a setting, a bar the mean with "

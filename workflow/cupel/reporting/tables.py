@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from cupel.evaluation.redirection import redirected
 from cupel.evaluation.settings import GATE, NO_VICTIM, NOT_RUN, SETTING, validity
 from cupel.files import read_json, write_text
 
@@ -23,6 +24,8 @@ def gather(cells: list[dict], gates: Mapping[str, Mapping[str, float]] = {}) -> 
     """The tidy table: one row per paper, cell and metric (see `COLUMNS`); rates are fractions. `valid` says that the victim of
     a cell has its backdoor (`cupel.evaluation.settings.validity`).
 
+    Records of image classifiers give `redirected` as well (`cupel.evaluation.redirection`).
+
     A record has its numbers flat (`acc`, `acc_n`, `acc_low`, `acc_high`; `metrics` lists them, else they are `METRICS` and what
     else has its n) or, where one model is measured many times, as `rows`: metric, value, n, low, high and what differs in its
     identity. A failed cell keeps its rows, without values and with its reason; so does one that left no result but a log, and
@@ -37,6 +40,7 @@ def gather(cells: list[dict], gates: Mapping[str, Mapping[str, float]] = {}) -> 
         path = Path(cell["folder"]) / "metrics.json"
         if path.is_file():
             record = read_json(path)
+            record |= redirected(record.get("confusion", {}))
         else:
             status, reason = _no_result(cell)
             attack, _, attack_variant = cell["attack"].partition("~")
