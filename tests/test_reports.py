@@ -532,7 +532,7 @@ def test_tables_of_crow(reports):
     grid = table(paper, "asr_template_all_negsentiment_small")
     assert list(grid.index) == ["BadNets", "VPI †", "average"]
     assert grid.loc["BadNets", "CROW"].startswith("10.0 (") and grid.loc["BadNets", "CROW"].endswith("n=80)")
-    assert grid.loc["average", "no defence"] == "100.0 (2 attacks)"
+    assert grid.loc["average", "no defence"] == "100.0 (of 1)"  # VPI has no valid victim
     bare = table(paper, "asr_bare_negsentiment_small")
     assert bare.loc["paper, Llama-2-7B-Chat: BadNets", "CROW"] == "0.53"
     assert list(table(paper, "victims").iloc[:, -1]) == ["yes", "yes", "no †", "no †"]
@@ -553,6 +553,43 @@ def test_tables_of_crow(reports):
     found = list(paper.captions)
     assert found[0] == "two_by_two_small" and {"asr_small", "trade_off_small", "layers_small", "losses_small",
                                                "alpha_small"} <= set(found)
+
+
+def language_cells(folder, number, *methods):
+    """Cells of BadNets, one for each method, in folders that end with a number."""
+    for method in methods:
+        place = folder / f"{method or 'victim'}{number}"
+        (place / "answers").mkdir(parents=True)
+        language_cell(place, method, "badnets", 0)
+        yield {"paper": "crow", "folder": str(place)}
+
+
+@pytest.mark.parametrize(("column", "values", "names"), [
+    ("recipe", ("crow", "repaired"), ("BadNets, crow", "BadNets, repaired")),
+    ("poison_rate", (0.5, 0.05), ("BadNets, 50 %", "BadNets, 5 %"))])
+def test_recipes_and_rates_of_language_models_are_told_apart(tmp_path, column, values, names):
+    report, labels = load(report_file("crow")), LANGUAGE
+    table = gather([*language_cells(tmp_path, 0, "", "crow"), *language_cells(tmp_path, 1, "", "crow")])
+    second = table.path.str.endswith("1")
+    table[column] = np.where(second, values[1], values[0])
+    table.loc[second, "value"] = table.value[second] / 2
+    pool = report.pooled(report.prepared(table, labels["defences"], labels["attacks"], labels["models"]))
+    grid = report.asr_table(pool, "asr_template_all", ["no defence", "CROW"])
+    assert list(grid.index) == [*names, "average"]
+    assert [text.partition(" ")[0] for text in grid["no defence"]] == ["100.0", "50.0", "75.0"]
+    report.switch_table(pool.assign(method=pool.method.replace("victim", "finetune")))
+
+
+def test_budgets_of_language_models_are_told_apart(tmp_path):
+    report, labels = load(report_file("crow")), LANGUAGE
+    table = gather([*language_cells(tmp_path, 0, "", "crow"), *language_cells(tmp_path, 2, "crow")])
+    second = table.path.str.endswith("2")
+    table["budget"] = np.where(table.stage == "victim", "", np.where(second, "alpaca20", "alpaca100"))
+    table.loc[second, "value"] = 0.9
+    rows = report.prepared(table, labels["defences"], labels["attacks"], labels["models"])
+    grid = report.asr_table(report.pooled(rows), "asr_template_all", report.ordered(rows, labels["defences"]))
+    said = {label: text.partition(" ")[0] for label, text in grid.loc["BadNets"].items()}
+    assert said == {"no defence": "100.0", "CROW, alpaca100": "10.0", "CROW, alpaca20": "90.0"}
 
 
 def test_loss_and_rate_are_drawn_at_equal_updates(reports):
