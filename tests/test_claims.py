@@ -138,6 +138,19 @@ def test_a_destroyed_network_supports_nothing():
     assert found.verdict == "open" and "destroyed" in found.reason
 
 
+@pytest.mark.parametrize(("metric", "worth"), [("cp", lambda acc: acc), ("perplexity", lambda acc: 9 / acc)])
+def test_models_of_other_families_are_destroyed_as_well(metric, worth):
+    """By clean performance, and by a perplexity above one and a half times the victim's."""
+    table = grid(lambda *cell: (strong(*cell), {"a0": 0.3, "a1": 0.7}[cell[1]]) if cell[0] == "fst" and cell[1] != "a2"
+                 else strong(*cell))
+    use = table.metric == "acc"
+    table = table.assign(metric=table.metric.where(~use, metric), value=table.value.where(~use, worth(table.value)))
+    gone = validity(table, {"asr": 0.8}).query("destroyed")
+    assert set(gone.attack) == {"a0"} and set(gone.defence) == {"fst"}
+    found = judge(CLAIM, table, "demo", {"asr": 0.8})
+    assert found.verdict == "open" and "destroyed: a0" in found.reason
+
+
 def test_a_failed_cell_supports_nothing():
     table = grid(strong)
     table.loc[(table.defence == "fst") & (table.attack == "a2"), ["status", "value"]] = ["failed", np.nan]
