@@ -103,6 +103,8 @@ def before_the_first_job():
         if workflow.local_exec and (said := devices.check(config["device"])):
             logger.warning(said)
         locks.hold(config["results"], logger.warning)
+        manifests = (str(file) for job in workflow.dag.needrun_jobs() for file in job.output if file.endswith("/manifest.json"))
+        locks.prepare(sorted({os.path.dirname(file) for file in manifests if file.startswith(f"{DATA}/")}))
     except RuntimeError as error:
         raise WorkflowError(f"Nothing was run: {error}") from None
 

@@ -17,9 +17,9 @@ import torch
 
 from cupel import archives
 from cupel.compat import ensure_torchvision
-from cupel.files import digest, link, reading
+from cupel.files import digest, link, noted, reading
 from cupel.hub import ModelUnavailable, snapshot
-from cupel.prepared import begin, finish
+from cupel.prepared import begin, complete, finish
 from cupel.rng import derive
 from cupel.sources import KINDS, fetch
 from cupel.text.known import MODELS, Known, find
@@ -183,6 +183,7 @@ def _prepared(folder: str | Path) -> Path:
     if not (Path(folder) / "config.json").is_file():
         raise FileNotFoundError(f"{folder} is no prepared language model; "
                                 f"make it with: snakemake --cores 1 {folder}/manifest.json")
+    complete(folder, (noted(Path(folder) / "manifest.json") or {}).get("files", ()))
     return Path(folder)
 
 
