@@ -54,6 +54,8 @@ def targets():
 config.update(typed(config, schema("config")))
 checked(check_schema)(config, schema("config"), "config.yaml")
 validate(config, "../schemas/config.schema.yaml")  # fills in the defaults
+for part, key in ((config, "results"), (config["data"], "folder")):
+    part[key] = os.path.normpath(os.path.expanduser(part[key]))  # `out/` is `out`, and `~` no folder of that name
 TARGETS = targets()
 if papers := [name for name in TARGETS if name != "zoo" and (PAPERS / name / "experiment.yaml").is_file()]:
     # a paper asked for by name is run whether or not it stands in `papers`, and alone; jobs on a cluster are told so
