@@ -691,6 +691,28 @@ def test_released_networks_make_a_table(tmp_path):
     assert (tmp_path / "ata.png").stat().st_size > 1000 and "not numbers of the paper" in (tmp_path / "table.md").read_text()
 
 
+def test_one_released_network_that_cannot_be_measured_is_said_and_supports_nothing(tmp_path):
+    from cupel.robust.measure import attack_released
+
+    rows = [measured("pgd", "eps=0", 0.98), measured("pgd", "eps=0.3 steps=200", 0.82), measured("pgd", "", 0.82, "ata_train"),
+            measured("aai", "eps=0.3", 0.4, "tau", 0)]
+    (tmp_path / "net.pkl").write_bytes(b"no network")
+    attack_released({"settings": {}, "train_eps": 0.3}, str(tmp_path / "net.pkl"), "data", tmp_path / "int.json", "cpu")
+    for method in ("normal", "adv"):
+        write_json(tmp_path / f"{method}.json", {"status": "ok", "rows": rows})
+    report, records = load(report_file(PI)), {m: tmp_path / f"{m}.json" for m in ("normal", "adv", "int")}
+    names = {"normal": "Normal", "adv": "Adv", "int": "Int"}
+    report.report_released(records, names, tmp_path / "table.csv", tmp_path / "ata.png")
+    grid = pd.read_csv(tmp_path / "table.csv", index_col=0, dtype=str)
+    assert grid.loc["Int"].tolist() == ["failed"] * 3 and grid.loc["Adv"].tolist() == ["0.980", "0.820", "0.400"]
+    assert "Int failed: NotReleased" in (tmp_path / "table.md").read_text()
+    report.judge_released(read_yaml(PAPERS / PI / "claims.yaml"), records, tmp_path / "claims.csv", "desk")
+    said = pd.read_csv(tmp_path / "claims.csv", index_col=0).iloc[:, 1]
+    assert said["robust-without-adversarial-loss"] == "not judged"
+    with pytest.raises(ValueError, match="no network could be measured: Int: NotReleased"):
+        report.report_released({"int": tmp_path / "int.json"}, names, tmp_path / "table.csv", tmp_path / "ata.png")
+
+
 def test_claims_are_judged_on_released_networks_beside_ours(tmp_path):
     """The authors' networks have one training each: indicated at most; what is not there is not judged."""
     for method, accuracy in (("normal", 0.0), ("adv", 0.9), ("int", 0.8)):
@@ -738,6 +760,29 @@ def test_inside_ims_is_drawn_with_its_numbers(tmp_path):
     out = {name: tmp_path / f"{name}.svg" for name in ("masks", "gallery")}
     inside.draw({}, {"metrics": str(tmp_path / "metrics.json")}, out, "cpu")
     assert pd.read_csv(tmp_path / "masks.csv").failed.tolist() == ["Diverged"] and "failed" in out["gallery"].read_text()
+
+
+def test_ims_on_a_clean_victim_can_be_looked_into(tmp_path, cifar10, monkeypatch):
+    from cupel.images.experiment import CLEAN
+
+    network = stages.models.build("preactresnet18", num_classes=10, width=8, stem_stride=2, seed=0)
+    stages.models.save(network, tmp_path / "model.safetensors")
+    layers = [name for name, part in network.named_modules() if isinstance(part, torch.nn.Conv2d)]
+    draw = np.random.default_rng(0)
+    kept = {f"{kind}:{name}": draw.random(network.get_submodule(name).out_channels, np.float32)
+            for name in layers for kind in "ams"}
+    stages.write_tensors(tmp_path / "details.npz", kept)
+    stages.write_tensors(tmp_path / "trigger.npz", {})
+    stages.write_history(tmp_path / "history.csv", [{"stage": 1, "flip_rate": 0.1, "pruned": 0.5}] * 2)
+    write_json(tmp_path / "metrics.json", {"status": "ok"})
+    spec = {"dataset": cifar10.name, "attack": CLEAN, "seed": 0, "settings": {"train_size": 100}}
+    run = {"spec": spec, "data": str(cifar10.parent),
+           "defence": {"settings": {"steps_perturb": 1}, "budget": {"name": "spc2", "kind": "spc", "spc": 2}}}
+    inputs = {name: tmp_path / file for name, file in (
+        ("metrics", "metrics.json"), ("victim", "model.safetensors"), ("trigger", "trigger.npz"))}
+    out = {name: tmp_path / f"{name}.svg" for name in ("masks", "gallery")}
+    load(PAPERS / "ims" / "inside.py").draw(run, inputs, out, "cpu")
+    assert (pd.read_csv(tmp_path / "gallery.csv").largest_change_of_trigger == 0).all()
 
 
 # ------------------------------------------------------------------------------------------------------------------- BYE

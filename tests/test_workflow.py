@@ -316,6 +316,17 @@ def test_folders_are_what_people_mean(tmp_path):
     folder.set(papers=["fst"], results="out/", data={"folder": "~/data/"})
     code, output = folder.run("-n", "--", "out/smoke/index.html", str(Path.home() / "data/images/cifar10/manifest.json"))
     assert code == 0, output[-2000:]
+    folder.set(results="config.yaml")
+    code, output = folder.run("-n")
+    assert code and "config.yaml: results: config.yaml is a file" in output
+
+
+def test_ims_on_a_clean_victim_can_be_looked_into_by_its_path(tmp_path):
+    folder = Folder(tmp_path / "clone", tmp_path / "data")
+    folder.set(papers=["ims"])
+    place = "results/smoke/images/purified/cifar10/preactresnet18/fst/clean@0/seed0/ims@heldout/masks.svg"
+    code, output = folder.run("-n", "--", place)
+    assert code == 0 and "inside" in output, output[-2000:]
 
 
 def test_all_defences_of_a_victim_in_one_job(finished, tmp_path):

@@ -54,8 +54,10 @@ def targets():
 config.update(typed(config, schema("config")))
 checked(check_schema)(config, schema("config"), "config.yaml")
 validate(config, "../schemas/config.schema.yaml")  # fills in the defaults
-for part, key in ((config, "results"), (config["data"], "folder")):
+for part, key, name in ((config, "results", "results"), (config["data"], "folder", "data.folder")):
     part[key] = os.path.normpath(os.path.expanduser(part[key]))  # `out/` is `out`, and `~` no folder of that name
+    if os.path.isfile(part[key]):
+        raise WorkflowError(f"The configuration is wrong; nothing was run.\nconfig.yaml: {name}: {part[key]} is a file")
 TARGETS = targets()
 if papers := [name for name in TARGETS if name != "zoo" and (PAPERS / name / "experiment.yaml").is_file()]:
     # a paper asked for by name is run whether or not it stands in `papers`, and alone; jobs on a cluster are told so
@@ -107,7 +109,7 @@ def before_the_first_job():
         locks.hold(config["results"], logger.warning)
         manifests = (str(file) for job in workflow.dag.needrun_jobs() for file in job.output if file.endswith("/manifest.json"))
         locks.prepare(sorted({os.path.dirname(file) for file in manifests if file.startswith(f"{DATA}/")}))
-    except RuntimeError as error:
+    except (RuntimeError, OSError) as error:
         raise WorkflowError(f"Nothing was run: {error}") from None
 
 
