@@ -4,11 +4,13 @@ import ast
 import copy
 import dataclasses
 import re
+import shlex
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+import yaml
 
 from cupel.evaluation.claims import COLUMNS, judge_all
 from cupel.evaluation.intervals import wilson
@@ -20,6 +22,7 @@ from cupel.images.defences import Budget
 from cupel.paths import Paths
 from cupel.reporting import images
 from cupel.reporting.cross import cross_table, heat_map, write_cross
+from cupel.reporting.index import command
 from cupel.reporting.notebook import write_card
 from cupel.reporting.paper import Paper, load, read_reported, write_report
 from cupel.reporting.paperpage import paper_section
@@ -369,6 +372,19 @@ def code_of(path):
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node) is not None:
             node.body[0] = ast.Pass()
     return ast.unparse(tree)
+
+
+def test_the_command_on_a_page_can_be_pasted_into_a_shell():
+    config = {"scale": "demo", "papers": ["fst", "ims"], "seeds": None, "device": "auto", "results": "res ül't",
+              "plugins": ["my pl'ug.py"],
+              "data": {"folder": "/da ta", "sources": ["official", "hub", "package", "mirror"], "mirror": None, "cache": None}}
+    words = shlex.split(command(config, "crate"))
+    assert words[:5] == ["snakemake", "--cores", "all", "crate", "--config"]
+    found = dict(word.split("=", 1) for word in words[5:])
+    assert found.pop("results") == "res ül't" and {key: yaml.safe_load(text) for key, text in found.items()} == {
+        "scale": "demo", "papers": ["fst", "ims"], "plugins": ["my pl'ug.py"], "data": {"folder": "/da ta"}}
+    assert command({"scale": "demo", "papers": ["fst"], "data": {"folder": "data"}}) == (
+        "snakemake --cores all --config scale=demo 'papers=[fst]'")
 
 
 def test_shared_code_names_no_paper():

@@ -1,6 +1,7 @@
 """The command `cupel`, also as `python -m cupel`."""
 
 import argparse
+import shlex
 import sys
 
 from cupel import __version__
@@ -139,7 +140,7 @@ def purify(given: argparse.Namespace):
     if not given.checkpoint:
         raise ValueError("MODEL is missing: cupel purify --help")
     if given.checkpoint.endswith((".yaml", ".yml")):
-        raise ValueError(f"a grid is run by: snakemake --cores all --config own={given.checkpoint} -- own")
+        raise ValueError(f"a grid is run by: snakemake --cores all --config {shlex.quote(f'own={given.checkpoint}')} -- own")
     load_plugins(given.plugin)
     network, study, write = opened(vars(given))
     defences = USUAL if given.defences is None else given.defences

@@ -1,6 +1,7 @@
 """The page of all cells: a table, and a panel for each with its settings, numbers, training and files."""
 
 import math
+import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -142,7 +143,7 @@ def write_cells(cells: pd.DataFrame, expected: Iterable[Mapping], run: Mapping, 
         picture = (Path(run["sheets"][first.dataset]).with_suffix("") / f"{names['attack']}.png"
                    if first.dataset in run["sheets"] else Path())
         target = f"{path}/metrics.json"
-        again = command(config, f"--force {target}", **({"jobs": "cell"} if cell["family"] == "images" else {}))
+        again = command(config, f"--force {shlex.quote(target)}", **({"jobs": "cell"} if cell["family"] == "images" else {}))
         made[name] = {"names": names, "papers": cell["papers"], "state": state,
                       "reason": str(first.reason or "") or STATES.get(state, ""), "metrics": metrics,
                       "facts": {text: known(first[key]) for key, text in FACTS.items()

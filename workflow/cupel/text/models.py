@@ -9,6 +9,7 @@ import contextlib
 import hashlib
 import io
 import json
+import shlex
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -182,7 +183,7 @@ def quiet() -> Iterator[None]:
 def _prepared(folder: str | Path) -> Path:
     if not (Path(folder) / "config.json").is_file():
         raise FileNotFoundError(f"{folder} is no prepared language model; "
-                                f"make it with: snakemake --cores 1 {folder}/manifest.json")
+                                f"make it with: snakemake --cores 1 {shlex.quote(f'{folder}/manifest.json')}")
     complete(folder, (noted(Path(folder) / "manifest.json") or {}).get("files", ()))
     return Path(folder)
 
