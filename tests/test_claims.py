@@ -5,6 +5,7 @@ import itertools
 import numpy as np
 import pandas as pd
 import pytest
+import yaml
 from scipy.stats import t, ttest_1samp
 
 from cupel.evaluation import agreement
@@ -14,7 +15,7 @@ from cupel.evaluation.settings import validity
 from cupel.evaluation.variation import least_effect, mean_effect
 from cupel.experiment import PAPERS, Grid
 from cupel.reporting.paper import load
-from cupel.settings import read_yaml
+from cupel.settings import ConfigError, read_yaml
 from tests.conftest import REPOSITORY
 
 BLANK = {"paper": "p", "stage": "purified", "dataset": "d", "model": "m", "recipe": "r", "attack": "a", "attack_variant": "",
@@ -149,6 +150,18 @@ def test_models_of_other_families_are_destroyed_as_well(metric, worth):
     assert set(gone.attack) == {"a0"} and set(gone.defence) == {"fst"}
     found = judge(CLAIM, table, "demo", {"asr": 0.8})
     assert found.verdict == "open" and "destroyed: a0" in found.reason
+
+
+@pytest.mark.parametrize("change", [{"a": {"defnce": "ft"}}, {"where": {"atack": "a"}}, {"pooled": ["attacks"]}])
+def test_a_column_that_is_none_is_refused_before_the_first_job(tmp_path, change):
+    content = read_yaml(PAPERS / "fst" / "claims.yaml")
+    content["claims"][0]["test"] |= change
+    (tmp_path / "fst").mkdir()
+    (tmp_path / "shared").symlink_to(PAPERS / "shared")
+    (tmp_path / "fst" / "experiment.yaml").symlink_to(PAPERS / "fst" / "experiment.yaml")
+    (tmp_path / "fst" / "claims.yaml").write_text(yaml.safe_dump(content))
+    with pytest.raises(ConfigError, match=r"claims\.0\.test.*is not allowed; allowed are stage, dataset"):
+        Grid(["fst"], "smoke", folder=tmp_path).claims("fst")
 
 
 def test_a_failed_cell_supports_nothing():
