@@ -152,6 +152,12 @@ def test_models_of_other_families_are_destroyed_as_well(metric, worth):
     assert found.verdict == "open" and "destroyed: a0" in found.reason
 
 
+def test_runs_that_are_not_there_are_named(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        agreement.main([str(tmp_path), str(tmp_path / "none")])
+    assert f"there is no {tmp_path}/cells.parquet" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("change", [{"a": {"defnce": "ft"}}, {"where": {"atack": "a"}}, {"pooled": ["attacks"]}])
 def test_a_column_that_is_none_is_refused_before_the_first_job(tmp_path, change):
     content = read_yaml(PAPERS / "fst" / "claims.yaml")

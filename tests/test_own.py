@@ -17,7 +17,7 @@ from PIL import Image
 from torch import nn
 
 import cupel
-from cupel import cells, digest, files
+from cupel import cells, digest, files, locks
 from cupel.compat import ensure_torchvision
 from cupel.images import datasets
 from cupel.images.defences import DEFENCES
@@ -423,6 +423,14 @@ def test_what_the_machine_lacks_ends_the_run_and_is_no_row(case, gridded, monkey
     assert not (gridded / "out" / "rows").exists()
     monkeypatch.setitem(run.look.METHODS, "nc", lacking)
     assert cli.main(case.command("--defences", "clp", "--evidence", "nc", out="full")) == 2
+
+
+def test_two_commands_do_not_write_to_one_folder(case, capsys, monkeypatch):
+    """Each removed the other's folder of work."""
+    with locks.alone(case.folder / "twice"):
+        assert cli.main(case.command("--defences", "clp", "--evidence", "none", out="twice")) == 2
+    assert "another run writes to" in capsys.readouterr().err and not list((case.folder / "twice").iterdir())
+    assert cli.main(case.command("--defences", "clp", "--evidence", "none", out="twice")) == 0
 
 
 def test_a_file_in_the_place_of_the_folder_is_said_before_the_work(case, capsys, monkeypatch):

@@ -66,6 +66,28 @@ def prepare(folders: Iterable[str | Path]) -> None:
             pass
 
 
+@contextlib.contextmanager
+def alone(folder: str | Path) -> Iterator[None]:
+    """In here no other process that asks writes to a folder, which is made.
+
+    Raises:
+        BlockingIOError: another does.
+    """
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    handle = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(handle)
+        raise BlockingIOError(f"another run writes to {folder}: wait for it, or write to another folder") from None
+    except OSError:  # a file system without locks
+        pass
+    try:
+        yield
+    finally:
+        os.close(handle)
+
+
 def holders(path: str | Path) -> list[int]:
     """Other processes of this machine that have a file open, so far as this user may see; none without /proc."""
     found = set()

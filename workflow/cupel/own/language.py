@@ -13,6 +13,7 @@ from pathlib import Path
 from cupel.cells import failure, write_history
 from cupel.files import digest, workspace, write_text
 from cupel.hub import snapshot
+from cupel.locks import alone
 from cupel.own import device_of
 from cupel.registry import unknown
 from cupel.rng import derive
@@ -117,7 +118,7 @@ def purify(model: str, clean: str | Path, out: str | Path, *, probes: str | Path
 
     made_of = {"model": digest(base), "adapter": adapter and digest(adapter), "clean": items, "asked": asked, "chosen": chosen,
                "cutoff": cutoff, "tokens": tokens, "seed": seed, "device": device}
-    with workspace(out, made_of) as work:
+    with alone(out), workspace(out, made_of) as work:
         found = {"before": answers(victim.model(), "before")}
         for name, given in chosen.items():
             budget = known.Budget(samples, tokenizer.pad_token_id, derive(seed, "own", name), work / name, device)

@@ -21,6 +21,7 @@ from scipy.optimize import linear_sum_assignment
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from cupel import locks
 from cupel.cells import MACHINE_ERRORS, MACHINE_WORDS, write_history
 from cupel.evaluation.intervals import wilson
 from cupel.evaluation.metrics import KEPT, Rate, confusion, destroyed
@@ -303,25 +304,24 @@ def purify(model: nn.Module, images, labels, *, defences: Sequence[str] = USUAL,
         raise ValueError(f"settings are given for {', '.join(surplus)}, which is not among the defences {', '.join(defences)}")
     case, out = Study(model, images, labels, **study), Path(out) if out else None
     case.check()
-    if out:
-        out.mkdir(parents=True, exist_ok=True)
-    found = case.look(evidence)
-    rows, networks = [case.given], {}
-    for name, given in settings.items():
-        say(f"{name}:")
-        try:
-            row, network = case.run(name, given, out, write)
-        except Exception as error:  # the rest runs
-            row, network = failed(name, error), None
-        if network is not None:
-            networks[name] = network
-        rows.append(row)
-        say("  " + sentence(row))
-    table = pd.DataFrame(rows)
-    report = Purified(table, networks, found, case.reversed)
-    if out:
-        report.page = write_report(out, table, found, case.reversed, {**case.facts(), "settings": settings})
-        shutil.rmtree(out / "work", ignore_errors=True)
+    with locks.alone(out) if out else contextlib.nullcontext():
+        found = case.look(evidence)
+        rows, networks = [case.given], {}
+        for name, given in settings.items():
+            say(f"{name}:")
+            try:
+                row, network = case.run(name, given, out, write)
+            except Exception as error:  # the rest runs
+                row, network = failed(name, error), None
+            if network is not None:
+                networks[name] = network
+            rows.append(row)
+            say("  " + sentence(row))
+        table = pd.DataFrame(rows)
+        report = Purified(table, networks, found, case.reversed)
+        if out:
+            report.page = write_report(out, table, found, case.reversed, {**case.facts(), "settings": settings})
+            shutil.rmtree(out / "work", ignore_errors=True)
     return report
 
 
