@@ -108,6 +108,12 @@ def test_attention_that_cannot_be_read_fails_the_filters_with_its_reason(tmp_pat
         look(tmp_path, shapes_data)
 
 
+def test_entropies_that_are_nowhere_finite_decide_nothing():
+    with pytest.raises(ValueError, match="no entropy of any layer is finite"):
+        filters.Evidence(np.full((4, 2), np.nan))
+    assert filters.Evidence(np.array([[np.nan, 1.0], [np.nan, 2.0]])).replaced == 2
+
+
 def test_a_filter_that_returns_no_decision_fails_alone(tmp_path, monkeypatch):
     odd = {"bare": (lambda evidence: evidence.none(), "must return a Decision"),
            "short": (lambda evidence: filters.Decision(np.zeros(3, bool)), "flagged is bool [3]"),
