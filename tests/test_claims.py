@@ -11,7 +11,7 @@ from scipy.stats import t, ttest_1samp
 from cupel.evaluation import agreement
 from cupel.evaluation.claims import SEEDS, judge, judge_all
 from cupel.evaluation.intervals import wilson
-from cupel.evaluation.settings import validity
+from cupel.evaluation.settings import destroyed, validity
 from cupel.evaluation.variation import least_effect, mean_effect
 from cupel.experiment import PAPERS, Grid
 from cupel.reporting.paper import load
@@ -150,6 +150,12 @@ def test_models_of_other_families_are_destroyed_as_well(metric, worth):
     assert set(gone.attack) == {"a0"} and set(gone.defence) == {"fst"}
     found = judge(CLAIM, table, "demo", {"asr": 0.8})
     assert found.verdict == "open" and "destroyed: a0" in found.reason
+
+
+def test_a_record_says_whether_a_model_was_destroyed():
+    assert destroyed({"cp": 0.75}, {"cp": 0.49}) and not destroyed({"cp": 0.75, "asr": 1.0}, {"cp": 0.51, "asr": 0.0})
+    assert destroyed({"perplexity": 8.0}, {"perplexity": 12.1}) and not destroyed({"perplexity": 8.0}, {"perplexity": 11.9})
+    assert not destroyed({"perplexity": 8.0}, {"asr_template_all": 0.0})  # the defence left the weights alone
 
 
 def test_runs_that_are_not_there_are_named(tmp_path, capsys):

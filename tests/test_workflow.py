@@ -321,6 +321,22 @@ def test_folders_are_what_people_mean(tmp_path):
     assert code and "config.yaml: results: config.yaml is a file" in output
 
 
+def test_released_networks_count_by_content(tmp_path, mnist):
+    folder = Folder(tmp_path / "clone", mnist.parents[1].resolve())
+    file = tmp_path / "net works" / "mnist_smallgap_int_100.pkl"
+    file.parent.mkdir()
+    file.write_text("no network")
+    folder.set(papers=["proper_interpretability"], released_weights=str(file.parent))
+    record = "results/smoke/robust/released_weights/int.json"
+    code, output = folder.run("--", record)
+    assert code == 0 and "is no pickle" in json.loads((folder.path / record).read_text())["reason"], output[-2000:]
+    os.utime(file)
+    assert "Nothing to be done" in folder.run("-n", "--", record)[1]
+    file.write_text("another")
+    os.utime(file, (0, 0))
+    assert "attack_released" in jobs(folder.run("-n", "--", record)[1])
+
+
 def test_ims_on_a_clean_victim_can_be_looked_into_by_its_path(tmp_path):
     folder = Folder(tmp_path / "clone", tmp_path / "data")
     folder.set(papers=["ims"])
