@@ -107,8 +107,8 @@ def before_the_first_job():
         if workflow.local_exec and (said := devices.check(config["device"])):
             logger.warning(said)
         locks.hold(config["results"], logger.warning)
-        manifests = (str(file) for job in workflow.dag.needrun_jobs() for file in job.output if file.endswith("/manifest.json"))
-        locks.prepare(sorted({os.path.dirname(file) for file in manifests if file.startswith(f"{DATA}/")}))
+        made = (Path(file) for job in workflow.dag.needrun_jobs() for file in job.output if "manifest" in file)
+        locks.prepare(sorted({file.parent for file in made if file.name == "manifest.json" and file.is_relative_to(DATA)}))
     except (RuntimeError, OSError) as error:
         raise WorkflowError(f"Nothing was run: {error}") from None
 
