@@ -183,6 +183,13 @@ def test_a_failed_cell_supports_nothing():
     assert found.verdict == "open" and "failed: a2" in found.reason
 
 
+def test_what_was_not_run_leaves_an_indication():
+    table = grid(strong)
+    table.loc[(table.defence == "fst") & (table.attack == "a2"), ["status", "value"]] = ["not run", np.nan]
+    found = judge(CLAIM, table, "demo")
+    assert (found.verdict, found.direction, found.settings) == ("indicated", "for", 2) and "not run: a2" in found.reason
+
+
 def test_a_defence_beside_its_victim_at_several_budgets():
     claim = changed(a={"defence": "fst"}, b={"stage": "victim"}, metric="acc", margin=-0.05)
     found = judge(claim, grid(strong, budgets=("b", "c")), "demo")

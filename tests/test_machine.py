@@ -81,5 +81,7 @@ def test_the_reason_of_a_cell_without_result(tmp_path, monkeypatch):
     (tmp_path / "logs" / "purify.log").write_text("epoch 1\nTraceback\nMemoryError: 4 GB\n\n")
     cell = {"paper": "p", "stage": "purified", "dataset": "d", "model": "m", "recipe": "r", "attack": "a", "rate": "0.1",
             "seed": "0", "defence": "fst", "budget": "b", "folder": "nowhere"}
-    reasons = [gather([{**cell, **more}]).reason[0] for more in ({"logs": "logs/*.log"}, {"logs": "nothing/*.log"}, {})]
-    assert reasons == ["no result: MemoryError: 4 GB (more in logs/purify.log)", *["no result: its job has not begun"] * 2]
+    found = [gather([{**cell, **more}]).iloc[0] for more in ({"logs": "logs/*.log"}, {"logs": "nothing/*.log"}, {})]
+    assert [row.status for row in found] == ["failed", "not run", "not run"]
+    reasons = [row.reason for row in found]
+    assert reasons == ["no result: MemoryError: 4 GB (more in logs/purify.log)", *["its job has not begun"] * 2]

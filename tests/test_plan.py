@@ -9,6 +9,7 @@ import pytest
 
 from cupel import plan
 from cupel.plan import Cost, Job
+from cupel.reporting.timing import critical_path
 from tests.test_workflow import Folder, jobs
 
 CHIP = "a chip, 2 cores, 4 GB"
@@ -154,3 +155,22 @@ def test_costs_are_kept_in_a_table(tmp_path):
 
 def test_committed_costs_are_of_rules_that_exist(graph):
     assert {cost.rule for cost in plan.read_costs(plan.COSTS)} <= set(graph[1])
+
+
+def test_the_longest_chain_of_a_run(tmp_path):
+    """Poison (2 s), two victims (30 and 50 s), their defences (40 and 5 s), a page: 2 + 30 + 40 is longest."""
+    files = {name: tmp_path / "benchmark" / "desk" / f"{name}.tsv" for name in "abcdef"}
+    rules = {"a": "poison", "b": "train_victim", "c": "train_victim", "d": "purify", "e": "purify", "f": "index"}
+    after = {"a": (), "b": (0,), "c": (0,), "d": (1,), "e": (2,), "f": (3, 4)}
+    jobs = [Job(rules[name], cell(attack="badnets", rate="0.01", seed="1"), benchmark=str(file), after=after[name])
+            for name, file in files.items()]
+    for name, seconds in zip("abcde", (2, 30, 50, 40, 5), strict=True):
+        files[name].parent.mkdir(parents=True, exist_ok=True)
+        files[name].write_text(f"s\tmax_rss\n{seconds}\t10\n")
+    folder = tmp_path / "benchmark" / "desk"
+    assert critical_path(folder) == []
+    plan.keep_graph(folder, jobs)
+    assert plan.kept_graph(folder) == jobs
+    path = critical_path(folder)
+    assert [step["job"] for step in path] == [f"{kind}  BadNets 1 %, seed 1" for kind in ("poison", "victim", "defence")]
+    assert [(step["begin"], step["seconds"]) for step in path] == [(0, 2), (2, 30), (32, 40)]

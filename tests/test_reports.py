@@ -352,8 +352,9 @@ def test_wide_tables_keep_the_order():
     assert spread(rows, "row", "one").to_dict("index") == {"b": {"y": "p", "x": "r"}, "a": {"y": "", "x": "q"}}
     grid = spread(rows, "row", ["one", "two"], ["a", "c", "b"], [("x", "2"), ("z", "0"), ("y", "1")])
     assert list(grid.index) == ["a", "b"] and list(grid.columns) == [("x", "2"), ("y", "1")] and grid.loc["a", ("y", "1")] == ""
-    row = pd.Series({"value": np.nan, "failed": 1, "n": 0, "low": np.nan, "high": np.nan})
+    row = pd.Series({"value": np.nan, "failed": 1, "not_run": 0, "n": 0, "low": np.nan, "high": np.nan})
     assert interval_text(row) == "failed" and interval_text(pd.Series({**row, "failed": 0})) == ""
+    assert interval_text(pd.Series({**row, "failed": 0, "not_run": 2})) == "not run"
     assert interval_text(pd.Series({**row, "value": 5.125, "low": 5, "high": 5.5})) == "5.12 (5–5.5)"
 
 
@@ -641,7 +642,7 @@ def test_crow_without_any_result(tmp_path):
             "attack": "badnets", "rate": "0.5", "seed": "0"}
     paper = made("crow", "demo", [{**same, "stage": "victim"}, {**same, "stage": "purified", "defence": "crow", "budget": "b"}],
                  tmp_path, labels={**LANGUAGE, "attacks": {}, "models": {}}, facts={"manifests": {}})
-    assert "failed" in (tmp_path / "tables" / "victims.md").read_text()
+    assert "not run" in (tmp_path / "tables" / "victims.md").read_text()
     assert read_json(tmp_path / "figures" / "captions.json") == paper.captions
 
 
@@ -678,7 +679,7 @@ def test_robust_networks_without_pictures_or_results(tmp_path):
     plan, parts = robust_parts("demo")
     paper = made(PI, "demo", [{**c, "folder": str(tmp_path / "none" / str(k))} for k, c in enumerate(plan.cells)], tmp_path,
                  **parts)
-    assert (paper.cells.status == "failed").all() and set(verdicts(paper).verdict) == {"not judged"}
+    assert (paper.cells.status == "not run").all() and set(verdicts(paper).verdict) == {"not judged"}
     assert read_json(tmp_path / "figures/captions.json") == {}
 
 
@@ -817,7 +818,7 @@ def test_tables_of_bye(reports):
     paper = reports("bye")
     first = table(paper, "table1_cp_asr_micro_llava")
     assert list(first.index)[:2] == ["no defence (vanilla)", "BYE"] and list(first["shapes_tiny ASR"])[:2] == ["90.0", "0.0"]
-    assert first.loc["pictures pooled 2×2 (no diffusion)", "shapes_tiny ASR"] == "failed"
+    assert first.loc["pictures pooled 2×2 (no diffusion)", "shapes_tiny ASR"] == "not run"
     found = table(paper, "table2_detection")
     row = found.loc["shapes_tiny, micro_llava: BYE"]
     assert (row.F1, row.AUROC, row.removed, row["poison left"], row["clean removed"]) == ("100.0", "100.0", "40", "0", "0.0")

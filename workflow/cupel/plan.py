@@ -21,12 +21,14 @@ from pathlib import Path
 from re import Pattern
 
 from cupel.experiment import SCALES, Grid
-from cupel.files import benchmarks, read_json, write_text
+from cupel.files import benchmarks, read_json, write_json, write_text
 from cupel.reporting.terminal import duration
 from cupel.settings import LIBRARY, ConfigError, check_schema, read_yaml, schema
 
 #: scales whose training is meant for a GPU: hours on processors would be no plan
 GPU_SCALES = ("bench", "paper")
+#: beside the benchmark files of a scale
+GRAPH = "jobs.json"
 COSTS = LIBRARY.parents[1] / "docs" / "results" / "costs.csv"
 
 
@@ -103,6 +105,18 @@ def jobs_of(workflow) -> tuple[dict, dict[str, Pattern]]:
     places = {job: place for place, job in enumerate(jobs)}
     patterns = {rule.name: rule.benchmark.regex() for rule in workflow.rules if rule.benchmark and not parent(rule)}
     return {job: made(job) for job in jobs}, patterns
+
+
+def keep_graph(folder: str | Path, jobs: Iterable[Job]) -> None:
+    """Write the jobs of a run beside its benchmark files."""
+    write_json(Path(folder) / GRAPH, [vars(job) | {"wildcards": sorted(job.wildcards)} for job in jobs])
+
+
+def kept_graph(folder: str | Path) -> list[Job]:
+    """The jobs of the last run; none where it is not known."""
+    file = Path(folder) / GRAPH
+    return [Job(**job | {"wildcards": frozenset(map(tuple, job["wildcards"])), "after": tuple(job["after"])})
+            for job in (read_json(file) if file.is_file() else [])]
 
 
 def measured(results: str | Path, scale: str, jobs: Iterable[Job], patterns: Mapping[str, Pattern]) -> list[Cost]:

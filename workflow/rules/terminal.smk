@@ -28,6 +28,7 @@ def announce():
     cores = workflow.resource_settings.cores or os.cpu_count()
     jobs, patterns = plan.jobs_of(workflow)
     costs = plan.measured(config["results"], config["scale"], jobs.values(), patterns)
+    plan.keep_graph(f"{config['results']}/benchmark/{config['scale']}", jobs.values())
     times = plan.Times(config["scale"], [*costs, *plan.read_costs(plan.COSTS)], plan.hardware(RESULTS))
     todo = {
         workflow.dag.jobid(job): (known.rule, dict(known.wildcards), known.cells, times.of(known), known.threads)

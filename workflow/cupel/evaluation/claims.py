@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from cupel.evaluation.settings import GATE, NO_VICTIM, SETTING, VICTIM, validity
+from cupel.evaluation.settings import GATE, NO_VICTIM, NOT_RUN, SETTING, VICTIM, validity
 from cupel.evaluation.variation import Effect, least_effect, mean_effect
 
 #: trainings of every setting that a verdict rests on
@@ -116,7 +116,7 @@ def judge(claim: Mapping, cells: pd.DataFrame, scale: str, gate: Mapping[str, fl
 
     Left out are cells whose victim does not reach `gate` (unless the claim says `gated: false`): they earn nobody credit. Where
     this leaves fewer than `SEEDS` trainings of a setting, it is left out as a whole. A claim is not supported while cells
-    that it asks for failed, or rest on a destroyed network.
+    that it asks for failed, or rest on a destroyed network, and never more than `indicated` while some were not run.
 
     Args:
         claim: an entry of claims.yaml (schemas/claims.schema.yaml).
@@ -137,10 +137,10 @@ def judge(claim: Mapping, cells: pd.DataFrame, scale: str, gate: Mapping[str, fl
     except ValueError as error:
         return Verdict(NOT_JUDGED, str(error))
     margin, notes = test.get("margin", 0.0), [f"asks for an effect above {test.get('margin', 0.0):g}, {OVER[test['over']]}"]
-    weak, failed = asked[~asked.credited & ~asked.implanted], asked[asked.credited & (asked.status != "ok")]
-    broken = asked[asked.credited & asked.destroyed]
+    weak, failed = asked[~asked.credited & ~asked.implanted], asked[asked.credited & (asked.status == "failed")]
+    broken, absent = asked[asked.credited & asked.destroyed], asked[asked.status == NOT_RUN]
     for found, text, columns in ((weak, f"left out, {NO_VICTIM}", VICTIM), (failed, "failed", TOLD_APART[1:]),
-                                 (broken, "destroyed", TOLD_APART[1:])):
+                                 (broken, "destroyed", TOLD_APART[1:]), (absent, NOT_RUN, TOLD_APART[1:])):
         if len(found):
             notes.append(f"{text}: {'; '.join(_names(found, columns, asked))}")
     settings = pairs.groupby(keys, dropna=False, sort=False).ngroup() if keys else pd.Series(0, index=pairs.index)
@@ -156,7 +156,7 @@ def judge(claim: Mapping, cells: pd.DataFrame, scale: str, gate: Mapping[str, fl
     verdict = SUPPORTED if found.low > margin else REFUTED if found.high < margin else OPEN
     if verdict == SUPPORTED and (len(failed) or len(broken)):
         verdict = OPEN
-    if len(shared) < SEEDS and not found.low <= margin <= found.high:
+    if (len(shared) < SEEDS or len(absent)) and not found.low <= margin <= found.high:
         verdict = INDICATED
     return Verdict(verdict, "; ".join(notes), found, "for" if found.value > margin else "against", values.size, len(grid),
                    float(values.mean(1).min()), _names(least, keys, pairs, seeds=False)[0])

@@ -19,6 +19,8 @@ GATE = {"asr": 0.8, "acc": 0.2}
 USE = {"acc": 1, "cp": 1, "perplexity": -1}
 #: what readers are told of its cells. Their numbers are numbers, so their status is ok; they are in no mean and no verdict
 NO_VICTIM = "no valid victim"
+#: status of a cell that a report asks for and whose job has not begun
+NOT_RUN = "not run"
 
 
 def destroyed(before: Mapping, after: Mapping) -> bool:
@@ -43,7 +45,7 @@ def validity(cells: pd.DataFrame, gate: Mapping[str, float] | None = None) -> pd
     rows = cells[cells.metric.isin([*gate, *USE])]
     victims = rows[rows.stage == "victim"].assign(
         lowest=lambda found: found.metric.map(gate).astype(float)).query("poison_rate > 0 or metric == 'acc'")
-    victims = victims.assign(below=victims.lowest.notna() & ((victims.status != "ok") | (victims.value < victims.lowest)))
+    victims = victims.assign(below=victims.lowest.notna() & ((victims.status == "failed") | (victims.value < victims.lowest)))
     found = victims.groupby(keys, as_index=False).agg(below=("below", "any"))
     before = rows[(rows.stage == "victim") & rows.metric.isin(USE)].drop_duplicates([*keys, "metric"])
     after = rows[rows.stage == "purified"].merge(before[[*keys, "metric", "value"]], on=[*keys, "metric"],

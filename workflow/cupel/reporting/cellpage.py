@@ -138,7 +138,7 @@ def write_cells(cells: pd.DataFrame, expected: Iterable[Mapping], run: Mapping, 
         name = link_to(page, path)
         metrics = [[" ".join(filter(None, [*(_variant(row, kind) for kind in wide), row.metric])), known(row.value),
                     known(row.low), known(row.high), int(row.n)] for row in part.itertuples()]
-        state = ("failed" if first.status != "ok" else "destroyed" if first.destroyed else
+        state = (first.status if first.status != "ok" else "destroyed" if first.destroyed else
                  NO_VICTIM if not first.implanted else "unchanged" if first.unchanged else "ok")
         picture = (Path(run["sheets"][first.dataset]).with_suffix("") / f"{names['attack']}.png"
                    if first.dataset in run["sheets"] else Path())

@@ -68,9 +68,7 @@ def cross_table(cells: pd.DataFrame, labels: dict[str, str]) -> pd.DataFrame:
     if runs.empty:
         return pd.DataFrame(columns=COLUMNS)
     runs["failed"] = runs.status != "ok"
-    # what `gather` writes for a cell that has left no record: it has not run, which is not a failure of the method
-    absent = runs.reason.astype(str).str.startswith("no result")
-    runs["failed_seeds"] = runs.failed & ~absent & (runs.status_victim != "failed")
+    runs["failed_seeds"] = (runs.status == "failed") & (runs.status_victim != "failed")
 
     keys = [*SETTING, "method", "label"]
     means = [*METRICS, "acc_victim", "asr_victim", *COSTS]

@@ -81,7 +81,7 @@ def cells_behind(claim: Mapping, cells: pd.DataFrame, gate: Mapping[str, float],
         if side not in test:
             continue
         for row in select(table, {"metric": test["metric"], **test.get("where", {}), **test[side]}).itertuples():
-            state = ("failed" if row.status != "ok" else NO_VICTIM if not (row.counts or row.implanted)
+            state = (row.status if row.status != "ok" else NO_VICTIM if not (row.counts or row.implanted)
                      else f"left out: fewer than {SEEDS} valid victims" if not row.counts
                      else "destroyed" if row.destroyed else "no value" if np.isnan(row.value)
                      else "counts, unchanged by the defence" if row.unchanged else "counts")

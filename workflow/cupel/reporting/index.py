@@ -10,11 +10,13 @@ import pandas as pd
 
 from cupel.evaluation.agreement import MADE_WITH, made_with
 from cupel.evaluation.claims import VERDICTS
-from cupel.evaluation.settings import GATE
+from cupel.evaluation.settings import GATE, NOT_RUN
 from cupel.files import read_json, write_json, write_text
 from cupel.reporting import evidence
 from cupel.reporting.page import link_to, navigation, write_page
-from cupel.reporting.provenance import provenance, rule_times
+from cupel.reporting.provenance import provenance
+from cupel.reporting.terminal import duration
+from cupel.reporting.timing import critical_path, rule_times
 from cupel.settings import read_yaml, schema
 
 #: rows of evidence that a claim shows; all stand in the table of cells
@@ -97,7 +99,8 @@ def write_index(papers: Iterable[dict], cells: pd.DataFrame, run: dict, out: Map
     common = {"scale": config["scale"], "nav": navigation({**run, "papers": papers})}
     ways = cells.drop_duplicates("path")[MADE_WITH].dropna().drop_duplicates()
     failed = [{"path": link_to(page, row.path), "href": cell_link(row.path, page.parent), "reason": row.reason}
-              for row in cells[cells.status != "ok"].drop_duplicates("path").itertuples()]
+              for row in cells[cells.status == "failed"].drop_duplicates("path").itertuples()]
+    waiting = cells[cells.status == NOT_RUN].path.nunique()
     gates = {paper["key"]: read_yaml(paper["claims"]).get("gate", GATE) if paper["claims"] else GATE for paper in papers}
     effects = {key: evidence.switch_effects(card, cells[cells.paper == key], gates[key]) for key, card in cards.items()}
     cross = pd.read_csv(run["cross"], dtype={"attack_variant": str}) if run["cross"] else pd.DataFrame()
@@ -110,13 +113,15 @@ def write_index(papers: Iterable[dict], cells: pd.DataFrame, run: dict, out: Map
                          for row in evidence.findings(claims, cards)],
                buys=evidence.best_buys(cross.fillna({"attack_variant": ""}), run["budgets"]) if len(cross) else [],
                effects=effects,
-               missing=evidence.not_reproduced(claims, cards), failed=failed, cross=bool(run["cross"]),
+               missing=evidence.not_reproduced(claims, cards), failed=failed, waiting=waiting,
+               cross=bool(run["cross"]),
                overview=(page.parent / "cross" / "overview.svg").is_file(),
                overview_caption=_caption(page.parent / "cross" / "captions.json"),
                command=command(config), deposit=command(config, "crate"),
                triggers=[{"path": link_to(page, path), "name": Path(path).stem.removeprefix("triggers_")}
                          for path in run["sheets"]],
-               times=rule_times(run["benchmarks"]).set_index("rule").round(1))
+               times=rule_times(run["benchmarks"]).set_index("rule").round(1),
+               path=critical_path(run["benchmarks"]), duration=duration)
     write_page(out["claims_page"], "claims.html.j2", **common, here="Claims", verdicts=VERDICTS,
                papers=[paper["key"] for paper in papers], claims=entries)
 

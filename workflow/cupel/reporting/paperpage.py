@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from cupel.evaluation.settings import GATE
+from cupel.evaluation.settings import GATE, NOT_RUN
 from cupel.files import read_json
 from cupel.reporting.evidence import board, switch_effects
 from cupel.reporting.index import read_card
@@ -51,7 +51,8 @@ def write_paper_page(paper: dict, cells: pd.DataFrame, run: Mapping, page: str |
     gate = read_yaml(paper["claims"]).get("gate", GATE) if paper["claims"] else GATE
     write_page(page, "paper.html.j2", scale=run["scale"], here=paper["key"], paper=paper, card=card,
                nav=navigation(run, "../../"), seeds=cells.seed.nunique(), cells=cells.path.nunique(),
-               counts=board(claims, [paper["key"]])[0]["counts"], failed=cells[cells.status != "ok"].path.nunique(),
+               counts=board(claims, [paper["key"]])[0]["counts"], failed=cells[cells.status == "failed"].path.nunique(),
+               waiting=cells[cells.status == NOT_RUN].path.nunique(),
                effects=switch_effects(card, cells, gate),
                claims=[{**row._asdict(), "percent": "fraction" in row.unit} for row in claims.itertuples()],
                files=[("report.ipynb", "the notebook, executed"), ("card.md", "the card"), ("claims.csv", "verdicts")],

@@ -8,9 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pandas as pd
-
-from cupel.files import benchmarks, read_json
+from cupel.files import read_json
 
 
 def git_commit(folder: str | Path) -> str:
@@ -34,15 +32,6 @@ def processor() -> str:
         name = next((line.partition(":")[2].strip() for line in info.read_text().splitlines()
                      if line.startswith("model name")), name)
     return f"{name}, {psutil.cpu_count()} cores, {psutil.virtual_memory().total / 2**30:.0f} GB"
-
-
-def rule_times(folder: str | Path) -> pd.DataFrame:
-    """Jobs, summed and longest wall seconds, and largest memory of each rule, from `benchmark:` files."""
-    rows = [{"rule": file.stem, "seconds": float(row["s"]), "memory_mb": pd.to_numeric(row.get("max_rss"), errors="coerce")}
-            for file, row in benchmarks(folder)]
-    table = pd.DataFrame(rows, columns=["rule", "seconds", "memory_mb"])
-    return table.groupby("rule").agg(jobs=("seconds", "size"), seconds=("seconds", "sum"), longest=("seconds", "max"),
-                                     memory_mb=("memory_mb", "max")).reset_index()
 
 
 def provenance(root: str | Path, config: dict, data: str | Path, *, names: list[str], seeds: list[int]) -> dict:

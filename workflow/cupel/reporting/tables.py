@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from cupel.evaluation.settings import GATE, NO_VICTIM, SETTING, validity
+from cupel.evaluation.settings import GATE, NO_VICTIM, NOT_RUN, SETTING, validity
 from cupel.files import read_json, write_text
 
 IDENTITY = ["stage", "dataset", "model", "recipe", "attack", "attack_variant", "poison_rate", "defence", "budget",
@@ -25,7 +25,8 @@ def gather(cells: list[dict], gates: Mapping[str, Mapping[str, float]] = {}) -> 
 
     A record has its numbers flat (`acc`, `acc_n`, `acc_low`, `acc_high`; `metrics` lists them, else they are `METRICS` and what
     else has its n) or, where one model is measured many times, as `rows`: metric, value, n, low, high and what differs in its
-    identity. A failed cell keeps its rows, without values and with its reason; so does one that left no result.
+    identity. A failed cell keeps its rows, without values and with its reason; so does one that left no result but a log, and
+    one that was `not run`, which is no failure.
 
     Args:
         cells: expected cells with `paper`, `folder` and what names them (`cupel.experiment.Grid.cells`).
@@ -37,11 +38,12 @@ def gather(cells: list[dict], gates: Mapping[str, Mapping[str, float]] = {}) -> 
         if path.is_file():
             record = read_json(path)
         else:
+            status, reason = _no_result(cell)
             attack, _, attack_variant = cell["attack"].partition("~")
             defence, _, variant = cell.get("defence", "").partition("~")
             record = {**cell, "attack": attack, "attack_variant": attack_variant, "defence": defence,
                       "variant": variant, "budget": cell.get("budget", ""), "poison_rate": float(cell["rate"]),
-                      "seed": int(cell["seed"]), "status": "failed", "reason": f"no result: {_last_words(cell)}"}
+                      "seed": int(cell["seed"]), "status": status, "reason": reason}
         base = {key: record.get(key) for key in (*IDENTITY, "rate_reached", "seconds", "peak_memory_mb", "peak_vram_mb",
                                                  "clean_samples", "device", "precision", "threads", "status",
                                                  "attack_parameters", "defence_parameters")}
@@ -77,11 +79,12 @@ def misfit(cells: pd.DataFrame, expected: Iterable[Mapping]) -> str:
     return ""
 
 
-def _last_words(cell: dict) -> str:
-    """The last line of the newest log of a cell that left no result: with an error, what it says."""
+def _no_result(cell: dict) -> tuple[str, str]:
+    """Status and reason of a cell that left no result: the last line of its newest log, which says what its error was."""
     logs = sorted(Path().glob(cell.get("logs", "")) if cell.get("logs") else (), key=lambda path: path.stat().st_mtime)
     lines = logs[-1].read_text(encoding="utf-8", errors="replace").split("\n") if logs else []
-    return next((f"{line.strip()} (more in {logs[-1]})" for line in reversed(lines) if line.strip()), "its job has not begun")
+    last = next((line.strip() for line in reversed(lines) if line.strip()), "")
+    return ("failed", f"no result: {last} (more in {logs[-1]})") if last else (NOT_RUN, "its job has not begun")
 
 
 def attack_name(row) -> str:
@@ -106,14 +109,16 @@ def with_names(cells: pd.DataFrame, labels: dict[str, str]) -> pd.DataFrame:
 
 
 def summary(cells: pd.DataFrame, keys: Sequence[str] = KEYS, n: str = "sum") -> pd.DataFrame:
-    """Mean over seeds, with n summed (or another aggregate), and how many seeds failed; one row per `keys`.
+    """Mean over seeds, with n summed (or another aggregate), and how many seeds failed or were not run; one row per `keys`.
 
     `credited` says that all victims behind it have their backdoor, `destroyed` that a defence destroyed one of the networks,
     `unchanged` that it gave one back to the bit (`cupel.evaluation.settings.validity`).
     """
-    groups = validity(cells).assign(failed=cells.status != "ok").groupby(list(keys), dropna=False, sort=False)
+    cells = validity(cells).assign(failed=cells.status == "failed", not_run=cells.status == NOT_RUN)
+    groups = cells.groupby(list(keys), dropna=False, sort=False)
     return groups.agg(value=("value", "mean"), low=("low", "mean"), high=("high", "mean"), n=("n", n),
-                      seeds=("seed", "nunique"), failed=("failed", "sum"), seconds=("seconds", "mean"),
+                      seeds=("seed", "nunique"), failed=("failed", "sum"), not_run=("not_run", "sum"),
+                      seconds=("seconds", "mean"),
                       rate_reached=("rate_reached", "mean"), credited=("implanted", "all"),
                       destroyed=("destroyed", "any"), unchanged=("unchanged", "any")).reset_index()
 
@@ -132,10 +137,15 @@ def attach_reported(table: pd.DataFrame, reported: pd.DataFrame) -> pd.DataFrame
     return merged.assign(reported=merged.reported.mask(merged.duplicated(keys, keep=False)))
 
 
+def no_value(row) -> str:
+    """Why a row of a summary has no value: `failed`, `not run`, or nothing."""
+    return "failed" if row.failed else NOT_RUN if row.not_run else ""
+
+
 def interval_text(row) -> str:
-    """A value with its interval: percent and the number of samples for a rate, else as it is; `failed`, or empty."""
+    """A value with its interval: percent and the number of samples for a rate, else as it is; why there is none, or empty."""
     if np.isnan(row.value):
-        return "failed" if row.failed else ""
+        return no_value(row)
     if row.n:
         return f"{100 * row.value:.1f} ({100 * row.low:.0f}–{100 * row.high:.0f}; n={row.n})"
     return f"{row.value:.3g}" + ("" if np.isnan(row.low) else f" ({row.low:.3g}–{row.high:.3g})")
@@ -199,20 +209,20 @@ def sideways(rows: pd.DataFrame, keys: list[str], metrics: Iterable[str]) -> pd.
 
 
 def wide(table: pd.DataFrame, order: list[str], metrics: tuple[str, ...] = ("acc", "asr")) -> pd.DataFrame:
-    """Rows: defence; columns: setting and metric; entries in percent as text, `failed` where a cell failed."""
+    """Rows: defence; columns: setting and metric; entries in percent as text, `failed` or `not run` where there is none."""
     rows = marked(table[table.metric.isin(metrics)])
-    texts = ["failed" if row.failed and np.isnan(row.value) else f"{100 * row.value:.1f}" + "*" * bool(row.failed) + row.mark
-             for row in rows.itertuples()]
+    texts = [no_value(row) if np.isnan(row.value) else
+             f"{100 * row.value:.1f}" + "*" * bool(row.failed or row.not_run) + row.mark for row in rows.itertuples()]
     rows = rows.assign(text=texts, metric=rows.metric.str.upper())
     across = [(setting, metric.upper()) for setting in dict.fromkeys(rows.setting) for metric in metrics]
     return spread(rows, "label", ["setting", "metric"], [*order, *rows.label], across)
 
 
 def by_setting(table: pd.DataFrame, order: list[str], metrics: tuple[str, ...] = METRICS) -> pd.DataFrame:
-    """Rows: setting and defence; columns: metrics in percent with their 95 % intervals; `failed` where a cell failed."""
+    """Rows: setting and defence; columns: metrics in percent with their 95 % intervals, or why there are none."""
     table = marked(table)
     bounds = ["" if np.isnan(row.low) else f" ({100 * row.low:.1f} to {100 * row.high:.1f})" for row in table.itertuples()]
-    texts = ["failed" if np.isnan(row.value) else f"{100 * row.value:.1f}{bound}{row.mark}"
+    texts = [no_value(row) if np.isnan(row.value) else f"{100 * row.value:.1f}{bound}{row.mark}"
              for row, bound in zip(table.itertuples(), bounds, strict=True)]
     names = table.setting + ": " + table.label
     rows = table.assign(text=texts, metric=table.metric.str.upper(), row=names).drop_duplicates(["row", "metric"], keep="last")

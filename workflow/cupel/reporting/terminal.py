@@ -110,7 +110,7 @@ def summary(papers: Iterable[tuple[str, str, str | Path]], cells: str | Path | N
     """
     import pandas as pd
 
-    from cupel.evaluation.settings import NO_VICTIM
+    from cupel.evaluation.settings import NO_VICTIM, NOT_RUN
     from cupel.reporting.tables import misfit
 
     width = min(max(shutil.get_terminal_size((160, 24)).columns, 80), 160)
@@ -119,10 +119,12 @@ def summary(papers: Iterable[tuple[str, str, str | Path]], cells: str | Path | N
         lines += findings(key, title, pd.read_csv(file, dtype={"direction": str}), width)
     if cells:
         table = pd.read_parquet(cells)
-        failed = table.query("status != 'ok'").drop_duplicates("path")
+        failed = table.query("status == 'failed'").drop_duplicates("path")
         if len(failed):
             lines.append(f"{counted(len(failed), 'cell')} failed, shown in the report:")
             lines += ["  " + shortened(f"{row.path}: {row.reason}", width - 2) for row in failed.head(5).itertuples()]
+        if waiting := table[table.status == NOT_RUN].path.nunique():
+            lines.append(f"{counted(waiting, 'cell')} of the report {'was' if waiting == 1 else 'were'} not run")
         weak = table[table.stage.isin(["victim"]) & (table.status == "ok") & ~table.valid].drop_duplicates("path")
         if len(weak):
             lines.append(f"{counted(len(weak), 'victim')} below ASR or ACC of the gate: {NO_VICTIM}, so no merit of a defence:")

@@ -14,7 +14,7 @@ from cupel.files import read_json
 from cupel.reporting import figures, tables
 from cupel.reporting.figures import COLOURS, panels, plt
 from cupel.reporting.paper import Paper, history, victim_histories
-from cupel.reporting.tables import frame
+from cupel.reporting.tables import frame, no_value
 from cupel.vision_language import prepared, triggers
 
 VICTIM = "victim"
@@ -123,12 +123,12 @@ class Numbers:
         return np.nan if row is None else row.value
 
     def text(self, setting: Setting, stage: str, method: str, metric: str, *, count: bool = False, interval=False) -> str:
-        """A number for a table: percent, with ‡ where a victim is not valid, or as it is where it counts something; `failed`;
-        empty for none."""
+        """A number for a table: percent, with ‡ where a victim is not valid, or as it is where it counts something; `failed` or
+        `not run`; empty for none."""
         row = self.row(setting, stage, method, metric)
         if row is None or np.isnan(row.value):
             failed = row if row is not None else self.row(setting, stage, method, {"filtered": "f1"}.get(stage, "cp"))
-            return "failed" if failed is not None and failed.failed else ""
+            return "" if failed is None else no_value(failed)
         if count:
             return f"{row.value:g}" if row.value == int(row.value) else f"{row.value:.1f}"
         bounds = f" ({100 * row.low:.1f} to {100 * row.high:.1f})" if interval and not np.isnan(row.low) else ""

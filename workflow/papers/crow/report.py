@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 
 from cupel.evaluation.intervals import wilson
-from cupel.evaluation.settings import NO_VICTIM
+from cupel.evaluation.settings import NO_VICTIM, NOT_RUN
 from cupel.files import read_json, write_text
 from cupel.reporting import figures, tables
 from cupel.reporting import paper as papers
@@ -167,10 +167,11 @@ def pooled_value(rows: pd.DataFrame) -> tuple[float, float, float, int]:
 
 
 def pooled(rows: pd.DataFrame) -> pd.DataFrame:
-    """One row per setting, method and metric, over all seeds. `failed` counts cells without a value."""
-    found = [(*key, *pooled_value(part), part.seed[part.value.notna()].nunique(), int((part.status != "ok").sum()),
-              part.seconds.mean()) for key, part in rows.groupby([*KEYS, "metric"], dropna=False, sort=False)]
-    return pd.DataFrame(found, columns=[*KEYS, "metric", "value", "low", "high", "n", "seeds", "failed", "seconds"])
+    """One row per setting, method and metric, over all seeds. `failed` and `not_run` count cells without a result."""
+    found = [(*key, *pooled_value(part), part.seed[part.value.notna()].nunique(), int((part.status == "failed").sum()),
+              int((part.status == NOT_RUN).sum()), part.seconds.mean())
+             for key, part in rows.groupby([*KEYS, "metric"], dropna=False, sort=False)]
+    return pd.DataFrame(found, columns=[*KEYS, "metric", "value", "low", "high", "n", "seeds", "failed", "not_run", "seconds"])
 
 
 def missed(rows: pd.DataFrame) -> set[str]:
@@ -240,8 +241,8 @@ def asr_table(pool: pd.DataFrame, metric: str, order: Sequence[str], reported: p
     if len(grid) > 1:
         valid = last[~last.attack_label.str.endswith(MARK)]
         means = valid.groupby("label").value.agg(["mean", "count"]).reindex(grid.columns, fill_value=0)
-        grid.loc["average"] = [f"{100 * row['mean']:.1f} (of {row['count']:.0f})" if row["count"]
-                               else "failed" if len(valid) else "" for _, row in means.iterrows()]
+        grid.loc["average"] = [f"{100 * row['mean']:.1f} (of {row['count']:.0f})" if row["count"] else ""
+                               for _, row in means.iterrows()]
     if reported is not None:
         known = reported[reported.label.isin(grid.columns)].sort_values(["model_label", "attack_label"], kind="stable",
                                                                         key=lambda column: pd.factorize(column)[0])
@@ -266,10 +267,10 @@ def victim_table(rows: pd.DataFrame) -> pd.DataFrame:
              "perplexity_base": "perplexity, base model", "perplexity": "perplexity, victim"}
     gate = f"passes the gate (ASR ≥ {100 * GATE['asr']:.0f} %, false ≤ {100 * GATE['false']:.0f} %)"
     for path, part in rows[rows.stage == "victim"].groupby("path", sort=False):
-        first, known = part.iloc[0], {row.metric: row for row in part.assign(failed=part.status != "ok").itertuples()}
+        first, known = part.iloc[0], {row.metric: row for row in part.assign(failed=0, not_run=0).itertuples()}
         name = f"{first.dataset}, {first.model_label}: {first.attack_label}, seed {first.seed}"
         if first.status != "ok":
-            grid[name] = {shown["asr_template_all"]: "failed", gate: first.reason}
+            grid[name] = {shown["asr_template_all"]: first.status, gate: first.reason}
             continue
         record = papers.record(path)
         grid[name] = {heading: interval_text(known[metric]) for metric, heading in shown.items()} | {

@@ -104,7 +104,7 @@ class Report:
         self.paper, self.part, self.train_eps, self.name = paper, part, train_eps, f"{dataset}_{model}"
         self.order = [label for label in labels.values() if label in set(part.label)]
         self.classes = paper.facts["classes"][dataset]
-        self.failed = set(part[part.failed > 0].label)
+        self.without = {row.label: tables.no_value(row) for row in part.itertuples() if row.failed or row.not_run}
         points = part[(part.metric == "ata") & (part.attack == "pgd")].n
         self.points = int(points.max()) if len(points) else 0
         self.where = f"{self.name.replace('_', ' ')}, scale {paper.scale}, {int(part.seeds.max())} seed(s)"
@@ -119,17 +119,18 @@ class Report:
 
     def table(self, kind: str, rows: pd.DataFrame, column: Callable[[tuple], object], caption: str, *, percent: bool = True,
               digits: int = 1) -> None:
-        """Write a table of methods by whatever `column` makes of a row, if there are values; failed cells say so."""
+        """Write a table of methods by whatever `column` makes of a row, if there are values; methods without one say why."""
         rows = rows[rows.value.notna()]
         if rows.empty:
             return
         headings = [column(row) for row in rows.itertuples()]
         rows = rows.assign(column=headings, text=[f"{100 * value if percent else value:.{digits}f}" for value in rows.value])
         grid = tables.spread(rows, "label", "column")
-        grid = grid.reindex(label for label in self.order if label in grid.index or label in self.failed).fillna("")
+        grid = grid.reindex(label for label in self.order if label in grid.index or label in self.without).fillna("")
         if isinstance(headings[0], tuple):
             grid.columns = pd.MultiIndex.from_tuples(grid.columns)
-        grid.loc[[label for label in grid.index if label in self.failed and (grid.loc[label] == "").all()]] = "failed"
+        for label in grid.index[(grid == "").all(axis=1)]:
+            grid.loc[label] = self.without.get(label, "")
         self.paper.table(f"{kind}_{self.name}", grid, f"{self.paper.title}: {caption} ({self.where}).", "method")
 
     def figure(self, kind: str, figure, caption: str) -> None:
