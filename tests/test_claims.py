@@ -5,16 +5,17 @@ import itertools
 import numpy as np
 import pandas as pd
 import pytest
+import yaml
 from scipy.stats import t, ttest_1samp
 
 from cupel.evaluation import agreement
 from cupel.evaluation.claims import SEEDS, judge, judge_all
 from cupel.evaluation.intervals import wilson
-from cupel.evaluation.settings import validity
+from cupel.evaluation.settings import destroyed, validity
 from cupel.evaluation.variation import least_effect, mean_effect
 from cupel.experiment import PAPERS, Grid
 from cupel.reporting.paper import load
-from cupel.settings import read_yaml
+from cupel.settings import ConfigError, read_yaml
 from tests.conftest import REPOSITORY
 
 BLANK = {"paper": "p", "stage": "purified", "dataset": "d", "model": "m", "recipe": "r", "attack": "a", "attack_variant": "",
@@ -136,6 +137,43 @@ def test_a_destroyed_network_supports_nothing():
     found = judge(CLAIM, grid(lambda *cell: (strong(*cell), 0.3) if cell[0] == "fst" and cell[1] == "a0" else strong(*cell)),
                   "demo")
     assert found.verdict == "open" and "destroyed" in found.reason
+
+
+@pytest.mark.parametrize(("metric", "worth"), [("cp", lambda acc: acc), ("perplexity", lambda acc: 9 / acc)])
+def test_models_of_other_families_are_destroyed_as_well(metric, worth):
+    """By clean performance, and by a perplexity above one and a half times the victim's."""
+    table = grid(lambda *cell: (strong(*cell), {"a0": 0.3, "a1": 0.7}[cell[1]]) if cell[0] == "fst" and cell[1] != "a2"
+                 else strong(*cell))
+    use = table.metric == "acc"
+    table = table.assign(metric=table.metric.where(~use, metric), value=table.value.where(~use, worth(table.value)))
+    gone = validity(table, {"asr": 0.8}).query("destroyed")
+    assert set(gone.attack) == {"a0"} and set(gone.defence) == {"fst"}
+    found = judge(CLAIM, table, "demo", {"asr": 0.8})
+    assert found.verdict == "open" and "destroyed: a0" in found.reason
+
+
+def test_a_record_says_whether_a_model_was_destroyed():
+    assert destroyed({"cp": 0.75}, {"cp": 0.49}) and not destroyed({"cp": 0.75, "asr": 1.0}, {"cp": 0.51, "asr": 0.0})
+    assert destroyed({"perplexity": 8.0}, {"perplexity": 12.1}) and not destroyed({"perplexity": 8.0}, {"perplexity": 11.9})
+    assert not destroyed({"perplexity": 8.0}, {"asr_template_all": 0.0})  # the defence left the weights alone
+
+
+def test_runs_that_are_not_there_are_named(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        agreement.main([str(tmp_path), str(tmp_path / "none")])
+    assert f"there is no {tmp_path}/cells.parquet" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("change", [{"a": {"defnce": "ft"}}, {"where": {"atack": "a"}}, {"pooled": ["attacks"]}])
+def test_a_column_that_is_none_is_refused_before_the_first_job(tmp_path, change):
+    content = read_yaml(PAPERS / "fst" / "claims.yaml")
+    content["claims"][0]["test"] |= change
+    (tmp_path / "fst").mkdir()
+    (tmp_path / "shared").symlink_to(PAPERS / "shared")
+    (tmp_path / "fst" / "experiment.yaml").symlink_to(PAPERS / "fst" / "experiment.yaml")
+    (tmp_path / "fst" / "claims.yaml").write_text(yaml.safe_dump(content))
+    with pytest.raises(ConfigError, match=r"claims\.0\.test.*is not allowed; allowed are stage, dataset"):
+        Grid(["fst"], "smoke", folder=tmp_path).claims("fst")
 
 
 def test_a_failed_cell_supports_nothing():

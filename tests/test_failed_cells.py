@@ -1,5 +1,7 @@
 """What a method does wrong is a failed cell with its reason, in every family; what the machine does wrong ends the job."""
 
+import shutil
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -104,6 +106,12 @@ def test_attention_that_cannot_be_read_fails_the_filters_with_its_reason(tmp_pat
     monkeypatch.setattr(entropy, "extract", full)
     with pytest.raises(OSError, match="No space"):
         look(tmp_path, shapes_data)
+
+
+def test_entropies_that_are_nowhere_finite_decide_nothing():
+    with pytest.raises(ValueError, match="no entropy of any layer is finite"):
+        filters.Evidence(np.full((4, 2), np.nan))
+    assert filters.Evidence(np.array([[np.nan, 1.0], [np.nan, 2.0]])).replaced == 2
 
 
 def test_a_filter_that_returns_no_decision_fails_alone(tmp_path, monkeypatch):
@@ -232,6 +240,20 @@ def test_a_damaged_file_ends_the_job_and_is_no_failed_cell(tmp_path, shapes_data
     for error in (NoSource("no network"), WeightsUnavailable("no network")):
         with pytest.raises(OSError, match="no network"):
             failure(error)
+
+
+def test_prepared_data_that_lack_a_file_say_how_to_make_it_again(tmp_path, shapes_data):
+    from cupel.text.models import load_model, load_tokenizer, tiny_llama
+
+    tiny_llama(tmp_path / "a model", 0)
+    (tmp_path / "a model" / "model.safetensors").unlink()
+    for read in (load_model, load_tokenizer):
+        with pytest.raises(FileNotFoundError, match=r"lacks model\.safetensors; make it again with: .* --force '.*model/man"):
+            read(tmp_path / "a model")
+    shutil.copytree(shapes_data, tmp_path / "shapes")
+    (tmp_path / "shapes" / "images.npy").unlink()
+    with pytest.raises(FileNotFoundError, match=r"lacks images\.npy; make it again"):
+        prepared.load(tmp_path / "shapes", "train")
 
 
 def test_a_plugin_that_fails_leaves_its_row_out_of_the_sheet(tmp_path, cifar10, monkeypatch):

@@ -64,3 +64,41 @@ def test_jobs_of_a_killed_run_are_ended(tmp_path):
     assert job.wait(timeout=60) == -signal.SIGKILL and not locks.holders(mark)
     second.kill()
     second.communicate()
+
+
+PREPARES = """
+import sys, time
+from cupel.locks import prepare
+prepare(sys.argv[1:])
+print("holds", flush=True)
+time.sleep(60)
+"""
+
+
+def test_two_clones_that_prepare_the_same_data(tmp_path):
+    """Each would remove what the other has made: Snakemake removes outputs before a job."""
+    first = start(PREPARES, tmp_path / "images" / "a", tmp_path / "text" / "b")
+    assert first.stdout.readline() == "holds\n"
+    second = start(PREPARES, tmp_path / "text" / "c", tmp_path / "text" / "b")
+    assert f"Another run is preparing {tmp_path}/text/b" in second.communicate(timeout=60)[0] and second.returncode
+    third = start(PREPARES, tmp_path / "text" / "c")
+    assert third.stdout.readline() == "holds\n"
+    for process in (first, third):
+        process.kill()
+        process.communicate()
+
+
+def test_a_run_that_would_prepare_what_another_prepares_ends_before_its_first_job(tmp_path):
+    from tests.test_workflow import Folder
+
+    folder = Folder(tmp_path / "clone", tmp_path / "da ta")
+    folder.set(papers=["crow"])
+    other = start(PREPARES, tmp_path / "da ta" / "text" / "synthetic")
+    assert other.stdout.readline() == "holds\n"
+    code, output = folder.run("--", "data")
+    other.kill()
+    other.communicate()
+    assert code and "Nothing was run: Another run is preparing" in output
+    assert not (tmp_path / "da ta" / "language_models" / "tiny").exists()
+    code, output = folder.run("--", "data")
+    assert code == 0 and (tmp_path / "da ta" / "text" / "synthetic" / "manifest.json").is_file(), output[-2000:]

@@ -17,14 +17,14 @@ from PIL import Image
 from torch import nn
 
 import cupel
-from cupel import files
+from cupel import cells, digest, files, locks
 from cupel.compat import ensure_torchvision
 from cupel.images import datasets
 from cupel.images.defences import DEFENCES
-from cupel.own import cli, data, grid, imports, network, run
+from cupel.own import cli, data, grid, imports, language, network, normalisations, run
 from cupel.registry import load_plugins
 from cupel.settings import ConfigError
-from cupel.training.engine import Recipe, fit
+from cupel.training.engine import Diverged, Recipe, fit
 from tests.conftest import REPOSITORY
 from tests.test_defences_resume import FEW
 from tests.test_workflow import Folder
@@ -221,7 +221,7 @@ def test_a_grid_says_what_the_command_says(case, gridded):
 def test_what_a_study_depends_on(gridded):
     before = grid.Grid("mine.yaml").study("first", "spc3", "0")
     assert grid.Grid("mine.yaml").study("first", "spc3", "0") == before and before["spc"] == 3
-    for file in ("their_net.py", "their_trigger.py", "clean.npz", "their_model.pth"):
+    for file in ("clean.npz", "their_model.pth"):
         grid.content.cache_clear()
         kept = (gridded / file).read_bytes()
         (gridded / file).write_bytes(kept + b"\n")
@@ -230,7 +230,31 @@ def test_what_a_study_depends_on(gridded):
     grid.content.cache_clear()
     asked = grid.Grid("mine.yaml")
     assert asked.study("first", "spc3", "0") == before != asked.study("first", "all", "0")
-    assert [place.rpartition("/")[2] for place in asked.code("first", "fp~few")] == ["fp.py:fp"]
+    assert [place.rpartition("/")[2] for place in asked.code("first", "fp~few")] == [
+        "their_net.py:Plain", "their_trigger.py:stamp", "fp.py:fp"]
+
+
+def test_code_of_the_user_counts_by_what_it_means(gridded, monkeypatch):
+    """Also of what it imports from files beside it, and not of what stands beside it in a file."""
+    def meant(defence="clp"):
+        monkeypatch.setattr(grid, "code_digest", (code := digest.Code(digest.Path(digest.__file__).parent).digest))
+        asked = grid.Grid("mine.yaml")
+        return code(*asked.code("first", defence)), asked.study("first", "all", "0")
+
+    (gridded / "parts.py").write_text("WIDTH = 8\n")
+    (gridded / "mine.py").write_text("from cupel.images.defences import defence\n\n\n@defence('mine')\ndef mine(victim, "
+                                     "clean, rng):\n    return victim, []\n")
+    net = "from parts import WIDTH\n" + (gridded / "their_net.py").read_text().replace("width=8", "width=WIDTH")
+    (gridded / "their_net.py").write_text(net)
+    (gridded / "mine.yaml").write_text(GRID + "plugins: [mine.py]\n")
+    before = meant()
+    (gridded / "their_net.py").write_text(net + "\n\ndef other():\n    return 1  # a comment\n")
+    (gridded / "mine.py").write_text((gridded / "mine.py").read_text().replace("[]", "[{}]"))
+    assert meant() == before
+    (gridded / "parts.py").write_text("WIDTH = 16\n")
+    assert meant() != before
+    (gridded / "their_net.py").write_text(net + "\n\nglobals()['Made'] = Plain\n")
+    assert grid.root("their_net.py:Made(8)") == "their_net.py"
 
 
 @pytest.mark.slow
@@ -264,9 +288,18 @@ def test_a_grid_under_snakemake_resumes(gridded):
     ("    target: 5", "", "models.first: a trigger was given without the label"),
     ("spc3", "few", "budgets.1: 'few' is not all, or spc and a number"),
     ("normalize", "normalise", "models.first: unknown key 'normalise'"),
-    ("  again", "  Again", "models.Again: a name has lower-case letters"),
+    ("  again", "  Again", "models.Again: a name is a text of lower-case letters"),
+    ("  again", "  1", "models.1: a name is a text"),
+    ("normalize: mnist", "normalize: nmist", "models.first.normalize: unknown normalisation 'nmist'"),
+    ("fp~few", "fp~Few", "defences: 'fp~Few' is not a defence"),
+    ("fp~few", "fp~a/b", "defences: 'fp~a/b' is not a defence"),
+    ("their_net.py:", "bad.py:", "bad.py, line 1: invalid syntax"),
+    ("budgets:", "plugins: [bad.py]\nbudgets:", "mine.yaml: plugins: bad.py, line 1: invalid syntax"),
+    ("budgets:", "plugins: [taken.py]\nbudgets:", "defence 'clp' is defined in"),
 ])
 def test_a_wrong_grid_is_refused_before_the_first_job(gridded, old, new, sentence):
+    (gridded / "bad.py").write_text("def Net(:")
+    (gridded / "taken.py").write_text("from cupel.images.defences import defence\n\n\n@defence('clp')\ndef mine(): pass\n")
     (gridded / "mine.yaml").write_text(GRID.replace(old, new))
     with pytest.raises(ConfigError, match=re.escape(sentence)):
         grid.Grid("mine.yaml")
@@ -328,11 +361,110 @@ def test_a_wrong_normalisation_stops_the_run_and_is_named(case, capsys):
     (["--normalize", "cifar"], "did you mean 'cifar10'?"),
     (["--clean", "nowhere"], "there is nothing at nowhere"),
     (["--head", "hidden"], "such are out"),
+    (["--normalize", "nan/1"], "all are finite numbers"),
+    (["--tuning", "1"], "no image is left to measure on"),
+    (["--spc", "0"], "at least one image of each class"),
+    (["--size", "0"], "at least one pixel"),
+    (["--crop", "-1"], "crop -1: it must be at least 0"),
+    (["--seed", "-1"], "seed -1: it must be at least 0"),
+    (["--set", "ft.lr=fast", "--defences", "ft"], "defences: ft: lr: 'fast' should be of type number"),
+    (["--defences", "clp~a/b"], "behind ~ stand lower-case letters"),
+    pytest.param(["--device", "cuda"], "sees no CUDA device; use auto or cpu",
+                 marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is one")),
 ])
 def test_what_is_wrong_is_said_in_a_sentence(case, capsys, change, sentence):
     assert cli.main(case.command(*change, out="none")) == 2
     said = capsys.readouterr().err.strip().splitlines()[-1]
     assert said.startswith("cupel: ") and sentence in said
+
+
+@pytest.mark.parametrize("code, sentence", [
+    ("def Net(:", "their_bad.py cannot be executed: SyntaxError"),
+    ("import nowhere_to_be_found", "their_bad.py cannot be executed: ModuleNotFoundError"),
+    ("def Net(depth): pass", "their_bad.py:Net cannot be called: TypeError"),
+])
+def test_code_of_the_user_that_fails_is_named(case, capsys, code, sentence):
+    (case.folder / "their_bad.py").write_text(code)
+    assert cli.main(case.command("--arch", f"{case.folder}/their_bad.py:Net", out="none")) == 2
+    said = capsys.readouterr().err.strip().splitlines()[-1]
+    assert said.startswith("cupel: ") and sentence in said
+
+
+def test_a_value_that_is_no_yaml_is_said(case, capsys):
+    with pytest.raises(SystemExit):
+        cli.main(case.command("--set", "clp.u={a"))
+    assert "is no value of YAML" in capsys.readouterr().err
+
+
+def test_a_network_that_is_not_finite_is_said_to_be_so(case):
+    broken = module(case.net).Plain()
+    broken.out.weight.data[3, 2] = torch.nan
+    with pytest.raises(ValueError, match=r"not all finite numbers, first out\.weight"):
+        network.wrap(broken, torch.rand(2, 1, 28, 28), (0.0,), (1.0,))
+    with pytest.raises(ValueError, match="standard deviations are positive"):
+        network.wrap(case.network, torch.rand(2, 1, 28, 28), (0.0,), (0.0,))
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), MemoryError("none is left"),
+                                   RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried")])
+def test_what_the_machine_lacks_ends_the_run_and_is_no_row(case, gridded, monkeypatch, capsys, error):
+    def lacking(*given, **more):
+        raise error
+
+    monkeypatch.setattr(run, "defend", lacking)
+    assert cli.main(case.command("--defences", "clp,fp", "--evidence", "none", out="full")) == 2
+    assert capsys.readouterr().err.strip().splitlines()[-1] == f"cupel: {error}"
+    assert not (case.folder / "full" / "results.csv").exists()
+    spec = grid.Grid("mine.yaml").study("first", "spc3", "0")
+    cells.write_tensors(gridded / "out" / "reversed.npz", {})
+    monkeypatch.setattr(grid, "opened", lambda study, device: (run.Study(case.network, *case.test), None))
+    with pytest.raises(type(error)):
+        grid.purify(spec, ("clp", {}), gridded / "out", "cpu")
+    assert not (gridded / "out" / "rows").exists()
+    monkeypatch.setitem(run.look.METHODS, "nc", lacking)
+    assert cli.main(case.command("--defences", "clp", "--evidence", "nc", out="full")) == 2
+
+
+def test_two_commands_do_not_write_to_one_folder(case, capsys, monkeypatch):
+    """Each removed the other's folder of work."""
+    with locks.alone(case.folder / "twice"):
+        assert cli.main(case.command("--defences", "clp", "--evidence", "none", out="twice")) == 2
+    assert "another run writes to" in capsys.readouterr().err and not list((case.folder / "twice").iterdir())
+    assert cli.main(case.command("--defences", "clp", "--evidence", "none", out="twice")) == 0
+
+
+def test_a_file_in_the_place_of_the_folder_is_said_before_the_work(case, capsys, monkeypatch):
+    monkeypatch.setattr(run.Study, "run", None)
+    assert cli.main(case.command("--defences", "clp", out="clean.npz")) == 2
+    assert "File exists" in capsys.readouterr().err
+
+
+def test_a_language_model_is_tuned_again_when_what_it_is_tuned_with_has_changed(tmp_path):
+    from cupel.text.models import tiny_llama
+
+    tiny_llama(tmp_path / "model", 0)
+    (tmp_path / "clean.jsonl").write_text('{"instruction": "Say yes", "output": "yes"}\n' * 4)
+
+    def tuned(**more):
+        language.purify(str(tmp_path / "model"), tmp_path / "clean.jsonl", tmp_path / "out", tokens=2, device="cpu",
+                        **{"defences": ["finetune"], **more})
+        return len(pd.read_csv(tmp_path / "out" / "finetune" / "history.csv"))
+
+    few = {"epochs": 1, "batch_size": 4}
+    assert [tuned(settings={"finetune": {**few, "epochs": number}}) for number in (1, 3)] == [1, 3]
+    assert not (tmp_path / "out" / "work").exists() and (tmp_path / "out" / "finetune" / "model").is_dir()
+    for settings, words in (({"finetune": {"epochs": "many"}}, "of type integer"), ({"crow": {}}, "not among the defences")):
+        with pytest.raises(ValueError, match=words):
+            tuned(settings=settings)
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file(tmp_path / "model" / "model.safetensors")
+    save_file({key: value * torch.nan for key, value in weights.items()}, tmp_path / "model" / "model.safetensors",
+              {"format": "pt"})
+    with pytest.raises(Diverged, match="not all finite"):
+        tuned(settings={"finetune": few})
+    with pytest.raises(OSError, match=r"no folder that is there, and no name of the hub"):
+        language.purify("./nowhere", tmp_path / "clean.jsonl", tmp_path / "out")
 
 
 def test_checkpoints_in_the_forms_in_which_people_leave_them(case, tmp_path):
@@ -507,7 +639,7 @@ def test_the_ten_lines_of_the_page_run_as_they_stand(tmp_path):
         Image.fromarray(image).save(tmp_path / "pictures" / str(label) / f"{number}.png")
     torch.manual_seed(0)
     theirs = module(tmp_path / "resnet.py").ResNet18()
-    wrapped = network.wrap(theirs, torch.rand(2, 3, 16, 16), *network.NORMALISATIONS["cifar10"])
+    wrapped = network.wrap(theirs, torch.rand(2, 3, 16, 16), *normalisations.NORMALISATIONS["cifar10"])
     fit(wrapped, images, labels, Recipe(epochs=8, lr=0.05, crop=0, flip=False, schedule="constant", batch_size=20), seed=0)
     torch.save(theirs.state_dict(), tmp_path / "model.pth")
     lines = re.search(r"```bash\n(.*?)```", (REPOSITORY / "docs" / "your-model.md").read_text(), re.DOTALL)[1].splitlines()

@@ -47,6 +47,13 @@ def test_jobs_are_those_of_snakemake(folder, graph):
     assert not next(job for job in graph[0] if job.rule == "poison").gpu
 
 
+def test_what_reads_arrays_asks_for_them(graph):
+    """They may have been deleted to save room, with their manifest left."""
+    for rule in ("feature_maps", "contact_sheet", "poison", "purify"):
+        job = next(job for job in graph[0] if job.rule == rule)
+        assert "prepare_images" in {graph[0][place].rule for place in job.after}, rule
+
+
 def test_benchmark_files_are_found(folder, graph, monkeypatch):
     monkeypatch.chdir(folder.path)
     victim, purify = (next(job for job in graph[0] if job.rule == rule) for rule in ("train_victim", "purify"))

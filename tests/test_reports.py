@@ -4,11 +4,13 @@ import ast
 import copy
 import dataclasses
 import re
+import shlex
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+import yaml
 
 from cupel.evaluation.claims import COLUMNS, judge_all
 from cupel.evaluation.intervals import wilson
@@ -20,6 +22,7 @@ from cupel.images.defences import Budget
 from cupel.paths import Paths
 from cupel.reporting import images
 from cupel.reporting.cross import cross_table, heat_map, write_cross
+from cupel.reporting.index import command
 from cupel.reporting.notebook import write_card
 from cupel.reporting.paper import Paper, load, read_reported, write_report
 from cupel.reporting.paperpage import paper_section
@@ -372,6 +375,19 @@ def code_of(path):
     return ast.unparse(tree)
 
 
+def test_the_command_on_a_page_can_be_pasted_into_a_shell():
+    config = {"scale": "demo", "papers": ["fst", "ims"], "seeds": None, "device": "auto", "results": "res ül't",
+              "plugins": ["my pl'ug.py"],
+              "data": {"folder": "/da ta", "sources": ["official", "hub", "package", "mirror"], "mirror": None, "cache": None}}
+    words = shlex.split(command(config, "crate"))
+    assert words[:5] == ["snakemake", "--cores", "all", "crate", "--config"]
+    found = dict(word.split("=", 1) for word in words[5:])
+    assert found.pop("results") == "res ül't" and {key: yaml.safe_load(text) for key, text in found.items()} == {
+        "scale": "demo", "papers": ["fst", "ims"], "plugins": ["my pl'ug.py"], "data": {"folder": "/da ta"}}
+    assert command({"scale": "demo", "papers": ["fst"], "data": {"folder": "data"}}) == (
+        "snakemake --cores all --config scale=demo 'papers=[fst]'")
+
+
 def test_shared_code_names_no_paper():
     keys = [folder.name for folder in PAPERS.iterdir() if (folder / "claims.yaml").is_file()]
     assert set(keys) >= set(KEYS)
@@ -533,7 +549,7 @@ def test_tables_of_crow(reports):
     grid = table(paper, "asr_template_all_negsentiment_small")
     assert list(grid.index) == ["BadNets", "VPI †", "average"]
     assert grid.loc["BadNets", "CROW"].startswith("10.0 (") and grid.loc["BadNets", "CROW"].endswith("n=80)")
-    assert grid.loc["average", "no defence"] == "100.0 (2 attacks)"
+    assert grid.loc["average", "no defence"] == "100.0 (of 1)"  # VPI has no valid victim
     bare = table(paper, "asr_bare_negsentiment_small")
     assert bare.loc["paper, Llama-2-7B-Chat: BadNets", "CROW"] == "0.53"
     assert list(table(paper, "victims").iloc[:, -1]) == ["yes", "yes", "no †", "no †"]
@@ -554,6 +570,43 @@ def test_tables_of_crow(reports):
     found = list(paper.captions)
     assert found[0] == "two_by_two_small" and {"asr_small", "trade_off_small", "layers_small", "losses_small",
                                                "alpha_small"} <= set(found)
+
+
+def language_cells(folder, number, *methods):
+    """Cells of BadNets, one for each method, in folders that end with a number."""
+    for method in methods:
+        place = folder / f"{method or 'victim'}{number}"
+        (place / "answers").mkdir(parents=True)
+        language_cell(place, method, "badnets", 0)
+        yield {"paper": "crow", "folder": str(place)}
+
+
+@pytest.mark.parametrize(("column", "values", "names"), [
+    ("recipe", ("crow", "repaired"), ("BadNets, crow", "BadNets, repaired")),
+    ("poison_rate", (0.5, 0.05), ("BadNets, 50 %", "BadNets, 5 %"))])
+def test_recipes_and_rates_of_language_models_are_told_apart(tmp_path, column, values, names):
+    report, labels = load(report_file("crow")), LANGUAGE
+    table = gather([*language_cells(tmp_path, 0, "", "crow"), *language_cells(tmp_path, 1, "", "crow")])
+    second = table.path.str.endswith("1")
+    table[column] = np.where(second, values[1], values[0])
+    table.loc[second, "value"] = table.value[second] / 2
+    pool = report.pooled(report.prepared(table, labels["defences"], labels["attacks"], labels["models"]))
+    grid = report.asr_table(pool, "asr_template_all", ["no defence", "CROW"])
+    assert list(grid.index) == [*names, "average"]
+    assert [text.partition(" ")[0] for text in grid["no defence"]] == ["100.0", "50.0", "75.0"]
+    report.switch_table(pool.assign(method=pool.method.replace("victim", "finetune")))
+
+
+def test_budgets_of_language_models_are_told_apart(tmp_path):
+    report, labels = load(report_file("crow")), LANGUAGE
+    table = gather([*language_cells(tmp_path, 0, "", "crow"), *language_cells(tmp_path, 2, "crow")])
+    second = table.path.str.endswith("2")
+    table["budget"] = np.where(table.stage == "victim", "", np.where(second, "alpaca20", "alpaca100"))
+    table.loc[second, "value"] = 0.9
+    rows = report.prepared(table, labels["defences"], labels["attacks"], labels["models"])
+    grid = report.asr_table(report.pooled(rows), "asr_template_all", report.ordered(rows, labels["defences"]))
+    said = {label: text.partition(" ")[0] for label, text in grid.loc["BadNets"].items()}
+    assert said == {"no defence": "100.0", "CROW, alpaca100": "10.0", "CROW, alpaca20": "90.0"}
 
 
 def test_loss_and_rate_are_drawn_at_equal_updates(reports):
@@ -655,6 +708,28 @@ def test_released_networks_make_a_table(tmp_path):
     assert (tmp_path / "ata.png").stat().st_size > 1000 and "not numbers of the paper" in (tmp_path / "table.md").read_text()
 
 
+def test_one_released_network_that_cannot_be_measured_is_said_and_supports_nothing(tmp_path):
+    from cupel.robust.measure import attack_released
+
+    rows = [measured("pgd", "eps=0", 0.98), measured("pgd", "eps=0.3 steps=200", 0.82), measured("pgd", "", 0.82, "ata_train"),
+            measured("aai", "eps=0.3", 0.4, "tau", 0)]
+    (tmp_path / "net.pkl").write_bytes(b"no network")
+    attack_released({"settings": {}, "train_eps": 0.3}, str(tmp_path / "net.pkl"), "data", tmp_path / "int.json", "cpu")
+    for method in ("normal", "adv"):
+        write_json(tmp_path / f"{method}.json", {"status": "ok", "rows": rows})
+    report, records = load(report_file(PI)), {m: tmp_path / f"{m}.json" for m in ("normal", "adv", "int")}
+    names = {"normal": "Normal", "adv": "Adv", "int": "Int"}
+    report.report_released(records, names, tmp_path / "table.csv", tmp_path / "ata.png")
+    grid = pd.read_csv(tmp_path / "table.csv", index_col=0, dtype=str)
+    assert grid.loc["Int"].tolist() == ["failed"] * 3 and grid.loc["Adv"].tolist() == ["0.980", "0.820", "0.400"]
+    assert "Int failed: NotReleased" in (tmp_path / "table.md").read_text()
+    report.judge_released(read_yaml(PAPERS / PI / "claims.yaml"), records, tmp_path / "claims.csv", "desk")
+    said = pd.read_csv(tmp_path / "claims.csv", index_col=0).iloc[:, 1]
+    assert said["robust-without-adversarial-loss"] == "not judged"
+    with pytest.raises(ValueError, match="no network could be measured: Int: NotReleased"):
+        report.report_released({"int": tmp_path / "int.json"}, names, tmp_path / "table.csv", tmp_path / "ata.png")
+
+
 def test_claims_are_judged_on_released_networks_beside_ours(tmp_path):
     """The authors' networks have one training each: indicated at most; what is not there is not judged."""
     for method, accuracy in (("normal", 0.0), ("adv", 0.9), ("int", 0.8)):
@@ -702,6 +777,29 @@ def test_inside_ims_is_drawn_with_its_numbers(tmp_path):
     out = {name: tmp_path / f"{name}.svg" for name in ("masks", "gallery")}
     inside.draw({}, {"metrics": str(tmp_path / "metrics.json")}, out, "cpu")
     assert pd.read_csv(tmp_path / "masks.csv").failed.tolist() == ["Diverged"] and "failed" in out["gallery"].read_text()
+
+
+def test_ims_on_a_clean_victim_can_be_looked_into(tmp_path, cifar10, monkeypatch):
+    from cupel.images.experiment import CLEAN
+
+    network = stages.models.build("preactresnet18", num_classes=10, width=8, stem_stride=2, seed=0)
+    stages.models.save(network, tmp_path / "model.safetensors")
+    layers = [name for name, part in network.named_modules() if isinstance(part, torch.nn.Conv2d)]
+    draw = np.random.default_rng(0)
+    kept = {f"{kind}:{name}": draw.random(network.get_submodule(name).out_channels, np.float32)
+            for name in layers for kind in "ams"}
+    stages.write_tensors(tmp_path / "details.npz", kept)
+    stages.write_tensors(tmp_path / "trigger.npz", {})
+    stages.write_history(tmp_path / "history.csv", [{"stage": 1, "flip_rate": 0.1, "pruned": 0.5}] * 2)
+    write_json(tmp_path / "metrics.json", {"status": "ok"})
+    spec = {"dataset": cifar10.name, "attack": CLEAN, "seed": 0, "settings": {"train_size": 100}}
+    run = {"spec": spec, "data": str(cifar10.parent),
+           "defence": {"settings": {"steps_perturb": 1}, "budget": {"name": "spc2", "kind": "spc", "spc": 2}}}
+    inputs = {name: tmp_path / file for name, file in (
+        ("metrics", "metrics.json"), ("victim", "model.safetensors"), ("trigger", "trigger.npz"))}
+    out = {name: tmp_path / f"{name}.svg" for name in ("masks", "gallery")}
+    load(PAPERS / "ims" / "inside.py").draw(run, inputs, out, "cpu")
+    assert (pd.read_csv(tmp_path / "gallery.csv").largest_change_of_trigger == 0).all()
 
 
 # ------------------------------------------------------------------------------------------------------------------- BYE

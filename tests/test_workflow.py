@@ -297,7 +297,9 @@ def test_a_failed_cell_does_not_stop_the_report(finished, tmp_path):
      ["config.yaml: scale: 'smok' is not allowed", "smoke, demo, desk, bench, paper"]),
     ("workflow/papers/fst/experiment.yaml", "defences: [ft, fst]}", "defences: [ft, fts]}", ["unknown defence 'fts'", "fst"]),
     ("workflow/papers/fst/claims.yaml", "statement:", "statment:", ["claims.yaml: claims.0: unknown key 'statment'"]),
-], ids=["config", "experiment", "claims"])
+    ("config.yaml", "scale: smoke", "scale: smoke\nresults: o{u}t",
+     ["config.yaml: results: 'o{u}t' is not a path without { and }"]),
+], ids=["config", "experiment", "claims", "path"])
 def test_wrong_settings_are_refused_before_any_job(tmp_path, file, old, new, texts):
     folder = Folder(tmp_path / "wrong", tmp_path / "data")
     folder.edit(file, old, new)
@@ -306,6 +308,41 @@ def test_wrong_settings_are_refused_before_any_job(tmp_path, file, old, new, tex
     for text in texts:
         assert text in output, output[-2000:]
     assert not (folder.path / "results").exists()
+
+
+def test_folders_are_what_people_mean(tmp_path):
+    """A slash at the end is none in a path, and ~ is the home folder."""
+    folder = Folder(tmp_path / "clone", tmp_path / "data")
+    folder.set(papers=["fst"], results="out/", data={"folder": "~/data/"})
+    code, output = folder.run("-n", "--", "out/smoke/index.html", str(Path.home() / "data/images/cifar10/manifest.json"))
+    assert code == 0, output[-2000:]
+    folder.set(results="config.yaml")
+    code, output = folder.run("-n")
+    assert code and "config.yaml: results: config.yaml is a file" in output
+
+
+def test_released_networks_count_by_content(tmp_path, mnist):
+    folder = Folder(tmp_path / "clone", mnist.parents[1].resolve())
+    file = tmp_path / "net works" / "mnist_smallgap_int_100.pkl"
+    file.parent.mkdir()
+    file.write_text("no network")
+    folder.set(papers=["proper_interpretability"], released_weights=str(file.parent))
+    record = "results/smoke/robust/released_weights/int.json"
+    code, output = folder.run("--", record)
+    assert code == 0 and "is no pickle" in json.loads((folder.path / record).read_text())["reason"], output[-2000:]
+    os.utime(file)
+    assert "Nothing to be done" in folder.run("-n", "--", record)[1]
+    file.write_text("another")
+    os.utime(file, (0, 0))
+    assert "attack_released" in jobs(folder.run("-n", "--", record)[1])
+
+
+def test_ims_on_a_clean_victim_can_be_looked_into_by_its_path(tmp_path):
+    folder = Folder(tmp_path / "clone", tmp_path / "data")
+    folder.set(papers=["ims"])
+    place = "results/smoke/images/purified/cifar10/preactresnet18/fst/clean@0/seed0/ims@heldout/masks.svg"
+    code, output = folder.run("-n", "--", place)
+    assert code == 0 and "inside" in output, output[-2000:]
 
 
 def test_all_defences_of_a_victim_in_one_job(finished, tmp_path):

@@ -21,13 +21,13 @@ def snapshot(repository: str, revision: str | None, files: Sequence[str], left_o
         ModelUnavailable: the hub is out of reach and its cache lacks the model, or it gives no access, or knows no such model.
     """
     from huggingface_hub import HfApi, constants, snapshot_download
-    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
+    from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
 
     where, said = f"{repository}{f' at {revision}' if revision else ''}", None
     try:
         try:
             said = HfApi().model_info(repository, revision=revision, files_metadata=True, timeout=15)
-        except (GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError):
+        except (GatedRepoError, HFValidationError, RepositoryNotFoundError, RevisionNotFoundError):
             raise
         except Exception as error:  # no network, switched off, broken: what its cache holds may be enough
             reason = "it is switched off by HF_HUB_OFFLINE" if constants.HF_HUB_OFFLINE else type(error).__name__
@@ -37,6 +37,8 @@ def snapshot(repository: str, revision: str | None, files: Sequence[str], left_o
         raise ModelUnavailable(
             f"{repository} is gated: accept its licence on its hub page with your account, make a read token there, and "
             "give it as the environment variable HF_TOKEN or by `hf auth login`; then run the same command again") from None
+    except HFValidationError:
+        raise ModelUnavailable(f"{repository!r} is no folder that is there, and no name of the hub, owner/name") from None
     except RevisionNotFoundError:
         raise ModelUnavailable(f"{repository} has no revision {revision!r}") from None
     except RepositoryNotFoundError:

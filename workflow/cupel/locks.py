@@ -8,7 +8,7 @@ import contextlib
 import fcntl
 import os
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 #: variable by which jobs know the file that they hold open while they work
@@ -46,6 +46,46 @@ def hold(results: str | Path, say: Callable[[str], None]) -> None:
                 + (f"those of this machine are ended ({', '.join(map(str, here))}), they will go on from their checkpoints"
                    if here else "waiting for them; they are on another machine or of another user"))
             fcntl.flock(jobs, fcntl.LOCK_EX)
+
+
+def prepare(folders: Iterable[str | Path]) -> None:
+    """Lock folders of data that this run will prepare, for the rest of this process: several clones may share them.
+
+    Raises:
+        RuntimeError: another run prepares one of them, and each would remove what the other has made.
+    """
+    for folder in map(Path, folders):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        _held.append(os.open(folder.parent / f".{folder.name}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC))
+        try:
+            fcntl.flock(_held[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise RuntimeError(f"Another run is preparing {folder}: run the same command again when {folder}/manifest.json is "
+                               "there.") from None
+        except OSError:  # a file system without locks, of which `hold` has told
+            pass
+
+
+@contextlib.contextmanager
+def alone(folder: str | Path) -> Iterator[None]:
+    """In here no other process that asks writes to a folder, which is made.
+
+    Raises:
+        BlockingIOError: another does.
+    """
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    handle = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(handle)
+        raise BlockingIOError(f"another run writes to {folder}: wait for it, or write to another folder") from None
+    except OSError:  # a file system without locks
+        pass
+    try:
+        yield
+    finally:
+        os.close(handle)
 
 
 def holders(path: str | Path) -> list[int]:

@@ -7,6 +7,7 @@ sha256 of their content. The manifest goes first and comes last: a folder withou
 import functools
 import json
 import os
+import shlex
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -42,6 +43,17 @@ def opened(folder: str | Path, kind: str = "dataset") -> Path:
     if not (Path(folder) / "manifest.json").is_file():
         raise FileNotFoundError(f"{folder} is no prepared {kind}; make it with: snakemake --cores 1 {folder}/manifest.json")
     return Path(folder)
+
+
+def complete(folder: str | Path, names: Iterable[str]) -> None:
+    """Check that a folder still has what its manifest tells of.
+
+    Raises:
+        FileNotFoundError: it lacks something; the text says how to make it again, upon which nothing is trained again.
+    """
+    if lacking := [name for name in names if not (Path(folder) / name).exists()]:
+        raise FileNotFoundError(f"{folder} lacks {', '.join(lacking)}; make it again with: "
+                                f"snakemake --cores 1 --force {shlex.quote(f'{folder}/manifest.json')}")
 
 
 def content(folder: str | Path) -> dict | None:

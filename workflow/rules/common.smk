@@ -54,6 +54,10 @@ def targets():
 config.update(typed(config, schema("config")))
 checked(check_schema)(config, schema("config"), "config.yaml")
 validate(config, "../schemas/config.schema.yaml")  # fills in the defaults
+for part, key, name in ((config, "results", "results"), (config["data"], "folder", "data.folder")):
+    part[key] = os.path.normpath(os.path.expanduser(part[key]))  # `out/` is `out`, and `~` no folder of that name
+    if os.path.isfile(part[key]):
+        raise WorkflowError(f"The configuration is wrong; nothing was run.\nconfig.yaml: {name}: {part[key]} is a file")
 TARGETS = targets()
 if papers := [name for name in TARGETS if name != "zoo" and (PAPERS / name / "experiment.yaml").is_file()]:
     # a paper asked for by name is run whether or not it stands in `papers`, and alone; jobs on a cluster are told so
@@ -103,7 +107,9 @@ def before_the_first_job():
         if workflow.local_exec and (said := devices.check(config["device"])):
             logger.warning(said)
         locks.hold(config["results"], logger.warning)
-    except RuntimeError as error:
+        made = (Path(file) for job in workflow.dag.needrun_jobs() for file in job.output if "manifest" in file)
+        locks.prepare(sorted({file.parent for file in made if file.name == "manifest.json" and file.is_relative_to(DATA)}))
+    except (RuntimeError, OSError) as error:
         raise WorkflowError(f"Nothing was run: {error}") from None
 
 

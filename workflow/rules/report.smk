@@ -70,6 +70,7 @@ rule feature_maps:
         lambda wildcards: [
             panel[key] for panel in feature_figure(wildcards.paper)["spec"]["panels"] for key in ("model", "trigger")
         ],
+        ancient(lambda wildcards: image_files({"dataset": Path(feature_figure(wildcards.paper)["folder"]).name})),
     output:
         figure=report(
             f"{PAPER}/features.svg", caption="../captions/features.rst", category="{paper}", labels={"what": "features"}

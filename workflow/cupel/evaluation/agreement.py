@@ -65,6 +65,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("runs", nargs=2, type=Path, help="folders with cells.parquet and claims.csv")
     parser.add_argument("--out", type=Path, default=Path("."), help="folder for the page and its tables")
     asked = parser.parse_args(arguments)
+    files = [run / name for run in asked.runs for name in ("cells.parquet", "claims.csv")]
+    if missing := [str(file) for file in files if not file.is_file()]:
+        parser.error(f"there is no {', '.join(missing)}; a run is named by its folder of a scale, such as results/demo")
     from cupel.reporting.compare import write_comparison  # which rests on this module
 
     tables, cells, verdicts = write_comparison(asked.runs, asked.out)

@@ -14,10 +14,19 @@ VICTIM = ["dataset", "model", "recipe", "attack", "attack_variant", "poison_rate
 SETTING = [*VICTIM, "budget"]
 #: a victim with less of one of these has no backdoor to remove, or is no classifier; what was not measured says nothing
 GATE = {"asr": 0.8, "acc": 0.2}
+#: what tells that a purified model is of use, one metric for each family: accuracy, clean performance, and the inverse of the
+#: perplexity, which is the mean probability of a held-out token. Robust training has no victim that a defence could destroy
+USE = {"acc": 1, "cp": 1, "perplexity": -1}
 #: what readers are told of its cells. Their numbers are numbers, so their status is ok; they are in no mean and no verdict
 NO_VICTIM = "no valid victim"
 #: status of a cell that a report asks for and whose job has not begun
 NOT_RUN = "not run"
+
+
+def destroyed(before: Mapping, after: Mapping) -> bool:
+    """Whether a purified model keeps less than `KEPT` of its victim's use; of flat records."""
+    return any(after[name] ** sign < KEPT * before[name] ** sign for name, sign in USE.items()
+               if name in before and name in after)
 
 
 def validity(cells: pd.DataFrame, gate: Mapping[str, float] | None = None) -> pd.DataFrame:
@@ -25,7 +34,7 @@ def validity(cells: pd.DataFrame, gate: Mapping[str, float] | None = None) -> pd
 
     `implanted`: the row's victim was trained and reaches `gate`; True where no victim of its setting and seed is known.
     A victim without poison need not reach a gate on triggered samples. `destroyed`: a purified model with less than `KEPT`
-    of its victim's ACC. `unchanged`: one that is its victim to the bit; False in tables that do not know it.
+    of its victim's use (`USE`). `unchanged`: one that is its victim to the bit; False in tables that do not know it.
 
     Args:
         cells: the tidy table (`cupel.reporting.tables.gather`).
@@ -33,15 +42,17 @@ def validity(cells: pd.DataFrame, gate: Mapping[str, float] | None = None) -> pd
     """
     known, gate = gate is None and "valid" in cells, gate or GATE
     keys = [*VICTIM, "seed"]
-    rows = cells[cells.metric.isin([*gate, "acc"])]
+    rows = cells[cells.metric.isin([*gate, *USE])]
     victims = rows[rows.stage == "victim"].assign(
         lowest=lambda found: found.metric.map(gate).astype(float)).query("poison_rate > 0 or metric == 'acc'")
     victims = victims.assign(below=victims.lowest.notna() & ((victims.status == "failed") | (victims.value < victims.lowest)))
     found = victims.groupby(keys, as_index=False).agg(below=("below", "any"))
-    before = victims[victims.metric == "acc"].drop_duplicates(keys)[[*keys, "value"]].rename(columns={"value": "acc_victim"})
-    after = rows[(rows.stage == "purified") & (rows.metric == "acc")].merge(before, on=keys)
-    destroyed = set(after.path[after.value < KEPT * after.acc_victim.astype(float)])
+    before = rows[(rows.stage == "victim") & rows.metric.isin(USE)].drop_duplicates([*keys, "metric"])
+    after = rows[rows.stage == "purified"].merge(before[[*keys, "metric", "value"]], on=[*keys, "metric"],
+                                                 suffixes=("", "_before"))
+    sign = after.metric.map(USE).astype(float)
+    gone = set(after.path[after.value.astype(float) ** sign < KEPT * after.value_before.astype(float) ** sign])
     below = cells[keys].merge(found, how="left", on=keys).below.to_numpy()
     unchanged = cells.unchanged == True if "unchanged" in cells else False  # noqa: E712 (NaN: a failed cell)
     implanted = cells.valid if known else below != True  # noqa: E712 (NaN: no victim is known)
-    return cells.assign(implanted=implanted, destroyed=cells.path.isin(destroyed), unchanged=unchanged)
+    return cells.assign(implanted=implanted, destroyed=cells.path.isin(gone), unchanged=unchanged)

@@ -2,6 +2,7 @@
 
     network   the wrapper that defences see, its parts found in one pass
     imports   architectures by name or file, checkpoints in their authors' form
+    normalisations  what is done to pixels before the network
     data      clean images from folders, arrays, prepared data sets
     evidence  what can be seen without the trigger
     language  a language model: adapters and answers
@@ -14,3 +15,16 @@
 USUAL = ("clp", "bnp", "rnp", "fst", "ims")
 #: what is measured, for people
 LABELS = {"acc": "ACC", "agreement": "agreement", "asr": "ASR", "ra": "RA", "reversed": "reversed trigger"}
+
+
+def device_of(asked: str) -> str:
+    """`cpu` or `cuda`, as a user asks for it, or `auto`.
+
+    Raises:
+        ValueError: `cuda` where torch sees none.
+    """
+    import torch
+
+    if asked == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device cuda is asked for, but torch {torch.__version__} sees no CUDA device; use auto or cpu")
+    return asked if asked != "auto" else "cuda" if torch.cuda.is_available() else "cpu"

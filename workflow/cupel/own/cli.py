@@ -1,10 +1,11 @@
 """The command `cupel`, also as `python -m cupel`."""
 
 import argparse
+import shlex
 import sys
 
 from cupel import __version__
-from cupel.hub import ModelUnavailable
+from cupel.cells import MACHINE_ERRORS, MACHINE_WORDS
 from cupel.own import LABELS, USUAL
 
 MAIN = """Defences against backdoors in neural networks, for a model of yours.
@@ -39,7 +40,10 @@ def pairs(text: str) -> tuple[str, str, object]:
     defence, dot, key = name.partition(".")
     if not (equals and dot and key):
         raise argparse.ArgumentTypeError(f"{text!r} is not of the form defence.name=value, such as fst.alpha=0.001")
-    value = yaml.safe_load(value)
+    try:
+        value = yaml.safe_load(value)
+    except yaml.YAMLError:
+        raise argparse.ArgumentTypeError(f"{text!r}: what stands behind = is no value of YAML") from None
     try:  # YAML reads 1e-3 as text
         return defence, key, float(value) if isinstance(value, str) else value
     except ValueError:
@@ -121,9 +125,9 @@ def purify_language(given: argparse.Namespace) -> None:
     """Do what the command line says with a language model, and print the answers."""
     from cupel.own import language
 
+    defences = language.USUAL if given.defences is None else given.defences
     rows = language.purify(given.language, given.clean, given.out, probes=given.probes, adapter=given.adapter,
-                           defences=given.defences or language.USUAL, settings=hyperparameters(given), seed=given.seed,
-                           device=given.device)
+                           defences=defences, settings=hyperparameters(given), seed=given.seed, device=given.device)
     print(f"{language.told(rows)}\nAdapters are in {given.out}/<defence>/model, these answers in {given.out}/answers.md")
 
 
@@ -136,11 +140,12 @@ def purify(given: argparse.Namespace):
     if not given.checkpoint:
         raise ValueError("MODEL is missing: cupel purify --help")
     if given.checkpoint.endswith((".yaml", ".yml")):
-        raise ValueError(f"a grid is run by: snakemake --cores all --config own={given.checkpoint} -- own")
+        raise ValueError(f"a grid is run by: snakemake --cores all --config {shlex.quote(f'own={given.checkpoint}')} -- own")
     load_plugins(given.plugin)
     network, study, write = opened(vars(given))
-    return run(*network, defences=given.defences or USUAL, settings=hyperparameters(given), evidence=given.evidence,
-               out=given.out, write=write, spc=given.spc, seed=given.seed, device=given.device, **study)
+    defences = USUAL if given.defences is None else given.defences
+    return run(*network, defences=defences, settings=hyperparameters(given), evidence=given.evidence, out=given.out,
+               write=write, spc=given.spc, seed=given.seed, device=given.device, **study)
 
 
 def show(report) -> None:
@@ -157,7 +162,8 @@ def show(report) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command; the exit code is 0, or 2 where something is wrong with what was given."""
+    """Run the command; the exit code is 0, or 2 where something is wrong with what was given, or where the machine lacks
+    something."""
     given = parser().parse_args(arguments)
     try:
         if given.command == "purify" and given.language:
@@ -171,7 +177,10 @@ def main(arguments: list[str] | None = None) -> int:
                 print(f"{name:12} {(function.__doc__ or '').strip().splitlines()[0]}")
         else:
             parser().print_help()
-    except (ValueError, OSError, ImportError, ModelUnavailable) as error:
+    except Exception as error:
+        known = (ValueError, ArithmeticError, ImportError, *MACHINE_ERRORS)
+        if not (isinstance(error, known) or MACHINE_WORDS.search(str(error))):
+            raise
         print(f"cupel: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -132,6 +132,8 @@ def read(source: str | Path, channels: int = 3, size: int | None = None) -> Data
         ValueError: it is none of these, or does not hold what is needed.
     """
     path = Path(source)
+    if size is not None and size < 1:
+        raise ValueError(f"size {size}: a picture has at least one pixel")
     if path.is_dir():
         if not (path / "manifest.json").is_file():
             return folder(path, channels, size)
@@ -155,6 +157,8 @@ def parts(clean: Dataset, share: float, spc: int | None, seed: int) -> tuple[Dat
     Raises:
         ValueError: one of the two is empty, unless all are asked for.
     """
+    if spc is not None and spc < 1:
+        raise ValueError(f"spc {spc}: at least one image of each class is needed to tune on")
     size, everything = round(share * len(clean)), np.arange(len(clean))
     if not 0 < size < len(clean) and share != 1:
         raise ValueError(f"{len(clean)} clean images cannot be divided into {share:g} to tune on and the rest to measure")

@@ -12,9 +12,11 @@ import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from cupel import limits
+from cupel import limits, prepared
+from cupel.digest import code_digest
 from cupel.files import digest, read_json, write_json, write_text
 from cupel.own import USUAL
+from cupel.own.normalisations import normalisation
 from cupel.registry import entries, unknown
 from cupel.settings import LIBRARY, ConfigError, check_schema, read_yaml, schema
 
@@ -43,25 +45,37 @@ class Grid:
                         for model, budget, seed in itertools.product(self.models, self.budgets, self.seeds)]
         if missing := [file for file in self.plugins if not Path(file).is_file()]:
             raise ConfigError(f"{path}: plugins: no such file: {', '.join(missing)}")
-        self.known = {kind: entries(kind, [*sorted(LIBRARY.glob(f"images/{kind}s/*.py")), *self.plugins], "cupel.images")
-                      for kind in ("attack", "defence", "model")}
+        try:
+            self.known = {kind: entries(kind, [*sorted(LIBRARY.glob(f"images/{kind}s/*.py")), *self.plugins], "cupel.images")
+                          for kind in ("attack", "defence", "model")}
+        except ValueError as error:
+            raise ConfigError(f"{path}: plugins: {error}") from None
         for name, given in self.models.items():
             self._check_model(f"{path}: models.{name}", name, given)
         for name, settings in self.defences.items():
             self._check_defence(name, settings)
 
     def _check_model(self, where: str, name: str, given: Mapping) -> None:
-        if not re.fullmatch("[a-z0-9_]+", name):
-            raise ConfigError(f"{where}: a name has lower-case letters, digits and _")
+        if not re.fullmatch("[a-z0-9_]+", str(name)) or not isinstance(name, str):
+            raise ConfigError(f"{where}: a name is a text of lower-case letters, digits and _; a number stands in quotes")
+        try:
+            normalisation(given.get("normalize", "none"))
+        except ValueError as error:
+            raise ConfigError(f"{where}.normalize: {error}") from None
         if "trigger" in given and "target" not in given:
             raise ConfigError(f"{where}: a trigger was given without the label that the attacker wants (target)")
         for key in ("checkpoint", "clean", "measure"):
             if key in given and not Path(given[key]).exists():
                 raise ConfigError(f"{where}.{key}: there is nothing at {given[key]}")
         for key in ("arch", "trigger"):
-            text = given.get(key, "")
-            if ".py:" in text and not python_file(text).is_file():
+            if ".py:" not in (text := given.get(key, "")):
+                continue
+            if not python_file(text).is_file():
                 raise ConfigError(f"{where}.{key}: there is no file {python_file(text)}")
+            try:
+                code_digest(python_file(text))
+            except ValueError as error:
+                raise ConfigError(f"{where}.{key}: {error}") from None
         trigger = given.get("trigger", ".py:")
         if ".py:" not in trigger and trigger not in self.known["attack"]:
             raise ConfigError(f"{where}.trigger: {unknown('attack', trigger, self.known['attack'])}")
@@ -79,22 +93,27 @@ class Grid:
                 else limits.form("images", "defences", function, entry.parameters, entry.values))
         check_schema({"defences": {name: settings}}, {"properties": {"defences": {"properties": {name: form}}}}, self.path)
 
+    def data(self, model: str) -> list[str]:
+        """Files and folders of a model whose content counts."""
+        return [self.models[model][key] for key in ("checkpoint", "clean", "measure") if key in self.models[model]]
+
     def files(self, model: str) -> list[str]:
-        """Files and folders that a model is read from."""
+        """All files and folders that a model is read from."""
         given = self.models[model]
         code = [str(python_file(given[key])) for key in ("arch", "trigger") if ".py:" in given.get(key, "")]
-        return [*(given[key] for key in ("checkpoint", "clean", "measure") if key in given), *code, *self.plugins]
+        return [*self.data(model), *code, *self.plugins]
 
     def study(self, model: str, budget: str, seed: str) -> dict:
         """All that a study depends on, as plain data."""
         return {"given": self.models[model], "spc": None if budget == "all" else int(budget.removeprefix("spc")),
-                "seed": int(seed), "evidence": self.evidence, "files": [content(file) for file in self.files(model)]}
+                "seed": int(seed), "evidence": self.evidence, "files": [content(file) for file in self.data(model)]}
 
     def code(self, model: str, defence: str = "") -> list[str]:
-        """Where what is looked up by name is defined: roots of `cupel.digest.code_digest`."""
-        names = {"defence": defence.partition("~")[0], "attack": self.models[model].get("trigger"),
-                 "model": self.models[model].get("arch")}
-        return [self.known[kind][name].place for kind, name in names.items() if name in self.known[kind]]
+        """Where what is looked up by name, or named by its file, is defined: roots of `cupel.digest.code_digest`."""
+        given = self.models[model]
+        names = {"defence": defence.partition("~")[0], "attack": given.get("trigger"), "model": given.get("arch")}
+        own = [root(given[key]) for key in ("arch", "trigger") if ".py:" in given.get(key, "")]
+        return [*own, *(self.known[kind][name].place for kind, name in names.items() if name in self.known[kind])]
 
 
 def python_file(text: str) -> Path:
@@ -102,8 +121,22 @@ def python_file(text: str) -> Path:
     return Path(f"{text.partition('.py:')[0]}.py")
 
 
-#: digests of files and folders, each read once a run
-content = functools.cache(digest)
+def root(text: str) -> str:
+    """What `file.py:name` or `file.py:name(1, width=2)` depends on, as a root of a digest: the definition, or all of the file
+    where the name is bound otherwise."""
+    file = python_file(text)
+    place = f"{file}:{text.partition('.py:')[2].partition('(')[0].strip()}"
+    try:
+        code_digest(place)
+    except ValueError:
+        return str(file)
+    return place
+
+
+@functools.cache
+def content(path: str) -> str | dict:
+    """What counts of a file or a folder, read once a run: of prepared data the same as in the grids of papers, else all."""
+    return prepared.content(path) or digest(path)
 
 
 def opened(study: Mapping, device: str):
@@ -132,7 +165,7 @@ def purify(study: Mapping, defence: tuple[str, Mapping], out: Path, device: str)
     Raises:
         Exception: an error of the machine's; one of the defence's is its result.
     """
-    from cupel.cells import failure, read_tensors
+    from cupel.cells import read_tensors
     from cupel.own import run
 
     name, settings = defence
@@ -141,7 +174,6 @@ def purify(study: Mapping, defence: tuple[str, Mapping], out: Path, device: str)
     try:
         row, _ = case.run(name, settings, out, write)
     except Exception as error:
-        failure(error)
         row = run.failed(name, error)
     write_json(out / "rows" / f"{name}.json", row)
     shutil.rmtree(out / "work" / name, ignore_errors=True)

@@ -11,7 +11,7 @@ import operator
 import pickle
 import sys
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from cupel.cells import failure
 from cupel.compat import ensure_torchvision
 from cupel.files import atomic
 from cupel.registry import unknown
@@ -34,7 +35,7 @@ def from_file(text: str) -> Any:
     The file is executed, with its folder on Python's path.
 
     Raises:
-        ValueError: there is no such file or name, or the arguments are no plain values.
+        ValueError: there is no such file or name, the arguments are no plain values, or the file or the call ends in an error.
     """
     source, _, call = text.partition(".py:")
     path = Path(f"{source}.py")
@@ -52,11 +53,28 @@ def from_file(text: str) -> Any:
         sys.path.insert(0, str(path.parent.resolve()))
     spec = importlib.util.spec_from_file_location(path.stem, path)
     module = sys.modules[path.stem] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    with said(f"{path} cannot be executed"):
+        spec.loader.exec_module(module)
     if not hasattr(module, name):
         raise ValueError(unknown(f"name in {path}", name, (key for key in vars(module) if not key.startswith("_"))))
     found = getattr(module, name)
-    return found(*given, **named) if isinstance(node, ast.Call) else found
+    if not isinstance(node, ast.Call):
+        return found
+    with said(f"{text} cannot be called"):
+        return found(*given, **named)
+
+
+@contextlib.contextmanager
+def said(what: str) -> Iterator[None]:
+    """Around code of the user: what goes wrong in it is said in a sentence that names it.
+
+    Raises:
+        ValueError: in place of whatever it is, but for the machine's errors.
+    """
+    try:
+        yield
+    except Exception as error:
+        raise ValueError(f"{what}: {failure(error)}") from None
 
 
 def architecture(text: str, classes: int, image_size: int, channels: int) -> nn.Module:
@@ -73,8 +91,9 @@ def architecture(text: str, classes: int, image_size: int, channels: int) -> nn.
     if ".py:" in text:
         found = from_file(text)
         if not isinstance(found, nn.Module):
-            asked = inspect.signature(found).parameters
-            found = found(**{"num_classes": classes} if "num_classes" in asked else {})
+            with said(f"{text} cannot be called"):
+                asked = inspect.signature(found).parameters
+                found = found(**{"num_classes": classes} if "num_classes" in asked else {})
         if not isinstance(found, nn.Module):
             raise ValueError(f"{text} gives {type(found).__name__}, not a network (torch.nn.Module)")
         return found

@@ -4,13 +4,17 @@ Nothing is scored: what an answer should be, the user knows.
 """
 
 import json
+import os
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 
 from cupel.cells import failure, write_history
-from cupel.files import write_text
+from cupel.files import digest, workspace, write_text
 from cupel.hub import snapshot
+from cupel.locks import alone
+from cupel.own import device_of
 from cupel.registry import unknown
 from cupel.rng import derive
 
@@ -47,9 +51,10 @@ def sections(defence: str, given: Mapping, precision: str) -> dict[str, dict]:
     """Hyperparameters of a defence by the section that they belong to.
 
     Raises:
-        ValueError: one that it does not have.
+        ValueError: one that it does not have, or a value that is none for it.
     """
     from cupel.text.consistency import Consistency
+    from cupel.text.defences import check
     from cupel.text.training import TrainingSettings
 
     kinds = {"training": TrainingSettings} | ({"consistency": Consistency} if defence == "crow" else {})
@@ -59,6 +64,7 @@ def sections(defence: str, given: Mapping, precision: str) -> dict[str, dict]:
         if key not in known:
             raise ValueError(unknown(f"parameter of defence {defence}", key, known))
         found.setdefault(known[key], {})[key] = value
+    check(defence, found)
     return found
 
 
@@ -78,24 +84,25 @@ def purify(model: str, clean: str | Path, out: str | Path, *, probes: str | Path
 
     Returns:
         A row per probe: prompt, `before`, and the answer after each defence, or why it failed. They are also in
-        `out/answers.md`.
+        `out/answers.md`. What a killed call of the same arguments has made is taken over.
 
     Raises:
         ValueError: what is given cannot be used.
     """
-    import torch
-
     from cupel.text import defences as known
     from cupel.text.evaluation import tokenised
     from cupel.text.generation import answer
     from cupel.text.models import load_tokenizer
+    from cupel.training.engine import finite_outputs
     from cupel.training.precision import bf16_in_hardware
 
-    device = device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    precision, out = "bf16" if bf16_in_hardware(device) else "fp32", Path(out)
+    device, out = device_of(device), Path(out)
+    precision = "bf16" if bf16_in_hardware(device) else "fp32"
     for name in defences:
         if name not in USUAL:
             raise ValueError(unknown("defence of a language model of one's own", name, USUAL))
+    if surplus := sorted({*(settings or {})} - {*defences}):
+        raise ValueError(f"settings are given for {', '.join(surplus)}, which is not among the defences {', '.join(defences)}")
     chosen = {name: sections(name, (settings or {}).get(name, {}), precision) for name in defences}
     items = records(clean)
     asked = records(probes, ("instruction",)) if probes else items[:5]
@@ -104,19 +111,27 @@ def purify(model: str, clean: str | Path, out: str | Path, *, probes: str | Path
     samples = tokenised(items, tokenizer, cutoff, True, "clean items")
 
     def answers(network, name: str) -> list[str]:
-        rows = answer(network, tokenizer, asked, out / name / "answers.jsonl", prompt="template", max_new_tokens=tokens,
-                      title=name)
+        with finite_outputs(network):
+            rows = answer(network, tokenizer, asked, work / name / "answers.jsonl", prompt="template", max_new_tokens=tokens,
+                          title=name)
         return [row["answer"] for row in rows]
 
-    found = {"before": answers(victim.model(), "before")}
-    for name, given in chosen.items():
-        budget = known.Budget(samples, tokenizer.pad_token_id, derive(seed, "own", name), out / name, device)
-        try:
-            result = known.purify(name, victim, budget, **given)
-            write_history(out / name / "history.csv", result.history)
-            found[name] = answers(result.model, name)
-        except Exception as error:  # the rest runs
-            found[name] = [f"failed: {failure(error)}"] * len(asked)
+    made_of = {"model": digest(base), "adapter": adapter and digest(adapter), "clean": items, "asked": asked, "chosen": chosen,
+               "cutoff": cutoff, "tokens": tokens, "seed": seed, "device": device}
+    with alone(out), workspace(out, made_of) as work:
+        found = {"before": answers(victim.model(), "before")}
+        for name, given in chosen.items():
+            budget = known.Budget(samples, tokenizer.pad_token_id, derive(seed, "own", name), work / name, device)
+            try:
+                result = known.purify(name, victim, budget, **given)
+                write_history(work / name / "history.csv", result.history)
+                found[name] = answers(result.model, name)
+            except Exception as error:  # the rest runs
+                found[name] = [f"failed: {failure(error)}"] * len(asked)
+        for name in found:
+            shutil.rmtree(out / name, ignore_errors=True)
+            if (work / name).is_dir():
+                os.replace(work / name, out / name)
     rows = [{"prompt": item["instruction"], **{name: texts[k] for name, texts in found.items()}}
             for k, item in enumerate(asked)]
     write_text(out / "answers.md", told(rows))

@@ -12,19 +12,6 @@ from torch import Tensor, nn
 
 from cupel.images.defences.passes import watched
 from cupel.images.models.classifier import Normalize
-from cupel.registry import unknown
-
-#: usual normalisations by name, (mean, std): one number, or one a channel
-NORMALISATIONS = {
-    "none": ((0.0,), (1.0,)),
-    "half": ((0.5,), (0.5,)),
-    "bytes": ((0.0,), (1 / 255,)),
-    "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
-    "cifar10": ((0.4914, 0.4822, 0.4465), (0.247, 0.243, 0.261)),
-    "cifar10-0.2": ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),
-    "cifar100": ((0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)),
-    "mnist": ((0.1307,), (0.3081,)),
-}
 
 
 @dataclass(frozen=True)
@@ -168,23 +155,6 @@ class Own(nn.Module):
         return logits_of(self.network(usual_order(self.normalize(x))))
 
 
-def normalisation(text: str) -> tuple[Sequence[float], Sequence[float]]:
-    """Mean and standard deviation from a name of `NORMALISATIONS`, or from numbers: `0.5/0.5`, `0.49,0.48,0.45/0.2,0.2,0.2`.
-
-    Raises:
-        ValueError: it is neither.
-    """
-    if text in NORMALISATIONS:
-        return NORMALISATIONS[text]
-    try:
-        mean, std = ([float(value) for value in part.split(",")] for part in text.split("/"))
-    except ValueError:
-        raise ValueError(f"{unknown('normalisation', text, NORMALISATIONS)}; or numbers, mean/std") from None
-    if min(std) <= 0:
-        raise ValueError(f"normalisation {text}: what stands behind / are standard deviations, and they are positive")
-    return mean, std
-
-
 def per_channel(values: Sequence[float], channels: int, what: str) -> list[float]:
     """One value a channel.
 
@@ -209,6 +179,10 @@ def wrap(network: nn.Module, images: Tensor, mean: Sequence[float], std: Sequenc
     """
     normalize = Normalize(*(per_channel(values, images.shape[1], what) for values, what in ((mean, "mean"), (std, "std"))))
     network = network.to(images.device, torch.float32)
+    if odd := [name for name, value in network.state_dict().items() if not value.isfinite().all()]:
+        raise ValueError(f"the weights are not all finite numbers, first {odd[0]}: nothing can be measured on such a network")
+    if not min(std) > 0:
+        raise ValueError(f"std {min(std)}: standard deviations are positive")
     x = usual_order(normalize.to(images.device)(images))
     try:
         found = look(network, x, head)

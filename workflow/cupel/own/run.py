@@ -21,18 +21,21 @@ from scipy.optimize import linear_sum_assignment
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from cupel.cells import write_history
+from cupel import locks
+from cupel.cells import MACHINE_ERRORS, MACHINE_WORDS, write_history
 from cupel.evaluation.intervals import wilson
 from cupel.evaluation.metrics import KEPT, Rate, confusion, destroyed
 from cupel.images.attacks import Attack
 from cupel.images.defences import DEFENCES, Budget
 from cupel.images.defences import purify as defend
 from cupel.images.stages import answers, evaluate
-from cupel.own import LABELS, USUAL
+from cupel.limits import check
+from cupel.own import LABELS, USUAL, device_of
 from cupel.own import evidence as look
 from cupel.own.data import arrays, parts
 from cupel.own.imports import write_plain
-from cupel.own.network import NORMALISATIONS, Own, wrap
+from cupel.own.network import Own, wrap
+from cupel.own.normalisations import NORMALISATIONS
 from cupel.own.page import write_report
 from cupel.registry import unknown
 from cupel.rng import rng
@@ -114,8 +117,13 @@ class Study:
                  flip: bool = True, seed: int = 0, device: str = "auto"):
         if trigger is not None and target is None:
             raise ValueError("a trigger was given without the label that the attacker wants (target)")
+        for name, value in (("seed", seed), ("crop", crop)):
+            if value is not None and value < 0:
+                raise ValueError(f"{name} {value}: it must be at least 0")
+        if tuning == 1 and measured_on is None:
+            raise ValueError("tuning 1: no image is left to measure on; give others for that (--measure), or a smaller share")
         self.seed, self.target, self.kind, self.reversed = seed, target, type(model).__name__, {}
-        self.device = device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+        self.device = device_of(device)
         self.clean = arrays(images, labels)
         tuned, held = parts(self.clean, tuning if measured_on is None else 1.0, spc, seed)
         held = held if measured_on is None else arrays(*measured_on)
@@ -197,9 +205,9 @@ class Study:
         for name in methods:
             try:
                 found[name] = look.METHODS[name](self.original, self.budget, self.seed)
-            except (ValueError, ArithmeticError, RuntimeError) as error:
-                found[name] = {"failed": str(error)}
-                say(f"evidence of {name} could not be had: {error}")
+            except Exception as error:  # the rest runs
+                found[name] = {"failed": reason(error)}
+                say(f"evidence of {name} could not be had: {found[name]['failed']}")
         if "mask" in found.get("nc", {}):
             self.reversed = {"class": found["nc"]["class"], **{key: found["nc"].pop(key) for key in ("mask", "pattern")}}
         return found
@@ -283,31 +291,37 @@ def purify(model: nn.Module, images, labels, *, defences: Sequence[str] = USUAL,
     Raises:
         ValueError: the model or the images cannot be used; the text says why.
         NearChance: the network does hardly better than guessing on them.
+        Exception: an error of the machine's, such as a full disk; one of a defence's is its row.
     """
     settings = {name: dict((settings or {}).get(name, {})) for name in [*defences, *(settings or {})]}
     for name, given in settings.items():
-        DEFENCES.settings(name.partition("~")[0], given)
+        function, _, variant = name.partition("~")
+        DEFENCES.settings(function, given)
+        check("images", "defences", function, DEFENCES[function], given)
+        if not re.fullmatch("[a-z0-9_]*", variant):
+            raise ValueError(f"{name!r}: behind ~ stand lower-case letters, digits and _")
     if surplus := sorted(set(settings) - set(defences)):
         raise ValueError(f"settings are given for {', '.join(surplus)}, which is not among the defences {', '.join(defences)}")
     case, out = Study(model, images, labels, **study), Path(out) if out else None
     case.check()
-    found = case.look(evidence)
-    rows, networks = [case.given], {}
-    for name, given in settings.items():
-        say(f"{name}:")
-        try:
-            row, network = case.run(name, given, out, write)
-        except Exception as error:  # the rest runs
-            row, network = failed(name, error), None
-        if network is not None:
-            networks[name] = network
-        rows.append(row)
-        say("  " + sentence(row))
-    table = pd.DataFrame(rows)
-    report = Purified(table, networks, found, case.reversed)
-    if out:
-        report.page = write_report(out, table, found, case.reversed, {**case.facts(), "settings": settings})
-        shutil.rmtree(out / "work", ignore_errors=True)
+    with locks.alone(out) if out else contextlib.nullcontext():
+        found = case.look(evidence)
+        rows, networks = [case.given], {}
+        for name, given in settings.items():
+            say(f"{name}:")
+            try:
+                row, network = case.run(name, given, out, write)
+            except Exception as error:  # the rest runs
+                row, network = failed(name, error), None
+            if network is not None:
+                networks[name] = network
+            rows.append(row)
+            say("  " + sentence(row))
+        table = pd.DataFrame(rows)
+        report = Purified(table, networks, found, case.reversed)
+        if out:
+            report.page = write_report(out, table, found, case.reversed, {**case.facts(), "settings": settings})
+            shutil.rmtree(out / "work", ignore_errors=True)
     return report
 
 
@@ -330,14 +344,25 @@ def refuse(name: str, model: Own, labels: np.ndarray) -> None:
                              f"{key.removeprefix('network.')} lacks them")
 
 
-def failed(name: str, error: Exception) -> dict:
-    """The row of a defence that could not be run; what is no refusal but a fault is traced in the log."""
+def reason(error: Exception) -> str:
+    """What a method failed with; what is no refusal but a fault is traced in the log.
+
+    Raises:
+        Exception: the error itself, where it is the machine's.
+    """
+    if isinstance(error, MACHINE_ERRORS) or MACHINE_WORDS.search(str(error)):
+        raise error
     text = " ".join(str(error).split()) or type(error).__name__
     if missing := re.match(r"derivative for aten::(\w+)_backward is not implemented", text):
         text = f"it needs second derivatives, and torch has none of {missing[1]}, which this network uses"
     elif not isinstance(error, (ValueError, ArithmeticError)):
         traceback.print_exception(error)
-    return {"defence": name, "result": f"failed: {text}"}
+    return text
+
+
+def failed(name: str, error: Exception) -> dict:
+    """The row of a defence that could not be run; see `reason`."""
+    return {"defence": name, "result": f"failed: {reason(error)}"}
 
 
 def worded(before: dict, after: dict, history: list[dict]) -> str:

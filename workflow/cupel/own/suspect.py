@@ -8,7 +8,7 @@ from torch import nn
 
 from cupel.images import attacks, models
 from cupel.own import data, imports
-from cupel.own.network import normalisation
+from cupel.own.normalisations import normalisation
 
 
 def opened_network(checkpoint: str, arch: str | None, size: int | None) -> tuple[nn.Module, Callable]:

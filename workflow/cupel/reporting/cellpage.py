@@ -1,6 +1,7 @@
 """The page of all cells: a table, and a panel for each with its settings, numbers, training and files."""
 
 import math
+import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -23,7 +24,7 @@ FACTS = {"seconds": "seconds", "peak_memory_mb": "peak memory, MB", "peak_vram_m
          "clean_samples": "clean samples of the defender", "rate_reached": "poison rate reached", "device": "device",
          "precision": "precision", "threads": "threads"}
 #: what a state means
-STATES = {"destroyed": "less than two thirds of the victim's ACC are left",
+STATES = {"destroyed": "less than two thirds of the victim's ACC, CP or mean probability of a token are left",
           "unchanged": "the victim to the bit, which is what the defence made of it",
           NO_VICTIM: "ASR below 80 % or ACC below 20 %, or below the paper's own gate: in no mean, and no defence's merit"}
 
@@ -142,7 +143,7 @@ def write_cells(cells: pd.DataFrame, expected: Iterable[Mapping], run: Mapping, 
         picture = (Path(run["sheets"][first.dataset]).with_suffix("") / f"{names['attack']}.png"
                    if first.dataset in run["sheets"] else Path())
         target = f"{path}/metrics.json"
-        again = command(config, f"--force {target}", **({"jobs": "cell"} if cell["family"] == "images" else {}))
+        again = command(config, f"--force {shlex.quote(target)}", **({"jobs": "cell"} if cell["family"] == "images" else {}))
         made[name] = {"names": names, "papers": cell["papers"], "state": state,
                       "reason": str(first.reason or "") or STATES.get(state, ""), "metrics": metrics,
                       "facts": {text: known(first[key]) for key, text in FACTS.items()

@@ -1,6 +1,8 @@
 """The first page of a run, and that of its claims."""
 
 import json
+import re
+import shlex
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -27,13 +29,27 @@ def read_card(paper: dict) -> dict:
 
 
 def command(config: Mapping, words: str = "", **more) -> str:
-    """What to type to run this again: with these words, and every setting that is not the default of config.yaml's schema."""
-    known = {key: entry.get("default") for key, entry in schema("config")["properties"].items()}
-    asked = {key: value for key, value in config.items()
-             if key in ("scale", "papers", "seeds", "jobs", "results", "device") and value != known.get(key)} | more
-    settings = [f"'{key}=[{','.join(map(str, value))}]'" if isinstance(value, list) else f"{key}={value}"
-                for key, value in asked.items()]
+    """What to type in a shell to run this again: with these words, and every setting of results that is not the default of
+    config.yaml's schema."""
+    def changed(given: Mapping, known: Mapping) -> dict:
+        return {key: value for key, value in given.items() if value != known.get(key, {}).get("default")}
+
+    known = schema("config")["properties"]
+    data = changed(config.get("data", {}), known["data"]["properties"])
+    asked = {key: value for key, value in changed({**config, "data": data}, known).items()
+             if key in ("scale", "papers", "seeds", "jobs", "results", "device", "data", "plugins")} | more
+    settings = [shlex.quote(f"{key}={value if isinstance(value, str) else flow(value)}") for key, value in asked.items()]
     return " ".join(["snakemake --cores all", *filter(None, [words]), "--config", *settings])
+
+
+def flow(value) -> str:
+    """A setting as YAML on one line."""
+    if isinstance(value, Mapping):
+        return f"{{{', '.join(f'{key}: {flow(part)}' for key, part in value.items())}}}"
+    if isinstance(value, (list, tuple)):
+        return f"[{','.join(map(flow, value))}]"
+    plain = isinstance(value, str) and re.fullmatch(r"[\w./][\w./~-]*", value)
+    return value if plain else json.dumps(value, ensure_ascii=False)
 
 
 def claim_entries(papers: Iterable[dict], claims: pd.DataFrame, cells: pd.DataFrame, page: Path) -> list[dict]:

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from cupel.cells import fail, past, read_tensors, write_tensors
+from cupel.cells import fail, failure, past, read_tensors, write_tensors
 from cupel.files import digest, workspace, write_json
 from cupel.images import datasets
 from cupel.job import costs
@@ -87,14 +87,15 @@ def attack_network(spec: dict, settings: dict, network: Network, outputs: dict, 
 def attack_released(spec: dict, file: str, data: str, output: str, device: str) -> None:
     """Measure a network Small that the authors released, by `Experiments.released`; the record is written to `output`.
 
-    The pickled weights in `file` are read without executing anything; `data` is the folder of the prepared data set.
-
-    Raises:
-        NotReleased: the file holds anything but the weights of such a network.
+    The pickled weights in `file` are read without executing anything; `data` is the folder of the prepared data set. A file
+    that holds anything but such a network, or weights that are not finite (as some have), is recorded as failed.
     """
-    started = time.perf_counter()
-    with workspace(Path(output).with_suffix(""), {**spec, "model": digest(file)}) as work:
-        rows, _ = evaluate(released.load(file, "small"), datasets.load(data, "test"), {**spec, "seed": 0}, work, device)
-        write_json(output, {"file": Path(file).name, "sha256": digest(file), "status": "ok", "rows": rows, "device": device,
-                            "seconds": time.perf_counter() - started})
+    started, record = time.perf_counter(), {"file": Path(file).name, "sha256": digest(file), "device": device}
+    with workspace(Path(output).with_suffix(""), {**spec, "model": record["sha256"]}) as work:
+        try:
+            rows, _ = evaluate(released.load(file, "small"), datasets.load(data, "test"), {**spec, "seed": 0}, work, device)
+            record |= {"status": "ok", "rows": rows}
+        except Exception as error:
+            record |= {"status": "failed", "reason": failure(error), "rows": []}
+        write_json(output, {**record, "seconds": time.perf_counter() - started})
     work.parent.rmdir()

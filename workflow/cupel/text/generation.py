@@ -116,6 +116,8 @@ def read_questions(path: str | Path) -> list[dict]:
         ValueError: naming the file and the question that is wrong.
     """
     questions = read_records(path)
+    if not questions:
+        raise ValueError(f"{path} has no question")
     for number, question in enumerate(questions, 1):
         if not (isinstance(question.get("question_id"), int) and isinstance(question.get("category"), str)
                 and question.get("turns") and isinstance(question["turns"][0], str)):

@@ -9,6 +9,7 @@ import contextlib
 import hashlib
 import io
 import json
+import shlex
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -17,9 +18,9 @@ import torch
 
 from cupel import archives
 from cupel.compat import ensure_torchvision
-from cupel.files import digest, link, reading
+from cupel.files import digest, link, noted, reading
 from cupel.hub import ModelUnavailable, snapshot
-from cupel.prepared import begin, finish
+from cupel.prepared import begin, complete, finish
 from cupel.rng import derive
 from cupel.sources import KINDS, fetch
 from cupel.text.known import MODELS, Known, find
@@ -182,7 +183,8 @@ def quiet() -> Iterator[None]:
 def _prepared(folder: str | Path) -> Path:
     if not (Path(folder) / "config.json").is_file():
         raise FileNotFoundError(f"{folder} is no prepared language model; "
-                                f"make it with: snakemake --cores 1 {folder}/manifest.json")
+                                f"make it with: snakemake --cores 1 {shlex.quote(f'{folder}/manifest.json')}")
+    complete(folder, (noted(Path(folder) / "manifest.json") or {}).get("files", ()))
     return Path(folder)
 
 

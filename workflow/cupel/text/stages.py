@@ -20,6 +20,7 @@ from pathlib import Path
 
 from cupel.cells import fail, failure, identity, past, write_history
 from cupel.digest import code_digest
+from cupel.evaluation.settings import destroyed
 from cupel.files import digest, read_json, workspace, write_json
 from cupel.rng import derive
 from cupel.text.data import poison, sources
@@ -210,6 +211,6 @@ def purify(spec: Mapping, defence: Mapping, files: Files, device: str) -> None:
                 **who, **measured, **costs(), "status": "ok", "clean_samples": len(samples), **counts(samples, "clean"),
                 "device": device, "rate_reached": before["rate_reached"], "updates": len(found.history) if tuned else 0,
                 "unchanged": tuned and digest(work / "model" / WEIGHTS) == digest(Path(files.victim) / WEIGHTS),
-                "seconds": seconds}, outputs)
+                "destroyed": destroyed(before, measured), "seconds": seconds}, outputs)
         except Exception as error:
             fail(error, {**who, "metrics": MISSING}, outputs)

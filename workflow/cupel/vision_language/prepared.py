@@ -25,7 +25,7 @@ import numpy as np
 from PIL import Image
 
 from cupel.files import link, read_json, reading, scratch, write_json
-from cupel.prepared import begin, finish, lines, opened, read_records
+from cupel.prepared import begin, complete, finish, lines, opened, read_records
 
 _EIGHT_BIT = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr")
 
@@ -160,8 +160,10 @@ def load(folder: str | Path, split: str) -> Samples:
         ValueError: the trigger of a poisoned folder failed.
     """
     folder = opened(folder)
-    if failed := read_json(folder / "manifest.json").get("failed"):
+    manifest = read_json(folder / "manifest.json")
+    if failed := manifest.get("failed"):
         raise ValueError(f"its trigger failed: {failed}")
+    complete(folder, ["images.npy" if manifest["storage"] == "packed" else "images"])
     path = folder / f"{split}.jsonl"
     if not path.is_file():
         known = ", ".join(sorted(found.stem for found in folder.glob("*.jsonl")))

@@ -17,6 +17,7 @@ import torch
 from torch.nn import functional as F
 
 from cupel import cells, job
+from cupel.evaluation.settings import destroyed
 from cupel.files import write_json
 from cupel.limits import check
 from cupel.registry import Registry
@@ -206,6 +207,7 @@ def purify_pictures(spec: dict, defence: dict, inputs: Inputs, outputs: dict, de
         cells.write_history(outputs["history"], [])
         write_json(outputs["metrics"], {
             **record, **measured, **job.costs(), "status": "ok", "clean_samples": 0, "device": device, "unchanged": all(same),
-            "rate_reached": known["rate_reached"], "seconds": seconds, "cp_before": known["cp"], "asr_before": known["asr"]})
+            "destroyed": destroyed(known, measured), "rate_reached": known["rate_reached"], "seconds": seconds,
+            "cp_before": known["cp"], "asr_before": known["asr"]})
     except Exception as error:
         cells.fail(error, {**record, "metrics": ["cp", "asr"]}, outputs)

@@ -13,6 +13,7 @@ from collections.abc import Collection
 from pathlib import Path
 
 from cupel import cells, job
+from cupel.evaluation.settings import destroyed
 from cupel.files import atomic, digest, read_json, write_json
 from cupel.vision_language import datasets, prepared
 from cupel.vision_language.inputs import Inputs
@@ -273,7 +274,8 @@ def refit(spec: dict, defence: dict, inputs: Inputs, outputs: dict, device: str)
         write_json(outputs["metrics"], {
             **record, **measured, **numbers, **job.costs(), "metrics": [*measured["metrics"], *numbers], "status": "ok",
             "clean_samples": 0, "rate_reached": known["rate_reached"], "device": device, "reused": reused, "unchanged": reused,
-            "refit_from": defence["refit_from"], "seconds": seconds, "cp_before": known["cp"], "asr_before": known["asr"]})
+            "destroyed": destroyed(known, measured), "refit_from": defence["refit_from"], "seconds": seconds,
+            "cp_before": known["cp"], "asr_before": known["asr"]})
     except Exception as error:
         cells.fail(error, {**record, "metrics": ["cp", "asr"]}, outputs)
         return

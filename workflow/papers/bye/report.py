@@ -9,6 +9,7 @@ import pandas as pd
 from scipy.stats import entropy, norm
 
 from cupel.cells import failure, read_tensors
+from cupel.evaluation.settings import NO_VICTIM
 from cupel.files import read_json
 from cupel.reporting import figures, tables
 from cupel.reporting.figures import COLOURS, panels, plt
@@ -122,15 +123,16 @@ class Numbers:
         return np.nan if row is None else row.value
 
     def text(self, setting: Setting, stage: str, method: str, metric: str, *, count: bool = False, interval=False) -> str:
-        """A number for a table: percent, or as it is where it counts something; `failed` or `not run`; empty for none."""
+        """A number for a table: percent, with ‡ where a victim is not valid, or as it is where it counts something; `failed` or
+        `not run`; empty for none."""
         row = self.row(setting, stage, method, metric)
         if row is None or np.isnan(row.value):
             failed = row if row is not None else self.row(setting, stage, method, {"filtered": "f1"}.get(stage, "cp"))
             return "" if failed is None else no_value(failed)
         if count:
             return f"{row.value:g}" if row.value == int(row.value) else f"{row.value:.1f}"
-        text = f"{100 * row.value:.1f}"
-        return f"{text} ({100 * row.low:.1f} to {100 * row.high:.1f})" if interval and not np.isnan(row.low) else text
+        bounds = f" ({100 * row.low:.1f} to {100 * row.high:.1f})" if interval and not np.isnan(row.low) else ""
+        return f"{100 * row.value:.1f}{bounds}{'' if row.credited else ' ‡'}"
 
     def texts(self, setting: Setting, stage: str, method: str, headings: dict[str, str], **options) -> dict[str, str]:
         """Numbers for a row of a table: heading to text; `headings` by metric."""
@@ -176,7 +178,7 @@ def filter_records(cells: pd.DataFrame) -> list[tuple[Setting, int, dict, Path]]
 def _tables(paper: Paper, numbers: Numbers, records: list) -> None:
     """All tables; one that has nothing to say is left out."""
     mains, scale = numbers.mains, f"scale {paper.scale}"
-    place = f"{scale}, mean over {len({seed for _, seed, _, _ in records})} seed(s)"
+    place = f"{scale}, mean over {len({seed for _, seed, _, _ in records})} seed(s); ‡: {NO_VICTIM}"
 
     target = "”, “".join(dict.fromkeys(paper.facts["targets"].values()))
 

@@ -19,8 +19,8 @@ from cupel.text.data.sources import read_records
 
 #: a victim below the first or above the second is marked (crow SPEC 11.3); both under the template, over all answers
 GATE = {"asr": 0.8, "false": 0.05}
-KEYS = ["dataset", "model", "model_label", "recipe", "attack_key", "attack_label", "poison_rate", "method", "label"]
-SETTING = ["dataset", "recipe", "attack_key"]
+KEYS = ["dataset", "model", "model_label", "recipe", "attack_key", "attack_label", "poison_rate", "budget", "method", "label"]
+SETTING = ["dataset", "recipe", "attack_key", "poison_rate"]
 VICTIM_KEYS = ["model", *SETTING, "seed"]
 #: how much a defence moves a model beside what made the victim; 0.48 in the paper (crow SPEC 6, 7: 60 at 1e-3 over 625 at 2e-4)
 DOSE = "rate × updates, share of the victim's"
@@ -63,7 +63,7 @@ def draw(paper: Paper) -> None:
     """
     attacks, models, defences = (paper.labels[section] for section in ("attacks", "models", "defences"))
     rows = marked(prepared(paper.cells, defences, attacks, models))
-    order = list(dict.fromkeys(["no defence", *defences.values()]))
+    order = ordered(rows, defences)
     pool, records = pooled(rows), records_of(rows)
     reported = paper.reported.assign(
         model_label=paper.reported.model.replace(models), attack_label=paper.reported.attack.replace(attacks),
@@ -75,8 +75,7 @@ def draw(paper: Paper) -> None:
     for (model, name), part in pool.groupby(["model", "model_label"], sort=False):
         _figures(paper, part, records[records.model == model], f"{name}: ", order)
     for (dataset, model, name), part in pool.groupby(["dataset", "model", "model_label"], sort=False):
-        known = reported[(reported.dataset == dataset) & (reported.metric == "asr") & reported.attack_label.isin(
-            part.attack_label.str.removesuffix(f" {MARK}"))]
+        known = reported[(reported.dataset == dataset) & (reported.metric == "asr") & reported.attack.isin(part.attack_key)]
         cell = records[(records.dataset == dataset) & (records.model == model)]
         _tables(paper, part, known, f"{dataset}, {name}", order)
         if len(grid := answer_table(cell, ("victim", "crow", "crow~code", "finetune", "finetune~lr1e3"))):
@@ -138,10 +137,24 @@ def _tables(paper: Paper, part: pd.DataFrame, reported: pd.DataFrame, where: str
 
 
 def prepared(cells: pd.DataFrame, labels: dict[str, str], attacks: dict[str, str], models: dict[str, str]) -> pd.DataFrame:
-    """The cells with the columns `KEYS`: keys and names for people of defence, attack and model."""
+    """The cells with the columns `KEYS`: keys and names for people of defence, attack and model.
+
+    Names say the recipe, the poison rate and the budget where there are several, so that no table or figure mixes them.
+    """
     own = tables.with_names(cells, {"victim": "no defence", **labels})
-    own = own.assign(attack_key=[tables.attack_name(row) for row in own.itertuples()])
-    return own.assign(attack_label=own.attack_key.replace(attacks), model_label=own.model.replace(models))
+    own = own.assign(attack_key=[tables.attack_name(row) for row in own.itertuples()], model_label=own.model.replace(models))
+    own = own.assign(attack_label=own.attack_key.replace(attacks), rate=[f"{100 * rate:g} %" for rate in own.poison_rate])
+    for column, name, keys in (("recipe", "attack_label", ["dataset", "model", "attack_key"]),
+                               ("rate", "attack_label", ["dataset", "model", "attack_key"]),
+                               ("budget", "label", ["stage", "dataset", "model", "attack_key", "method"])):
+        several = own.groupby(keys, dropna=False)[column].transform("nunique") > 1
+        own[name] += np.where(several, ", " + own[column], "")
+    return own.drop(columns="rate")
+
+
+def ordered(rows: pd.DataFrame, defences: Iterable[str]) -> list[str]:
+    """Labels of the rows of :func:`prepared`, in the order of the defences."""
+    return list(dict.fromkeys(label for name in ("victim", *defences) for label in rows.label[rows.method == name]))
 
 
 def pooled_value(rows: pd.DataFrame) -> tuple[float, float, float, int]:
@@ -179,7 +192,7 @@ def marked(rows: pd.DataFrame) -> pd.DataFrame:
 
 def records_of(rows: pd.DataFrame) -> pd.DataFrame:
     """One row per cell that has a result: its identity and everything its metrics.json has beside the tidy table."""
-    kept = ["paper", "stage", "seed", "path", *(key for key in KEYS if key != "poison_rate")]
+    kept = ["paper", "stage", "seed", "path", *KEYS]
     cells = rows[rows.status == "ok"].drop_duplicates("path")[kept].reset_index(drop=True)
     extra = ["alpha", "epsilon", "epsilon_relative", "embedding_rms", *TERM, "lr", "updates", "seconds", "replaced_share",
              "clean_samples", "clean_cut", "clean_left_out"]
@@ -189,7 +202,7 @@ def records_of(rows: pd.DataFrame) -> pd.DataFrame:
 def sweep_table(pool: pd.DataFrame, records: pd.DataFrame, column: str) -> pd.DataFrame:
     """Pooled rows of CROW that differ from the others of their setting in `column` alone; empty without at least three."""
     settings = records[(records.stage == "purified") & records.alpha.notna()]
-    keys, fixed = ["model", *SETTING], [*{"alpha", "epsilon"} - {column}, *TERM]
+    keys, fixed = ["model", *SETTING, "budget"], [*{"alpha", "epsilon"} - {column}, *TERM]
     crow = settings[settings.method == "crow"].drop_duplicates(keys)
     same = settings.merge(crow[[*keys, *fixed]], on=[*keys, *fixed]).drop_duplicates([*keys, "method"])
     same = same[same.groupby(keys)[column].transform("nunique") >= 3]
@@ -200,7 +213,7 @@ def sweep_table(pool: pd.DataFrame, records: pd.DataFrame, column: str) -> pd.Da
 def rate_table(pool: pd.DataFrame, records: pd.DataFrame) -> pd.DataFrame:
     """Pooled rows of CROW and of fine-tuning that differ from CROW in the learning rate alone, or in the rate and the lack of a
     second term; `line` says which of the two, `lr` at which rate, `updates` how many. Empty where a line has one rate only."""
-    keys, fixed = ["model", *SETTING], ["alpha", "epsilon", *TERM]
+    keys, fixed = ["model", *SETTING, "budget"], ["alpha", "epsilon", *TERM]
     tuned = records[(records.stage == "purified") & records.lr.notna()]
     crow = tuned[tuned.method == "crow"].drop_duplicates(keys)
     term = tuned.merge(crow[[*keys, *fixed, "updates"]], on=[*keys, *fixed, "updates"]).assign(line="CROW")
@@ -216,7 +229,8 @@ def rate_table(pool: pd.DataFrame, records: pd.DataFrame) -> pd.DataFrame:
 
 
 def asr_table(pool: pd.DataFrame, metric: str, order: Sequence[str], reported: pd.DataFrame | None = None) -> pd.DataFrame:
-    """Rows: attacks, their average, then the paper's own numbers for its models; columns: defences.
+    """Rows: attacks, the average over those whose victims pass the gate, then the paper's own numbers for its models;
+    columns: defences.
 
     `pool` is of one task and model; `reported` has rows of reported/*.csv with `model_label`, `attack_label`, `label`, in
     percent.
@@ -225,8 +239,9 @@ def asr_table(pool: pd.DataFrame, metric: str, order: Sequence[str], reported: p
     last = part.drop_duplicates(["attack_label", "label"], keep="last")
     grid = spread(with_texts(last), "attack_label", "label", across=order)
     if len(grid) > 1:
-        means = part.groupby("label").value.agg(["mean", "count"]).loc[grid.columns]
-        grid.loc["average"] = [f"{100 * row['mean']:.1f} ({row['count']:.0f} attacks)" if row["count"] else ""
+        valid = last[~last.attack_label.str.endswith(MARK)]
+        means = valid.groupby("label").value.agg(["mean", "count"]).reindex(grid.columns, fill_value=0)
+        grid.loc["average"] = [f"{100 * row['mean']:.1f} (of {row['count']:.0f})" if row["count"] else ""
                                for _, row in means.iterrows()]
     if reported is not None:
         known = reported[reported.label.isin(grid.columns)].sort_values(["model_label", "attack_label"], kind="stable",
@@ -303,7 +318,7 @@ def switch_table(pool: pd.DataFrame) -> pd.DataFrame:
         for method, text in SWITCHES.items():
             row, used = {"defence": method}, 0
             for metric, (heading, factor, unit) in metrics.items():
-                sides = [part[(part.metric == metric) & (part.method == name)].set_index(["recipe", "attack_key"]).value
+                sides = [part[(part.metric == metric) & (part.method == name)].set_index([*SETTING, "budget"]).value
                          for name in (method, "crow")]
                 both = pd.concat(sides, axis=1, keys=[method, "crow"]).dropna() * factor
                 used = max(used, len(both))
@@ -325,7 +340,7 @@ def answer_table(records: pd.DataFrame, methods: Iterable[str], count: int = 6) 
     """The first answers to triggered prompts under the template, before and after, for the first victim; a column per
     method, as far as they are there. `records` (`records_of`) are of one task and model."""
     first = records[records.stage == "victim"].head(1)
-    same = records.merge(first[["attack_key", "seed", "recipe"]])
+    same = records.merge(first[["attack_key", "seed", "recipe", "poison_rate"]])
     columns, asked = {}, []
     for row in (row for method in methods for row in same[same.method == method].itertuples()):
         file = Path(row.path) / "answers" / "template_triggered.jsonl"
@@ -411,11 +426,14 @@ def _figures(paper: Paper, pool: pd.DataFrame, records: pd.DataFrame, who: str, 
 
 
 def square_means(pool: pd.DataFrame, square: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """The 2 × 2 and what it is compared with, pooled over the attacks that have every cell of it that is there at all."""
+    """The 2 × 2 and what it is compared with, pooled over the attacks that have every cell of it that is there at all; of each
+    task with the first recipe, rate and budget that have."""
     switches = square.drop_duplicates("method").set_index("method")[["perturbation", "accumulated"]]
     has = square.groupby(SETTING).method.nunique()
     kept = has[has == has.groupby("dataset").transform("max")].reset_index()[SETTING]
+    kept = kept.merge(kept.drop_duplicates("dataset")[["dataset", "recipe", "poison_rate"]])
     chosen = pool.merge(kept, on=SETTING)
+    chosen = chosen[chosen.budget.isin(["", square.budget.iloc[0]])]
     chosen = chosen[chosen.metric.isin(["asr_template_all", "perplexity"])]
     keys = ["dataset", "metric", "method", "label"]
     over = pd.DataFrame([(*key, *pooled_value(part)) for key, part in chosen.groupby(keys, sort=False)],

@@ -45,7 +45,8 @@ def draw(run: dict, inputs: Mapping[str, str], out: Mapping[str, str], device: s
     delta, before, after = perturbations(models.load(inputs["victim"]).to(device).eval(), kept, images,
                                          run["defence"]["settings"])
     notes = [f"{train.classes[a]} → {train.classes[b]}" for a, b in zip(before, after, strict=True)]
-    stamped = make_attack(run["spec"]["attack"], read_tensors(inputs["trigger"])).stamp(images)
+    attack = make_attack(run["spec"]["attack"], read_tensors(inputs["trigger"]))
+    stamped = attack.stamp(images) if attack else images  # a clean victim has no trigger
     figure = gallery(images / 255, delta, stamped / 255, notes)
     save(with_numbers(figure, pd.DataFrame({
         "picture": range(len(images)), "before": [train.classes[k] for k in before], "after": [train.classes[k] for k in after],

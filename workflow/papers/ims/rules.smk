@@ -25,7 +25,9 @@ rule ims_inside:
     params:
         run=of_path(lambda cell: {"spec": IMAGES.victim(cell), "defence": IMAGES.defence(cell), "data": f"{DATA}/images"}),
         code=of_path(
-            lambda cell: code_digest(INSIDE, INSIDE.parent / "scripts" / "inside.py", IMAGES.code("attack", cell["attack"]))
+            lambda cell: code_digest(
+                *filter(None, [INSIDE, INSIDE.parent / "scripts" / "inside.py", IMAGES.code("attack", cell["attack"])])
+            )
         ),
     script:
         "scripts/inside.py"

@@ -333,17 +333,28 @@ def ablation_table(table: pd.DataFrame) -> pd.DataFrame:
 
 def report_released(records: dict[str, str], labels: dict[str, str], table: str | Path, figure: str | Path) -> None:
     """Table (CSV, Markdown, LaTeX) and picture of the authors' own networks, from the JSON records by method; rows stand in
-    the order of `labels`."""
-    rows = [{"label": label, "low": np.nan, "high": np.nan, **row} for method, label in labels.items() if method in records
-            for row in read_json(records[method])["rows"]]
+    the order of `labels`.
+
+    Raises:
+        ValueError: none of them could be measured.
+    """
+    made = {label: read_json(records[method]) for method, label in labels.items() if method in records}
+    rows = [{"label": label, "low": np.nan, "high": np.nan, **row} for label, record in made.items() for row in record["rows"]]
+    failed = {label: record["reason"] for label, record in made.items() if record.get("status") == "failed"}
+    if not rows:
+        raise ValueError(f"no network could be measured: {'; '.join(f'{label}: {why}' for label, why in failed.items())}")
     found = with_settings(pd.DataFrame(rows))
     last, tau = most_steps(found), found[found.metric == "tau"]
     rows = pd.concat([last.assign(kind="PGD"), tau.assign(kind="τ")])
     rows = rows.assign(text=rows.value.map("{:.3f}".format), at=[at_eps(row) for row in rows.itertuples()])
-    tables.write_table(tables.spread(rows, "label", ["kind", "at"]), table,
+    grid = tables.spread(rows, "label", ["kind", "at"])
+    for label in failed:
+        grid.loc[label] = "failed"
+    tables.write_table(grid.loc[list(made)], table,
                        f"The authors' released networks, measured here: accuracy under {last.steps.max()}-step PGD, and "
                        "Kendall's τ under the attack against interpretability, at the published 200 points (seed 99). These "
-                       "are not numbers of the paper.", index="method")
+                       "are not numbers of the paper." + "".join(f" {label} failed: {why}." for label, why in failed.items()),
+                       index="method")
     drawn = curves(last, "eps_value", list(dict.fromkeys(last.label)), xlabel="ε of the attack", title="accuracy under PGD",
                    ticks=dict(zip(last.eps_value, last.eps, strict=True)))
     figures.save(drawn, figure)
@@ -359,10 +370,13 @@ def judge_released(claims: dict, records: dict[str, str], table: str | Path, sca
         scale: of the networks trained here.
         trained: their claims.csv, or nothing.
     """
-    rows = pd.DataFrame([{**row, "defence": method.partition("~")[0], "variant": method.partition("~")[2], "path": str(path)}
-                         for method, path in records.items() for row in read_json(path)["rows"]])
+    made = {method: read_json(path)["rows"] for method, path in records.items()}
+    # one that could not be measured stands there as failed, in whatever is measured of another
+    failed = [{**row, "value": np.nan, "status": "failed"} for row in next(filter(None, made.values()))]
+    rows = pd.DataFrame([{"status": "ok", **row, "defence": method.partition("~")[0], "variant": method.partition("~")[2],
+                          "path": str(records[method])} for method, found in made.items() for row in found or failed])
     cells = rows.assign(paper=claims["paper"], stage="attacked", dataset="mnist", model="small", recipe=MAIN, poison_rate=0.0,
-                        budget="", seed=0, status="ok")
+                        budget="", seed=0)
     cells = cells.reindex(columns=[*cells, *({"low", "high", "n"} - {*cells})])
     # the authors trained at the paper's scale, and on one of its data sets
     released = judge_all(claims, cells, claims["paper"], "paper")

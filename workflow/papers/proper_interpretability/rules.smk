@@ -1,13 +1,16 @@
 # The networks that the authors released, measured under the published protocol
 
 
+from cupel import files
+
+
 include: "released.smk"
 
 
 rule attack_released:
     """One network that the authors released, measured."""
     input:
-        network=lambda wildcards: released_networks()[wildcards.defence],
+        network=ancient(lambda wildcards: released_networks()[wildcards.defence]),
         images=ancient(f"{DATA}/images/mnist/test_images.npy"),
         manifest=ancient(f"{DATA}/images/mnist/manifest.json"),
     output:
@@ -20,6 +23,7 @@ rule attack_released:
         **training(2000, 3000, smoke=60, demo=60, bench=60, paper=60),
     params:
         spec=ROBUST.released("mnist"),
+        network=lambda wildcards: files.digest(released_networks()[wildcards.defence]),
         data=lambda wildcards: image_content({"dataset": "mnist"}),
         code=code_digest(
             RELEASED_SCRIPTS / "attack_released.py", *ROBUST.evaluation_code({"evaluation": "released", "dataset": "mnist"})

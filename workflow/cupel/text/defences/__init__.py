@@ -8,7 +8,17 @@ from cupel.settings import check_schema, schema
 from cupel.text.defences.base import Purified, Victim, defence
 from cupel.text.training import Budget
 
-__all__ = ["Budget", "Purified", "Victim", "defence", "purify"]
+__all__ = ["Budget", "Purified", "Victim", "check", "defence", "purify"]
+
+
+def check(name: str, settings: dict[str, dict]) -> None:
+    """Check the sections of settings of a defence.
+
+    Raises:
+        ConfigError: a value that it cannot have.
+    """
+    form = schema("text")["$defs"]
+    check_schema(settings, {**form["defence"], "$defs": form}, f"defence {name}")
 
 
 def purify(name: str, victim: Victim, budget: Budget, **settings: dict) -> Purified:
@@ -24,8 +34,7 @@ def purify(name: str, victim: Victim, budget: Budget, **settings: dict) -> Purif
         ValueError: an unknown name, or a setting that it cannot have.
         TypeError: the defence returns something else.
     """
-    form = schema("text")["$defs"]
-    check_schema(settings, {**form["defence"], "$defs": form}, f"defence {name}")
+    check(name, settings)
     found = defence.find(name)(victim, budget, **settings)
     if not isinstance(found, Purified):
         raise TypeError(f"defence {name!r} must return Purified(model, history), but returned {type(found).__name__}")

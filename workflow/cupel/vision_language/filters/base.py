@@ -130,7 +130,7 @@ class Evidence:
         replaced: how many values were not finite.
 
     Raises:
-        ValueError: no matrix, or fewer than two samples.
+        ValueError: no matrix, fewer than two samples, or no finite value at all.
     """
 
     def __init__(self, entropies: np.ndarray, *, image_tokens: int = 576, seed: int = 0, poisoned: np.ndarray | None = None,
@@ -141,6 +141,8 @@ class Evidence:
         self.starts, self._others = starts, others or {}
         self.values = np.array(entropies, np.float64)
         bad = ~np.isfinite(self.values)
+        if bad.all():
+            raise ValueError("no entropy of any layer is finite: the attention of this model cannot be read")
         sums, counts = np.where(bad, 0, self.values).sum(0), (~bad).sum(0)
         self.values[bad] = np.broadcast_to(sums / np.maximum(counts, 1), bad.shape)[bad]
         self.replaced = int(bad.sum())
