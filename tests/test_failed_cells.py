@@ -185,6 +185,18 @@ def test_values_of_every_family_are_refused_before_the_first_job(tmp_path, paper
     assert words in str(refusal.value)
 
 
+def test_a_budget_of_one_image_a_class_cannot_be_divided(tmp_path):
+    content = read_yaml(PAPERS / "fst" / "experiment.yaml")
+    content["budgets"] = {"one": {"source": "own", "settings": {"kind": "spc", "spc": 1}}}
+    content["defences"]["mine"] = {"source": "own", "function": "anp"}
+    content["scales"]["smoke"]["blocks"][0] |= {"budgets": ["one"], "defences": ["ft", "mine"]}
+    (tmp_path / "fst").mkdir()
+    (tmp_path / "shared").symlink_to(PAPERS / "shared")
+    (tmp_path / "fst" / "experiment.yaml").write_text(yaml.safe_dump(content))
+    with pytest.raises(ConfigError, match="budget one has one image of each class, and mine sets some aside"):
+        Grid(["fst"], "smoke", folder=tmp_path)
+
+
 def test_a_network_takes_what_it_can(tmp_path):
     from cupel.images.experiment import FORM
     from cupel.images.models import _DEFAULTS

@@ -63,6 +63,10 @@ class Experiments(Family):
             if "held_out" in (budget["kind"], budget.get("pool")) and not recipe.get("held_out"):
                 raise ConfigError(f"{where}.budgets: budget {name} uses held-out images, but recipe {victim['recipe']} holds "
                                   "out none (held_out)")
+            for defence in block["defences"] if budget.get("spc") == 1 else []:
+                if "validation" in self.parameters["defence"].get(self.function("defences", defence), ()):
+                    raise ConfigError(f"{where}.budgets: budget {name} has one image of each class, and {defence} sets some "
+                                      "aside to choose by (validation): spc 2 or more")
         yield from super().follow(victim, block, where)
 
     def check_victim(self, cell: Mapping, where: str = "asked for by path") -> None:
