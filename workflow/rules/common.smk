@@ -46,7 +46,8 @@ def checked(function):
 
 def targets():
     """What the command line asks for; Snakemake has read it, and tells the Snakefile only later."""
-    if Path(sys.argv[0]).name not in ("snakemake", "__main__.py") or not workflow.is_main_process:
+    program = Path(sys.argv[0]).parts[-2:]  # `python -m snakemake` is its __main__.py
+    if not (program[-1:] == ("snakemake",) or program == ("snakemake", "__main__.py")) or not workflow.is_main_process:
         return []
     return get_argument_parser().parse_known_args(sys.argv[1:])[0].targets
 
