@@ -128,8 +128,9 @@ def _figures(paper: Paper, part: pd.DataFrame, order: list[str], stem: str, plac
                          ("acc", "Clean accuracy by defence and poison rate."),
                          ("ra", "Recovery: triggered images that are given their true class again.")):
         shown[metric] = figures.bars_by_rate(plain, [label for label in present if label in set(plain.label)], metric), text
-    if "redirected" in set(plain.metric):
-        shown["fates"] = figures.fates(plain[plain.credited], [label for label in present if label in set(plain.label)]), (
+    known = plain[plain.credited & plain.value.notna()]
+    if "redirected" in set(known.metric):
+        shown["fates"] = figures.fates(known, [label for label in present if label in set(known.label)]), (
             "Where triggered images go: to the target, to the one other class that gets most, to their own, or elsewhere.")
     purified = part[(part.method != "victim") & part.credited]
     if purified.kind.nunique() > 1:
