@@ -121,7 +121,7 @@ def write_index(papers: Iterable[dict], cells: pd.DataFrame, run: dict, out: Map
                triggers=[{"path": link_to(page, path), "name": Path(path).stem.removeprefix("triggers_")}
                          for path in run["sheets"]],
                times=rule_times(run["benchmarks"]).set_index("rule").round(1),
-               path=critical_path(run["benchmarks"]), duration=duration)
+               chain=critical_path(run["benchmarks"]), duration=duration)
     write_page(out["claims_page"], "claims.html.j2", **common, here="Claims", verdicts=VERDICTS,
                papers=[paper["key"] for paper in papers], claims=entries)
 
