@@ -184,7 +184,8 @@ def test_what_a_defence_leaves_on_its_way_is_measured(tmp_path, cifar10, monkeyp
         ("model", "model.safetensors"), ("history", "history.csv"), ("metrics", "metrics.json"))}
     stages.purify(spec, defence, inputs, files, "cpu")
     table = gather([{"paper": "p", "folder": str(tmp_path)}]).set_index("metric")
-    assert list(table.index) == ["acc", "asr", "ra", "der", "arr", "rdr", "acc_halfway", "asr_halfway", "ra_halfway"]
+    assert list(table.index) == ["acc", "asr", "ra", "der", "arr", "rdr", "acc_halfway", "asr_halfway", "ra_halfway",
+                                 "redirected"]
     assert table.value["asr"] == 1 and table.value["asr_halfway"] == 0 and table.value["ra"] == 0
     assert 0 < table.value["ra_halfway"] < 0.5 and table.low["ra_halfway"] > 0
     assert json.loads(table.attack_parameters["asr"]) == {"function": "blended", "settings": {"alpha": 0.2}}
