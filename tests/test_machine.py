@@ -84,4 +84,6 @@ def test_the_reason_of_a_cell_without_result(tmp_path, monkeypatch):
     found = [gather([{**cell, **more}]).iloc[0] for more in ({"logs": "logs/*.log"}, {"logs": "nothing/*.log"}, {})]
     assert [row.status for row in found] == ["failed", "not run", "not run"]
     reasons = [row.reason for row in found]
+    assert list(gather([cell]).metric) == ["acc", "asr", "ra"]
+    assert list(gather([{**cell, "attack": "clean", "rate": "0"}]).metric) == ["acc"]
     assert reasons == ["no result: MemoryError: 4 GB (more in logs/purify.log)", *["its job has not begun"] * 2]

@@ -58,7 +58,8 @@ def gather(cells: list[dict], gates: Mapping[str, Mapping[str, float]] = {}) -> 
         if "rows" in record:
             found = record["rows"]
         else:
-            names = record.get("metrics", [*METRICS, *(key for key in record if f"{key}_n" in record and key not in METRICS)])
+            known = METRICS if base["poison_rate"] or not failed else METRICS[:1]  # without a trigger no ASR was asked for
+            names = record.get("metrics", [*known, *(key for key in record if f"{key}_n" in record and key not in known)])
             found = [{"metric": metric, "value": record.get(metric, np.nan), **{
                 key: record[f"{metric}_{key}"] for key in ("n", "low", "high") if f"{metric}_{key}" in record}}
                 for metric in (names[:3] if failed else [name for name in names if name in record])]
