@@ -48,6 +48,17 @@ def hold(results: str | Path, say: Callable[[str], None]) -> None:
             fcntl.flock(jobs, fcntl.LOCK_EX)
 
 
+def _taken(handle: int) -> bool:
+    """Whether another process holds the lock on an open file; if not, this one has it, where the file system knows locks."""
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        pass
+    return False
+
+
 def prepare(folders: Iterable[str | Path]) -> None:
     """Lock folders of data that this run will prepare, for the rest of this process: several clones may share them.
 
@@ -57,13 +68,9 @@ def prepare(folders: Iterable[str | Path]) -> None:
     for folder in map(Path, folders):
         folder.parent.mkdir(parents=True, exist_ok=True)
         _held.append(os.open(folder.parent / f".{folder.name}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC))
-        try:
-            fcntl.flock(_held[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        if _taken(_held[-1]):
             raise RuntimeError(f"Another run is preparing {folder}: run the same command again when {folder}/manifest.json is "
-                               "there.") from None
-        except OSError:  # a file system without locks, of which `hold` has told
-            pass
+                               "there.")
 
 
 @contextlib.contextmanager
@@ -76,13 +83,8 @@ def alone(folder: str | Path) -> Iterator[None]:
     Path(folder).mkdir(parents=True, exist_ok=True)
     handle = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(handle)
-        raise BlockingIOError(f"another run writes to {folder}: wait for it, or write to another folder") from None
-    except OSError:  # a file system without locks
-        pass
-    try:
+        if _taken(handle):
+            raise BlockingIOError(f"another run writes to {folder}: wait for it, or write to another folder")
         yield
     finally:
         os.close(handle)
