@@ -1,14 +1,16 @@
 """How far apart a defence ends on one victim, over the order of its batches: seeds of victims do not show it alone.
 
     python benchmarks/streams.py results/desk/images/victims/cifar10/resnet18/fst/blended@0.01/seed0 [...] [--defences ft fst]
-                                 [--budget heldout] [--streams 8] [--out benchmarks/streams.json]
+                                 [--budget heldout] [--streams 8] [--precisions bf16 fp32] [--out benchmarks/streams.json]
 
 Each stream draws its own order of batches, augmentation and new head; victim, clean images and test images stay. Where the
-victim lies says its scale and settings.
+victim lies says its scale and settings. Precisions are of the defence; all networks are measured in the recipe's.
 """
 
 import argparse
+import itertools
 import json
+import time
 from pathlib import Path
 
 import numpy as np
@@ -37,14 +39,18 @@ def measure(folder: Path, asked: argparse.Namespace) -> list[dict]:
         defence = family.defence({**cell, "defence": name})
         chosen = stages.clean_budget(train, spec, defence["budget"])
         training = settings["training"]
-        for stream in range(asked.streams):
+        for stream, precision in itertools.product(range(asked.streams), asked.precisions or [training["precision"]]):
             budget = defences.Budget(np.asarray(train.images[chosen]), train.labels[chosen], len(train.classes),
-                                     crop=training["crop"], flip=training.get("flip", True), precision=training["precision"])
-            network, _ = defences.purify(defence["function"], models.load(folder / "model.safetensors"), budget,
+                                     crop=training["crop"], flip=training.get("flip", True), precision=precision)
+            begun = time.process_time()
+            network, history = defences.purify(defence["function"], models.load(folder / "model.safetensors"), budget,
                                          rng(stream, "streams"), **defence["settings"])
+            seconds = time.process_time() - begun
             found, _ = stages.evaluate(network, test, trigger, target, "cpu", precision=training["precision"])
             rows.append({"victim": f"{scale}: {attack}, {seed}", "victim acc": before["acc"], "victim asr": before["asr"],
-                         "defence": name, "stream": stream, "acc": found["acc"], "asr": found["asr"]})
+                         "defence": name, "precision": precision, "stream": stream, "cpu seconds": seconds,
+                         "rows of history": len(history), **{key: found[key] for key in ("acc", "asr", "ra")}})
+            print(json.dumps(rows[-1]), flush=True)
     return rows
 
 
@@ -54,9 +60,10 @@ if __name__ == "__main__":
     parser.add_argument("--defences", nargs="+", default=["ft", "fst"])
     parser.add_argument("--budget", default="heldout")
     parser.add_argument("--streams", type=int, default=8)
+    parser.add_argument("--precisions", nargs="+", choices=("bf16", "fp32"), help="the recipe's, where none is named")
     parser.add_argument("--out", type=Path, default=Path(__file__).with_suffix(".json"))
     asked = parser.parse_args()
     rows = [row for folder in asked.victims for row in measure(folder, asked)]
     asked.out.write_text(json.dumps(rows, indent=1) + "\n")
-    table = pd.DataFrame(rows).groupby(["victim", "victim acc", "victim asr", "defence"])[["acc", "asr"]]
+    table = pd.DataFrame(rows).groupby(["victim", "victim acc", "victim asr", "defence", "precision"])[["acc", "asr", "ra"]]
     print((100 * table.agg(["mean", "std", "min", "max"])).round(1).to_markdown())

@@ -267,6 +267,28 @@ def test_inner_problem_raises_the_flip_rate_within_its_step_budget(tiny):
     assert delta.abs().max() == pytest.approx(0.005)
 
 
+def test_bf16_reads_pixels_in_float32_and_finds_perturbations_as_good(tiny):
+    model, budget = copy.deepcopy(tiny[0]).eval().requires_grad_(False), tiny[1]
+    masked = ims_file.ConvolutionMasks(model)
+    stem = ims_file.layers(masked.lean, nn.Conv2d, "ims")["extractor.conv1"]
+    x = torch.from_numpy(budget.images).permute(0, 3, 1, 2) / 255
+    scale, outputs = 1 - 0.3 * torch.rand(masked.channels.total, generator=torch.Generator().manual_seed(0)), []
+    fixed = {precision: masked.fixed(scale, precision) for precision in ("fp32", "bf16")}
+    with passes_file.watched({"stem": stem}, lambda _, output: outputs.append(output)):
+        logits = {precision: fixed[precision](x + 1 / 4096) for precision in fixed}
+    assert torch.equal(outputs[1], outputs[0].bfloat16()) and not torch.equal(logits["fp32"], logits["bf16"])
+    torch.testing.assert_close(logits["bf16"], logits["fp32"], atol=0.03 * float(logits["fp32"].abs().max()), rtol=0)
+    ends, settings = {}, {"norm_bound": 1.0, "lr_perturb": 0.001, "steps_perturb": 20}
+    exact, inverse, clean = masked.fixed(torch.ones_like(scale)), fixed["fp32"], model(x)
+    for precision in fixed:
+        reference = masked.fixed(torch.ones_like(scale), precision)
+        delta, _ = ims_file.perturb(reference, fixed[precision], x, clean, **settings)
+        answer = exact(x + delta)
+        ends[precision] = float(ims_file.agree(inverse(x + delta), answer) + ims_file.disagree(answer, clean))
+    begun = float(ims_file.agree(inverse(x), clean) + ims_file.disagree(clean, clean))
+    assert begun - ends["bf16"] == pytest.approx(begun - ends["fp32"], rel=0.05)
+
+
 def test_no_pass_is_wasted(tiny):
     """f(x) once for all, one look; stage I two passes a round; else 20·2 inner, f(x+δ), and four outer passes."""
     model, budget = copy.deepcopy(tiny[0]), tiny[1]

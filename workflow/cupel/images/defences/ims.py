@@ -24,7 +24,8 @@ AdamW moves a pixel by about lr_perturb a step whatever its gradient, so |δ| en
 and norm_bound = 1 never binds (ims SPEC 2.4). `flip_rate` in the history says whether such δ change the victim's
 predictions at all; while they do not, the outer problem has no backdoor to suppress (ims SPEC 10.8 and 10.11).
 
-All is computed in float32, whatever the budget's precision: bf16 resolves pixels to 1/256 and would round δ away.
+The inner problem, nine tenths of the work, runs in the budget's precision, as far as that can see δ: bf16 resolves pixels to
+1/256, so the convolution that reads pixels stays in float32. The δ that were found, and all else, are computed in float32.
 """
 
 import copy
@@ -45,7 +46,7 @@ from cupel.images.defences.masks import Channels, layers, write
 from cupel.images.defences.passes import watched
 from cupel.images.models.attachments import attach
 from cupel.rng import torch_rng
-from cupel.training.engine import predict, to_pixels, upload
+from cupel.training.engine import autocast, predict, to_pixels, upload
 
 
 @dataclass(frozen=True)
@@ -120,6 +121,20 @@ def followers(network: nn.Module) -> dict[str, str]:
             if node in inputs and uses[node] == 1 and node.name().startswith("Convolution")}
 
 
+def exact(convolution: nn.Conv2d) -> None:
+    """Let a convolution compute in float32 under autocast too; its output has the type of autocast."""
+    plain = convolution.forward
+
+    def forward(x):
+        kind = x.device.type
+        if not torch.is_autocast_enabled(kind):
+            return plain(x)
+        with torch.autocast(kind, enabled=False):
+            return plain(x.float()).to(torch.get_autocast_dtype(kind))
+
+    convolution.forward = forward
+
+
 class ConvolutionMasks:
     """Masks on the output channels of all Conv2d layers: stem, shortcuts, depthwise and squeeze-excitation included.
 
@@ -137,8 +152,11 @@ class ConvolutionMasks:
         self.channels = Channels(tuple(self.convolutions), tuple(c.out_channels for c in self.convolutions.values()))
         pairs = followers(network)
         self.lean = copy.deepcopy(network, {id(p): p for p in network.parameters()}).requires_grad_(False)
-        self.shift = {}
+        self.shift, self.readers = {}, []
         for name, convolution in layers(self.lean, nn.Conv2d, "ims").items():
+            if convolution.in_channels == network.spec["in_channels"]:
+                exact(convolution)
+                self.readers += [f"{name}.weight", f"{name}.bias"]
             self.shift[name] = convolution.weight.new_zeros(convolution.out_channels, 1, 1)
             if name in pairs:
                 norm = network.get_submodule(pairs[name])
@@ -162,12 +180,19 @@ class ConvolutionMasks:
         return tensors
 
     @torch.no_grad()
-    def fixed(self, scale: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
-        """The network with all channels scaled by `scale` [N], without gradients for it: pixels to logits."""
+    def fixed(self, scale: torch.Tensor, precision: str = "fp32") -> Callable[[torch.Tensor], torch.Tensor]:
+        """The network with all channels scaled by `scale` [N], without gradients for it: pixels to logits, of one type."""
         tensors = self._scaled(layers(self.lean, nn.Conv2d, "ims"), scale)
         for name, shift in self.shift.items():
             tensors[f"{name}.bias"] = tensors.get(f"{name}.bias", 0) + shift.flatten()
-        return lambda x: functional_call(self.lean, tensors, (x,))
+        if precision == "bf16":    # once, where autocast would do it in every pass
+            tensors = {name: t if name in self.readers else t.bfloat16() for name, t in tensors.items()}
+
+        def logits(x):
+            with autocast(precision, x.device):
+                return functional_call(self.lean, tensors, (x,)).to(x.dtype)
+
+        return logits
 
     def __call__(self, scale: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         """Logits [B, K] of pixels x [B, C, H, W] with all channels scaled by `scale` [N]."""
@@ -209,8 +234,8 @@ class EncoderMasks:
         return {f"attachments.{number}.factor": part
                 for number, part in enumerate(self.channels.split(scale).values(), self.first)}
 
-    def fixed(self, scale: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
-        """As that of `ConvolutionMasks`."""
+    def fixed(self, scale: torch.Tensor, precision: str = "fp32") -> Callable[[torch.Tensor], torch.Tensor]:
+        """As that of `ConvolutionMasks`, but in float32 always: the first block's input is not known to be exact enough."""
         return partial(self, scale.detach())
 
     def __call__(self, scale: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
@@ -339,7 +364,8 @@ def _purify(kind, victim, budget: Budget, rng, settings: Settings):
     generator = torch_rng(int(rng.integers(2**62)), "order")
     stages = (("I", settings.rounds_initial, settings.l1_weight), ("II", settings.rounds_minimise, 0.0),
               ("III", settings.rounds_minimise, settings.l1_weight))
-    reference = masked.fixed(torch.ones_like(state.a))
+    whole = torch.ones_like(state.a)
+    reference, quick = masked.fixed(whole), masked.fixed(whole, budget.precision)
     history, ends = [], {}
     work = budget.resume(masks=state, order=generator, history=history, ends=ends)
     for stage, rounds, weight in stages:
@@ -354,8 +380,9 @@ def _purify(kind, victim, budget: Budget, rng, settings: Settings):
             if stage == "I":
                 losses = state.step([on_clean], [inverse_clean], weight)
             else:
-                delta, inner = perturb(reference, masked.fixed(state.masks()[1]), x, y, norm_bound=settings.norm_bound,
-                                       lr_perturb=settings.lr_perturb, steps_perturb=settings.steps_perturb)
+                delta, inner = perturb(quick, masked.fixed(state.masks()[1], budget.precision), x, y,
+                                       norm_bound=settings.norm_bound, lr_perturb=settings.lr_perturb,
+                                       steps_perturb=settings.steps_perturb)
                 z = x + delta
                 with torch.no_grad():
                     answer = reference(z)
