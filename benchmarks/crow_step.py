@@ -3,7 +3,8 @@
     python benchmarks/crow_step.py [--model FOLDER] [--length 128] [--precision bf16] [--threads 2] [--device cpu]
 
 Without `--model` the network has SmolLM2-135M's shape (or a smaller one, by `--blocks`) and random weights, which cost the
-same. Rounds alternate, medians are reported. The ratio is the result; absolute figures depend on the machine.
+same. Rounds alternate, medians are reported. Beside the ratio of times stands that of the floating point operations in matrix
+products, which torch counts: no program of the same passes can be below it. Absolute figures depend on the machine.
 """
 
 import argparse
@@ -11,6 +12,7 @@ import statistics
 import time
 
 import torch
+from torch.profiler import profile
 
 from cupel.compat import ensure_torchvision
 from cupel.rng import torch_rng
@@ -23,6 +25,7 @@ ensure_torchvision()
 from peft.helpers import disable_input_dtype_casting  # noqa: E402
 from transformers import LlamaConfig, LlamaForCausalLM  # noqa: E402
 
+PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm")
 VARIANTS = {
     "plain LoRA": None,
     "CROW": Consistency(),
@@ -76,15 +79,19 @@ def main() -> None:
           f"{options.precision}, {options.device}, {options.threads} threads, torch {torch.__version__}, "
           f"median of {options.rounds} alternating rounds")
     seconds: dict[str, list[float]] = {name: [] for name in VARIANTS}
+    operations = {}
     with disable_input_dtype_casting(model):
-        for number in range(options.rounds + 1):
+        for name, consistency in VARIANTS.items():    # these warm up as well
+            with profile(with_flops=True) as counter:
+                update(consistency)
+            operations[name] = sum(row.flops for row in counter.key_averages() if row.key in PRODUCTS)
+        for _ in range(options.rounds):
             for name, consistency in VARIANTS.items():
-                spent = update(consistency)
-                if number:  # the first round warms up
-                    seconds[name].append(spent)
-    plain = statistics.median(seconds["plain LoRA"])
+                seconds[name].append(update(consistency))
+    plain, few = statistics.median(seconds["plain LoRA"]), operations["plain LoRA"]
     for name, spent in seconds.items():
-        print(f"{name}: {statistics.median(spent):.3f} s, {statistics.median(spent) / plain:.2f} plain updates")
+        print(f"{name}: {statistics.median(spent):.3f} s, {statistics.median(spent) / plain:.2f} plain updates; "
+              f"{operations[name] / 1e12:.2f} TFLOP, {operations[name] / few:.2f}")
     if options.device == "cuda":
         print(f"peak memory {torch.cuda.max_memory_allocated() / 2**30:.2f} GiB")
 
