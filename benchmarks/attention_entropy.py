@@ -4,13 +4,13 @@
 
 A LLaVA with random weights reads the same samples in three ways, each in a process of its own, in alternating rounds:
 
-    hook      cupel.vision_language.entropy: SDPA, one row per layer
+    hook      cupel.vision_language.entropy: SDPA, one row per layer, nothing after the last layer's
     maps      eager attention, all maps of a batch, same batch size
     official  one sample at a time through `generate` of one token with all maps, as the released code does
 
 Time is CPU time on the CPU (so other programs on the machine matter little) and wall time on a GPU. Peak memory is what a
 round needs above the loaded model: resident memory on the CPU, allocated memory on a GPU. The three must give the same
-entropies. Ratios are the result; absolute figures depend on the machine.
+entropies. Ratios are the result; absolute figures depend on the machine. The last line is JSON.
 """
 
 import argparse
@@ -159,6 +159,7 @@ def main() -> None:
         apart = np.abs(np.array(results["hook"][0]["entropies"]) - np.array(results[way][0]["entropies"])).max()
         print(f"hook against {way}: {seconds[way] / seconds['hook']:.2f} x samples/s, {memory['hook'] / memory[way]:.3f} of "
               f"the memory, entropies apart by at most {apart:.1e}")
+    print(json.dumps({**vars(options), "torch": torch.__version__, "seconds": seconds, "mb": memory}))
 
 
 if __name__ == "__main__":

@@ -3,10 +3,13 @@
     python benchmarks/training.py [--width 64] [--steps 12] [--threads 2] [--device cpu]
 
 The plain loop is what a newcomer to the field meets: fp32, a DataLoader, torchvision transforms per image. Ratios are
-the result; absolute figures depend on the machine. Rounds alternate, medians are reported.
+the result; absolute figures depend on the machine. Rounds alternate, medians are reported. How much is left: the operations of
+the convolutions and products (forward; three times that in training) against what this machine does in a product of two square
+matrices of the same type. The last line is JSON.
 """
 
 import argparse
+import json
 import statistics
 import time
 
@@ -14,6 +17,7 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
+from torch.utils.flop_counter import FlopCounterMode
 
 from cupel.compat import ensure_torchvision
 from cupel.images import datasets, models
@@ -67,6 +71,19 @@ def timed(function, device: str) -> float:
     return time.perf_counter() - start
 
 
+def ceiling(dtype: torch.dtype, device: str, side: int = 2048) -> float:
+    """FLOP/s of a product of two square matrices, the best of five."""
+    a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
+    return 2 * side**3 / min(timed(lambda: a @ b, device) for _ in range(5))
+
+
+def operations(model, device: str) -> int:
+    """FLOP of one image, forward."""
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model.eval()(torch.zeros(1, 3, 32, 32, device=device))
+    return counter.get_total_flops()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--width", type=int, default=64)
@@ -110,13 +127,22 @@ def main() -> None:
     print(f"PreActResNet-18, width {options.width}, batch {BATCH}, {options.device}, {options.threads} threads, "
           f"torch {torch.__version__}, median of {options.rounds} alternating rounds of {count} images; "
           f"precision auto would be {settled({'precision': 'auto'}, options.device)['precision']}")
+    most = {dtype: ceiling(dtype, options.device) for dtype in (torch.float32, torch.bfloat16)}
+    one, rows = operations(network(), options.device), []
     for name, rivals in runs.items():
         for function in rivals.values():
             function()
         seconds = [[timed(function, options.device) for function in rivals.values()] for _ in range(options.rounds)]
         rates = [count / statistics.median(column) for column in zip(*seconds, strict=True)]
         for rival, rate in zip(rivals, rates, strict=True):
-            print(f"{name}: {rival} {rate:,.0f} images/s, ratio {rate / rates[0]:.1f}")
+            flops = rate * one * (3 if name == "training" else 1)
+            share = flops / most[torch.bfloat16 if "bf16" in rival else torch.float32]
+            rows.append({"what": name, "way": rival, "images/s": rate, "ratio": rate / rates[0], "GFLOP/s": flops / 1e9,
+                         "share of ceiling": share})
+            print(f"{name}: {rival} {rate:,.0f} images/s, ratio {rate / rates[0]:.1f}, {flops / 1e9:.0f} GFLOP/s, "
+                  f"{share:.0%} of the ceiling")
+    print(json.dumps({**vars(options), "torch": torch.__version__, "rows": rows,
+                      "ceilings": {str(dtype): flops for dtype, flops in most.items()}}))
 
 
 if __name__ == "__main__":
