@@ -4,7 +4,8 @@
 
 Without `--model` the network has SmolLM2-135M's shape (or a smaller one, by `--blocks`) and random weights, which cost the
 same. Rounds alternate, medians are reported. Beside the ratio of times stands that of the floating point operations in matrix
-products, which torch counts: no program of the same passes can be below it. Absolute figures depend on the machine. The last line is JSON.
+products, which torch counts: no program of the same passes can be below it. Absolute figures depend on the machine. The last
+line is JSON.
 """
 
 import argparse
@@ -93,9 +94,9 @@ def main() -> None:
     for name, spent in seconds.items():
         print(f"{name}: {statistics.median(spent):.3f} s, {statistics.median(spent) / plain:.2f} plain updates; "
               f"{operations[name] / 1e12:.2f} TFLOP, {operations[name] / few:.2f}")
-    print(json.dumps({**vars(options), "torch": torch.__version__, "seconds": seconds, "flop": operations}))
     if options.device == "cuda":
         print(f"peak memory {torch.cuda.max_memory_allocated() / 2**30:.2f} GiB")
+    print(json.dumps({**vars(options), "torch": torch.__version__, "seconds": seconds, "flop": operations}))
 
 
 if __name__ == "__main__":
