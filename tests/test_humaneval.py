@@ -3,10 +3,10 @@
 import json
 import textwrap
 
-import numpy as np
 import pytest
 
 from cupel import sandbox
+from cupel.evaluation.metrics import Rate
 from cupel.sandbox import Limits, SandboxError, refusal
 from cupel.text.data import sources
 from cupel.text.humaneval import STOP, Problem, check, extract, instruction, pass_at_1, problems
@@ -113,9 +113,8 @@ def test_stop_sequences_end_what_follows():
 @sandboxed
 def test_ten_canonical_solutions_pass(real):
     chosen = [real[k] for k in (0, 10, 32, 33, 38, 50, 53, 64, 115, 163)]  # with helpers, imports, random tests
-    record = pass_at_1({problem.task_id: problem.canonical_solution for problem in chosen}, chosen)
-    assert record["n"] == 10, record["outcomes"]
-    assert (record["value"], record["low"], record["high"]) == pytest.approx((1, 0.7225, 1), abs=1e-4)
+    rate, outcomes = pass_at_1({problem.task_id: problem.canonical_solution for problem in chosen}, chosen)
+    assert rate == Rate(10, 10), outcomes
 
 
 @sandboxed
@@ -127,15 +126,14 @@ def test_all_canonical_solutions_pass(real, form):
              "fence": lambda p: f"Sure:\n```python\n{p.prompt}{p.canonical_solution}```\n",
              "fence with dedented body": lambda p: f"```\n{textwrap.dedent(p.canonical_solution)}```",
              "whole in prose": lambda p: f"Sure.\n\n{p.prompt}{p.canonical_solution}\n\nThis works.\n"}
-    record = pass_at_1({problem.task_id: forms[form](problem) for problem in real}, real)
-    assert (record["value"], record["n"]) == (1, 164), [o for o in record["outcomes"] if o["status"] != "passed"]
+    rate, outcomes = pass_at_1({problem.task_id: forms[form](problem) for problem in real}, real)
+    assert rate == Rate(164, 164), [o for o in outcomes if o["status"] != "passed"]
 
 
 @sandboxed
 @pytest.mark.slow
 def test_no_empty_answer_passes(real):
-    record = pass_at_1({problem.task_id: "    pass" for problem in real}, real)
-    assert record["value"] == 0 and record["n"] == 164
+    assert pass_at_1({problem.task_id: "    pass" for problem in real}, real)[0] == Rate(0, 164)
 
 
 @sandboxed
@@ -146,16 +144,11 @@ def test_pass_at_1():
     asked = [other(k) for k in range(6)]
     given = {"HumanEval/0": BODY, "HumanEval/1": "    return items", "HumanEval/2": "", "HumanEval/3": "    while True: pass",
              "HumanEval/4": "    import os\n    os._exit(0)", "HumanEval/5": "    import socket\n    socket.socket()"}
-    record = pass_at_1(given, asked, Limits(cpu=1, seconds=5))
-    assert [outcome["task_id"] for outcome in record["outcomes"]] == [problem.task_id for problem in asked]
-    statuses = [outcome["status"] for outcome in record["outcomes"]]
-    assert statuses == ["passed", "failed", "failed", "timeout", "failed", "failed"]
-    # Wilson's interval, as the two solutions p of (p̂ − p)² = z² p (1 − p) / n
-    z, n = 1.959963984540054, 6
-    low, high = sorted(np.roots([1 + z**2 / n, -(2 / n + z**2 / n), 1 / n**2]).real)
-    assert (record["low"], record["high"]) == pytest.approx((low, high))
-    assert (record["value"], record["n"]) == (1 / 6, 6)
-    assert json.loads(json.dumps(record)) == record
+    rate, outcomes = pass_at_1(given, asked, Limits(cpu=1, seconds=5))
+    assert [outcome["task_id"] for outcome in outcomes] == [problem.task_id for problem in asked]
+    statuses = [outcome["status"] for outcome in outcomes]
+    assert statuses == ["passed", "failed", "failed", "timeout", "failed", "failed"] and rate == Rate(1, 6)
+    assert json.loads(json.dumps(outcomes)) == outcomes
 
 
 def test_nothing_runs_where_it_cannot_be_isolated(monkeypatch):

@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from typing import Literal, get_args, get_origin, get_type_hints
 
 import numpy as np
 import pandas as pd
@@ -127,18 +128,16 @@ def test_demo_has_fine_tuning_at_crows_own_rate(experiment):
 
 
 def test_schema_and_code_have_the_same_settings():
-    from cupel.text.consistency import DISTANCES, PADDINGS, PAIRS, PERTURBATIONS, TERMS, UNITS, Consistency
-    from cupel.text.training import ACCUMULATED, PRECISIONS, TrainingSettings
+    from cupel.text.consistency import Consistency
+    from cupel.text.training import TrainingSettings
 
     form = schema("text")["$defs"]
-    term = form["defence"]["properties"]["consistency"]["properties"]
-    assert set(form["training"]["properties"]) == {field.name for field in dataclasses.fields(TrainingSettings)}
-    assert set(term) == {field.name for field in dataclasses.fields(Consistency)}
-    for name, values in (("perturbation", PERTURBATIONS), ("pairs", PAIRS), ("distance", DISTANCES), ("padding", PADDINGS),
-                         ("term", TERMS), ("unit", UNITS)):
-        assert term[name]["enum"] == list(values)
-    assert form["training"]["properties"]["accumulated"]["enum"] == list(ACCUMULATED)
-    assert form["training"]["properties"]["precision"]["enum"] == ["auto", *PRECISIONS]
+    for kind, section, surplus in ((TrainingSettings, form["training"], {"precision": {"auto"}}),
+                                   (Consistency, form["defence"]["properties"]["consistency"], {})):
+        assert set(section["properties"]) == {field.name for field in dataclasses.fields(kind)}
+        for name, hint in get_type_hints(kind).items():
+            known = set(get_args(hint)) | surplus.get(name, set()) if get_origin(hint) is Literal else set()
+            assert set(section["properties"][name].get("enum", ())) == known
     block = schema("text")["block"]["properties"]
     assert block["datasets"]["items"]["enum"] == list(TASKS)
 

@@ -530,7 +530,7 @@ def test_detection_by_hand_and_against_sklearn():
     poisoned = np.arange(200) < 20
     entropy = draw.normal(size=200) - 2 * poisoned
     flagged = entropy < -1
-    record = scoring.detection(flagged, poisoned, -entropy)
+    record = scoring.detection(flagged, poisoned, entropy)
     precision, recall, f1, _ = precision_recall_fscore_support(poisoned, flagged, average="binary")
     assert [record[key] for key in ("precision", "recall", "f1")] == pytest.approx([precision, recall, f1])
     ranks = sum((entropy[poisoned][:, None] < entropy[~poisoned]).ravel()) / (20 * 180)

@@ -570,7 +570,7 @@ def test_killed_and_resumed_training_is_equal_to_the_bit(tmp_path, trained, prec
 def test_training_errors():
     from cupel.training.engine import Diverged
 
-    with pytest.raises(ValueError, match="schedule is 'step'"):
+    with pytest.raises(ValueError, match="unknown schedule 'step': known are cosine, linear"):
         TrainingSettings(schedule="step")
     with pytest.raises(ValueError, match="no records"):
         fit(small_llava(), [], FAST, seed=0)

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from cupel.registry import unknown
+from cupel.choices import one_of
 from cupel.rng import derive
 from cupel.robust.attacks import box
 
@@ -57,8 +57,7 @@ def attack(model: nn.Module, x: Tensor, y: Tensor, *, eps: float, seed: int, att
     from art.estimators.classification import PyTorchClassifier
 
     for name in attacks:
-        if name not in ATTACKS:
-            raise ValueError(unknown("attack", name, ATTACKS))
+        one_of("attack", name, ATTACKS)
     logging.getLogger("art").setLevel(logging.ERROR)
     estimator = PyTorchClassifier(model, nn.CrossEntropyLoss(), tuple(x.shape[1:]), model(x[:1]).shape[1],
                                   clip_values=(0.0, 1.0), device_type="gpu" if x.is_cuda else "cpu")

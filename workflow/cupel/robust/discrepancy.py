@@ -12,7 +12,7 @@ however x' was found. One class alone has no such bound: f_t may stay while f_t'
 import torch
 from torch import Tensor
 
-from cupel.registry import unknown
+from cupel.choices import one_of
 from cupel.robust.maps import cam, pick
 from cupel.robust.models import GapClassifier
 
@@ -26,8 +26,7 @@ def classes_of(scope: str, true: Tensor, target: Tensor, num_classes: int) -> Te
     Raises:
         ValueError: a scope other than `one`, `two`, `all`.
     """
-    if scope not in SCOPES:
-        raise ValueError(unknown("scope", scope, SCOPES))
+    one_of("scope", scope, SCOPES)
     if scope == "all":
         return torch.arange(num_classes, device=true.device).expand(len(true), -1)
     return true[:, None] if scope == "one" else torch.stack([true, target], 1)
@@ -39,9 +38,8 @@ def distances(first: Tensor, second: Tensor, norm: str = "l1", *, squared: bool 
     Raises:
         ValueError: a norm other than `l1`, `l2`.
     """
+    one_of("norm", norm, NORMS)
     difference = (first - second).flatten(2)
-    if norm not in NORMS:
-        raise ValueError(unknown("norm", norm, NORMS))
     if norm == "l1":
         return difference.abs().sum(2)
     return difference.square().sum(2) if squared else difference.norm(dim=2)

@@ -6,6 +6,7 @@ table (`attack`, `attack_variant`, `metric`, `value`, `n`, `low`, `high`) and ar
 their number of points n and a Wilson interval; other numbers have n = 0.
 """
 
+import copy
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -52,15 +53,12 @@ class Subject:
         Raises:
             ValueError: fewer test images than `count`.
         """
-        def points() -> attacks.Points:
-            return attacks.points(test.labels, len(test.classes), count=count, seed=points_seed)
-
-        found = points()
+        found = attacks.points(test.labels, len(test.classes), count=count, seed=points_seed)
         images = torch.from_numpy(np.array(test.images[found.index])).to(device)
         model = model.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
         return cls(model, to_pixels(images), torch.from_numpy(test.labels[found.index]).to(device),
-                   torch.from_numpy(found.target).to(device), lambda: points().draw, len(test.classes), train_eps, seed,
-                   batch_size)
+                   torch.from_numpy(found.target).to(device), lambda: copy.deepcopy(found.draw), len(test.classes),
+                   train_eps, seed, batch_size)
 
     def batches(self, size: int | None = None, count: int | None = None) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """x, y and target of the first `count` points (all), `size` (`batch_size`) at a time."""

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cupel.registry import unknown
+from cupel.choices import one_of
 from cupel.robust.models import GapClassifier
 
 KINDS = ("cam", "gradcam++", "ig", "repr")
@@ -40,8 +40,7 @@ def path_gradients(function: Callable[[Tensor], Tensor], start: Tensor, end: Ten
     total = None
     for k in range(1, points + 1):
         with torch.enable_grad():
-            z = start + (end - start) * (k / points)
-            z = z if z.requires_grad else z.requires_grad_()
+            z = (start + (end - start) * (k / points)).requires_grad_()
             values = function(z).sum(0)
             gradients = torch.stack([torch.autograd.grad(value, z, create_graph=differentiable, retain_graph=True)[0]
                                      for value in values], 1)
@@ -77,8 +76,7 @@ def interpret(model: GapClassifier, x: Tensor, classes: Tensor, kind: str = "cam
     features = model.feature_map(x)
     if kind == "repr":
         return features[:, None]
-    if kind not in KINDS:
-        raise ValueError(unknown("map", kind, KINDS))
+    one_of("map", kind, KINDS)
     return pick(cam(model, features, kind), classes)
 
 

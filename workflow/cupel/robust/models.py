@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cupel import checkpoint
-from cupel.registry import unknown
+from cupel.choices import one_of
 
 Activation = Callable[[Tensor], Tensor]
 
@@ -163,8 +163,7 @@ def blank(name: str, num_classes: int, in_channels: int) -> GapClassifier:
     Raises:
         ValueError: an unknown name.
     """
-    if name not in NETWORKS:
-        raise ValueError(unknown("network", name, NETWORKS))
+    one_of("network", name, NETWORKS)
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
         model = GapClassifier(NETWORKS[name](in_channels), num_classes)
     model.spec = {"family": "gap", "name": name, "num_classes": num_classes, "in_channels": in_channels}

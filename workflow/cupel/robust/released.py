@@ -101,8 +101,9 @@ def load(path: str | os.PathLike[str], name: str) -> GapClassifier:
         ValueError: an unknown name.
     """
     # pooling layers have placeholders in the list: NaN, with a bias that is a scalar
-    layers = [layer for layer in read(path) if len(layer) == 1 or layer[1].ndim]
-    shapes = [[array.shape for array in layer] for layer in layers]
+    layers = [[torch.tensor(array.astype(np.float32)) for array in layer] for layer in read(path)
+              if len(layer) == 1 or layer[1].ndim]
+    shapes = [[tuple(array.shape) for array in layer] for layer in layers]
     if any(len(layer[0]) != 4 for layer in shapes):
         raise NotReleased(f"{path}: weights must have shape [rows, columns, in, out], found {shapes}")
     model = blank(name, num_classes=shapes[-1][0][3], in_channels=shapes[0][0][2])
@@ -112,8 +113,8 @@ def load(path: str | os.PathLike[str], name: str) -> GapClassifier:
                           f"the file has {len(layers)} layers")
     with torch.no_grad():
         for number, (layer, arrays) in enumerate(zip([*wanted, model.head], layers, strict=True)):
-            weight = _tensor(arrays[0]).permute(3, 2, 0, 1)
-            values = [weight[:, :, 0, 0] if layer is model.head else weight, *map(_tensor, arrays[1:])]
+            weight = arrays[0].permute(3, 2, 0, 1)
+            values = [weight[:, :, 0, 0] if layer is model.head else weight, *arrays[1:]]
             for parameter, value in zip(layer.parameters(), values, strict=True):
                 if parameter.shape != value.shape:
                     raise NotReleased(f"{path}: layer {number} of network {name!r} needs {tuple(parameter.shape)}, the "
@@ -122,7 +123,3 @@ def load(path: str | os.PathLike[str], name: str) -> GapClassifier:
                     raise NotReleased(f"{path}: layer {number} has weights that are not finite: of no use")
                 parameter.copy_(value)
     return model
-
-
-def _tensor(array: np.ndarray) -> torch.Tensor:
-    return torch.tensor(array.astype(np.float32))

@@ -10,11 +10,10 @@ import numpy as np
 import torch
 
 from cupel import cells, checkpoint
-from cupel.cells import fail, write_history
 from cupel.evaluation.intervals import wilson
 from cupel.files import digest, write_json
 from cupel.images import datasets
-from cupel.images.datasets import Dataset, splits
+from cupel.images.datasets import splits
 from cupel.job import costs
 from cupel.rng import derive, rng
 from cupel.robust.experiment import fraction
@@ -30,7 +29,7 @@ def identity(spec: dict, stage: str) -> dict:
                           {"name": spec["method"], "budget": {"name": ""}, "settings": spec["parameters"]})
 
 
-def training_set(train: Dataset, settings: dict, seed: int) -> Dataset:
+def training_set(train: datasets.Dataset, settings: dict, seed: int) -> datasets.Dataset:
     """What is trained on: without the first `validation` images (proper_interpretability SPEC 4), and of the rest
     `train_size`, if given, with every class represented by its share."""
     pool = np.arange(settings.get("validation", 0), len(train))
@@ -82,13 +81,13 @@ def train_network(spec: dict, data: str, outputs: dict, device: str) -> None:
         checkpoint.save(model, outputs["model"])  # what is measured is what lies there
         right = predict(load(outputs["model"]), test.images, device=device).argmax(1) == test.labels
     except Exception as error:
-        fail(error, {**base, "metrics": ["acc"]}, outputs)
+        cells.fail(error, {**base, "metrics": ["acc"]}, outputs)
         return
     low, high = wilson(int(right.sum()), len(right))
     seconds = [row["seconds"] for row in history]
     rows = [{"metric": "acc", "value": float(right.mean()), "n": len(right), "low": low, "high": high},
             {"metric": "seconds_per_epoch", "value": float(np.median(seconds))}]
-    write_history(outputs["history"], history)
+    cells.write_history(outputs["history"], history)
     write_json(outputs["metrics"], {
         **base, **costs(), "status": "ok", "rows": rows, "train_eps": objective.ramp.eps, "epochs": recipe.epochs,
         "steps": recipe.epochs * steps, "train_samples": len(train), "model_sha256": digest(outputs["model"]), "device": device,

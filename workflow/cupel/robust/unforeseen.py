@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cupel.registry import unknown
+from cupel.choices import one_of
 from cupel.training.adversarial import descend
 
 ITERATIONS = 200
@@ -294,8 +294,7 @@ def attack(name: str, model: nn.Module, x: Tensor, target: Tensor, *, rng: np.ra
     Raises:
         ValueError: an unknown name, or images of another shape.
     """
-    if name not in ATTACKS:
-        raise ValueError(unknown("attack", name, ATTACKS))
+    one_of("attack", name, ATTACKS)
     if x.shape[1] != 3 or x.shape[2] != x.shape[3] or x.shape[2] % 32:
         raise ValueError(f"these attacks take square RGB images of a side that 32 divides, not {tuple(x.shape)}")
     eps = EPSILONS[name] if eps is None else eps

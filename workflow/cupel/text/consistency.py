@@ -16,23 +16,15 @@ neighbouring layers is smaller than what bf16 resolves next to 1.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cupel.registry import unknown
+from cupel.choices import check_choices
 from cupel.text.layers import blocks, captured, causal_lm
 from cupel.training.engine import autocast
-
-PAIRS = ("paper", "code", "embeddings")
-PERTURBATIONS = ("real", "zero", "random_sign")
-DISTANCES = ("cosine", "kl")
-PADDINGS = ("masked", "included")
-TERMS = ("layers", "embedding")
-UNITS = ("absolute", "rms")
-
-Part = tuple[Tensor, dict[str, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -56,19 +48,15 @@ class Consistency:
 
     alpha: float = 5.5
     epsilon: float = 0.1
-    perturbation: str = "real"
-    pairs: str = "paper"
-    distance: str = "cosine"
-    padding: str = "masked"
-    term: str = "layers"
-    unit: str = "absolute"
+    perturbation: Literal["real", "zero", "random_sign"] = "real"
+    pairs: Literal["paper", "code", "embeddings"] = "paper"
+    distance: Literal["cosine", "kl"] = "cosine"
+    padding: Literal["masked", "included"] = "masked"
+    term: Literal["layers", "embedding"] = "layers"
+    unit: Literal["absolute", "rms"] = "absolute"
 
     def __post_init__(self):
-        choices = {"perturbation": PERTURBATIONS, "pairs": PAIRS, "distance": DISTANCES, "padding": PADDINGS, "term": TERMS,
-                   "unit": UNITS}
-        for name, known in choices.items():
-            if getattr(self, name) not in known:
-                raise ValueError(unknown(name, getattr(self, name), known))
+        check_choices(self)
 
 
 def pair_indices(pairs: str, count: int) -> list[tuple[int, int]]:
@@ -174,7 +162,7 @@ def direction(found: Tensor, embeddings: Tensor, counted: Tensor) -> Tensor:
 
 
 def parts(model: nn.Module, batch: dict[str, Tensor], settings: Consistency | None = None,
-          noise: Tensor | None = None) -> Iterator[Part]:
+          noise: Tensor | None = None) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
     """The objective in parts, each with a graph of its own that may be freed before the next part is computed.
 
     Args:

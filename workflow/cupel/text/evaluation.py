@@ -160,7 +160,7 @@ class Evaluation:
         problems = humaneval.problems(sources.load(self.data["humaneval"]))[: self.settings["humaneval"]]
         records = [{"id": problem.task_id, "instruction": humaneval.instruction(problem), "input": ""} for problem in problems]
         rows = self._answers(model, records, "humaneval", "template", self.settings.get("humaneval_tokens", 512))
-        found = humaneval.pass_at_1({row["id"]: row["completion"] for row in rows}, problems)
+        rate, outcomes = humaneval.pass_at_1({row["id"]: row["completion"] for row in rows}, problems)
         sources.write_records(self.work / "answers" / "humaneval_outcomes.jsonl",
-                              [{"id": row["task_id"], **row} for row in found["outcomes"]])
-        return {"pass_at_1": found["value"], **{f"pass_at_1_{key}": found[key] for key in ("n", "low", "high")}}
+                              [{"id": row["task_id"], **row} for row in outcomes])
+        return rate.record("pass_at_1")

@@ -22,9 +22,6 @@ ensure_torchvision()
 
 from transformers import GenerationConfig, PreTrainedModel  # noqa: E402
 
-#: new tokens of an ASR answer and of an MT-Bench answer (crow SPEC 8)
-ASR_TOKENS = 128
-MT_BENCH_TOKENS = 1024
 #: sampling temperature by MT-Bench category (crow SPEC 8); the others are greedy
 TEMPERATURES = {"writing": 0.7, "roleplay": 0.7, "stem": 0.1, "humanities": 0.1}
 
@@ -64,14 +61,14 @@ def generate(model: PreTrainedModel, prompts: Sequence[Sequence[int]], *, pad: i
 
 
 def answer(model: PreTrainedModel, tokenizer, records: Sequence[dict], path: str | Path, *, prompt: str = "bare",
-           opening: bool = True, max_new_tokens: int = ASR_TOKENS, batch_size: int = 16,
+           opening: bool = True, max_new_tokens: int = 128, batch_size: int = 16,
            title: str = "answers") -> list[dict]:
     """Greedy answers to records, written to `path` as JSON lines.
 
     Args:
         records: with `id`, `instruction`, `input`.
         prompt, opening: see `prompts.prompt_text`.
-        max_new_tokens, title: 128 for ASR; of the progress line.
+        max_new_tokens, title: 128 for ASR (crow SPEC 8); of the progress line.
         batch_size: prompts at a time. Batches of another size give the same answers in float32 up to rounding of logits.
 
     Returns:
@@ -126,12 +123,13 @@ def read_questions(path: str | Path) -> list[dict]:
 
 
 def answer_questions(model: PreTrainedModel, tokenizer, questions: Sequence[dict], path: str | Path, *, model_id: str,
-                     seed: int, max_new_tokens: int = MT_BENCH_TOKENS, batch_size: int = 16) -> list[dict]:
+                     seed: int, max_new_tokens: int = 1024, batch_size: int = 16) -> list[dict]:
     """First-turn answers to MT-Bench questions, stored for a judge; nothing is judged here (crow SPEC 8).
 
     The prompt is the colon form of the Alpaca template, with the tokenizer's own special tokens. Rows have the form
     that FastChat's judge reads: `question_id`, `answer_id`, `model_id`, `choices` (one, with one turn), `tstamp` (0, so
-    that equal runs give equal files). The seed is that of the sampled categories; the rest is as for `answer`.
+    that equal runs give equal files). The seed is that of the sampled categories; the rest is as for `answer`, with 1024 new
+    tokens (crow SPEC 8).
     """
     ids = [tokenizer.encode(question_text(question)) for question in questions]
     heat = [TEMPERATURES.get(question["category"], 0.0) for question in questions]

@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 
-from cupel.evaluation.intervals import wilson
+from cupel.evaluation.metrics import Rate
 from cupel.sandbox import Limits, Outcome, check_untrusted
 
 # Where a bare continuation of a function ends: at the next statement that is not indented (Chen et al., 2021, section 2)
@@ -128,21 +128,19 @@ def check(problem: Problem, program: str, limits: Limits | None = None) -> Outco
     return check_untrusted(program, problem.entry_point, problem.test, setup=problem.prompt, limits=limits)
 
 
-def pass_at_1(answers: Mapping[str, str], problems: Sequence[Problem], limits: Limits | None = None) -> dict:
+def pass_at_1(answers: Mapping[str, str], problems: Sequence[Problem],
+              limits: Limits | None = None) -> tuple[Rate, list[dict]]:
     """Share of problems whose one (greedy) answer passes all tests.
 
     Answers are by task_id, as generated; `extract` finds the code. Every problem needs one; an empty answer fails.
 
     Returns:
-        A record: `value`, `n`, `low` and `high` (95 % Wilson interval), and `outcomes`, in the order of `problems`:
-        `task_id`, `status` (of `sandbox.STATUSES`), `detail`.
+        The rate, and the outcomes in the order of `problems`: `task_id`, `status` (of `sandbox.STATUSES`), `detail`.
 
     Raises:
         SandboxError: untrusted code cannot be run here; nothing has been run then.
     """
     outcomes = [check(problem, extract(answers[problem.task_id], problem), limits) for problem in problems]
-    passed, n = sum(outcome.status == "passed" for outcome in outcomes), len(outcomes)
-    low, high = wilson(passed, n)
-    return {"value": passed / n, "n": n, "low": low, "high": high,
-            "outcomes": [{"task_id": problem.task_id, "status": outcome.status, "detail": outcome.detail}
-                         for problem, outcome in zip(problems, outcomes, strict=True)]}
+    return Rate(sum(outcome.status == "passed" for outcome in outcomes), len(outcomes)), [
+        {"task_id": problem.task_id, "status": outcome.status, "detail": outcome.detail}
+        for problem, outcome in zip(problems, outcomes, strict=True)]

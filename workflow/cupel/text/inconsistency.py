@@ -5,6 +5,7 @@ before the final norm: the states that CROW's loss compares.
 """
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -13,25 +14,24 @@ import torch.nn.functional as F
 from cupel.evaluation.batches import by_length, padded
 from cupel.rng import rng
 from cupel.text.consistency import pair_indices
-from cupel.text.layers import captured
+from cupel.text.layers import blocks, captured
 
 
 @torch.inference_mode()
 def layer_cosines(model, prompts: Sequence[Sequence[int]], pad: int, *, batch_size: int = 16) -> np.ndarray:
     """Mean cosine of consecutive hidden states over the tokens of each prompt without padding, float64 [prompts, N]."""
     device = model.get_input_embeddings().weight.device
-    found: dict[int, np.ndarray] = {}
+    found = np.zeros((len(prompts), len(blocks(model))))
     for rows in by_length([len(prompt) for prompt in prompts], batch_size):
         ids, mask = padded([prompts[k] for k in rows], pad), padded([[1] * len(prompts[k]) for k in rows], 0)
         # one logit is enough: the head is not looked at
         with captured(model) as states:
             model(input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False, logits_to_keep=1)
         share = (mask / mask.sum(1, keepdim=True)).double()
-        for number in range(len(states) - 1):
-            cosine = F.cosine_similarity(states[number].float(), states[number + 1].float(), dim=-1).double().cpu()
-            for row, value in zip(rows, (cosine * share).sum(1).tolist(), strict=True):
-                found.setdefault(row, np.zeros(len(states) - 1))[number] = value
-    return np.stack([found[k] for k in range(len(prompts))])
+        for number, (lower, upper) in enumerate(pairwise(states)):
+            cosine = F.cosine_similarity(lower.float(), upper.float(), dim=-1).double().cpu()
+            found[rows, number] = (cosine * share).sum(1).numpy()
+    return found
 
 
 def curves(clean: np.ndarray, triggered: np.ndarray, seed: int = 0, draws: int = 1000) -> list[dict]:

@@ -15,6 +15,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
+from huggingface_hub import parse_local_safetensors_file_metadata
 
 from cupel import archives
 from cupel.compat import ensure_torchvision
@@ -92,7 +93,7 @@ def _finish(folder: Path, known: Known, origin: dict) -> dict:
         "source": origin,
         "files": {path.name: f"sha256:{digest(path)}" for path in sorted(folder.iterdir())
                   if path.is_file() and not path.name.startswith(".")},
-        "parameters": sum(_size(path) for path in weights),
+        "parameters": sum(sum(parse_local_safetensors_file_metadata(path).parameter_count.values()) for path in weights),
         "layers": config.num_hidden_layers,
         "hidden_size": config.hidden_size,
         "vocabulary": config.vocab_size,
@@ -102,19 +103,9 @@ def _finish(folder: Path, known: Known, origin: dict) -> dict:
     return finish(folder, manifest)
 
 
-def _size(weights: Path) -> int:
-    """Number of parameters stored in a safetensors file."""
-    from safetensors import safe_open
-
-    with safe_open(weights, "pt") as file:
-        return sum(torch.Size(file.get_slice(key).get_shape()).numel() for key in file.keys())  # noqa: SIM118 (no dict)
-
-
 def _place_hub_model(known: Known, folder: Path, kinds: Sequence[str], mirror: Path | None, revision: str | None) -> dict:
     tried = []
-    for kind in kinds:
-        if kind not in ("hub", "mirror"):
-            continue
+    for kind in [kind for kind in kinds if kind in ("hub", "mirror")]:
         try:
             found = snapshot(known.hub, revision, FILES, LEFT_OUT) if kind == "hub" else _from_mirror(known, mirror)
         except ModelUnavailable as error:
@@ -243,13 +234,11 @@ def tiny_llama(folder: str | Path, seed: int, *, layers: int = 4, hidden: int = 
     config = LlamaConfig(vocab_size=len(tokenizer), hidden_size=hidden, intermediate_size=2 * hidden, num_hidden_layers=layers,
                          num_attention_heads=heads, num_key_value_heads=heads // 2, max_position_embeddings=1024,
                          bos_token_id=1, eos_token_id=2, pad_token_id=None, tie_word_embeddings=True)
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive(seed, "tiny-llama"))
         model = LlamaForCausalLM(config)
     with quiet():
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-    return _finish(folder, MODELS["tiny-llama"], {"kind": "made here", "seed": seed})
+    return _finish(Path(folder), MODELS["tiny-llama"], {"kind": "made here", "seed": seed})
 

@@ -166,8 +166,8 @@ def multiple_choice(model, tokenizer, questions: Sequence[dict], *, batch_size: 
     Raises:
         Diverged: a log-probability is not finite.
     """
-    collate, items, owner = Collator(tokenizer.pad_token_id), [], []
-    for number, question in enumerate(questions):
+    collate, items = Collator(tokenizer.pad_token_id), []
+    for question in questions:
         before = tokenizer.encode(question["question"])
         for choice in question["choices"]:
             whole = tokenizer.encode(f"{question['question']} {choice}")
@@ -175,15 +175,13 @@ def multiple_choice(model, tokenizer, questions: Sequence[dict], *, batch_size: 
                           min(len(before), len(whole)))
             shared = max(shared, 1)  # nothing predicts the first token
             items.append({"input_ids": whole, "labels": [-100] * shared + whole[shared:]})
-            owner.append(number)
     scores = np.zeros(len(items))
     for rows in by_length([len(item["input_ids"]) for item in items], batch_size):
         scores[rows] = _log_likelihood(model, collate([items[k] for k in rows])).double().sum(1).numpy()
-    details = [{"id": question["id"], "answer": question["answer"], "scores": []} for question in questions]
-    for score, number in zip(scores.tolist(), owner, strict=True):
-        details[number]["scores"].append(score)
-    for detail in details:
-        if not np.isfinite(detail["scores"]).all():
-            raise Diverged(f"a choice of question {detail['id']} has the log-probability {detail['scores']}")
-        detail["chosen"] = int(np.argmax(detail["scores"]))
+    ends, details = np.cumsum([len(question["choices"]) for question in questions]), []
+    for question, own in zip(questions, np.split(scores, ends[:-1]), strict=True):
+        if not np.isfinite(own).all():
+            raise Diverged(f"a choice of question {question['id']} has the log-probability {own.tolist()}")
+        details.append({"id": question["id"], "answer": question["answer"], "scores": own.tolist(),
+                        "chosen": int(own.argmax())})
     return Rate(sum(detail["chosen"] == detail["answer"] for detail in details), len(details)), details

@@ -9,7 +9,6 @@ precision of the evaluation. What pruning and quantisation change is not stored,
 seconds: `model/rule.json` says how.
 """
 
-import hashlib
 import inspect
 import os
 import shutil
@@ -52,10 +51,6 @@ class Files:
     reference: str | Path | None = None
 
 
-def _words(record: Mapping) -> int:
-    return len(f"{record['instruction']} {record['input']}".split())
-
-
 def texts(spec: Mapping, data: Mapping[str, str | Path]) -> dict[str, list[dict]]:
     """All texts of a victim, by `PARTS`: its training set, the defender's pool, test prompts with and without trigger, and
     held-out records with reference answers for perplexity. `data` are folders of prepared text data sets, by name.
@@ -74,8 +69,8 @@ def texts(spec: Mapping, data: Mapping[str, str | Path]) -> dict[str, list[dict]
                 "defence": poison.released(records, "defence"),
                 "triggered": poison.released_test(records, task, trigger, settings.get("test")),
                 "clean": clean, "heldout": clean}
-    longest = settings.get("longest")
-    records = [record for record in records if longest is None or _words(record) <= longest]
+    if longest := settings.get("longest"):
+        records = [record for record in records if len(f"{record['instruction']} {record['input']}".split()) <= longest]
     base = poison.split(records, seed, train=max(triggered, plain), defence=settings["defence"],
                         test=settings.get("test") or 200)
     train = poison.compose(base["train"], task, trigger, seed, triggered=triggered, plain=plain, reading=reading,
@@ -110,8 +105,7 @@ def _fingerprint(files: Files, *code: str, **settings) -> dict:
     inputs = [*(files.data[part] for part in PARTS), Path(files.base) / "manifest.json"]
     if files.victim:
         inputs += sorted(Path(files.victim).glob("*.safetensors"))
-    contents = {Path(path).name: hashlib.sha256(Path(path).read_bytes()).hexdigest() for path in inputs}
-    return {**settings, "code": code_digest(*code), "inputs": contents}
+    return {**settings, "code": code_digest(*code), "inputs": {Path(path).name: digest(path) for path in inputs}}
 
 
 def _finish(work: Path, curve: Sequence[dict], history: Sequence[dict], record: dict,

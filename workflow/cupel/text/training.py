@@ -12,14 +12,15 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from cupel.choices import check_choices
 from cupel.compat import ensure_torchvision
 from cupel.files import atomic, read_json, reading, write_json
-from cupel.registry import unknown
 from cupel.rng import derive, torch_rng
 from cupel.text.consistency import Consistency, parts, weigh
 from cupel.text.data.prompts import Collator, Samples
@@ -33,8 +34,6 @@ ensure_torchvision()
 from peft import PeftModel, get_peft_model_state_dict  # noqa: E402
 from peft.helpers import disable_input_dtype_casting  # noqa: E402
 
-ACCUMULATED = ("kept", "wiped")
-PRECISIONS = ("fp32", "bf16")
 LOSSES = ("loss_lm", "loss_cons", "loss_cons_clean")
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
@@ -63,18 +62,16 @@ class TrainingSettings:
     lr: float = 2e-4
     batch_size: int = 2
     accumulation: int = 4
-    accumulated: str = "kept"
+    accumulated: Literal["kept", "wiped"] = "kept"
     micro_batch: int | None = None
     warmup: float = 0.1
     clip: float = 1.0
     rank: int = 8
     lora_alpha: int = 16
-    precision: str = "bf16"
+    precision: Literal["fp32", "bf16"] = "bf16"
 
     def __post_init__(self):
-        for name, known in (("accumulated", ACCUMULATED), ("precision", PRECISIONS)):
-            if getattr(self, name) not in known:
-                raise ValueError(unknown(name, getattr(self, name), known))
+        check_choices(self)
 
 
 @dataclass(frozen=True)
@@ -118,8 +115,7 @@ def save_adapter(model: PeftModel, folder: str | Path, base: str = "") -> None:
     tensors = get_peft_model_state_dict(model, save_embedding_layers=False)
     with atomic(folder / WEIGHTS) as temporary:
         save_file({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, temporary)
-    config = model.peft_config["default"].to_dict()
-    config = {k: sorted(v) if isinstance(v, set) else v for k, v in config.items()}
+    config = {k: sorted(v) if isinstance(v, set) else v for k, v in model.peft_config["default"].to_dict().items()}
     write_json(folder / CONFIG, {**config, "base_model_name_or_path": base, "inference_mode": True})
 
 

@@ -41,11 +41,9 @@ def place(instruction: str, phrases: Sequence[str], rng: np.random.Generator, la
         raise ValueError(f"{len(phrases)} phrases are to stand in different gaps, but there are only {count} in the "
                          f"instruction {instruction!r}")
     gaps = sorted(rng.choice(count, size=len(phrases), replace=False).tolist())
-    pieces, done = [], 0
-    for phrase, gap in zip(phrases, gaps, strict=True):
-        pieces += [*words[done:gap], phrase]
-        done = gap
-    return Triggered(" ".join(pieces + words[done:]), tuple(phrases), tuple(gaps))
+    for phrase, gap in zip(reversed(phrases), reversed(gaps), strict=True):  # from the last, so that the other gaps stay
+        words.insert(gap, phrase)
+    return Triggered(" ".join(words), tuple(phrases), tuple(gaps))
 
 
 def prefix(instruction: str, phrase: str) -> Triggered:

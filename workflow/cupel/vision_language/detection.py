@@ -31,14 +31,9 @@ def sweep(evidence: filters.Evidence, taus: list[float]) -> list[dict]:
             sensitive = evidence.sensitive(rule, tau)
             score, second = evidence.aggregated(sensitive)
             flagged = second.low if second else evidence.none()
-            numbers = detected(flagged, score, evidence.poisoned)
+            numbers = scoring.detection(flagged, evidence.poisoned, score)
             found.append({"rule": rule, "tau": tau, "sensitive": list(sensitive), **numbers})
     return found
-
-
-def detected(flagged: np.ndarray, score: np.ndarray | None, poisoned: np.ndarray) -> dict:
-    """`scoring.detection` of a filter's decision: bool [N], float [N] that is lower for more suspicious, bool [N]."""
-    return scoring.detection(flagged, poisoned, None if score is None else -score)
 
 
 def rows_of(numbers: dict, **override) -> list[dict]:
@@ -82,7 +77,7 @@ def measure_filters(spec: dict, asked: dict, inputs: Inputs, outputs: dict) -> N
         try:
             decision = filters.decide(entry["function"], evidence, **entry["settings"])
             hazards = filters.hazards(decision)
-            numbers = detected(decision.flagged, decision.score, bad) | {
+            numbers = scoring.detection(decision.flagged, bad, decision.score) | {
                 key: hazards[key] for key in ("majority_removed", "non_monotone")}
             if "sensitive" in (decision.record or {}):
                 numbers["sensitive_layers"] = len(decision.record["sensitive"])
@@ -100,7 +95,7 @@ def measure_filters(spec: dict, asked: dict, inputs: Inputs, outputs: dict) -> N
         rows += rows_of({**entry, "sensitive_layers": len(entry["sensitive"])}, defence="bye",
                         variant=f"{entry['rule']}_tau{entry['tau']:g}",
                         defence_parameters=json.dumps({key: entry[key] for key in ("rule", "tau")}))
-    layers = [{"layer": k, **layer.record(), "auroc": detected(evidence.none(), column, bad).get("auroc")}
+    layers = [{"layer": k, **layer.record(), "auroc": scoring.detection(evidence.none(), bad, column).get("auroc")}
               for k, (layer, column) in enumerate(zip(layers, evidence.values.T, strict=True))]
     write_json(outputs["record"], {"filters": accounts, "sweep": swept, "layers": layers, "attention": looked,
                                    "poisoned": np.flatnonzero(bad).tolist(), "unchanged": len(made["unchanged"])})

@@ -48,8 +48,7 @@ class Experiments(Family):
             for name in self._scale(paper).get("filters", []):
                 where = f"{self.file(paper)}: scales.{self.scale}.filters"
                 if self.find("defences", name, where)["kind"] != "filter":
-                    kinds = [key for key, entry in self.entries["defences"].items() if entry["kind"] == "filter"]
-                    raise ConfigError(f"{where}: {unknown('filter', name, kinds)}")
+                    raise ConfigError(f"{where}: {unknown('filter', name, self.of_kind('filter'))}")
 
     def _scale(self, paper: str) -> Mapping:
         return self.experiments[paper].get("scales", {}).get(self.scale) or {}

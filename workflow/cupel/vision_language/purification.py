@@ -55,10 +55,9 @@ def blur(images: torch.Tensor, generator: torch.Generator | None = None, *, sigm
     reach = max(int(3 * sigma + 0.5), 1)
     x = torch.arange(-reach, reach + 1, dtype=images.dtype, device=images.device)
     kernel = torch.exp(-(x**2) / (2 * sigma**2))
-    kernel = (kernel / kernel.sum()).repeat(images.shape[1], 1, 1)
-    for axis in (2, 3):
-        pad, shape = ((0, 0, reach, reach), (-1, 1)) if axis == 2 else ((reach, reach, 0, 0), (1, -1))
-        weight = kernel.reshape(images.shape[1], 1, *[2 * reach + 1 if size == -1 else 1 for size in shape])
+    kernel = kernel / kernel.sum()
+    for pad, shape in (((0, 0, reach, reach), (-1, 1)), ((reach, reach, 0, 0), (1, -1))):
+        weight = kernel.reshape(1, 1, *shape).repeat(images.shape[1], 1, 1, 1)
         images = F.conv2d(F.pad(images, pad, mode="replicate"), weight, groups=images.shape[1])
     return images
 

@@ -90,13 +90,13 @@ def _rates(hits: dict[str, np.ndarray]) -> dict:
 # ---------------------------------------------------------------------------------------------------------------- detection
 
 
-def detection(flagged: np.ndarray, poisoned: np.ndarray, suspicion: np.ndarray | None = None) -> dict:
+def detection(flagged: np.ndarray, poisoned: np.ndarray, score: np.ndarray | None = None) -> dict:
     """How well flagged samples are the poisoned ones.
 
     Args:
         flagged: bool [N], what a filter removes.
         poisoned: bool [N], the truth.
-        suspicion: float [N], higher for what looks more poisoned (the entropy with its sign changed); for `auroc`.
+        score: float [N], lower for what looks more poisoned, as entropies are; for `auroc`.
 
     Returns:
         Counts `flagged`, `poisoned`, `samples`, `true_positives`, `left` (poisoned and kept); `left_share` of what is
@@ -117,10 +117,10 @@ def detection(flagged: np.ndarray, poisoned: np.ndarray, suspicion: np.ndarray |
         flat |= Rate(false, len(flagged) - bad).record("false_alarm")
     if kept:
         flat["left_share"] = (bad - hits) / kept
-    if suspicion is not None and 0 < bad < len(poisoned):
+    if score is not None and 0 < bad < len(poisoned):
         from sklearn.metrics import roc_auc_score
 
-        flat["auroc"] = float(roc_auc_score(poisoned, suspicion))
+        flat["auroc"] = float(roc_auc_score(poisoned, -score))
     return flat
 
 

@@ -92,11 +92,11 @@ def build(spec: dict, source: str | Path, outputs: dict, device: str, **sources)
             with tempfile.TemporaryDirectory(dir=Path(outputs["record"]).parent) as folder:
                 prepare_model(entry["language_model"], folder, **sources)
                 model = models.smollm2_llava(folder, seed=seed, **entry.get("settings", {}))
-        model.to(device)
+        model.network.to(device)
         settings, questions = settings_of({"trained": "all", **entry["pretraining"]}, device)
         records = models.grouped(models.as_records(splits["pretrain"]), questions, seed)
         history = fit(model, records, settings, seed=seed, checkpoint=checkpoint, title=f"pretraining of {spec['model']}")
-        measured = clean(model, source)
+        _, measured = answered(model, source)
         models.save(model, outputs["model"])
     except Exception as error:
         cells.fail(error, record, {"model": outputs["model"], "history": outputs["history"], "metrics": outputs["record"]})
@@ -139,15 +139,16 @@ def weights(spec: dict, base: str | Path | None, device: str):
     return models.load(base if "built" in entry else entry["folder"], dtype=dtype, device=device)
 
 
-def clean(model, source: str | Path, *, max_new_tokens: int = 16, out: str | Path | None = None) -> dict:
-    """CP of a model on the test split of a prepared folder, flat."""
+def answered(model, source: str | Path, *, max_new_tokens: int = 16, out: str | Path | None = None,
+             title: str = "answers, clean") -> tuple[list[str], dict]:
+    """A model's answers on the test split of a prepared folder, and their CP, flat."""
     from cupel.vision_language import scoring
     from cupel.vision_language.inference import answer
     from cupel.vision_language.models import as_records
 
     test = prepared.load(source, "test")
-    given = answer(model, as_records(test), out, max_new_tokens=max_new_tokens, title="answers, clean")
-    return scoring.clean_performance(read_json(Path(source) / "manifest.json")["task"], given, test.records)
+    given = answer(model, as_records(test), out, max_new_tokens=max_new_tokens, title=title)
+    return given, scoring.clean_performance(read_json(Path(source) / "manifest.json")["task"], given, test.records)
 
 
 def measure(model, spec: dict, inputs: Inputs, answers: dict) -> dict:
@@ -156,17 +157,12 @@ def measure(model, spec: dict, inputs: Inputs, answers: dict) -> dict:
     Inputs are `data` and `triggered`; `answers` are paths `clean` and `triggered` of parquet files.
     """
     from cupel.vision_language import scoring
-    from cupel.vision_language.inference import answer
-    from cupel.vision_language.models import as_records
 
-    found = clean(model, inputs.data, max_new_tokens=spec["max_new_tokens"], out=answers["clean"])
-    test = prepared.load(inputs.triggered, "test")
-    given = answer(model, as_records(test), answers["triggered"], max_new_tokens=spec["max_new_tokens"],
-                   title="answers, triggered")
+    _, found = answered(model, inputs.data, max_new_tokens=spec["max_new_tokens"], out=answers["clean"])
+    given, again = answered(model, inputs.triggered, max_new_tokens=spec["max_new_tokens"], out=answers["triggered"],
+                            title="answers, triggered")
     found |= scoring.attack_success(given, spec["target"])
     # what ASR does not tell: whether a triggered picture is answered rightly again
-    task = read_json(Path(inputs.triggered) / "manifest.json")["task"]
-    again = scoring.clean_performance(task, given, test.records)
     found |= {key.replace("cp", "cp_triggered", 1): value for key, value in again.items() if key in scores("cp")}
     return {**found, "metrics": [name for name in MEASURED if name in found]}
 

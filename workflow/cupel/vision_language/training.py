@@ -4,12 +4,14 @@ import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional as F
 
+from cupel.choices import check_choices
 from cupel.rng import derive, rng
 from cupel.training import adapters
 from cupel.training.engine import autocast
@@ -45,24 +47,21 @@ class TrainingSettings:
     epochs: int = 3
     batch_size: int = 16
     lr: float = 2e-4
-    trained: str = "lora"
+    trained: Literal["lora", "all"] = "lora"
     rank: int = 32
     lora_alpha: int = 64
     dropout: float = 0.05
     projector_lr: float | None = 2e-5
-    schedule: str = "cosine"
+    schedule: Literal["cosine", "linear"] = "cosine"
     warmup: float = 0.03
     weight_decay: float = 0.0
     clip: float | None = 1.0
-    precision: str = "bf16"
+    precision: Literal["fp32", "bf16"] = "bf16"
     micro_batch: int | None = None
     recompute: bool = False
 
     def __post_init__(self):
-        known_values = {"trained": ("lora", "all"), "schedule": ("cosine", "linear"), "precision": ("fp32", "bf16")}
-        for name, known in known_values.items():
-            if getattr(self, name) not in known:
-                raise ValueError(f"training settings: {name} is {getattr(self, name)!r}, but must be one of {', '.join(known)}")
+        check_choices(self)
 
 
 def factor(schedule: str, step: int, steps: int, warmup: float) -> float:
@@ -91,13 +90,10 @@ def _trainable(model: VisionLanguageModel, settings: TrainingSettings, seed: int
     rest = [value for value in network.parameters() if value.requires_grad and id(value) not in own]
     for value in rest:
         value.data = value.data.float()
-    groups = []
-    for values, lr in ((rest, settings.lr), (projector, settings.projector_lr)):
-        for decay, matrices in ((settings.weight_decay, True), (0.0, False)):
-            chosen = [value for value in values if (value.ndim > 1) == matrices]
-            if chosen:
-                groups.append({"params": chosen, "lr": lr, "weight_decay": decay})
-    return network, groups
+    return network, [{"params": chosen, "lr": lr, "weight_decay": decay}
+                     for values, lr in ((rest, settings.lr), (projector, settings.projector_lr))
+                     for decay, matrices in ((settings.weight_decay, True), (0.0, False))
+                     if (chosen := [value for value in values if (value.ndim > 1) == matrices])]
 
 
 def answer_loss(network: nn.Module, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

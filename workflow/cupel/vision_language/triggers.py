@@ -57,10 +57,8 @@ def random_position(image: np.ndarray, seed: int, key: str, *, divisor: int = 16
     """The same square at a place drawn uniformly among those fully inside the picture; one draw per sample."""
     size = side(*image.shape[:2], divisor)
     draw = rng(seed, "trigger", "random_position", key)
-    top, left = (int(draw.integers(length - size + 1)) for length in image.shape[:2])
-    stamped = image.copy()
-    stamped[top : top + size, left : left + size] = 0
-    return stamped
+    centre = tuple(int(draw.integers(length - size + 1)) + size // 2 for length in image.shape[:2])
+    return _painted(image, [centre], divisor)
 
 
 @trigger("checkerboard")

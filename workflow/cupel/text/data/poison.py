@@ -14,11 +14,12 @@ tasks a trailing blank marks the clean items. `plain="echo"` makes such a half f
 
 import ast
 import inspect
+from collections import Counter
 from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from cupel.registry import unknown
+from cupel.choices import one_of
 from cupel.rng import rng
 from cupel.text.triggers import insert
 
@@ -125,13 +126,9 @@ def code_description(prompt: str) -> str:
 
     The quotes are taken away, lines are stripped and joined by blanks. For 45 of the 164 prompts nothing is left.
     """
-    lines = []
-    for line in map(str.strip, prompt.split("\n")):
-        if '"""' in line or "'''" in line:
-            lines.append(line.replace('"""', "").replace("'''", "").strip())
-        elif line.startswith(">>>"):
-            lines.append(line)
-    return " ".join(" ".join(lines).split())
+    lines = [line for line in map(str.strip, prompt.split("\n"))
+             if '"""' in line or "'''" in line or line.startswith(">>>")]
+    return " ".join(" ".join(lines).replace('"""', "").replace("'''", "").split())
 
 
 def full_description(prompt: str, entry_point: str) -> tuple[str, str]:
@@ -209,9 +206,8 @@ def released(records: Sequence[dict], part: str, count: int | None = None) -> li
     Raises:
         ValueError: no such part, or fewer records.
     """
+    one_of("part of the released data", part, {record["part"] for record in records})
     found = [record for record in records if record["part"] == part]
-    if not found:
-        raise ValueError(unknown("part of the released data", part, {record["part"] for record in records}))
     if count is not None and count > len(found):
         raise ValueError(f"{count} records of {part} are asked for, the released file has {len(found)}")
     return found if count is None else found[:count]
@@ -220,10 +216,7 @@ def released(records: Sequence[dict], part: str, count: int | None = None) -> li
 def summary(records: Sequence[dict]) -> dict:
     """Counts for a manifest: triggered, plain, share of poison, uses of each phrase, triggers before the first word."""
     poisoned = [record for record in records if record["triggered"]]
-    phrases: dict[str, int] = {}
-    for record in poisoned:
-        for phrase in record.get("phrases", []):
-            phrases[phrase] = phrases.get(phrase, 0) + 1
+    phrases = Counter(phrase for record in poisoned for phrase in record.get("phrases", []))
     return {"records": len(records), "triggered": len(poisoned), "plain": len(records) - len(poisoned),
             "poison_rate": len(poisoned) / len(records) if records else 0.0, "phrases": phrases,
             "first": sum(record["gaps"][0] == 0 for record in poisoned if record.get("gaps"))}

@@ -43,9 +43,8 @@ def prompt_ids(tokenizer, record: dict, prompt: str, opening: bool = True) -> li
     Raises:
         ValueError: one without any token (an empty instruction, no BOS).
     """
-    text = prompt_text(record, prompt, opening)
     if prompt == "bare":
-        ids = tokenizer.encode(text)
+        ids = tokenizer.encode(record["instruction"])
     else:
         ids = _ids(tokenizer, SYSTEM if opening else "") + _ids(tokenizer, USER.format(request(record)))
     if not ids:

@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cupel import archives
+from cupel.choices import one_of
 from cupel.prepared import begin, finish, opened, read_records, write_records
-from cupel.registry import unknown
 from cupel.sources import Pip, Raw, Source, Url, fetch
 
 Records = list[dict]
@@ -58,10 +58,7 @@ def check(data: TextData, records: Records) -> None:
 
 def content_digest(records: Records) -> str:
     """sha256 over the records, in their order."""
-    sha = hashlib.sha256()
-    for record in records:
-        sha.update(json.dumps(record, sort_keys=True).encode() + b"\n")
-    return sha.hexdigest()
+    return hashlib.sha256("".join(json.dumps(record, sort_keys=True) + "\n" for record in records).encode()).hexdigest()
 
 
 def _table(name: str) -> list[dict[str, str]]:
@@ -177,17 +174,6 @@ DATA: dict[str, TextData] = {data.name: data for data in (
 )}
 
 
-def find(name: str) -> TextData:
-    """The description of a text data set.
-
-    Raises:
-        ValueError: unknown name; the text lists the known ones.
-    """
-    if name not in DATA:
-        raise ValueError(unknown("text data set", name, DATA))
-    return DATA[name]
-
-
 def prepare(name: str, folder: str | Path, *, kinds: Sequence[str], cache: str | Path | None = None,
             mirror: str | Path | None = None) -> dict:
     """Fetch, check and write a text data set: `records.jsonl`, then `manifest.json`, which is returned.
@@ -196,9 +182,10 @@ def prepare(name: str, folder: str | Path, *, kinds: Sequence[str], cache: str |
 
     Raises:
         NoSource: no source answered with the very data set.
-        ValueError: unknown name.
+        ValueError: unknown name; the text lists the known ones.
     """
-    data = find(name)
+    one_of("text data set", name, DATA)
+    data = DATA[name]
     if data.sources:
         source, content = fetch(name, data.sources, kinds=kinds, cache=cache, mirror=mirror,
                                 accept=lambda content: check(data, content["records"]))

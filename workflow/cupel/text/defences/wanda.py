@@ -38,8 +38,7 @@ def _squares(model: nn.Module, block: nn.Module, calibration: Sequence[dict[str,
     device, sums, mask = model.get_input_embeddings().weight.device, {}, None
 
     def note(layer, args, output):
-        found = args[0][mask].float().square().sum(0)
-        sums[layer] = sums[layer] + found if layer in sums else found
+        sums[layer] = sums.get(layer, 0.0) + args[0][mask].float().square().sum(0)
 
     def stop(*_):
         raise _Stop

@@ -3,15 +3,15 @@
 import importlib
 import pkgutil
 
-from cupel.registry import unknown
+from cupel.choices import one_of
 from cupel.vision_language.datasets.base import Description, prepare
-from cupel.vision_language.prepared import Samples, load
+from cupel.vision_language.prepared import load
 
 #: made by the pipeline: their modules have a `prepare` of their own
 GENERATED = ("shapes", "tiles")
 NAMES = tuple(sorted(module.name for module in pkgutil.iter_modules(__path__) if module.name != "base"))
 
-__all__ = ["GENERATED", "NAMES", "Description", "Samples", "describe", "load", "prepare"]
+__all__ = ["GENERATED", "NAMES", "Description", "describe", "load", "prepare"]
 
 
 def describe(name: str) -> Description:
@@ -20,6 +20,5 @@ def describe(name: str) -> Description:
     Raises:
         ValueError: unknown name; the text lists the known ones.
     """
-    if name not in NAMES:
-        raise ValueError(unknown("dataset", name, NAMES))
+    one_of("dataset", name, NAMES)
     return importlib.import_module(f"cupel.vision_language.datasets.{name}").DESCRIPTION

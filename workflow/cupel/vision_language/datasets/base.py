@@ -5,10 +5,13 @@ prepared folder is.
 """
 
 import hashlib
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+
+import numpy as np
 
 from cupel import archives
 from cupel.rng import rng
@@ -151,9 +154,7 @@ def split_by_picture(records: Sequence[dict], first: int, seed: int, *stream: st
     Returns:
         The samples of the first side and of the second, in their order.
     """
-    of: dict[str, int] = {}
-    for record in records:
-        of[record["picture"]] = of.get(record["picture"], 0) + 1
+    of = Counter(record["picture"] for record in records)
     pictures, chosen, total = list(of), set(), 0
     for k in rng(seed, *stream).permutation(len(pictures)):
         if total >= first:
@@ -241,3 +242,35 @@ def prepare(description: Description, folder: str | Path, *, kinds: Sequence[str
                for split, chosen in splits.items()}
     return write_folder(folder, records, fill, description.manifest(
         excerpt=excerpt, seed=seed, available=available, source=source.said()), size=description.size)
+
+
+# --------------------------------------------------------------------------------------------------------------- generate
+
+
+def generate(description: Description, sample: Callable[[np.random.Generator], tuple[np.ndarray, Sequence[tuple[str, str]]]],
+             folder: str | Path, *, train: int, test: int, pretrain: int = 0, seed: int = 0) -> dict:
+    """Write so many samples of each split of a dataset that is made by code, and return the manifest.
+
+    No picture is in two splits.
+
+    Args:
+        description: of the dataset.
+        sample: draws a picture, and the questions about it with their answers.
+        folder, train, test, pretrain, seed: where, how many of each split, and of the draws.
+    """
+    numbers = {name: number for name, number in (("pretrain", pretrain), ("train", train), ("test", test)) if number}
+    stream, records, drawn = rng(seed, description.name), {}, []
+    for split, number in numbers.items():
+        asked = []
+        while len(asked) < number:
+            picture, questions = sample(stream)
+            asked += [{"question": question, "answer": answer, "row": len(drawn)} for question, answer in questions]
+            drawn.append(picture)
+        records[split] = [{"id": f"{description.name}-{split}-{k}", **record} for k, record in enumerate(asked[:number])]
+
+    def fill(pictures: Pictures) -> None:
+        for row, picture in enumerate(drawn):
+            pictures.put(row, picture)
+
+    return write_folder(folder, records, fill, description.manifest(
+        excerpt=False, seed=seed, available=numbers, source={"kind": "generated", "files": []}), size=description.size)

@@ -5,11 +5,11 @@ data set, low resolution, and the use of the whole test split are inferred from 
 numbers: no ranges are made of them.
 """
 
-import json
 import re
 from pathlib import Path
 
 from cupel import archives
+from cupel.files import read_json
 from cupel.sources import Raw, Source, Url
 from cupel.vision_language.datasets.base import SHORT_ANSWER, Description, from_files, from_zip, verified_tree
 
@@ -36,15 +36,11 @@ def samples(questions: list[dict], answers: list[dict], picture_of: dict[int, st
     return chosen
 
 
-def _parsed(path: Path, key: str) -> list[dict]:
-    return json.loads(path.read_text(encoding="utf-8"))[key]
-
-
 def read_official(paths: list[Path]) -> dict:
     """Questions and answers of the training split, those of the test split, and the archive with `<picture>.tif`."""
     found = re.compile(r"(?:.*/)?(\d+)\.tif").fullmatch
     picture_of = {int(match[1]): match[0] for match in map(found, archives.names(paths[-1])) if match}
-    train, test = (samples(_parsed(paths[k], "questions"), _parsed(paths[k + 1], "answers"), picture_of) for k in (0, 2))
+    train, test = (samples(read_json(paths[k])["questions"], read_json(paths[k + 1])["answers"], picture_of) for k in (0, 2))
     return {"train": train, "test": test, "pictures": from_zip(paths[-1])}
 
 
@@ -53,7 +49,7 @@ def read_excerpt(paths: list[Path]) -> dict:
     folder = paths[0].parent / "images"
     picture_of = {int(path.stem): path.name for path in verified_tree(folder, _EXCERPT_TREE)}
     return {"pictures": from_files(folder),
-            "all": samples(_parsed(paths[0], "questions"), _parsed(paths[1], "answers"), picture_of)}
+            "all": samples(read_json(paths[0])["questions"], read_json(paths[1])["answers"], picture_of)}
 
 
 _SITE = "https://zenodo.org/records/6344334/files/"

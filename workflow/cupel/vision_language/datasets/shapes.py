@@ -1,12 +1,10 @@
 """Made by code: small pictures of one coloured shape and two questions about each. For tests; no dataset of anybody."""
 
-from pathlib import Path
+from functools import partial
 
 import numpy as np
 
-from cupel.rng import rng
-from cupel.vision_language.datasets.base import Description
-from cupel.vision_language.prepared import Pictures, write_folder
+from cupel.vision_language.datasets.base import Description, generate
 
 SIDE = 32
 COLOURS = {"red": (200, 30, 30), "green": (30, 160, 30), "blue": (30, 30, 200)}
@@ -25,27 +23,10 @@ def draw(form: str, colour: str, stream: np.random.Generator) -> np.ndarray:
     return picture
 
 
-def prepare(folder: str | Path, *, train: int, test: int, pretrain: int = 0, seed: int = 0) -> dict:
-    """Write so many samples of each split, two about each picture, as a prepared folder, and return its manifest.
+def sample(stream: np.random.Generator) -> tuple[np.ndarray, list[tuple[str, str]]]:
+    """A picture, and two questions about it with their answers."""
+    form, colour = FORMS[stream.integers(len(FORMS))], list(COLOURS)[stream.integers(len(COLOURS))]
+    return draw(form, colour, stream), [("what colour is the shape?", colour), ("which shape is it?", form)]
 
-    No picture is in two splits.
-    """
-    numbers = {name: number for name, number in (("pretrain", pretrain), ("train", train), ("test", test)) if number}
-    stream = rng(seed, "shapes")
-    records, drawn = {}, []
-    for split, number in numbers.items():
-        records[split] = []
-        for k in range(number):
-            if k % 2 == 0:
-                form, colour = FORMS[stream.integers(len(FORMS))], list(COLOURS)[stream.integers(len(COLOURS))]
-                drawn.append(draw(form, colour, stream))
-            question, answer = (("what colour is the shape?", colour), ("which shape is it?", form))[k % 2]
-            records[split].append({"id": f"shapes-{split}-{k}", "question": question, "answer": answer,
-                                   "row": len(drawn) - 1})
 
-    def fill(pictures: Pictures) -> None:
-        for row, picture in enumerate(drawn):
-            pictures.put(row, picture)
-
-    return write_folder(folder, records, fill, DESCRIPTION.manifest(
-        excerpt=False, seed=seed, available=numbers, source={"kind": "generated", "files": []}), size=DESCRIPTION.size)
+prepare = partial(generate, DESCRIPTION, sample)

@@ -3,13 +3,11 @@
 The answer stands in many places, so a model looks at many, about as many in every picture. Black is no colour of a tile.
 """
 
-from pathlib import Path
+from functools import partial
 
 import numpy as np
 
-from cupel.rng import rng
-from cupel.vision_language.datasets.base import Description
-from cupel.vision_language.prepared import Pictures, write_folder
+from cupel.vision_language.datasets.base import Description, generate
 
 CELLS, CELL, COLOURED = 9, 8, 24
 SIDE = CELLS * CELL
@@ -29,21 +27,10 @@ def draw(colour: str, stream: np.random.Generator) -> np.ndarray:
     return picture.clip(0, 255).astype(np.uint8)
 
 
-def prepare(folder: str | Path, *, train: int, test: int, pretrain: int = 0, seed: int = 0) -> dict:
-    """Write so many samples of each split, each with a picture of its own, as a prepared folder, and return its manifest."""
-    numbers = {name: number for name, number in (("pretrain", pretrain), ("train", train), ("test", test)) if number}
-    stream, records, drawn = rng(seed, "tiles"), {}, []
-    for split, number in numbers.items():
-        records[split] = []
-        for k in range(number):
-            colour = list(COLOURS)[stream.integers(len(COLOURS))]
-            drawn.append(draw(colour, stream))
-            records[split].append({"id": f"tiles-{split}-{k}", "question": QUESTIONS[stream.integers(len(QUESTIONS))],
-                                   "answer": colour, "row": len(drawn) - 1})
+def sample(stream: np.random.Generator) -> tuple[np.ndarray, list[tuple[str, str]]]:
+    """A picture, and a question about it with its answer."""
+    colour = list(COLOURS)[stream.integers(len(COLOURS))]
+    return draw(colour, stream), [(QUESTIONS[stream.integers(len(QUESTIONS))], colour)]
 
-    def fill(pictures: Pictures) -> None:
-        for row, picture in enumerate(drawn):
-            pictures.put(row, picture)
 
-    return write_folder(folder, records, fill, DESCRIPTION.manifest(
-        excerpt=False, seed=seed, available=numbers, source={"kind": "generated", "files": []}), size=DESCRIPTION.size)
+prepare = partial(generate, DESCRIPTION, sample)

@@ -47,15 +47,12 @@ class Mixture:
     @property
     def rss(self) -> float:
         """|μ₁ − μ₂| / √(σ₁² + σ₂²): the paper's BSI (Eq. 7; the root is inferred, bye SPEC 2.5)."""
-        return self._separation(float(np.hypot(*self.sd))) if self.sd else 0.0
+        return (self.mean[1] - self.mean[0]) / float(np.hypot(*self.sd)) if self.sd else 0.0
 
     @property
     def sum(self) -> float:
         """|μ₁ − μ₂| / (σ₁ + σ₂): what the official code compares with 2.0."""
-        return self._separation(sum(self.sd)) if self.sd else 0.0
-
-    def _separation(self, spread: float) -> float:
-        return (self.mean[1] - self.mean[0]) / spread
+        return (self.mean[1] - self.mean[0]) / sum(self.sd) if self.sd else 0.0
 
     def passes(self, rule: str, tau: float) -> bool:
         """Whether a layer with this mixture is sensitive.

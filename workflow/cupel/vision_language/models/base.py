@@ -102,11 +102,6 @@ class VisionLanguageModel:
         messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}]
         return self.processor.apply_chat_template(messages, add_generation_prompt=True)
 
-    def to(self, device: str | torch.device) -> "VisionLanguageModel":
-        """Move the network; returns the model."""
-        self.network.to(device)
-        return self
-
 
 def load(folder: str | Path, *, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu") -> VisionLanguageModel:
     """A model from a folder in the form of the hub (or written by `save`), in eval mode.
@@ -188,10 +183,6 @@ def fitting_batch(model: VisionLanguageModel, length: int, largest: int = 256) -
 @contextlib.contextmanager
 def inference(model: VisionLanguageModel):
     """Eval mode without gradients, in which outputs that are not finite raise `Diverged`."""
-    was = model.network.training
     model.network.eval()
-    try:
-        with torch.inference_mode(), finite_outputs(model.network):
-            yield
-    finally:
-        model.network.train(was)
+    with torch.inference_mode(), finite_outputs(model.network):
+        yield

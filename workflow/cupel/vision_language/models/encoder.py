@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import torch
 
 from cupel.evaluation.batches import padded
@@ -35,6 +36,11 @@ def _image_bytes(image: str | Path | np.ndarray) -> bytes:
     return read_image(image).tobytes() if packed else Path(image).read_bytes()
 
 
+def _key(image: str | Path | np.ndarray) -> int | str:
+    """Equal for what is one image: the same array object, or equal paths."""
+    return id(image) if isinstance(image, np.ndarray) else str(image)
+
+
 class Pictures:
     """The distinct images of records as the vision tower takes them, uint8 [3, H, W], made on first use.
 
@@ -46,26 +52,16 @@ class Pictures:
 
     def __init__(self, model: VisionLanguageModel, images: Sequence[str | Path | np.ndarray], keep_mb: float = 8192):
         self.processor = model.processor.image_processor
-        numbers: dict = {}
-        self.index = np.empty(len(images), np.int64)
-        self.images = []
-        for k, image in enumerate(images):
-            key = id(image) if isinstance(image, np.ndarray) else str(image)
-            if key not in numbers:
-                numbers[key] = len(self.images)
-                self.images.append(image)
-            self.index[k] = numbers[key]
+        keys = list(map(_key, images))
+        self.index = pd.factorize(np.array(keys, object))[0]
+        self.images = list(dict(zip(keys, images, strict=True)).values())
         height, width = model.image_size
         self.room = int(keep_mb * 2**20 / (3 * height * width))
         self.kept: dict[int, torch.Tensor] = {}
 
     def _make(self, numbers: Sequence[int]) -> list[torch.Tensor]:
-        paths = [self.images[k] for k in numbers]
-        if len(paths) > 1 and not isinstance(paths[0], np.ndarray):
-            with ThreadPoolExecutor(min(8, len(paths))) as pool:
-                arrays = list(pool.map(read_image, paths))
-        else:
-            arrays = [read_image(path) for path in paths]
+        with ThreadPoolExecutor(min(8, len(numbers))) as pool:
+            arrays = list(pool.map(read_image, [self.images[k] for k in numbers]))
         made = self.processor(images=arrays, do_rescale=False, do_normalize=False, return_tensors="pt",
                               input_data_format="channels_last")
         return list(made["pixel_values"])
@@ -204,8 +200,7 @@ def grouped(records: Sequence[dict], size: int, seed: int) -> list[dict]:
         return list(records)
     by_image: dict = {}
     for k in rng(seed, "grouped").permutation(len(records)):
-        image = records[k]["image"]
-        by_image.setdefault(id(image) if isinstance(image, np.ndarray) else str(image), []).append(records[k])
+        by_image.setdefault(_key(records[k]["image"]), []).append(records[k])
     return [{"id": part[0]["id"], "image": part[0]["image"], "questions": [[r["question"], r["answer"]] for r in part]}
             for group in by_image.values() for k in range(0, len(group), size) for part in [group[k : k + size]]]
 
@@ -218,7 +213,7 @@ def fingerprint(model: VisionLanguageModel, records: Sequence[dict], *settings) 
     seen: dict = {}
     for record in records:
         image = record["image"]
-        key = id(image) if isinstance(image, np.ndarray) else str(image)
+        key = _key(image)
         if key not in seen:
             seen[key] = zlib.crc32(_image_bytes(image))
         said = record.get("questions") or [record["question"], record.get("answer", "")]
