@@ -51,7 +51,7 @@ def main() -> None:
     parser.add_argument("--blocks", type=int, default=30)
     parser.add_argument("--rows", type=int, default=8)
     parser.add_argument("--length", type=int, default=128)
-    parser.add_argument("--precision", choices=training.PRECISIONS, default="bf16")
+    parser.add_argument("--precision", choices=tuple(PRECISIONS), default="bf16")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
