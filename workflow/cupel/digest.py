@@ -108,10 +108,8 @@ def _scan(node: ast.AST, chains: set[Chain], imports: dict[str, Chain]) -> None:
         if isinstance(node, DEFINITIONS):
             node.body = [item for item in node.body if not _is_text(item)] or [ast.Pass()]
             node.returns = None
-        for value in (getattr(base, field, None) for field in base._fields):
-            for item in value if isinstance(value, list) else [value]:
-                if isinstance(item, ast.AST):
-                    _scan(item, chains, imports)
+        for item in ast.iter_child_nodes(base):
+            _scan(item, chains, imports)
 
 
 def _outer(table: symtable.SymbolTable) -> set[str]:
