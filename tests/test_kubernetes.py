@@ -3,21 +3,19 @@
 Store and cluster are small stand-ins on the loopback interface; the storage plugin and the executor are the real ones.
 """
 
-import contextlib
 import functools
 import http.server
 import importlib.util
 import os
 import shutil
 import subprocess
-import threading
 from unittest import mock
 
 import pytest
 import yaml
 
 from tests import kubernetes_api, s3
-from tests.conftest import REPOSITORY
+from tests.conftest import REPOSITORY, served
 from tests.test_workflow import Folder, jobs
 
 CELLS = "results/smoke/cells.parquet"
@@ -102,19 +100,10 @@ def test_a_run_with_all_files_in_a_store_equals_a_local_one(remote, tmp_path):
     assert "Nothing to be done" in remote.finish("-n", *STORED)
 
 
-@contextlib.contextmanager
 def website(folder):
     """A folder on a web server; gives its address."""
-    handler = functools.partial(type("Quiet", (http.server.SimpleHTTPRequestHandler,), {"log_message": lambda *_: None}),
-                                directory=str(folder))
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        thread = threading.Thread(target=server.serve_forever)
-        thread.start()
-        try:
-            yield f"http://127.0.0.1:{server.server_port}"
-        finally:
-            server.shutdown()
-            thread.join()
+    handler = type("Quiet", (http.server.SimpleHTTPRequestHandler,), {"log_message": lambda *_: None})
+    return served(functools.partial(handler, directory=str(folder)))
 
 
 @ready
