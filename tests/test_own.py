@@ -717,7 +717,7 @@ def test_registries_are_whole_and_a_seed_is_a_stream():
 
 def test_items_are_one_a_line_whatever_their_text_holds(tmp_path):
     """A line ends at \\n alone: JSON may hold other characters that Python takes for the end of one."""
-    (tmp_path / "items.jsonl").write_text('{"instruction": "one\u2028two", "output": "yes"}\n\n{"instruction": "no output"}\n')
+    (tmp_path / "items.jsonl").write_text('{"instruction": "one\u2028two", "output": "yes"}\n\n{"instruction": "no"}\n')
     assert language.records(tmp_path / "items.jsonl", ("instruction",))[0]["instruction"] == "one\u2028two"
     with pytest.raises(ValueError, match=r"items.jsonl, item 2: needed are instruction and output, as text"):
         language.records(tmp_path / "items.jsonl")

@@ -183,8 +183,8 @@ class Family:
         return section.removesuffix("s")
 
     def check_functions(self, *sections: str) -> None:
-        """What entries run is registered, and has their settings, in every overlay: with values of the types of the defaults,
-        within the limits of the schema.
+        """What entries run is registered, and has their settings, in every overlay: with values of the types of the
+        defaults, within the limits of the schema.
 
         Raises:
             ConfigError: one of them is wrong.
