@@ -1,7 +1,11 @@
 """Shared fixtures: the repository, real CIFAR-10, the optional mirror of raw files."""
 
+import contextlib
+import http.server
 import importlib
 import os
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -34,6 +38,19 @@ def planned(content: dict, scale: str = "demo", **options):
     check_schema(content, schema_of(content["family"]), "experiment.yaml")
     module = importlib.import_module(f"cupel.{content['family']}.experiment")
     return module.Experiments({content["paper"]: content}, [content["paper"]], scale, **options)
+
+
+@contextlib.contextmanager
+def served(handler) -> Iterator[str]:
+    """A web server on the loopback interface; gives its address."""
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{server.server_port}"
+        finally:
+            server.shutdown()
+            thread.join()
 
 
 @pytest.fixture(scope="session")

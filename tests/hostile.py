@@ -539,15 +539,19 @@ class Bait:
 def survivors(patience: float = 2.0) -> list[str]:
     """Processes of sandboxes that this process started and that are still there after a moment."""
     deadline = time.monotonic() + patience
-    while True:
-        found = []
-        for path in Path("/proc").glob("[0-9]*/cmdline"):
-            with contextlib.suppress(OSError):
-                if str(TIGHT.seconds).encode() in path.read_bytes():
-                    found.append(path.parent.name)
-        if not found or time.monotonic() > deadline:
-            return found
+    while (found := processes(str(TIGHT.seconds))) and time.monotonic() < deadline:
         time.sleep(0.02)
+    return found
+
+
+def processes(words: str) -> list[str]:
+    """Processes of this machine with these words in their command line."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            if words.encode() in path.read_bytes():
+                found.append(path.parent.name)
+    return found
 
 
 def attack(name: str) -> tuple[Outcome, list[str]]:

@@ -11,10 +11,11 @@ import os
 import shutil
 import subprocess
 import sys
-import threading
 from pathlib import Path
 
 import yaml
+
+from tests.conftest import served
 
 
 class Cluster:
@@ -119,20 +120,15 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 def cluster(folder: Path):
     """A cluster and the path of its kubeconfig."""
     made = Cluster(folder)
-    handler = type("Handler", (_Handler,), {"cluster": made})
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        thread = threading.Thread(target=server.serve_forever)
-        thread.start()
+    with served(type("Handler", (_Handler,), {"cluster": made})) as address:
         config = folder / "kubeconfig"
         config.write_text(yaml.safe_dump({
             "apiVersion": "v1", "kind": "Config", "current-context": "test",
-            "clusters": [{"name": "test", "cluster": {"server": f"http://127.0.0.1:{server.server_port}"}}],
+            "clusters": [{"name": "test", "cluster": {"server": address}}],
             "contexts": [{"name": "test", "context": {"cluster": "test", "user": "test"}}],
             "users": [{"name": "test", "user": {}}]}))
         try:
             yield made, config
         finally:
             made.end()
-            server.shutdown()
-            thread.join()
             shutil.rmtree(folder / "bin")

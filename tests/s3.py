@@ -1,16 +1,16 @@
 """A server that speaks as much S3 as Snakemake's storage plugin asks for, over files in a folder."""
 
-import contextlib
 import datetime
 import email.utils
 import hashlib
 import http.server
 import os
 import shutil
-import threading
 import urllib.parse
 from pathlib import Path
 from xml.sax.saxutils import escape
+
+from tests.conftest import served
 
 #: uploads in one piece or in parts, without checksums appended to the stream, which the server does not read
 ENVIRONMENT = {"AWS_REQUEST_CHECKSUM_CALCULATION": "when_required", "AWS_EC2_METADATA_DISABLED": "true",
@@ -117,15 +117,6 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         self._answer(204)
 
 
-@contextlib.contextmanager
 def store(folder: Path):
     """Serve a folder, whose subfolders are buckets; gives the address."""
-    handler = type("Handler", (_Handler,), {"root": folder})
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        thread = threading.Thread(target=server.serve_forever)
-        thread.start()
-        try:
-            yield f"http://127.0.0.1:{server.server_port}"
-        finally:
-            server.shutdown()
-            thread.join()
+    return served(type("Handler", (_Handler,), {"root": folder}))

@@ -1,6 +1,5 @@
 """What the experiment files ask for: cells, overlays, refusals; one planner for all families."""
 
-import copy
 import shutil
 
 import pytest
@@ -22,7 +21,7 @@ def folder(tmp_path):
 
 
 def edit(file, change):
-    content = copy.deepcopy(read_yaml(file))
+    content = read_yaml(file)
     change(content)
     file.write_text(yaml.safe_dump(content))
 

@@ -3,20 +3,19 @@
 Store and cluster are small stand-ins on the loopback interface; the storage plugin and the executor are the real ones.
 """
 
-import contextlib
 import functools
 import http.server
 import importlib.util
 import os
 import shutil
 import subprocess
-import threading
+from unittest import mock
 
 import pytest
 import yaml
 
 from tests import kubernetes_api, s3
-from tests.conftest import REPOSITORY
+from tests.conftest import REPOSITORY, served
 from tests.test_workflow import Folder, jobs
 
 CELLS = "results/smoke/cells.parquet"
@@ -44,14 +43,9 @@ class Remote(Folder):
         # what pods are given is what git tracks
         subprocess.run("git init -q . && git add .", cwd=path, shell=True, check=True)
 
-    def run(self, *arguments, **options):
-        before = dict(os.environ)
-        os.environ.update(self.environment)
-        try:
-            return super().run(*arguments, **options)
-        finally:
-            os.environ.clear()
-            os.environ.update(before)
+    def run(self, *arguments):
+        with mock.patch.dict(os.environ, self.environment):
+            return super().run(*arguments)
 
 
 @pytest.fixture
@@ -66,8 +60,7 @@ def remote(tmp_path, cifar10):
 
 
 def test_the_profile_plans(remote):
-    code, output = remote.run("-n", "--workflow-profile", "profiles/kubernetes", "--", CELLS)
-    assert code == 0, output[-3000:]
+    output = remote.finish("-n", "--workflow-profile", "profiles/kubernetes", "--", CELLS)
     planned = jobs(output)
     planned.pop("prepare_images", None)  # planned where the data set is younger than its record
     assert planned == {"gather_cells": 1, "poison": 1, "purify": 2, "train_victim": 1}
@@ -77,8 +70,7 @@ def test_the_profile_plans(remote):
 
 @ready
 def test_the_whole_report_plans_from_a_store(remote):
-    code, output = remote.run("-n", "--workflow-profile", "profiles/kubernetes")
-    assert code == 0, output[-3000:]
+    output = remote.finish("-n", "--workflow-profile", "profiles/kubernetes")
     assert jobs(output)["index"] == 1 and "prepare_images" not in jobs(output)
 
 
@@ -99,31 +91,19 @@ def test_what_the_profile_replaces_stands_in_it():
 @pytest.mark.slow
 def test_a_run_with_all_files_in_a_store_equals_a_local_one(remote, tmp_path):
     local = Folder(tmp_path / "local", remote.data)
-    code, output = local.run("--", CELLS)
-    assert code == 0, output[-3000:]
-    code, output = remote.run(*STORED)
-    assert code == 0, output[-3000:]
+    local.finish("--", CELLS)
+    remote.finish(*STORED)
     assert (remote.store / "results" / "smoke" / "index.html").is_file() and not (remote.path / "results").exists()
     shutil.copytree(remote.store / "results", remote.path / "results")
     assert remote.metrics() == local.metrics()
     shutil.rmtree(remote.path / "results")
-    code, output = remote.run("-n", *STORED)
-    assert code == 0 and "Nothing to be done" in output, output[-3000:]
+    assert "Nothing to be done" in remote.finish("-n", *STORED)
 
 
-@contextlib.contextmanager
 def website(folder):
     """A folder on a web server; gives its address."""
-    handler = functools.partial(type("Quiet", (http.server.SimpleHTTPRequestHandler,), {"log_message": lambda *_: None}),
-                                directory=str(folder))
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        thread = threading.Thread(target=server.serve_forever)
-        thread.start()
-        try:
-            yield f"http://127.0.0.1:{server.server_port}"
-        finally:
-            server.shutdown()
-            thread.join()
+    handler = type("Quiet", (http.server.SimpleHTTPRequestHandler,), {"log_message": lambda *_: None})
+    return served(functools.partial(handler, directory=str(folder)))
 
 
 @ready
@@ -135,8 +115,7 @@ def test_data_sets_on_a_web_server(tmp_path, cifar10):
         folder.set(data={"folder": address})
         planned = jobs(folder.run("-n")[1])
         assert "prepare_images" not in planned and planned["index"] == 1
-        code, output = folder.run("--", VICTIM)
-    assert code == 0, output[-3000:]
+        folder.finish("--", VICTIM)
     assert folder.metrics() == local.metrics() and not (folder.path / "data").exists()
 
 

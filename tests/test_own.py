@@ -264,15 +264,15 @@ def test_a_grid_under_snakemake_resumes(gridded):
         shutil.copy(file, folder.path)
     (folder.path / "mine.yaml").write_text(GRID.replace("[all, spc3]", "[spc3]").replace("  again", "  #"))
     command = "--config", "own=mine.yaml", "--", "own"
-    code, output = folder.run(*command)
+    output = folder.finish(*command)
     top = folder.path / "results" / "own" / "mine"
-    assert code == 0 and output.count(f"{top}/index.html") == 1 and "Models of mine.yaml: 6 jobs" in output, output[-3000:]
+    assert output.count(f"{top}/index.html") == 1 and "Models of mine.yaml: 6 jobs" in output, output[-3000:]
     assert len(pd.read_csv(top / "results.csv")) == 4
     (top / "first/spc3/seed0/rows/clp.json").unlink()
     edited = (folder.path / "mine.yaml").read_text().replace("step: 0.5", "step: 0.4")
     (folder.path / "mine.yaml").write_text(edited)
-    code, output = folder.run("-n", *command)
-    assert code == 0 and output.count("rule purify_own") == 2 and "look_at_own" not in output, output[-3000:]
+    output = folder.finish("-n", *command)
+    assert output.count("rule purify_own") == 2 and "look_at_own" not in output, output[-3000:]
     assert "npd" not in output
     code, output = folder.run("--", "own")
     assert code and "say which models" in output
@@ -593,7 +593,7 @@ def test_parts_share_no_image():
 
 
 def test_a_network_of_names_a_plugin_and_a_script_file(tmp_path, monkeypatch):
-    theirs = imports.architecture("resnet18", 7, 32, 3)
+    theirs = imports.architecture("resnet18", 7, 32)
     assert network.look(theirs, torch.rand(2, 3, 64, 64)) == network.Found(7, "fc", (), ("layer2", "layer3", "layer4"))
     plugin = tmp_path / "mine.py"
     plugin.write_text("from torch import nn\nfrom cupel.images.models import Parts, model\n\n@model('of_a_plugin')\n"
@@ -603,11 +603,11 @@ def test_a_network_of_names_a_plugin_and_a_script_file(tmp_path, monkeypatch):
 
     load_plugins([plugin])
     try:
-        assert imports.architecture("of_a_plugin", 3, 32, 3)(torch.rand(2, 3, 32, 32)).shape == (2, 3)
+        assert imports.architecture("of_a_plugin", 3, 32)(torch.rand(2, 3, 32, 32)).shape == (2, 3)
     finally:
         del MODELS["of_a_plugin"]
     (tmp_path / "wide.py").write_text("from torch import nn\n\ndef net(d, width=1):\n    return nn.Linear(d, width)\n")
-    assert imports.architecture(f"{tmp_path}/wide.py:net(4, width=3)", 10, 32, 3).weight.shape == (3, 4)
+    assert imports.architecture(f"{tmp_path}/wide.py:net(4, width=3)", 10, 32).weight.shape == (3, 4)
     with pytest.raises(ValueError, match="a call with plain values"):
         imports.from_file(f"{tmp_path}/wide.py:net(open('x'))")
     torch.jit.trace(nn.Sequential(nn.Flatten(), nn.Linear(12, 3)), torch.rand(2, 3, 2, 2)).save(str(tmp_path / "script.pt"))
@@ -713,6 +713,17 @@ def test_registries_are_whole_and_a_seed_is_a_stream():
     victim = images.build("resnet18", num_classes=2, width=8, stem_stride=2, seed=0)
     budget = images.Budget(np.zeros((4, 32, 32, 3), np.uint8), np.array([0, 1, 0, 1]), 2)
     assert images.purify("clp", victim, budget, 0)[1]
+
+
+def test_items_are_one_a_line_whatever_their_text_holds(tmp_path):
+    """A line ends at \\n alone: JSON may hold other characters that Python takes for the end of one."""
+    (tmp_path / "items.jsonl").write_text('{"instruction": "one\u2028two", "output": "yes"}\n\n{"instruction": "no"}\n')
+    assert language.records(tmp_path / "items.jsonl", ("instruction",))[0]["instruction"] == "one\u2028two"
+    with pytest.raises(ValueError, match=r"items.jsonl, item 2: needed are instruction and output, as text"):
+        language.records(tmp_path / "items.jsonl")
+    (tmp_path / "items.jsonl").write_text("no JSON")
+    with pytest.raises(ValueError, match=r"items.jsonl: line 1 is no JSON"):
+        language.records(tmp_path / "items.jsonl")
 
 
 def test_a_language_model_answers_before_and_after(tmp_path, capsys):

@@ -1,6 +1,5 @@
 """The sandbox: honest programs run, hostile ones do no harm, wrong ones do not pass, and nothing is left behind."""
 
-import contextlib
 import os
 import platform
 import re
@@ -16,7 +15,7 @@ import pytest
 
 from cupel import sandbox
 from cupel.sandbox import Limits, SandboxError, bwrap, check_untrusted, refusal
-from tests.hostile import FORGERIES, HOSTILE, TIGHT, Bait, attack, survivors
+from tests.hostile import FORGERIES, HOSTILE, TIGHT, Bait, attack, processes, survivors
 
 sandboxed = pytest.mark.skipif(bool(refusal()), reason=f"untrusted code cannot be isolated: {refusal()}")
 SLOW = ("stopped", "deep recursion", "deep recursion in C", "endless loop that will not die")
@@ -59,12 +58,7 @@ def test_dies_with_its_caller():
     caller = subprocess.Popen([sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)})
 
     def below():
-        found = []
-        for path in Path("/proc").glob("[0-9]*/cmdline"):
-            with contextlib.suppress(OSError):
-                if f"sandbox.py\0{100 + TIGHT.seconds}".encode() in path.read_bytes():
-                    found.append(path)
-        return found
+        return processes(f"sandbox.py\0{100 + TIGHT.seconds}")
 
     def wait(until):
         deadline = time.monotonic() + 30

@@ -53,8 +53,7 @@ def running(tool, rule):
 def test_killed_jobs_and_a_killed_run_end_as_a_local_run(cluster, tmp_path, cifar10):  # noqa: F811
     local = Folder(tmp_path / "local", cifar10.parents[1].resolve())
     local.set(papers=["fst"])
-    code, output = local.run("--", TARGET)
-    assert code == 0, output[-4000:]
+    local.finish("--", TARGET)
 
     folder = Folder(tmp_path / "cluster", cifar10.parents[1].resolve())
     folder.set(papers=["fst"])

@@ -94,16 +94,22 @@ class Folder:
         assert old in text
         path.write_text(text.replace(old, new))
 
-    def start(self, *arguments, cores=2):
+    def start(self, *arguments):
         environment = {**os.environ, "PYTHONPATH": str(self.path / "workflow"), "OMP_NUM_THREADS": "1"}
-        command = [sys.executable, "-m", "snakemake", "--cores", str(cores), *arguments]
+        command = [sys.executable, "-m", "snakemake", "--cores", "2", *arguments]
         return subprocess.Popen(command, cwd=self.path, env=environment, text=True, stdout=subprocess.PIPE,
                                 stderr=subprocess.STDOUT, start_new_session=True)
 
-    def run(self, *arguments, cores=2):
-        process = self.start(*arguments, cores=cores)
+    def run(self, *arguments):
+        process = self.start(*arguments)
         output, _ = process.communicate(timeout=900)
         return process.returncode, output
+
+    def finish(self, *arguments):
+        """What a run says that must end well."""
+        code, output = self.run(*arguments)
+        assert code == 0, output[-4000:]
+        return output
 
     def metrics(self):
         found = {}
@@ -119,8 +125,8 @@ def finished(tmp_path_factory, cifar10):
     folder = Folder(tmp_path_factory.mktemp("run"), cifar10.parents[1].resolve())
     folder.add_paper("third", THIRD)
     folder.set(papers=["fst", "third"])
-    code, output = folder.run()
-    assert code == 0 and not re.search("Exception|Traceback", output), output[-4000:]
+    output = folder.finish()
+    assert not re.search("Exception|Traceback", output), output[-4000:]
     return folder
 
 
@@ -145,8 +151,7 @@ def test_smoke_ends_with_the_report(finished):
 
 
 def test_nothing_is_done_twice(finished):
-    code, output = finished.run("-n")
-    assert code == 0 and "Nothing to be done" in output, output[-3000:]
+    assert "Nothing to be done" in finished.finish("-n")
 
 
 def jobs(output):
@@ -166,8 +171,13 @@ def test_no_path_is_of_two_rules(tmp_path, cifar10, scale):
     """Every function of every rule that could make a path is called, and none of them complains."""
     folder = Folder(tmp_path / "strict", cifar10.parents[1].resolve())
     strict = ("--strict-dag-evaluation", "functions", "--quiet", "rules")
-    code, output = folder.run("-n", *strict, "--config", FIVE, f"scale={scale}")
-    assert code == 0 and not re.search("Exception|Traceback|Error", output), output[-3000:]
+    output = folder.finish("-n", *strict, "--config", FIVE, f"scale={scale}")
+    assert not re.search("Exception|Traceback|Error", output), output[-3000:]
+
+
+def test_a_paper_that_has_not_all_scales_may_stand_first(tmp_path, cifar10):
+    folder = Folder(tmp_path / "first", cifar10.parents[1].resolve())
+    assert jobs(folder.finish("-n", "-q", "rules", "--config", "papers=[breadth,fst]", "scale=desk"))["report_paper"] == 2
 
 
 def test_a_paper_is_a_folder_in_every_family(tmp_path, cifar10):
@@ -175,8 +185,8 @@ def test_a_paper_is_a_folder_in_every_family(tmp_path, cifar10):
     for key, text in (("third", THIRD), ("third_text", THIRD_TEXT), ("third_vision_language", THIRD_VISION_LANGUAGE)):
         folder.add_paper(key, text)
     folder.set(papers=["third", "third_text", "third_vision_language"])
-    code, output = folder.run("-n", "--strict-dag-evaluation", "functions")
-    assert code == 0 and not re.search("Exception|Traceback", output), output[-3000:]
+    output = folder.finish("-n", "--strict-dag-evaluation", "functions")
+    assert not re.search("Exception|Traceback", output), output[-3000:]
     planned = jobs(output)
     assert (planned["purify"], planned["purify_text"], planned["refit"], planned["report_paper"]) == (2, 2, 2, 3)
 
@@ -212,8 +222,7 @@ def test_a_claim_is_judged_again_and_nothing_is_drawn_or_trained(finished):
 
 def test_one_cell_by_its_path(finished):
     path = "results/smoke/images/purified/cifar10/preactresnet18/fst/blended@0.1/seed3/lp@heldout/metrics.json"
-    code, output = finished.run("--", path)
-    assert code == 0, output[-3000:]
+    finished.finish("--", path)
     record = json.loads((finished.path / path).read_text())
     assert (record["attack"], record["poison_rate"], record["seed"], record["defence"]) == ("blended", 0.1, 3, "lp")
     shutil.rmtree(finished.path / "results/smoke/images/purified/cifar10/preactresnet18/fst/blended@0.1")
@@ -227,8 +236,7 @@ def test_plugins_of_the_documentation(finished, tmp_path):
     (folder.path / "my_methods.py").write_text("\n\n".join(blocks))
     folder.set(plugins=["my_methods.py"], papers=["fst"])
     cell = "results/smoke/images/purified/cifar10/preactresnet18/fst/stripe@0.05/seed0/shrink@heldout/metrics.json"
-    code, output = folder.run("--", cell)
-    assert code == 0, output[-3000:]
+    folder.finish("--", cell)
     record = json.loads((folder.path / cell).read_text())
     assert record["status"] == "ok" and (record["attack"], record["defence"]) == ("stripe", "shrink")
     folder.edit("workflow/papers/fst/experiment.yaml", "defences: [ft, fst]}", "defences: [ft, shrink]}")
@@ -249,8 +257,7 @@ def test_killed_run_ends_with_identical_metrics(finished, tmp_path):
         time.sleep(seconds)
         os.killpg(process.pid, signal.SIGKILL)
         process.communicate()
-    code, output = folder.run("--", *target)
-    assert code == 0, output[-3000:]
+    folder.finish("--", *target)
     assert folder.metrics() == wanted
 
 
@@ -282,8 +289,7 @@ def test_a_failed_cell_does_not_stop_the_report(finished, tmp_path):
     folder = Folder(tmp_path / "failed", finished.data)
     of_fst = "{{alpha: 0.2, lr: {}, epochs: 10, batch_size: 128, momentum: 0.9, projected: true, heads"
     folder.edit("workflow/papers/fst/experiment.yaml", of_fst.format("0.01"), of_fst.format("1.0e+30"))
-    code, output = folder.run()
-    assert code == 0, output[-3000:]
+    folder.finish()
     cells = pd.read_parquet(folder.path / "results/smoke/cells.parquet")
     failed = cells[cells.status == "failed"]
     assert set(failed.defence) == {"fst"} and failed.reason.str.contains("Diverged").all()
@@ -314,8 +320,7 @@ def test_folders_are_what_people_mean(tmp_path):
     """A slash at the end is none in a path, and ~ is the home folder."""
     folder = Folder(tmp_path / "clone", tmp_path / "data")
     folder.set(papers=["fst"], results="out/", data={"folder": "~/data/"})
-    code, output = folder.run("-n", "--", "out/smoke/index.html", str(Path.home() / "data/images/cifar10/manifest.json"))
-    assert code == 0, output[-2000:]
+    folder.finish("-n", "--", "out/smoke/index.html", str(Path.home() / "data/images/cifar10/manifest.json"))
     folder.set(results="config.yaml")
     code, output = folder.run("-n")
     assert code and "config.yaml: results: config.yaml is a file" in output
@@ -328,8 +333,8 @@ def test_released_networks_count_by_content(tmp_path, mnist):
     file.write_text("no network")
     folder.set(papers=["proper_interpretability"], released_weights=str(file.parent))
     record = "results/smoke/robust/released_weights/int.json"
-    code, output = folder.run("--", record)
-    assert code == 0 and "is no pickle" in json.loads((folder.path / record).read_text())["reason"], output[-2000:]
+    folder.finish("--", record)
+    assert "is no pickle" in json.loads((folder.path / record).read_text())["reason"]
     os.utime(file)
     assert "Nothing to be done" in folder.run("-n", "--", record)[1]
     file.write_text("another")
@@ -341,8 +346,7 @@ def test_ims_on_a_clean_victim_can_be_looked_into_by_its_path(tmp_path):
     folder = Folder(tmp_path / "clone", tmp_path / "data")
     folder.set(papers=["ims"])
     place = "results/smoke/images/purified/cifar10/preactresnet18/fst/clean@0/seed0/ims@heldout/masks.svg"
-    code, output = folder.run("-n", "--", place)
-    assert code == 0 and "inside" in output, output[-2000:]
+    assert "inside" in folder.finish("-n", "--", place)
 
 
 def test_all_defences_of_a_victim_in_one_job(finished, tmp_path):
@@ -352,16 +356,15 @@ def test_all_defences_of_a_victim_in_one_job(finished, tmp_path):
     metrics = [path for path in finished.metrics() if "purified" in path and "badnets" in path and "slow" not in path]
     planned = jobs(together.run("-n", "--", *metrics)[1])
     assert "purify" not in planned and planned["purify_fst_cifar10_preactresnet18_fst_badnets_0_05_0"] == 1
-    code, output = together.run("--", *metrics)
-    assert code == 0, output[-3000:]
+    together.finish("--", *metrics)
     found, before = together.metrics(), finished.metrics()
     assert found == {path: before[path] for path in found} and len(metrics) == 2
     # one cell is made again: the other is taken over
     first, second = (together.path / Path(path).parent for path in metrics)
     shutil.rmtree(first)
     times = {path.name: path.stat().st_mtime_ns for path in (second / "work").glob("*.json") if path.name != "metrics.json"}
-    code, output = together.run("--", metrics[0])
-    assert code == 0 and together.metrics() == found, output[-3000:]
+    together.finish("--", metrics[0])
+    assert together.metrics() == found
     assert all((second / "work" / name).stat().st_mtime_ns == time for name, time in times.items()) and "made.json" in times
     # a cell outside of the grid is still made by its path
     assert jobs(together.run("-n", "--", metrics[0].replace("fst@", "lp@").replace("ft@", "lp@"))[1])["purify"] == 1

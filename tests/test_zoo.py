@@ -9,8 +9,7 @@ from tests.test_workflow import Folder
 @pytest.mark.slow
 def test_zoo_at_smoke_scale(tmp_path, cifar10):
     folder = Folder(tmp_path / "zoo", cifar10.parents[1].resolve())
-    code, output = folder.run("--", "zoo")
-    assert code == 0, output[-3000:]
+    folder.finish("--", "zoo")
     table = pd.read_csv(folder.path / "results/smoke/zoo/victims.csv")
     assert len(table) == 12 and table.acc_twin.notna().all()
     # at this size a network may be too bad for an attack to be prepared on: that is a failed row with its reason, no crash

@@ -83,8 +83,7 @@ def test_the_holder_is_killed(undisturbed, folder, moment):
         first = start(folder, job=moment != "before its job")
         os.killpg(first.pid, signal.SIGKILL)
         first.communicate()
-        code, output = folder.run("--", TARGET)
-        assert code == 0, output[-2000:]
+        folder.finish("--", TARGET)
         check(folder, undisturbed)
         row.happened = "runs without --unlock, identical results"
 
@@ -95,9 +94,8 @@ def test_the_holder_alone_is_killed(undisturbed, folder):
         first = start(folder)
         os.kill(first.pid, signal.SIGKILL)
         first.wait()
-        code, output = folder.run("--", TARGET)
+        folder.finish("--", TARGET)
         first.stdout.close()
-        assert code == 0, output[-2000:]
         check(folder, undisturbed)
         row.happened = "runs without --unlock, identical results"
 

@@ -15,7 +15,9 @@ import functools
 import hashlib
 import symtable
 from collections import defaultdict
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 #: instead of the name of a definition: all of a file, or what it does on import
 WHOLE, IMPORT = "*", ""
@@ -64,11 +66,25 @@ def _parsed(source: str) -> tuple[dict[str, Piece], dict[str, Chain]]:
     return {name: Piece(nodes) for name, nodes in found.items()}, imports
 
 
-def _read(path: Path) -> tuple[dict[str, Piece], dict[str, Chain]]:
+def read_python(path: str | Path, parse: Callable[[str], Any]) -> Any:
+    """What `parse` makes of the source in a file.
+
+    Raises:
+        ValueError: it is not Python; the text names file and line.
+    """
     try:
-        return _parsed(path.read_text(encoding="utf-8"))
+        return parse(Path(path).read_text(encoding="utf-8"))
     except SyntaxError as error:
         raise ValueError(f"{path}, line {error.lineno}: {error.msg}") from None
+
+
+def imports_of(node: ast.Import | ast.ImportFrom) -> dict[str, Chain]:
+    """What an import binds: a name to a module, `("numpy",)`, or to a module and a name in it, `("cupel.rng", "derive")`."""
+    if isinstance(node, ast.ImportFrom):
+        source = "." * node.level + (node.module or "")
+        return {alias.asname or alias.name: (source,) if alias.name == "*" else (source, alias.name) for alias in node.names}
+    modules = {alias: alias.name if alias.asname else alias.name.partition(".")[0] for alias in node.names}
+    return {alias.asname or module: (module,) for alias, module in modules.items()}  # without `as`, `import a.b` binds a
 
 
 def _bound(node: ast.stmt) -> list[str]:
@@ -85,33 +101,22 @@ def _is_text(node: ast.stmt) -> bool:
 
 
 def _scan(node: ast.AST, chains: set[Chain], imports: dict[str, Chain]) -> None:
-    """Collect names with their attributes, and what imports bind; take out docstrings, and types of arguments and results.
-
-    An import binds a name to a module, `("numpy",)`, or to a module and a name in it, `("cupel.rng", "derive")`.
-    """
+    """Collect names with their attributes and what imports bind; take out docstrings, and types of arguments and results."""
     attributes, base = [], node
     while isinstance(base, ast.Attribute):
         attributes, base = [base.attr, *attributes], base.value
     if isinstance(base, ast.Name):
         chains.add((base.id, *attributes))
-    elif isinstance(node, ast.ImportFrom):
-        source = "." * node.level + (node.module or "")
-        for alias in node.names:
-            imports[alias.asname or alias.name] = (source,) if alias.name == "*" else (source, alias.name)
-    elif isinstance(node, ast.Import):
-        for alias in node.names:  # without `as`, `import a.b` binds a
-            source = alias.name if alias.asname else alias.name.partition(".")[0]
-            imports[alias.asname or source] = (source,)
+    elif isinstance(node, (ast.Import, ast.ImportFrom)):
+        imports.update(imports_of(node))
     elif isinstance(node, ast.arg):
         node.annotation = None
     else:
         if isinstance(node, DEFINITIONS):
             node.body = [item for item in node.body if not _is_text(item)] or [ast.Pass()]
             node.returns = None
-        for value in (getattr(base, field, None) for field in base._fields):
-            for item in value if isinstance(value, list) else [value]:
-                if isinstance(item, ast.AST):
-                    _scan(item, chains, imports)
+        for item in ast.iter_child_nodes(base):
+            _scan(item, chains, imports)
 
 
 def _outer(table: symtable.SymbolTable) -> set[str]:
@@ -130,7 +135,7 @@ class Code:
 
     def __init__(self, library: str | Path):
         self.library = Path(library).resolve()
-        self._pieces = functools.cache(_read)
+        self._pieces = functools.cache(functools.partial(read_python, parse=_parsed))
         self._hashes, self._step = functools.cache(self._hashes), functools.cache(self._step)
         self._file, self._label = functools.cache(self._file), functools.cache(self._label)
 

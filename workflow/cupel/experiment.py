@@ -32,8 +32,8 @@ def schema_of(family: str) -> dict:
     common, own = schema("experiment"), schema(family)
     for section, entry in own["sections"].items():
         settings = entry.get("settings")
-        forms = {"settings": settings, "datasets": {"type": "object", "additionalProperties": settings},
-                 "models": {"type": "object", "additionalProperties": settings},
+        by_name = {"type": "object", "additionalProperties": settings}
+        forms = {"settings": settings, "datasets": by_name, "models": by_name,
                  "scales": {"type": "object", "additionalProperties": False, "properties": dict.fromkeys(SCALES, settings)}}
         properties = {**common["$defs"]["entry"], **(forms if settings else {}), **entry.get("properties", {})}
         common["properties"][section] = {
@@ -71,6 +71,27 @@ def layers(entry: Mapping) -> Iterator[tuple[str, dict]]:
     for over in OVERLAYS.values():
         for case, settings in (entry.get(over) or {}).items():
             yield f"{over}.{case}", settings or {}
+
+
+def registered(kinds: Mapping[str, tuple[str, str]], plugins: list[str], package: str,
+               file: str | Path) -> dict[str, dict[str, Entry]]:
+    """What the library and plugins register: kind -> registered name -> what its source says of it.
+
+    Args:
+        kinds: as `Family.REGISTERED`.
+        package: whose decorators they are.
+        file: that names the plugins.
+
+    Raises:
+        ConfigError: a plugin is missing, is not Python, or takes the name of another.
+    """
+    if missing := [plugin for plugin in plugins if not Path(plugin).is_file()]:
+        raise ConfigError(f"{file}: plugins: no such file: {', '.join(missing)}")
+    try:
+        return {kind: entries(decorator, [*sorted(LIBRARY.glob(place)), *plugins], package)
+                for kind, (decorator, place) in kinds.items()}
+    except ValueError as error:
+        raise ConfigError(f"{file}: plugins: {error}") from None
 
 
 class Family:
@@ -125,13 +146,7 @@ class Family:
                         raise ConfigError(f"{self.file(paper)}: {section}.{name} is defined otherwise in "
                                           f"{self.origin[section, name]}: give one of them another name")
                     self.origin.setdefault((section, name), self.file(paper))
-        self.registered: dict[str, dict[str, Entry]] = {}
-        try:
-            for kind, (decorator, place) in self.REGISTERED.items():
-                files = [*sorted(LIBRARY.glob(place)), *self.plugins]
-                self.registered[kind] = entries(decorator, files, f"cupel.{self.NAME}")
-        except ValueError as error:
-            raise ConfigError(f"config.yaml: plugins: {error}") from None
+        self.registered = registered(self.REGISTERED, self.plugins, f"cupel.{self.NAME}", "config.yaml")
         self.parameters = {kind: {name: set(entry.parameters) for name, entry in known.items()}
                            for kind, known in self.registered.items()}
         self.check()
@@ -168,7 +183,8 @@ class Family:
         return section.removesuffix("s")
 
     def check_functions(self, *sections: str) -> None:
-        """What entries run is registered, and has their settings, in every overlay.
+        """What entries run is registered, and has their settings, in every overlay: with values of the types of the
+        defaults, within the limits of the schema.
 
         Raises:
             ConfigError: one of them is wrong.
@@ -177,27 +193,15 @@ class Family:
             for name, entry in self.entries[section].items():
                 kind, function = self.kind(section, name), self.function(section, name)
                 self.known(section, name, "function", kind, [function], allowed=self.parameters[kind])
+                names, source = self.parameters[kind][function], self.registered[kind][function]
                 for place, settings in layers(entry):
-                    self.known(section, name, place, f"setting of {function}", settings,
-                               allowed=self.parameters[kind][function])
-                self.check_values(section, name)
-
-    def check_values(self, section: str, name: str) -> None:
-        """The settings of an entry have the types of their defaults and keep within the limits of the schema.
-
-        Raises:
-            ConfigError: a value is wrong.
-        """
-        kind, function = self.kind(section, name), self.function(section, name)
-        entry = self.registered[kind][function]
-        names, values = self.parameters[kind][function], entry.values
-        plugin = entry.place.rpartition(":")[0] in self.plugins
-        wanted = limits.typed(names, values) if plugin else limits.form(self.NAME, section, function, names, values)
-        form = {"properties": {"settings": wanted, **{over: {"additionalProperties": wanted} for over in OVERLAYS.values()}}}
-        content = self.entries[section][name]
-        for key in (name, section):
-            content, form = {key: content}, {"properties": {key: form}}
-        check_schema(content, form, self.origin.get((section, name), "plugins"))
+                    self.known(section, name, place, f"setting of {function}", settings, allowed=names)
+                plugin = source.place.rpartition(":")[0] in self.plugins
+                wanted = (limits.typed(names, source.values) if plugin
+                          else limits.form(self.NAME, section, function, names, source.values))
+                overlays = {over: {"additionalProperties": wanted} for over in OVERLAYS.values()}
+                form = {"properties": {section: {"properties": {name: {"properties": {"settings": wanted, **overlays}}}}}}
+                check_schema({section: {name: entry}}, form, self.origin.get((section, name), "plugins"))
 
     def check_block(self, where: str, block: Mapping) -> None:
         """What the schema cannot say of a block beside that its names are known.
@@ -331,8 +335,6 @@ class Grid:
         for paper in self.papers:
             if paper not in known:
                 raise ConfigError(f"config.yaml: papers: {unknown('paper', paper, known)}")
-        if missing := [str(path) for path in plugins if not Path(path).is_file()]:
-            raise ConfigError(f"config.yaml: plugins: no such file: {', '.join(missing)}")
         shared = {f"shared/{family}": self.folder / "shared" / f"{family}.yaml" for family in FAMILIES}
         files = {paper: file for paper, file in {**shared, **known}.items() if file.is_file()}
         self.experiments = {paper: _experiment(file, file.stat().st_mtime_ns) for paper, file in files.items()}
@@ -361,11 +363,9 @@ class Grid:
         """Cells of the chosen papers, each once although two papers may ask for it."""
         if (stage, paper, family) not in self._cells:  # the workflow asks a hundred times
             found: dict[tuple, dict] = {}
-            for key in self.papers if paper is None else [paper]:
-                if family in (None, self.experiments[key]["family"]):
-                    for cell in self.of_paper(key):
-                        if stage in (None, cell["stage"]):
-                            found.setdefault(tuple(value for name, value in cell.items() if name != "paper"), cell)
+            for cell in itertools.chain.from_iterable(map(self.of_paper, self.papers if paper is None else [paper])):
+                if stage in (None, cell["stage"]) and family in (None, cell["family"]):
+                    found.setdefault(tuple(value for name, value in cell.items() if name != "paper"), cell)
             self._cells[stage, paper, family] = list(found.values())
         return list(self._cells[stage, paper, family])
 

@@ -36,9 +36,7 @@ def hold(results: str | Path, say: Callable[[str], None]) -> None:
         return
     os.environ[JOBS] = str(folder / ".cupel.jobs")
     with open(os.environ[JOBS], "w") as jobs:
-        try:
-            fcntl.flock(jobs, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        if _taken(jobs.fileno()):
             here = holders(os.environ[JOBS])
             for pid in here:
                 os.kill(pid, signal.SIGKILL)
@@ -52,10 +50,8 @@ def _taken(handle: int) -> bool:
     """Whether another process holds the lock on an open file; if not, this one has it, where the file system knows locks."""
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except OSError:
-        pass
+    except OSError as error:
+        return isinstance(error, BlockingIOError)
     return False
 
 

@@ -226,7 +226,7 @@ def _row(jobs: list[Job], times: Times) -> tuple[str, ...]:
     """Jobs of one rule, for people."""
     rule, todo = jobs[0].rule, [job for job in jobs if job.todo]
     used, cells = times.used.get(rule, []), sum(job.cells for job in todo)
-    one, total = "", []
+    one = ""
     if used:
         each = sorted(cost.seconds / cost.cells for cost in used)
         one = duration(statistics.median(each)) + f" ({duration(each[0])} to {duration(each[-1])})" * (len(each) > 1)

@@ -19,6 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cupel.digest import imports_of, read_python
+
 
 class Registry(dict):
     """A dict from name to class or function, filled by its decorator from the modules of a package, or from one module."""
@@ -128,13 +130,13 @@ def entries(kind: str, files: Iterable[str | Path], package: str = "cupel") -> d
         ValueError: a file is not Python, a name cannot be read, or two files register the same.
     """
     files, found = list(files), {}
-    classes = {node.name: node for file in files for node in _tree(file).body if isinstance(node, ast.ClassDef)}
+    nodes = (node for file in files for node in read_python(file, _parsed).body)
+    classes = {node.name: node for node in nodes if isinstance(node, ast.ClassDef)}
     for name, file, node in _registered(kind, files, package):
         if name in found:
             raise ValueError(f"{kind} {name!r} is defined in {found[name].place.rpartition(':')[0]} and in {file}: "
                              "give one of them another name")
-        is_class = isinstance(node, ast.ClassDef)
-        fields, values = _members(node, classes) if is_class else _arguments(node)
+        fields, values = _members(node, classes) if isinstance(node, ast.ClassDef) else _arguments(node)
         found[name] = Entry(f"{file}:{node.name}", frozenset(fields - {"tensors"}), values)
     return found
 
@@ -169,21 +171,19 @@ def _registered(kind: str, files: Iterable[str | Path],
                 package: str) -> Iterator[tuple[str, str | Path, ast.ClassDef | ast.FunctionDef]]:
     for file in files:
         imported, texts = {}, {}
-        for node in _tree(file).body:  # in its order: one name may stand for the decorators of two families in turn
-            if isinstance(node, ast.ImportFrom):
-                imported |= {alias.asname or alias.name: f"{node.module}.{alias.name}" for alias in node.names}
-            elif isinstance(node, ast.Import):
-                imported |= {alias.asname or alias.name.partition(".")[0]: alias.name if alias.asname
-                             else alias.name.partition(".")[0] for alias in node.names}
+        # in their order: one name may stand for the decorators of two families in turn
+        for node in read_python(file, _parsed).body:
+            if isinstance(node, (ast.Import, ast.ImportFrom)):
+                imported |= imports_of(node)
             elif isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
                 name, value = node.targets[0].id, getattr(node.value, "value", None)
-                imported |= {name: f"{package}.{name}"} if name == kind else {}
+                imported |= {name: (package, name)} if name == kind else {}
                 texts |= {name: value} if isinstance(value, str) else {}
             for mark in getattr(node, "decorator_list", []):
                 if not isinstance(mark, ast.Call):
                     continue
-                first, dot, rest = ast.unparse(mark.func).partition(".")
-                full = imported.get(first, "") + dot + rest
+                first, *rest = ast.unparse(mark.func).split(".")
+                full = ".".join((*imported.get(first, ()), *rest))
                 if not (full.startswith(f"{package}.") and full.rpartition(".")[2] == kind):
                     continue
                 given = (*mark.args, *(keyword.value for keyword in mark.keywords if keyword.arg == "name"), None)[0]
@@ -192,13 +192,6 @@ def _registered(kind: str, files: Iterable[str | Path],
                     raise ValueError(f"{file}, line {mark.lineno}: the name of an entry must be a text, or stand for one "
                                      f"in this file: @{ast.unparse(mark)}")
                 yield name, file, node
-
-
-def _tree(file: str | Path) -> ast.Module:
-    try:
-        return _parsed(Path(file).read_text(encoding="utf-8"))
-    except SyntaxError as error:
-        raise ValueError(f"{file}, line {error.lineno}: {error.msg}") from None
 
 
 _parsed = functools.cache(ast.parse)  # planning asks for each file several times

@@ -13,7 +13,7 @@ from snakemake.utils import validate
 
 from cupel import devices, locks
 from cupel.digest import code_digest
-from cupel.experiment import Grid
+from cupel.experiment import SCALES, Grid
 from cupel.images.experiment import UNSET
 from cupel.own import grid as own
 from cupel.paths import Paths

@@ -22,7 +22,7 @@ rule make_crate:
         PATHS.benchmark(RESULTS, "crate")
     params:
         config=config,
-        papers=lambda wildcards: paper_headers(),
+        papers=lambda wildcards: [paper_header(paper) for paper in GRID.papers],
         benchmarks=f"{config['results']}/benchmark/{config['scale']}",
         root=ROOT,
         code=code("crate.py"),

@@ -11,12 +11,7 @@ if "own" in TARGETS and not OWN:
 
 
 # a device for each job, and time that grows: nothing is known of the network
-OWN_RESOURCES = {
-    "gpu": GPU,
-    "vram_mb": 0,
-    "mem_mb": memory_of(8000),
-    "runtime": lambda wildcards, attempt: 240 * 2 ** (attempt - 1),
-}
+OWN_RESOURCES = training(0, 8000, **dict.fromkeys(SCALES, 240))
 
 if OWN:
 

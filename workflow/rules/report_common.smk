@@ -121,10 +121,6 @@ def paper_header(paper):
     }
 
 
-def paper_headers():
-    return [paper_header(paper) for paper in GRID.papers]
-
-
 def known_entries():
     """What experiment.yaml says of everything that the cells name, by family: for the panels of cells."""
     found = {}
@@ -145,8 +141,7 @@ def planned_budgets():
         for scale, content in GRID.experiments[paper]["scales"].items():
             for budget in {name for block in content["blocks"] for name in block.get("budgets", [])}:
                 found.setdefault(budget, []).append(scale)
-    order = list(GRID.experiments[GRID.papers[0]]["scales"])
-    return {name: sorted(set(scales) - {"smoke"}, key=order.index) for name, scales in sorted(found.items())}
+    return {name: sorted(set(scales) - {"smoke"}, key=SCALES.index) for name, scales in sorted(found.items())}
 
 
 # what every page of the site must know of the others

@@ -10,8 +10,7 @@ with logged(snakemake.log[0]):
     write_crate(snakemake.output.crate, root=snakemake.params.root, config=snakemake.params.config, results=made, base=base,
                 provenance=read_json(snakemake.input.provenance), manifests=snakemake.input.manifests,
                 papers=snakemake.params.papers, benchmarks=snakemake.params.benchmarks)
-    wrong = check_crate(snakemake.output.crate)
-    if wrong:
+    if wrong := check_crate(snakemake.output.crate):
         raise RuntimeError("the crate is not in order: " + "; ".join(wrong))
     files = [path for path in Path(snakemake.output.crate).rglob("*") if path.is_file()]
     print(f"{len(files)} files, {sum(path.stat().st_size for path in files) / 2**20:.1f} MiB")

@@ -96,8 +96,7 @@ class LogHandler(LogHandlerBase):
     def emit(self, record: logging.LogRecord) -> None:
         """Write what a record means for people."""
         try:
-            facts = getattr(record, "cupel", None)
-            if facts is not None:
+            if (facts := getattr(record, "cupel", None)) is not None:
                 self._learn(facts)
             else:
                 self._on(getattr(record, "event", None), record)
@@ -135,12 +134,9 @@ class LogHandler(LogHandlerBase):
         elif event in (None, LogEvent.ERROR, LogEvent.DEBUG_DAG, LogEvent.GROUP_INFO, LogEvent.GROUP_ERROR):
             self._plain(record)
 
-    def _words(self, record: logging.LogRecord) -> str:
-        rule, wildcards, cells, *_ = self.run.jobs.get(record.jobid, (record.rule_name, dict(record.wildcards), 1))
-        return job_words(rule, wildcards, cells, self.run.defences)
-
     def _start(self, record: logging.LogRecord) -> None:
-        words = self._words(record)
+        rule, wildcards, cells, *_ = self.run.jobs.get(record.jobid, (record.rule_name, dict(record.wildcards), 1))
+        words = job_words(rule, wildcards, cells, self.run.defences)
         if self.common_settings.dryrun:
             why = "; ".join(part.partition(":")[0] for part in record.reason.split("; "))
             self._write(shortened(f"rule {record.rule_name}: {words} · {why}", 160))
@@ -160,7 +156,7 @@ class LogHandler(LogHandlerBase):
         _, words, _ = self.run.active.pop(record.jobid, (0.0, record.rule_name, ""))
         logs = [Path(path) for path in record.log if Path(path).is_file()]
         text = reason(logs[0].read_text(encoding="utf-8", errors="replace")) if logs else ""
-        self.run.failed[record.jobid] = text = text or str(record.rule_msg or "no reason was given")
+        text = text or str(record.rule_msg or "no reason was given")
         self._write(f"FAILED  {words}" + f" ({logs[0]})" * bool(logs), *(f"    {line}" for line in text.splitlines()[:15]))
         self.run.failed[record.jobid] = f"{words}: {text.splitlines()[0]}"
 

@@ -89,9 +89,8 @@ def decoupled(model, budget: Budget, seed: int) -> dict:
     """The `class` into which BTI-DBF's generator sends most images, after one round without unlearning; there always is one."""
     print("evidence: a generator of trigger images is trained (BTI-DBF)", file=sys.stderr)
     few = budget.take(rng(seed, "own", "bti_dbf").permutation(len(budget))[: 2 * IMAGES])
-    settings = {"rounds": 1, "pretrain_epochs": 20, "mask_epochs": 10, "generator_epochs": 20, "unlearn_epochs": 0,
-                "generator_width": 16, "batch_size": 32}
-    _, history = bti_dbf(model, replace(few, checkpoint=None), rng(seed, "own", "bti_dbf"), **settings)
+    _, history = bti_dbf(model, replace(few, checkpoint=None), rng(seed, "own", "bti_dbf"), rounds=1, pretrain_epochs=20,
+                         mask_epochs=10, generator_epochs=20, unlearn_epochs=0, generator_width=16, batch_size=32)
     return {"class": int(history[-1]["detected_class"])}
 
 

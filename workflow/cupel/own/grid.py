@@ -13,12 +13,14 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from cupel import limits, prepared
+from cupel.cells import read_tensors, write_tensors
 from cupel.digest import code_digest
+from cupel.experiment import registered
 from cupel.files import digest, read_json, write_json, write_text
 from cupel.own import USUAL
 from cupel.own.normalisations import normalisation
-from cupel.registry import entries, unknown
-from cupel.settings import LIBRARY, ConfigError, check_schema, read_yaml, schema
+from cupel.registry import unknown
+from cupel.settings import ConfigError, check_schema, read_yaml, schema
 
 
 class Grid:
@@ -43,13 +45,8 @@ class Grid:
         self.budgets, self.seeds = content["budgets"], content["seeds"]
         self.studies = [{"model": model, "budget": budget, "seed": str(seed)}
                         for model, budget, seed in itertools.product(self.models, self.budgets, self.seeds)]
-        if missing := [file for file in self.plugins if not Path(file).is_file()]:
-            raise ConfigError(f"{path}: plugins: no such file: {', '.join(missing)}")
-        try:
-            self.known = {kind: entries(kind, [*sorted(LIBRARY.glob(f"images/{kind}s/*.py")), *self.plugins], "cupel.images")
-                          for kind in ("attack", "defence", "model")}
-        except ValueError as error:
-            raise ConfigError(f"{path}: plugins: {error}") from None
+        kinds = {kind: (kind, f"images/{kind}s/*.py") for kind in ("attack", "defence", "model")}
+        self.known = registered(kinds, self.plugins, "cupel.images", path)
         for name, given in self.models.items():
             self._check_model(f"{path}: models.{name}", name, given)
         for name, settings in self.defences.items():
@@ -141,17 +138,14 @@ def content(path: str) -> str | dict:
 
 def opened(study: Mapping, device: str):
     """The `cupel.own.run.Study` of `Grid.study`, and what writes its networks."""
-    from cupel.own import suspect
-    from cupel.own.run import Study
+    from cupel.own import run, suspect
 
     network, options, write = suspect.opened(study["given"])
-    return Study(*network, **options, spc=study["spc"], seed=study["seed"], device=device), write
+    return run.Study(*network, **options, spc=study["spc"], seed=study["seed"], device=device), write
 
 
 def look(study: Mapping, out: Path, device: str) -> None:
     """Measure a network as it was given: `look.json` with its row, evidence and facts, and `reversed.npz`."""
-    from cupel.cells import write_tensors
-
     case, _ = opened(study, device)
     case.check()
     evidence = case.look(study["evidence"])
@@ -165,7 +159,6 @@ def purify(study: Mapping, defence: tuple[str, Mapping], out: Path, device: str)
     Raises:
         Exception: an error of the machine's; one of the defence's is its result.
     """
-    from cupel.cells import read_tensors
     from cupel.own import run
 
     name, settings = defence
@@ -183,7 +176,6 @@ def report(out: Path, defences: Mapping[str, Mapping]) -> None:
     """Table and page of a study whose rows are there."""
     import pandas as pd
 
-    from cupel.cells import read_tensors
     from cupel.own.page import write_report
 
     found = read_json(out / "look.json")

@@ -77,13 +77,13 @@ def said(what: str) -> Iterator[None]:
         raise ValueError(f"{what}: {failure(error)}") from None
 
 
-def architecture(text: str, classes: int, image_size: int, channels: int) -> nn.Module:
+def architecture(text: str, classes: int, image_size: int) -> nn.Module:
     """A network with any weights.
 
     Args:
         text: `file.py:name`, a function that builds it, a class, or a finished network; or a name: of torchvision, of timm
             where that is installed, or of a network that a plugin registers with `@model`.
-        classes, image_size, channels: given to those builders that ask for them.
+        classes, image_size: given to those builders that ask for them.
 
     Raises:
         ValueError: unknown, or what it names builds no network.
@@ -107,9 +107,9 @@ def architecture(text: str, classes: int, image_size: int, channels: int) -> nn.
     if text in list_models() and not plugin:
         return get_model(text, num_classes=classes)
     if timm and text in timm.list_models() and not plugin:
-        return timm.create_model(text, num_classes=classes, in_chans=channels)
+        return timm.create_model(text, num_classes=classes)
     if text in MODELS:
-        return build(text, num_classes=classes, image_size=image_size, in_channels=channels)
+        return build(text, num_classes=classes, image_size=image_size)
     near = difflib.get_close_matches(text, [*list_models(), *MODELS, *(timm.list_models() if timm else ())], 1)
     raise ValueError(f"unknown architecture {text!r}{f', did you mean {near[0]!r}?' if near else ''}: give a name of "
                      f"torchvision{' or timm' if timm else ' (timm is not installed)'}, of a plugin's @model, or "

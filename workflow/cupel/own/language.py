@@ -3,7 +3,6 @@
 Nothing is scored: what an answer should be, the user knows.
 """
 
-import json
 import os
 import shutil
 from collections.abc import Mapping, Sequence
@@ -15,6 +14,7 @@ from cupel.files import digest, workspace, write_text
 from cupel.hub import snapshot
 from cupel.locks import alone
 from cupel.own import device_of
+from cupel.prepared import read_records
 from cupel.registry import unknown
 from cupel.rng import derive
 
@@ -29,22 +29,19 @@ def records(path: str | Path, needed: Sequence[str] = ("instruction", "output"))
     Raises:
         ValueError: there are none, or one lacks a part.
     """
-    path, found = Path(path), []
+    path = Path(path)
     if not path.is_file():
         raise ValueError(f"there is no file {path}")
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        if not line.strip():
-            continue
-        try:
-            item = json.loads(line) if path.suffix in (".jsonl", ".json") else {"instruction": line.strip()}
-        except json.JSONDecodeError:
-            raise ValueError(f"{path}, line {number}: it is no JSON; items stand one a line") from None
-        if not isinstance(item, dict) or not all(isinstance(item.get(key), str) for key in needed):
-            raise ValueError(f"{path}, line {number}: needed are {' and '.join(needed)}, as text")
-        found.append({"id": str(number), "input": "", **item})
-    if not found:
+    if path.suffix in (".jsonl", ".json"):
+        items = read_records(path)
+    else:
+        items = [{"instruction": line.strip()} for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    if not items:
         raise ValueError(f"{path} is empty")
-    return found
+    for number, item in enumerate(items, 1):
+        if not all(isinstance(item.get(key), str) for key in needed):
+            raise ValueError(f"{path}, item {number}: needed are {' and '.join(needed)}, as text")
+    return [{"id": str(number), "input": "", **item} for number, item in enumerate(items, 1)]
 
 
 def sections(defence: str, given: Mapping, precision: str) -> dict[str, dict]:

@@ -22,13 +22,11 @@ def opened_network(checkpoint: str, arch: str | None, size: int | None) -> tuple
     Raises:
         ValueError: they cannot be read, or do not fit.
     """
-    if not Path(checkpoint).is_file():
-        raise ValueError(f"there is no file {checkpoint}")
     if (network := imports.compiled(checkpoint)) is not None:
         return network, imports.write_plain
     weights = imports.Weights(checkpoint)
     if arch:
-        network = imports.architecture(arch, weights.classes(), size or 32, 3)
+        network = imports.architecture(arch, weights.classes(), size or 32)
     elif "cupel" in (weights.metadata or {}):
         network = models.load(checkpoint)
     else:
