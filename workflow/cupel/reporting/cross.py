@@ -61,12 +61,11 @@ def cross_table(cells: pd.DataFrame, labels: dict[str, str]) -> pd.DataFrame:
     victims = once[once.stage == "victim"].drop_duplicates([*VICTIM, "seed"])
     victims = victims[[*VICTIM, "seed", "acc", "asr", "status"]]
     runs = with_names(once[once.stage == "purified"], labels)
-    namesakes = runs.drop_duplicates("method").label.duplicated(keep=False)
-    twice = set(runs.method.drop_duplicates()[namesakes.to_numpy()])
-    runs["label"] = [f"{r.label} ({r.method})" if r.method in twice else r.label for r in runs.itertuples()]
     runs = runs.merge(victims, how="left", on=[*VICTIM, "seed"], suffixes=("", "_victim"))
     if runs.empty:
         return pd.DataFrame(columns=COLUMNS)
+    namesakes = runs.groupby("label").method.transform("nunique") > 1
+    runs["label"] += np.where(namesakes, " (" + runs.method + ")", "")
     runs["failed"] = runs.status != "ok"
     runs["failed_seeds"] = (runs.status == "failed") & (runs.status_victim != "failed")
 
@@ -300,8 +299,8 @@ def rank_figure(rankings: dict[str, Ranking]):
     return figure
 
 
-def heat_map(cross: pd.DataFrame, metric: str = "asr"):
-    """ACC or ASR in percent by defence and by attack and poison rate, a panel per recipe and budget; failures are crossed out.
+def heat_map(cross: pd.DataFrame):
+    """ASR in percent by defence and by attack and poison rate, a panel per recipe and budget; failures are crossed out.
 
     Victims without a backdoor have no ASR, and are left out. The first row is the undefended victim. Entries are means over
     data sets and networks where there are several; a star says that some of them failed or are missing, a cross that all did.
@@ -309,7 +308,7 @@ def heat_map(cross: pd.DataFrame, metric: str = "asr"):
     panels = [part for _, part in cross[cross.attack != "clean"].groupby(["recipe", "budget"], sort=False)]
     if not panels:
         return nothing("no purified cells")
-    grids = [_heat_grid(part, metric) for part in panels]
+    grids = [_heat_grid(part) for part in panels]
     widths = max(values.shape[1] for values, _ in grids)
     heights = [len(values) for values, _ in grids]
     figure, axes = plt.subplots(len(panels), 1, figsize=(0.62 * widths + 3.2, sum(0.27 * n + 1.5 for n in heights)),
@@ -332,22 +331,22 @@ def heat_map(cross: pd.DataFrame, metric: str = "asr"):
         where = f"{places.model.iloc[0]} on {places.dataset.iloc[0]}"
         if len(places) > 1:
             where = f"mean over {len(places)} pairs of network and data set"
-        axis.set_title(f"{metric.upper()} in %: recipe {part.recipe.iloc[0]}, budget {part.budget.iloc[0]}, {where}")
+        axis.set_title(f"ASR in %: recipe {part.recipe.iloc[0]}, budget {part.budget.iloc[0]}, {where}")
     figure.colorbar(image, ax=axes.ravel().tolist(), shrink=min(1.0, 3.0 / sum(heights)) if len(panels) > 1 else 1.0,
                     format=lambda value, _: f"{100 * value:.0f} %")
     return figure
 
 
-def _heat_grid(part: pd.DataFrame, metric: str) -> tuple[pd.DataFrame, pd.DataFrame]:
+def _heat_grid(part: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Means [defences, attacks], and whether some cells are without a value (NaN where there are no cells at all)."""
     part = part.assign(column=["\n".join(setting_name(row).split(" ", 1)) for row in part.itertuples()],
                        partly=part.failed.astype(float))
     part = part.sort_values(["attack", "attack_variant", "poison_rate"], ascending=[True, True, False], kind="stable")
     columns = list(dict.fromkeys(part.column))
-    cells = part.groupby(["label", "column"], sort=False).agg(value=(metric, "mean"), partly=("partly", "max"))
+    cells = part.groupby(["label", "column"], sort=False).agg(value=("asr", "mean"), partly=("partly", "max"))
     values, partly = (cells[key].unstack().reindex(columns=columns) for key in ("value", "partly"))
-    order = values.mean(axis=1).sort_values(ascending=BETTER[metric] < 0, kind="stable").index
-    none = part.drop_duplicates(VICTIM).groupby("column")[f"{metric}_victim"].mean().reindex(columns)
+    order = values.mean(axis=1).sort_values(kind="stable").index
+    none = part.drop_duplicates(VICTIM).groupby("column").asr_victim.mean().reindex(columns)
     return (pd.concat([none.to_frame("no defence").T, values.reindex(order)]),
             pd.concat([pd.DataFrame(0.0, index=["no defence"], columns=columns), partly.reindex(order)]))
 
@@ -373,11 +372,10 @@ def write_cross(cells: pd.DataFrame, labels: dict[str, str], run: Mapping, out: 
         save(shown[0], figures / "overview.svg")
     known = about(cells[cells.stage == "purified"], scale)
     write_json(figures / "captions.json", {"overview": f"{shown[1]} {known}"} if shown else {})
-    rows = [{**row, "attack": attack_name(part), "runs": f"{row['seeds']} of {row['planned']}"}
-            for row, part in zip(cross.to_dict("records"), cross.itertuples(), strict=True)]
-    for row in rows:
-        row["href"] = "cells.html#" + urlencode({"method": row["method"], "attack": row["attack"], "budget": row["budget"],
-                                                 "words": f"{100 * row['poison_rate']:g}%" if row["poison_rate"] else ""})
+    rows = [{**row._asdict(), "attack": attack_name(row), "runs": f"{row.seeds} of {row.planned}",
+             "href": "cells.html#" + urlencode({"method": row.method, "attack": attack_name(row), "budget": row.budget,
+                                                "words": f"{100 * row.poison_rate:g}%" if row.poison_rate else ""})}
+            for row in cross.itertuples()]
     write_page(out["page"], "cross.html.j2", scale=scale, rows=rows, rankings=rankings, table=table.name,
                here="Defences side by side", nav=navigation(run),
                choices={"defence": sorted({row["label"] for row in rows}), "attack": sorted({row["attack"] for row in rows}),
