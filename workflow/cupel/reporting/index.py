@@ -9,7 +9,7 @@ from pathlib import Path
 import pandas as pd
 
 from cupel.evaluation.agreement import MADE_WITH, made_with
-from cupel.evaluation.claims import VERDICTS
+from cupel.evaluation.claims import VERDICTS, sureness
 from cupel.evaluation.settings import GATE, NOT_RUN
 from cupel.files import read_json, write_json, write_text
 from cupel.reporting import evidence
@@ -65,7 +65,7 @@ def claim_entries(papers: Iterable[dict], claims: pd.DataFrame, cells: pd.DataFr
             row = rows.loc[claim["id"]]
             behind = evidence.cells_behind(claim, own, content.get("gate", GATE), lambda path: cell_link(path, root))
             place = f"workflow/papers/{paper['key']}/claims.yaml:{evidence.line_of(text, claim['id'])}"
-            entries.append({**row.to_dict(), "sure": evidence.sureness(row), "words": evidence.in_words(claim["test"]),
+            entries.append({**row.to_dict(), "sure": sureness(row), "words": evidence.in_words(claim["test"]),
                             "scales": claim["scales"], "place": place, "yaml": evidence.text_of(text, claim["id"]),
                             "cells": behind[:SHOWN], "line": claim["test"].get("margin", 0.0),
                             "more": max(0, len(behind) - SHOWN), "percent": "fraction" in row.unit})
