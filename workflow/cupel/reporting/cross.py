@@ -118,9 +118,7 @@ def comparable(cross: pd.DataFrame, metric: str = "der", failures: bool = True) 
     if rows.empty:
         return rows
     settings, names = rows.groupby(SETTING, dropna=False, sort=False).ngroup(), pd.factorize(rows.method)[0]
-    present = np.zeros((settings.max() + 1, names.max() + 1), bool)
-    present[settings, names] = True
-    methods, chosen = _block(present)
+    methods, chosen = _block(pd.crosstab(settings.to_numpy(), names).to_numpy() > 0)
     return rows[settings.isin(chosen).to_numpy() & np.isin(names, methods)]
 
 
@@ -167,9 +165,8 @@ def ranks(cross: pd.DataFrame, metric: str = "der", *, rng: np.random.Generator,
                           "mean": (grid.mask(failed).mean() * BETTER[metric]).to_numpy(), "failed": failed.sum().to_numpy(),
                           "settings": len(places)})
     known = cross[cross[metric].notna() | _bad(cross)].groupby("method").size()
-    left = [m for m in label.index if m not in places.columns]
-    not_ranked = pd.DataFrame({"method": left, "label": [label[m] for m in left],
-                               "settings": [int(known.get(m, 0)) for m in left]})
+    left = label.drop(places.columns)
+    not_ranked = left.reset_index().assign(settings=known.reindex(left.index, fill_value=0).to_numpy())
     table = table.sort_values("rank", kind="stable").reset_index(drop=True)
     return Ranking(table, metric, len(places), len(counts), not_ranked)
 

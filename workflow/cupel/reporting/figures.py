@@ -177,11 +177,8 @@ def bars(table: pd.DataFrame, order: Sequence[str], colours: dict[str, str], *, 
         for k, group in enumerate(groups):
             rows = part[part.group == group].drop_duplicates("label").set_index("label").reindex(order)
             where, thick = places + (k - (len(groups) - 1) / 2) * 0.8 / len(groups), 0.8 / len(groups)
-            style = {"color": colours[group], "error_kw": {"lw": 0.8}}
-            if lying:
-                axis.barh(where, rows.value, thick, xerr=errors(rows), **style)
-            else:
-                axis.bar(where, rows.value, thick, yerr=errors(rows), **style)
+            draw, bounds = (axis.barh, "xerr") if lying else (axis.bar, "yerr")
+            draw(where, rows.value, thick, color=colours[group], error_kw={"lw": 0.8}, **{bounds: errors(rows)})
             for place, failed in zip(where[rows.value.isna()], rows.failed[rows.value.isna()] > 0, strict=True):
                 axis.text(*((0.02, place) if lying else (place, 0.02)), "failed" if failed else "not run", fontsize=7,
                           rotation=0 if lying else 90, color="crimson" if failed else "dimgrey",
@@ -324,7 +321,8 @@ def histories(runs: dict[str, pd.DataFrame], x: str, columns: dict[str, str], sh
     for axis, (column, title) in zip(axes[0], columns.items(), strict=True):
         for name, rows in runs.items():
             if column in rows and rows[column].notna().any():
-                axis.plot(rows[x], rows[column], color=colours[name], marker="." if len(rows) < 20 else "", lw=1.2, label=name)
+                mark = "." if len(rows) < 20 else ""
+                axis.plot(rows[x], rows[column], color=colours[name], marker=mark, lw=1.2, label=name)
         axis.set(title=title, xlabel=x)
         axis.xaxis.get_major_locator().set_params(integer=True)  # there is no half an epoch
         if len({value for rows in runs.values() for value in rows[x]}) == 1:

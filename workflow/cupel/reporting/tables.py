@@ -18,8 +18,8 @@ METRICS = ("acc", "asr", "ra", "der", "arr", "rdr")
 COLUMNS = ["paper", *IDENTITY, "metric", "value", "n", "low", "high", "rate_reached", "seconds", "peak_memory_mb",
            "peak_vram_mb", "clean_samples", "device", "precision", "threads", "unchanged", "status", "reason", "path",
            "attack_parameters", "defence_parameters"]
-NUMBERS = ("poison_rate", "value", "low", "high", "rate_reached", "seconds", "peak_memory_mb", "peak_vram_mb", "clean_samples",
-           "threads")
+NUMBERS = ("poison_rate", "value", "low", "high", "rate_reached", "seconds", "peak_memory_mb", "peak_vram_mb",
+           "clean_samples", "threads")
 
 
 def gather(cells: list[dict], gates: Mapping[str, Mapping[str, float]] = {}) -> pd.DataFrame:
