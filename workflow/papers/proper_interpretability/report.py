@@ -123,12 +123,10 @@ class Report:
         rows = rows[rows.value.notna()]
         if rows.empty:
             return
-        headings = [column(row) for row in rows.itertuples()]
-        rows = rows.assign(column=headings, text=[f"{100 * value if percent else value:.{digits}f}" for value in rows.value])
+        rows = rows.assign(column=[column(row) for row in rows.itertuples()],
+                           text=[f"{100 * value if percent else value:.{digits}f}" for value in rows.value])
         grid = tables.spread(rows, "label", "column")
         grid = grid.reindex(label for label in self.order if label in grid.index or label in self.without).fillna("")
-        if isinstance(headings[0], tuple):
-            grid.columns = pd.MultiIndex.from_tuples(grid.columns)
         for label in grid.index[(grid == "").all(axis=1)]:
             grid.loc[label] = self.without.get(label, "")
         self.paper.table(f"{kind}_{self.name}", grid, f"{self.paper.title}: {caption} ({self.where}).", "method")
