@@ -24,8 +24,6 @@ from cupel.reporting.tables import METRICS, attack_name, setting_name, with_name
 from cupel.rng import rng as stream
 
 COSTS = ["seconds", "clean_samples", "peak_memory_mb", "peak_vram_mb"]
-#: +1 where a larger value is better, −1 where a smaller one is
-BETTER = {"acc": 1, "ra": 1, "der": 1, "asr": -1, "arr": -1, "rdr": -1}
 #: of the bootstrap of ranks
 DRAWS = 10_000
 COLUMNS = [*SETTING, "method", "label", *METRICS, "acc_victim", "asr_victim", *COSTS, "seeds", "planned", "failed",
@@ -107,14 +105,14 @@ def _bad(cross: pd.DataFrame) -> pd.Series:
     return (cross.failed_seeds > 0) | cross.destroyed
 
 
-def comparable(cross: pd.DataFrame, metric: str = "der", failures: bool = True) -> pd.DataFrame:
-    """Rows of the largest set of settings × defences without a gap: each defence has a value in each setting.
+def comparable(cross: pd.DataFrame, failures: bool = True) -> pd.DataFrame:
+    """Rows of the largest set of settings × defences without a gap: each defence has a DER in each setting.
 
     With `failures`, for ranks, a defence that failed has one, too; without, for means, a failure is a gap. A defence
     that has gaps in many settings would take these settings from all others; it is left out where that makes
     defences × settings larger.
     """
-    rows = cross[cross.credited & np.where(_bad(cross), failures, cross[metric].notna())]
+    rows = cross[cross.credited & np.where(_bad(cross), failures, cross.der.notna())]
     if rows.empty:
         return rows
     settings, names = rows.groupby(SETTING, dropna=False, sort=False).ngroup(), pd.factorize(rows.method)[0]
@@ -127,48 +125,46 @@ class Ranking:
     """Mean ranks of defences.
 
     Attributes:
-        table: method, label, rank, low, high (95 %), mean (of the metric where the defence did not fail), failed
+        table: method, label, rank, low, high (95 %), mean (DER where the defence did not fail), failed
             (settings in which it failed), settings; best first.
-        metric: what was ranked.
         settings: how many settings the ranks are over.
         victims: how many victims these settings have.
         not_ranked: method, label, settings: defences left out, and in how many settings they have a value or failed.
     """
 
     table: pd.DataFrame
-    metric: str
     settings: int
     victims: int
     not_ranked: pd.DataFrame
 
 
-def ranks(cross: pd.DataFrame, metric: str = "der", *, rng: np.random.Generator, draws: int = DRAWS) -> Ranking:
-    """Mean rank of each defence over the settings of `comparable`; rank 1 is best, ties share the mean of their ranks.
+def ranks(cross: pd.DataFrame, rng: np.random.Generator) -> Ranking:
+    """Mean rank by DER of each defence over the settings of `comparable`: 1 is best, ties share the mean of their ranks.
 
     A defence that failed in a setting, with any seed, ranks below all that did not; several share the last ranks. The
     interval is a bootstrap over settings, in which settings of one victim (its budgets) stay together; it is NaN for one
     victim, of which nothing can be said about others.
     """
-    block = comparable(cross, metric)
-    grid = block.pivot(index=SETTING, columns="method", values=metric) * BETTER[metric]
+    block = comparable(cross)
+    grid = block.pivot(index=SETTING, columns="method", values="der")
     failed = block.assign(bad=_bad(block)).pivot(index=SETTING, columns="method", values="bad")
     places = grid.mask(failed, -np.inf).rank(axis=1, ascending=False, method="average")
     victim = places.groupby(VICTIM, dropna=False, sort=False)
     sums, counts = victim.sum().to_numpy(), victim.size().to_numpy()
     low = high = np.full(places.shape[1], np.nan)
     if len(counts) > 1:
-        weights = rng.multinomial(len(counts), np.full(len(counts), 1 / len(counts)), size=draws)
+        weights = rng.multinomial(len(counts), np.full(len(counts), 1 / len(counts)), size=DRAWS)
         low, high = np.quantile((weights @ sums) / (weights @ counts)[:, None], [0.025, 0.975], axis=0)
     label = cross.drop_duplicates("method").set_index("method").label
     table = pd.DataFrame({"method": places.columns, "label": [label[m] for m in places.columns],
                           "rank": places.mean().to_numpy(), "low": low, "high": high,
-                          "mean": (grid.mask(failed).mean() * BETTER[metric]).to_numpy(), "failed": failed.sum().to_numpy(),
+                          "mean": grid.mask(failed).mean().to_numpy(), "failed": failed.sum().to_numpy(),
                           "settings": len(places)})
-    known = cross[cross[metric].notna() | _bad(cross)].groupby("method").size()
+    known = cross[cross.der.notna() | _bad(cross)].groupby("method").size()
     left = label.drop(places.columns)
     not_ranked = left.reset_index().assign(settings=known.reindex(left.index, fill_value=0).to_numpy())
     table = table.sort_values("rank", kind="stable").reset_index(drop=True)
-    return Ranking(table, metric, len(places), len(counts), not_ranked)
+    return Ranking(table, len(places), len(counts), not_ranked)
 
 
 def groups(cross: pd.DataFrame) -> dict[str, pd.DataFrame]:
@@ -291,7 +287,7 @@ def rank_figure(rankings: dict[str, Ranking]):
                       color=COLOURS[5], lw=1.2, capsize=2.5)
         names = [row.label + (f" (failed in {row.failed})" if row.failed else "") for row in table.itertuples()]
         axis.set_yticks(range(len(table)), names)
-        axis.set(xlim=(0.7, len(table) + 0.3), ylim=(len(table) - 0.5, -0.5), xlabel=f"mean rank by {ranking.metric.upper()}",
+        axis.set(xlim=(0.7, len(table) + 0.3), ylim=(len(table) - 0.5, -0.5), xlabel="mean rank by DER",
                  title=f"{title}: {ranking.settings} setting{'s' * (ranking.settings > 1)}")
     return figure
 
@@ -379,4 +375,4 @@ def write_cross(cells: pd.DataFrame, labels: dict[str, str], run: Mapping, out: 
                         "budget": sorted({row["budget"] for row in rows})},
                pictures={name: f"{figures.name}/{name}.svg" for name in pictures}, failed=int(cross.failed.sum()),
                seeds=sorted(set(cells.seed[cells.stage == "purified"])), methods=cross.method.nunique(),
-               settings=len(cross.drop_duplicates(SETTING)), draws=DRAWS, metrics=METRICS, about=known)
+               settings=len(cross.drop_duplicates(SETTING)), draws=DRAWS, about=known)
