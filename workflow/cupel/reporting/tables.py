@@ -10,12 +10,11 @@ from cupel.evaluation.redirection import redirected
 from cupel.evaluation.settings import GATE, NO_VICTIM, NOT_RUN, SETTING, validity
 from cupel.files import read_json, write_text
 
-IDENTITY = ["stage", "dataset", "model", "recipe", "attack", "attack_variant", "poison_rate", "defence", "budget",
-            "variant", "seed"]
 #: what a row of a long table is named by: means are over seeds alone
 KEYS = (*SETTING, "method", "label", "metric")
 METRICS = ("acc", "asr", "ra", "der", "arr", "rdr")
-COLUMNS = ["paper", *IDENTITY, "metric", "value", "n", "low", "high", "rate_reached", "seconds", "peak_memory_mb",
+COLUMNS = ["paper", "stage", "dataset", "model", "recipe", "attack", "attack_variant", "poison_rate", "defence", "budget",
+           "variant", "seed", "metric", "value", "n", "low", "high", "rate_reached", "seconds", "peak_memory_mb",
            "peak_vram_mb", "clean_samples", "device", "precision", "threads", "unchanged", "status", "reason", "path",
            "attack_parameters", "defence_parameters"]
 NUMBERS = ("poison_rate", "value", "low", "high", "rate_reached", "seconds", "peak_memory_mb", "peak_vram_mb",
