@@ -454,8 +454,7 @@ def dose_points(numbers: Numbers, settings: list[Setting]) -> pd.DataFrame:
 def histogram_panels(folder: Path, record: dict, labels: dict[str, str], most: int = 8) -> list[dict]:
     """Panels for `entropy_histograms`: what BYE and its variants decide on, and the layers with the largest separation."""
     values = pd.read_parquet(folder / "entropies.parquet").filter(regex=r"^layer_\d+$").to_numpy(np.float64)  # Shannon's
-    poisoned = np.zeros(len(values), bool)
-    poisoned[record["poisoned"]] = True
+    poisoned = np.isin(np.arange(len(values)), record["poisoned"])
     decided = [{"title": f"{labels[name]}:\nmean of {len(layers)} sensitive layer(s)", "poisoned": poisoned,
                 "values": values[:, layers].mean(1), "mixture": entry["record"]["aggregated"]}
                for name, entry in record["filters"].items()
