@@ -32,9 +32,10 @@ RATES = {"images": ("acc", "asr", "ra"), "vision_language": ("cp", "asr", "asr_c
          "robust": ("acc", "ata_train", "ata_beyond", "bound_violated")}
 
 
-def rate(value: float, n: int, name: str) -> dict:
+def rate(value: float, n: int, name: str = "") -> dict:
     low, high = wilson(round(value * n), n)
-    return {name: value, f"{name}_n": n, f"{name}_low": low, f"{name}_high": high}
+    bounds = {f"{name}_{key}".strip("_"): value for key, value in (("n", n), ("low", low), ("high", high))}
+    return {name or "value": value, **bounds}
 
 
 def write_cell(folder: Path, cell: dict, draw: np.random.Generator, number: int) -> None:

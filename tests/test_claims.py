@@ -267,6 +267,14 @@ def test_two_runs_are_compared_cell_by_cell_and_verdict_by_verdict(tmp_path, cap
     assert "0 differ" in capsys.readouterr().out and len(pd.read_csv(tmp_path / "agreement.csv")) == 3 * 3 * 2
 
 
+def test_a_number_that_failed_in_one_run_and_is_not_in_the_other_is_no_number_of_either():
+    first = grid(strong, seeds=(0,))
+    second = first[first.defence != "fst"]
+    assert agreement.single(agreement.compare_cells(first, second)).sum() == 6
+    first.loc[first.defence == "fst", ["status", "value"]] = "failed", np.nan
+    assert not agreement.single(agreement.compare_cells(first, second)).any()
+
+
 def test_a_direction_that_turns_is_said():
     both = [judge_all({"claims": [CLAIM]}, grid(left, seeds=(0,)), "p", "demo")
             for left in (strong, lambda *cell: strong("ft", *cell[1:]))]

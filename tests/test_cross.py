@@ -91,7 +91,6 @@ def test_ranks_by_hand(make):
     assert np.allclose(found["rank"].loc[["ft", "fst", "anp"]], expected) and ranking.settings == ranking.victims == 3
     assert ranking.table.method[0] == "fst" and ((found.low <= found["rank"]) & (found["rank"] <= found.high)).all()
     assert ranking.table.equals(c.ranks(table, rng=rng(0)).table)
-    assert np.allclose(c.ranks(table, "asr", rng=rng(0)).table.set_index("method")["rank"].loc[found.index], found["rank"])
 
 
 def test_interval_is_that_of_the_mean_of_ranks(make):

@@ -35,14 +35,10 @@ from cupel.text.data import sources
 from tests import test_robust_dag as robust
 from tests import test_vision_language_dag as multimodal
 from tests.conftest import REPOSITORY
+from tests.site import rate
 
 PI = "proper_interpretability"
 KEYS = ("fst", "ims", "crow", PI, "bye")
-
-
-def rate(value, n, name=""):
-    low, high = wilson(round(value * n), n)
-    return {name or "value": value, f"{name}_n".strip("_"): n, f"{name}_low".strip("_"): low, f"{name}_high".strip("_"): high}
 
 
 def made(key, scale, cells, out, **parts):
@@ -467,7 +463,6 @@ def test_how_much_one_hyperparameter_decides():
 
 def test_the_reach_of_the_inner_step(tmp_path):
     report = load(report_file("ims"))
-    assert report.reach_of({}) == pytest.approx(0.02) and report.reach_of({"lr_perturb": 0.03}) == pytest.approx(0.6)
     key = read_yaml(PAPERS / "ims_inner_step" / "experiment.yaml")["report"]
     cells = image_cells("ims_inner_step", "desk", tmp_path / "cells")
     facts = Grid(["ims_inner_step"], "desk").families["images"].facts("ims_inner_step", Paths("results", "desk", "data"))
@@ -475,6 +470,8 @@ def test_the_reach_of_the_inner_step(tmp_path):
     paper = Paper("ims_inner_step", "T", "desk", found, {"defences": {}}, facts, pd.DataFrame(), {}, tmp_path / "out")
     write_report(paper, report_file(key))
     assert "reach_cifar10_resnet18_fst_spc2" in paper.captions
+    reach = pd.read_csv(tmp_path / "out/figures/reach_cifar10_resnet18_fst_spc2.csv").set_index("method").reach
+    assert set(reach["ims"]) == {0.02} and reach.max() > 0.5
     assert report.flip_rate(found.path[found.status == "ok"].iloc[0]) == pytest.approx(0.2)
 
 

@@ -37,6 +37,11 @@ def compare_cells(first: pd.DataFrame, second: pd.DataFrame) -> pd.DataFrame:
     return both.assign(difference=difference, apart=apart)
 
 
+def single(cells: pd.DataFrame) -> pd.Series:
+    """Rows of `compare_cells` whose number one run alone has."""
+    return cells.value_first.isna() != cells.value_second.isna()
+
+
 def compare_claims(first: pd.DataFrame, second: pd.DataFrame) -> pd.DataFrame:
     """Claims of either run with both verdicts and effects, and `change`: `flip` (supported against refuted), `direction`
     (indicated for and against), `other`, or none. Arguments are `claims.csv`."""
@@ -75,7 +80,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"{folder}: {made_with(table)}")
     compared = cells[cells.difference.notna()]
     print(f"{len(compared)} numbers in both, {int(compared.apart.sum())} further apart than their test sets explain, "
-          f"{int((cells.status_first != cells.status_second).sum())} that only one run has")
+          f"{int(single(cells).sum())} that only one run has")
     changed = verdicts[verdicts.change != ""]
     for row in changed.sort_values("change").itertuples():
         print(f"{row.change:9}  {row.paper}: {row.claim}: {row.verdict_first} {row.direction_first} -> "

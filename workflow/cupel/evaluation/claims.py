@@ -162,8 +162,16 @@ def judge(claim: Mapping, cells: pd.DataFrame, scale: str, gate: Mapping[str, fl
                    float(values.mean(1).min()), _names(least, keys, pairs, seeds=False)[0])
 
 
+#: how sure a verdict is
+SURE = {SUPPORTED: "Holds here", REFUTED: "Does not hold here", OPEN: "Undecided", NOT_JUDGED: "Not judged",
+        (INDICATED, "for"): "Points that way, not established", (INDICATED, "against"): "Points against it, not established"}
 #: how a claim speaks of its settings
 OVER = {"mean": "in the mean over settings", "every": "in every setting"}
+
+
+def sureness(row) -> str:
+    """How sure the verdict of a row of claims.csv is, in words."""
+    return SURE.get((row.verdict, row.direction)) or SURE[row.verdict]
 
 
 def _names(rows: pd.DataFrame, columns: list[str], among: pd.DataFrame, seeds: bool = True) -> list[str]:

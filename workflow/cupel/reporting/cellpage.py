@@ -127,11 +127,8 @@ def write_cells(cells: pd.DataFrame, expected: Iterable[Mapping], run: Mapping, 
                  "method": cell.get("defence", "") or ("" if first.stage != "victim" else "no defence"),
                  "poison rate": f"{100 * first.poison_rate:g} %" if first.poison_rate > 0 else ""}
         used = settings_of(cell, family["sections"], family["entries"], config["scale"])
-        keys = []
-        for key, entry in used.items():
-            key = f"{key}|{first.dataset}|{first.model}"
-            entries[key] = entry
-            keys.append(key)
+        named = {f"{key}|{first.dataset}|{first.model}": entry for key, entry in used.items()}
+        entries |= named
         folder = Path(path)
         logs = Path("logs") / folder.relative_to(config["results"])
         logs = sorted(map(str, logs.glob("*.log"))) or sorted(map(str, logs.parent.glob("*.log")))
@@ -149,7 +146,7 @@ def write_cells(cells: pd.DataFrame, expected: Iterable[Mapping], run: Mapping, 
                       "facts": {text: known(first[key]) for key, text in FACTS.items()
                                 if known(first[key]) not in (None, "", 0.0)}
                       | ({"given back": STATES["unchanged"]} if first.unchanged else {}),
-                      "settings": keys, "history": curves(path), "logs": logs, "again": again,
+                      "settings": list(named), "history": curves(path), "logs": logs, "again": again,
                       "files": sorted(file.name for file in folder.glob("*") if file.is_file()),
                       "confusion": confusion(folder, used, Path(run["data"]) / first.dataset),
                       "trigger": link_to(page, picture) if picture.is_file() else ""}

@@ -6,7 +6,7 @@ from urllib.parse import urlencode
 
 import pandas as pd
 
-from cupel.evaluation.agreement import compare_cells, compare_claims, made_with
+from cupel.evaluation.agreement import compare_cells, compare_claims, made_with, single
 from cupel.evaluation.claims import INDICATED, NOT_JUDGED, VERDICTS
 from cupel.files import read_json, write_text
 from cupel.reporting.figures import COLOURS, nothing, panels, save, with_numbers
@@ -16,7 +16,6 @@ from cupel.reporting.tables import method_name, setting_name
 #: numbers that the page shows, and metrics that the figure has a panel for; all stand in agreement.csv
 SHOWN, PANELS = 200, 6
 CHANGES = {"flip": "flipped", "direction": "turned", "other": "changed", "": "same"}
-SIDES = ("first", "second")
 ABSENT = "not in this run"
 
 
@@ -40,14 +39,14 @@ def write_comparison(folders: Sequence[str | Path], out: str | Path, nav: Sequen
     save(scatter(cells), page.with_name("agreement.svg"))
     runs = [run_facts(folder, table, page) for folder, table in zip(folders, tables, strict=True)]
     rows = [{**row._asdict(), "words": CHANGES[row.change], "percent": "fraction" in row.unit,
-             "said": [verdict_words(row, side) for side in SIDES]} for row in verdicts.itertuples()]
+             "said": [verdict_words(row, side) for side in ("first", "second")]} for row in verdicts.itertuples()]
     numbers = notable(cells)
     write_page(page, "compare.html.j2", scale=" and ".join(dict.fromkeys(run["scale"] for run in runs)), nav=nav,
                here="Two runs compared", runs=runs, changes=CHANGES.values(), papers=sorted(set(verdicts.paper)),
                claims=sorted(rows, key=lambda row: (list(CHANGES).index(row["change"]), row["said"][0] == NOT_JUDGED)),
                board=pd.crosstab(*[pd.Series([row["said"][k].split(",")[0] for row in rows]) for k in (0, 1)]),
                verdicts=[*VERDICTS, ABSENT], compared=int(cells.difference.notna().sum()), apart=int(cells.apart.sum()),
-               single=int((cells.value_first.isna() != cells.value_second.isna()).sum()), more=max(0, len(numbers) - SHOWN),
+               single=int(single(cells).sum()), more=max(0, len(numbers) - SHOWN),
                seeds_differ=not set(tables[0].seed) & set(tables[1].seed), numbers=[
                    {**row._asdict(), "method": method_name(row), "setting": setting_name(row).replace(" 0 %", ""),
                     "percent": max(row.n_first, row.n_second) > 0, "seed": getattr(row, "seed", ""),
@@ -73,8 +72,7 @@ def verdict_words(row, side: str) -> str:
 
 def notable(cells: pd.DataFrame) -> pd.DataFrame:
     """Rows of `compare_cells` that are apart, rates with the largest difference first, then those that one run alone has."""
-    single = cells.value_first.isna() != cells.value_second.isna()
-    rows = cells[cells.apart | single]
+    rows = cells[cells.apart | single(cells)]
     rate = (rows.n_first.fillna(0) > 0) | (rows.n_second.fillna(0) > 0)
     return rows.assign(rate=rate, size=rows.difference.abs()).sort_values(["rate", "size"], ascending=False, kind="stable")
 

@@ -24,8 +24,6 @@ from cupel.reporting.tables import METRICS, attack_name, setting_name, with_name
 from cupel.rng import rng as stream
 
 COSTS = ["seconds", "clean_samples", "peak_memory_mb", "peak_vram_mb"]
-#: +1 where a larger value is better, −1 where a smaller one is
-BETTER = {"acc": 1, "ra": 1, "der": 1, "asr": -1, "arr": -1, "rdr": -1}
 #: of the bootstrap of ranks
 DRAWS = 10_000
 COLUMNS = [*SETTING, "method", "label", *METRICS, "acc_victim", "asr_victim", *COSTS, "seeds", "planned", "failed",
@@ -61,12 +59,11 @@ def cross_table(cells: pd.DataFrame, labels: dict[str, str]) -> pd.DataFrame:
     victims = once[once.stage == "victim"].drop_duplicates([*VICTIM, "seed"])
     victims = victims[[*VICTIM, "seed", "acc", "asr", "status"]]
     runs = with_names(once[once.stage == "purified"], labels)
-    namesakes = runs.drop_duplicates("method").label.duplicated(keep=False)
-    twice = set(runs.method.drop_duplicates()[namesakes.to_numpy()])
-    runs["label"] = [f"{r.label} ({r.method})" if r.method in twice else r.label for r in runs.itertuples()]
     runs = runs.merge(victims, how="left", on=[*VICTIM, "seed"], suffixes=("", "_victim"))
     if runs.empty:
         return pd.DataFrame(columns=COLUMNS)
+    namesakes = runs.groupby("label").method.transform("nunique") > 1
+    runs["label"] += np.where(namesakes, " (" + runs.method + ")", "")
     runs["failed"] = runs.status != "ok"
     runs["failed_seeds"] = (runs.status == "failed") & (runs.status_victim != "failed")
 
@@ -108,20 +105,18 @@ def _bad(cross: pd.DataFrame) -> pd.Series:
     return (cross.failed_seeds > 0) | cross.destroyed
 
 
-def comparable(cross: pd.DataFrame, metric: str = "der", failures: bool = True) -> pd.DataFrame:
-    """Rows of the largest set of settings × defences without a gap: each defence has a value in each setting.
+def comparable(cross: pd.DataFrame, failures: bool = True) -> pd.DataFrame:
+    """Rows of the largest set of settings × defences without a gap: each defence has a DER in each setting.
 
     With `failures`, for ranks, a defence that failed has one, too; without, for means, a failure is a gap. A defence
     that has gaps in many settings would take these settings from all others; it is left out where that makes
     defences × settings larger.
     """
-    rows = cross[cross.credited & np.where(_bad(cross), failures, cross[metric].notna())]
+    rows = cross[cross.credited & np.where(_bad(cross), failures, cross.der.notna())]
     if rows.empty:
         return rows
     settings, names = rows.groupby(SETTING, dropna=False, sort=False).ngroup(), pd.factorize(rows.method)[0]
-    present = np.zeros((settings.max() + 1, names.max() + 1), bool)
-    present[settings, names] = True
-    methods, chosen = _block(present)
+    methods, chosen = _block(pd.crosstab(settings.to_numpy(), names).to_numpy() > 0)
     return rows[settings.isin(chosen).to_numpy() & np.isin(names, methods)]
 
 
@@ -130,49 +125,46 @@ class Ranking:
     """Mean ranks of defences.
 
     Attributes:
-        table: method, label, rank, low, high (95 %), mean (of the metric where the defence did not fail), failed
+        table: method, label, rank, low, high (95 %), mean (DER where the defence did not fail), failed
             (settings in which it failed), settings; best first.
-        metric: what was ranked.
         settings: how many settings the ranks are over.
         victims: how many victims these settings have.
         not_ranked: method, label, settings: defences left out, and in how many settings they have a value or failed.
     """
 
     table: pd.DataFrame
-    metric: str
     settings: int
     victims: int
     not_ranked: pd.DataFrame
 
 
-def ranks(cross: pd.DataFrame, metric: str = "der", *, rng: np.random.Generator, draws: int = DRAWS) -> Ranking:
-    """Mean rank of each defence over the settings of `comparable`; rank 1 is best, ties share the mean of their ranks.
+def ranks(cross: pd.DataFrame, rng: np.random.Generator) -> Ranking:
+    """Mean rank by DER of each defence over the settings of `comparable`: 1 is best, ties share the mean of their ranks.
 
     A defence that failed in a setting, with any seed, ranks below all that did not; several share the last ranks. The
     interval is a bootstrap over settings, in which settings of one victim (its budgets) stay together; it is NaN for one
     victim, of which nothing can be said about others.
     """
-    block = comparable(cross, metric)
-    grid = block.pivot(index=SETTING, columns="method", values=metric) * BETTER[metric]
+    block = comparable(cross)
+    grid = block.pivot(index=SETTING, columns="method", values="der")
     failed = block.assign(bad=_bad(block)).pivot(index=SETTING, columns="method", values="bad")
     places = grid.mask(failed, -np.inf).rank(axis=1, ascending=False, method="average")
     victim = places.groupby(VICTIM, dropna=False, sort=False)
     sums, counts = victim.sum().to_numpy(), victim.size().to_numpy()
     low = high = np.full(places.shape[1], np.nan)
     if len(counts) > 1:
-        weights = rng.multinomial(len(counts), np.full(len(counts), 1 / len(counts)), size=draws)
+        weights = rng.multinomial(len(counts), np.full(len(counts), 1 / len(counts)), size=DRAWS)
         low, high = np.quantile((weights @ sums) / (weights @ counts)[:, None], [0.025, 0.975], axis=0)
     label = cross.drop_duplicates("method").set_index("method").label
     table = pd.DataFrame({"method": places.columns, "label": [label[m] for m in places.columns],
                           "rank": places.mean().to_numpy(), "low": low, "high": high,
-                          "mean": (grid.mask(failed).mean() * BETTER[metric]).to_numpy(), "failed": failed.sum().to_numpy(),
+                          "mean": grid.mask(failed).mean().to_numpy(), "failed": failed.sum().to_numpy(),
                           "settings": len(places)})
-    known = cross[cross[metric].notna() | _bad(cross)].groupby("method").size()
-    left = [m for m in label.index if m not in places.columns]
-    not_ranked = pd.DataFrame({"method": left, "label": [label[m] for m in left],
-                               "settings": [int(known.get(m, 0)) for m in left]})
+    known = cross[cross.der.notna() | _bad(cross)].groupby("method").size()
+    left = label.drop(places.columns)
+    not_ranked = left.reset_index().assign(settings=known.reindex(left.index, fill_value=0).to_numpy())
     table = table.sort_values("rank", kind="stable").reset_index(drop=True)
-    return Ranking(table, metric, len(places), len(counts), not_ranked)
+    return Ranking(table, len(places), len(counts), not_ranked)
 
 
 def groups(cross: pd.DataFrame) -> dict[str, pd.DataFrame]:
@@ -295,13 +287,13 @@ def rank_figure(rankings: dict[str, Ranking]):
                       color=COLOURS[5], lw=1.2, capsize=2.5)
         names = [row.label + (f" (failed in {row.failed})" if row.failed else "") for row in table.itertuples()]
         axis.set_yticks(range(len(table)), names)
-        axis.set(xlim=(0.7, len(table) + 0.3), ylim=(len(table) - 0.5, -0.5), xlabel=f"mean rank by {ranking.metric.upper()}",
+        axis.set(xlim=(0.7, len(table) + 0.3), ylim=(len(table) - 0.5, -0.5), xlabel="mean rank by DER",
                  title=f"{title}: {ranking.settings} setting{'s' * (ranking.settings > 1)}")
     return figure
 
 
-def heat_map(cross: pd.DataFrame, metric: str = "asr"):
-    """ACC or ASR in percent by defence and by attack and poison rate, a panel per recipe and budget; failures are crossed out.
+def heat_map(cross: pd.DataFrame):
+    """ASR in percent by defence and by attack and poison rate, a panel per recipe and budget; failures are crossed out.
 
     Victims without a backdoor have no ASR, and are left out. The first row is the undefended victim. Entries are means over
     data sets and networks where there are several; a star says that some of them failed or are missing, a cross that all did.
@@ -309,7 +301,7 @@ def heat_map(cross: pd.DataFrame, metric: str = "asr"):
     panels = [part for _, part in cross[cross.attack != "clean"].groupby(["recipe", "budget"], sort=False)]
     if not panels:
         return nothing("no purified cells")
-    grids = [_heat_grid(part, metric) for part in panels]
+    grids = [_heat_grid(part) for part in panels]
     widths = max(values.shape[1] for values, _ in grids)
     heights = [len(values) for values, _ in grids]
     figure, axes = plt.subplots(len(panels), 1, figsize=(0.62 * widths + 3.2, sum(0.27 * n + 1.5 for n in heights)),
@@ -332,22 +324,22 @@ def heat_map(cross: pd.DataFrame, metric: str = "asr"):
         where = f"{places.model.iloc[0]} on {places.dataset.iloc[0]}"
         if len(places) > 1:
             where = f"mean over {len(places)} pairs of network and data set"
-        axis.set_title(f"{metric.upper()} in %: recipe {part.recipe.iloc[0]}, budget {part.budget.iloc[0]}, {where}")
+        axis.set_title(f"ASR in %: recipe {part.recipe.iloc[0]}, budget {part.budget.iloc[0]}, {where}")
     figure.colorbar(image, ax=axes.ravel().tolist(), shrink=min(1.0, 3.0 / sum(heights)) if len(panels) > 1 else 1.0,
                     format=lambda value, _: f"{100 * value:.0f} %")
     return figure
 
 
-def _heat_grid(part: pd.DataFrame, metric: str) -> tuple[pd.DataFrame, pd.DataFrame]:
+def _heat_grid(part: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Means [defences, attacks], and whether some cells are without a value (NaN where there are no cells at all)."""
     part = part.assign(column=["\n".join(setting_name(row).split(" ", 1)) for row in part.itertuples()],
                        partly=part.failed.astype(float))
     part = part.sort_values(["attack", "attack_variant", "poison_rate"], ascending=[True, True, False], kind="stable")
     columns = list(dict.fromkeys(part.column))
-    cells = part.groupby(["label", "column"], sort=False).agg(value=(metric, "mean"), partly=("partly", "max"))
+    cells = part.groupby(["label", "column"], sort=False).agg(value=("asr", "mean"), partly=("partly", "max"))
     values, partly = (cells[key].unstack().reindex(columns=columns) for key in ("value", "partly"))
-    order = values.mean(axis=1).sort_values(ascending=BETTER[metric] < 0, kind="stable").index
-    none = part.drop_duplicates(VICTIM).groupby("column")[f"{metric}_victim"].mean().reindex(columns)
+    order = values.mean(axis=1).sort_values(kind="stable").index
+    none = part.drop_duplicates(VICTIM).groupby("column").asr_victim.mean().reindex(columns)
     return (pd.concat([none.to_frame("no defence").T, values.reindex(order)]),
             pd.concat([pd.DataFrame(0.0, index=["no defence"], columns=columns), partly.reindex(order)]))
 
@@ -373,15 +365,14 @@ def write_cross(cells: pd.DataFrame, labels: dict[str, str], run: Mapping, out: 
         save(shown[0], figures / "overview.svg")
     known = about(cells[cells.stage == "purified"], scale)
     write_json(figures / "captions.json", {"overview": f"{shown[1]} {known}"} if shown else {})
-    rows = [{**row, "attack": attack_name(part), "runs": f"{row['seeds']} of {row['planned']}"}
-            for row, part in zip(cross.to_dict("records"), cross.itertuples(), strict=True)]
-    for row in rows:
-        row["href"] = "cells.html#" + urlencode({"method": row["method"], "attack": row["attack"], "budget": row["budget"],
-                                                 "words": f"{100 * row['poison_rate']:g}%" if row["poison_rate"] else ""})
+    rows = [{**row._asdict(), "attack": attack_name(row), "runs": f"{row.seeds} of {row.planned}",
+             "href": "cells.html#" + urlencode({"method": row.method, "attack": attack_name(row), "budget": row.budget,
+                                                "words": f"{100 * row.poison_rate:g}%" if row.poison_rate else ""})}
+            for row in cross.itertuples()]
     write_page(out["page"], "cross.html.j2", scale=scale, rows=rows, rankings=rankings, table=table.name,
                here="Defences side by side", nav=navigation(run),
                choices={"defence": sorted({row["label"] for row in rows}), "attack": sorted({row["attack"] for row in rows}),
                         "budget": sorted({row["budget"] for row in rows})},
                pictures={name: f"{figures.name}/{name}.svg" for name in pictures}, failed=int(cross.failed.sum()),
                seeds=sorted(set(cells.seed[cells.stage == "purified"])), methods=cross.method.nunique(),
-               settings=len(cross.drop_duplicates(SETTING)), draws=DRAWS, metrics=METRICS, about=known)
+               settings=len(cross.drop_duplicates(SETTING)), draws=DRAWS, about=known)

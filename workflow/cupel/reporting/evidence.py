@@ -1,24 +1,13 @@
 """What the site says of claims: tests in words, the cells behind them, findings, effects of switches, what is missing."""
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping
 
 import numpy as np
 import pandas as pd
 
-from cupel.evaluation.claims import (
-    INDICATED,
-    NOT_JUDGED,
-    OPEN,
-    OVER,
-    REFUTED,
-    SEEDS,
-    SUPPORTED,
-    VERDICTS,
-    credited,
-    judge,
-    select,
-)
+from cupel.evaluation.claims import NOT_JUDGED, OVER, SEEDS, VERDICTS, credited, judge, select
 from cupel.evaluation.settings import GATE, NO_VICTIM, SETTING, validity
 from cupel.reporting.cross import comparable
 from cupel.reporting.tables import method_name, setting_name
@@ -26,9 +15,6 @@ from cupel.reporting.tables import method_name, setting_name
 #: what a run at a scale takes
 TAKES = {"smoke": "a minute on 2 cores", "demo": "minutes on 2 cores", "desk": "hours on 2 cores with bf16",
          "bench": "one GPU, an afternoon", "paper": "a cluster"}
-#: how sure a verdict is, in words
-SURE = {SUPPORTED: "Holds here", REFUTED: "Does not hold here", OPEN: "Undecided", NOT_JUDGED: "Not judged",
-        (INDICATED, "for"): "Points that way, not established", (INDICATED, "against"): "Points against it, not established"}
 NAMES = {"dataset": "data set", "model": "network", "attack_variant": "variant of the attack", "poison_rate": "poison rate",
          "variant": "variant"}
 
@@ -77,9 +63,7 @@ def cells_behind(claim: Mapping, cells: pd.DataFrame, gate: Mapping[str, float],
     test, rows = claim["test"], []
     table = validity(cells, gate)
     table = table.assign(counts=credited(table) if test.get("gated", True) else True)
-    for side in ("a", "b"):
-        if side not in test:
-            continue
+    for side in (side for side in "ab" if side in test):
         for row in select(table, {"metric": test["metric"], **test.get("where", {}), **test[side]}).itertuples():
             state = (row.status if row.status != "ok" else NO_VICTIM if not (row.counts or row.implanted)
                      else f"left out: fewer than {SEEDS} valid victims" if not row.counts
@@ -105,16 +89,10 @@ def text_of(file: str, claim: str) -> str:
     return "\n".join(lines[:rest]) if line_of(file, claim) else ""
 
 
-def sureness(row) -> str:
-    """How sure the verdict of a row of claims.csv is, in words."""
-    return SURE.get((row.verdict, row.direction)) or SURE.get(row.verdict, row.verdict)
-
-
 def board(claims: pd.DataFrame, papers: Iterable[str]) -> list[dict]:
     """Verdicts by paper."""
-    counts = claims.groupby(["paper", "verdict"]).size() if len(claims) else {}
-    return [{"paper": paper, "counts": {verdict: int(counts.get((paper, verdict), 0)) for verdict in VERDICTS}}
-            for paper in papers]
+    counts = Counter(zip(claims.paper, claims.verdict, strict=True))
+    return [{"paper": paper, "counts": {verdict: counts[paper, verdict] for verdict in VERDICTS}} for paper in papers]
 
 
 def findings(claims: pd.DataFrame, cards: Mapping[str, dict], most: int = 5) -> list:

@@ -1,5 +1,6 @@
 """What all figures share: colours, style, panels, error bars, and the few figures that more than one paper draws."""
 
+import itertools
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -71,11 +72,6 @@ def styles(names: Iterable[str]) -> dict[str, tuple[str, str]]:
 def palette(names: Iterable[str]) -> dict[str, str]:
     """A colour for each name, see `styles`."""
     return {name: colour for name, (colour, _) in styles(names).items()}
-
-
-def marker(number: int) -> str:
-    """One of the markers, round and round."""
-    return MARKERS[number % len(MARKERS)]
 
 
 def panels(count: int, most: int, width: float, height: float, *, extra: float = 0.0, **options):
@@ -181,11 +177,8 @@ def bars(table: pd.DataFrame, order: Sequence[str], colours: dict[str, str], *, 
         for k, group in enumerate(groups):
             rows = part[part.group == group].drop_duplicates("label").set_index("label").reindex(order)
             where, thick = places + (k - (len(groups) - 1) / 2) * 0.8 / len(groups), 0.8 / len(groups)
-            style = {"color": colours[group], "error_kw": {"lw": 0.8}}
-            if lying:
-                axis.barh(where, rows.value, thick, xerr=errors(rows), **style)
-            else:
-                axis.bar(where, rows.value, thick, yerr=errors(rows), **style)
+            draw, bounds = (axis.barh, "xerr") if lying else (axis.bar, "yerr")
+            draw(where, rows.value, thick, color=colours[group], error_kw={"lw": 0.8}, **{bounds: errors(rows)})
             for place, failed in zip(where[rows.value.isna()], rows.failed[rows.value.isna()] > 0, strict=True):
                 axis.text(*((0.02, place) if lying else (place, 0.02)), "failed" if failed else "not run", fontsize=7,
                           rotation=0 if lying else 90, color="crimson" if failed else "dimgrey",
@@ -249,15 +242,6 @@ def fates(table: pd.DataFrame, order: Sequence[str]):
     return with_numbers(figure, grid.reset_index())
 
 
-def key(figure, colours: dict[str, str], marks: dict[str, str], lines: bool = False) -> None:
-    """Beside the panels: what colours and, where they say something else, markers stand for."""
-    alike = list(colours) == list(marks)
-    handles = [handle(name, color=colour, marker=marks[name] if alike else "" if lines else "o", ls="-" if lines else "")
-               for name, colour in colours.items()]
-    handles += [] if alike else [handle(name, color="grey", marker=mark, ls="") for name, mark in marks.items()]
-    figure.legend(handles=handles, loc="outside right upper", fontsize=8)
-
-
 def lines(table: pd.DataFrame, x: str, metrics: dict[str, str], colour: str, marked: str | None = None, *,
           ticks: dict[float, str] | None = None, bands: bool = False, **axes_settings):
     """Metrics against a number, a panel each, with 95 % intervals.
@@ -273,7 +257,7 @@ def lines(table: pd.DataFrame, x: str, metrics: dict[str, str], colour: str, mar
     """
     figure, axes = panels(len(metrics), 4, 3.4 if len(metrics) > 1 else 4.6, 3.4, extra=1.8)
     colours = palette(table[colour])
-    marks = ({name: marker(k) for k, name in enumerate(dict.fromkeys(table[marked]))} if marked
+    marks = (dict(zip(dict.fromkeys(table[marked]), itertools.cycle(MARKERS), strict=False)) if marked
              else {name: mark for name, (_, mark) in styles(table[colour]).items()})
     if ticks is None:
         ticks = {value: f"{value:g}" for value in sorted(set(table[x]))}
@@ -293,11 +277,15 @@ def lines(table: pd.DataFrame, x: str, metrics: dict[str, str], colour: str, mar
         if ticks:
             axis.set_xticks(list(ticks), list(ticks.values()))
             axis.minorticks_off()
-    key(figure, colours, marks, lines=True)
+    alike = list(colours) == list(marks)
+    handles = [handle(name, color=hue, marker=marks[name] if alike else "") for name, hue in colours.items()]
+    handles += [] if alike else [handle(name, color="grey", marker=mark, ls="") for name, mark in marks.items()]
+    figure.legend(handles=handles, loc="outside right upper", fontsize=8)
     return with_numbers(figure, table)
 
 
-def scatter(table: pd.DataFrame, x: str, y: str, panel: str, order: Sequence[str], **axes_settings):
+def scatter(table: pd.DataFrame, x: str, y: str, panel: str, order: Sequence[str], *, xlabel: str, ylabel: str,
+            **axes_settings):
     """One metric against another with 95 % intervals: a colour and a marker per defence, a panel per setting.
 
     Args:
@@ -305,7 +293,8 @@ def scatter(table: pd.DataFrame, x: str, y: str, panel: str, order: Sequence[str
         x, y: metrics.
         panel: column of the title of the panel.
         order: labels of the defences, in the order of the legend.
-        axes_settings: of every panel, as `xlabel`.
+        xlabel, ylabel: of the figure.
+        axes_settings: of every panel, as `xlim`.
     """
     parts = table.groupby(panel, sort=False)
     figure, axes = panels(parts.ngroups, 3, 3.4, 3.0, extra=1.6, sharex=True, sharey=True)
@@ -316,10 +305,11 @@ def scatter(table: pd.DataFrame, x: str, y: str, panel: str, order: Sequence[str
             one = pd.DataFrame([row])
             axis.errorbar([row[x]], [row[y]], xerr=errors(one, x), yerr=errors(one, y), color=colour, marker=mark, ls="", ms=7,
                           lw=0.8, mec="white", mew=0.5, clip_on=False)
-        axis.set(title=title, **{key: value for key, value in axes_settings.items() if key not in ("xlabel", "ylabel")})
-    figure.supxlabel(axes_settings.get("xlabel", x), fontsize=9)
-    figure.supylabel(axes_settings.get("ylabel", y), fontsize=9)
-    key(figure, {label: colour for label, (colour, _) in looks.items()}, {label: mark for label, (_, mark) in looks.items()})
+        axis.set(title=title, **axes_settings)
+    figure.supxlabel(xlabel, fontsize=9)
+    figure.supylabel(ylabel, fontsize=9)
+    handles = [handle(label, color=colour, marker=mark, ls="") for label, (colour, mark) in looks.items()]
+    figure.legend(handles=handles, loc="outside right upper", fontsize=8)
     return with_numbers(figure, table)
 
 
@@ -328,12 +318,11 @@ def histories(runs: dict[str, pd.DataFrame], x: str, columns: dict[str, str], sh
     per run. The columns `shares` lie between 0 and 1."""
     figure, axes = panels(len(columns), len(columns), 3.5, 3.0, extra=2.4)
     colours = palette(runs)
-    for name, rows in runs.items():
-        style = {"color": colours[name], "marker": "." if len(rows) < 20 else "", "lw": 1.2, "label": name}
-        for axis, column in zip(axes[0], columns, strict=True):
-            if column in rows and rows[column].notna().any():
-                axis.plot(rows[x], rows[column], **style)
     for axis, (column, title) in zip(axes[0], columns.items(), strict=True):
+        for name, rows in runs.items():
+            if column in rows and rows[column].notna().any():
+                mark = "." if len(rows) < 20 else ""
+                axis.plot(rows[x], rows[column], color=colours[name], marker=mark, lw=1.2, label=name)
         axis.set(title=title, xlabel=x)
         axis.xaxis.get_major_locator().set_params(integer=True)  # there is no half an epoch
         if len({value for rows in runs.values() for value in rows[x]}) == 1:

@@ -59,18 +59,14 @@ def sweeps(defences: dict[str, dict]) -> dict[tuple[str, str], dict[str, float]]
     Args:
         defences: `function` and all `settings` by method.
     """
-    whole: dict[str, dict[str, dict]] = {}
-    for method, entry in defences.items():
-        whole.setdefault(entry["function"], {})[method] = entry["settings"]
     found: dict[tuple[str, str], dict[str, float]] = {}
-    for function, methods in whole.items():
-        for method in methods.keys() - {function}:
-            base = methods.get(function, {})
-            differ = [key for key, value in methods[method].items() if base and value != base.get(key)]
-            if len(differ) == 1 and all(isinstance(side.get(differ[0]), (int, float)) and not isinstance(side[differ[0]], bool)
-                                        for side in (base, methods[method])):
-                values = found.setdefault((function, differ[0]), {function: base[differ[0]]})
-                values[method] = methods[method][differ[0]]
+    for method, entry in defences.items():
+        function, settings = entry["function"], entry["settings"]
+        base = defences[function]["settings"] if defences.get(function, {}).get("function") == function else {}
+        differ = [key for key, value in settings.items() if base and value != base.get(key)]
+        if len(differ) == 1 and {type(side.get(differ[0])) for side in (base, settings)} <= {int, float}:
+            values = found.setdefault((function, differ[0]), {function: base[differ[0]]})
+            values[method] = settings[differ[0]]
     return {key: dict(sorted(values.items(), key=lambda item: item[1])) for key, values in sorted(found.items())}
 
 
@@ -85,12 +81,10 @@ def sensitivity(table: pd.DataFrame, defences: dict[str, dict]) -> pd.DataFrame:
             continue
         means = grid.groupby("metric").mean()
         settings = str(len(grid.index.droplevel("metric").unique()))
-        for method, value in values.items():
-            rows[f"{function}: {name} {value:g}"] = {
-                **{metric.upper(): f"{100 * means.loc[metric, method]:.1f}" for metric in METRICS}, "settings": settings}
-        spread = means.max(axis=1) - means.min(axis=1)
-        rows[f"{function}: {name}, spread"] = {
-            **{metric.upper(): f"{100 * spread[metric]:.1f}" for metric in METRICS}, "settings": settings}
+        shown = {f"{name} {value:g}": means[method] for method, value in values.items()}
+        for text, rates in {**shown, f"{name}, spread": means.max(axis=1) - means.min(axis=1)}.items():
+            rows[f"{function}: {text}"] = {
+                **{metric.upper(): f"{100 * rates[metric]:.1f}" for metric in METRICS}, "settings": settings}
     return tables.frame(rows)
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pandas as pd
 
 from cupel.evaluation.agreement import MADE_WITH, made_with
-from cupel.evaluation.claims import VERDICTS
+from cupel.evaluation.claims import VERDICTS, sureness
 from cupel.evaluation.settings import GATE, NOT_RUN
 from cupel.files import read_json, write_json, write_text
 from cupel.reporting import evidence
@@ -65,7 +65,7 @@ def claim_entries(papers: Iterable[dict], claims: pd.DataFrame, cells: pd.DataFr
             row = rows.loc[claim["id"]]
             behind = evidence.cells_behind(claim, own, content.get("gate", GATE), lambda path: cell_link(path, root))
             place = f"workflow/papers/{paper['key']}/claims.yaml:{evidence.line_of(text, claim['id'])}"
-            entries.append({**row.to_dict(), "sure": evidence.sureness(row), "words": evidence.in_words(claim["test"]),
+            entries.append({**row.to_dict(), "sure": sureness(row), "words": evidence.in_words(claim["test"]),
                             "scales": claim["scales"], "place": place, "yaml": evidence.text_of(text, claim["id"]),
                             "cells": behind[:SHOWN], "line": claim["test"].get("margin", 0.0),
                             "more": max(0, len(behind) - SHOWN), "percent": "fraction" in row.unit})
@@ -105,18 +105,14 @@ def write_index(papers: Iterable[dict], cells: pd.DataFrame, run: dict, out: Map
     effects = {key: evidence.switch_effects(card, cells[cells.paper == key], gates[key]) for key, card in cards.items()}
     cross = pd.read_csv(run["cross"], dtype={"attack_variant": str}) if run["cross"] else pd.DataFrame()
     entries = claim_entries(papers, claims, cells, page)
-    lines = {(entry["paper"], entry["claim"]): entry["line"] for entry in entries}
+    by_claim = {(entry["paper"], entry["claim"]): entry for entry in entries}
+    captions = read_json(page.parent / "cross" / "captions.json") if run["cross"] else {}
     write_page(page, "index.html.j2", **common, here="Overview", papers=papers, made=made, computed=made_with(cells),
                mixed=len(ways) > 1, cells=cells.path.nunique(), verdicts=VERDICTS, board=evidence.board(claims, cards),
-               findings=[{**row._asdict(), "sure": evidence.sureness(row), "percent": "fraction" in row.unit,
-                          "line": lines[row.paper, row.claim]}
-                         for row in evidence.findings(claims, cards)],
+               findings=[by_claim[row.paper, row.claim] for row in evidence.findings(claims, cards)],
                buys=evidence.best_buys(cross.fillna({"attack_variant": ""}), run["budgets"]) if len(cross) else [],
-               effects=effects,
-               missing=evidence.not_reproduced(claims, cards), failed=failed, waiting=waiting,
-               cross=bool(run["cross"]),
-               overview=(page.parent / "cross" / "overview.svg").is_file(),
-               overview_caption=_caption(page.parent / "cross" / "captions.json"),
+               effects=effects, missing=evidence.not_reproduced(claims, cards), failed=failed, waiting=waiting,
+               cross=bool(run["cross"]), overview=captions.get("overview", ""),
                command=command(config), deposit=command(config, "crate"),
                triggers=[{"path": link_to(page, path), "name": Path(path).stem.removeprefix("triggers_")}
                          for path in run["sheets"]],
@@ -124,7 +120,3 @@ def write_index(papers: Iterable[dict], cells: pd.DataFrame, run: dict, out: Map
                chain=critical_path(run["benchmarks"]), duration=duration)
     write_page(out["claims_page"], "claims.html.j2", **common, here="Claims", verdicts=VERDICTS,
                papers=[paper["key"] for paper in papers], claims=entries)
-
-
-def _caption(file: Path) -> str:
-    return read_json(file).get("overview", "") if file.is_file() else ""

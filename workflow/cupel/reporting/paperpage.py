@@ -25,17 +25,17 @@ def paper_section(paper: dict, cells: pd.DataFrame, scale: str, page: Path) -> d
     """
     folder = Path(paper["folder"])
     captions = read_json(folder / "figures" / "captions.json")
-    figures = [{"path": folder / "figures" / f"{stem}.svg", "caption": text} for stem, text in captions.items()]
-    for picture in paper["pictures"]:
-        own = cells[cells.path == str(Path(picture["path"]).parent)]
-        figures.append({**picture, "caption": captioned(picture["caption"], own if len(own) else cells, scale)})
+    figures = {folder / "figures" / f"{stem}.svg": text for stem, text in captions.items()}
+    for path, text in ((Path(picture["path"]), picture["caption"]) for picture in paper["pictures"]):
+        own = cells[cells.path == str(path.parent)]
+        figures[path] = captioned(text, own if len(own) else cells, scale)
     tables = [{"frame": pd.read_csv(path.with_suffix(".csv"), index_col=0, dtype=str, keep_default_na=False),
                "caption": path.read_text().splitlines()[0], "csv": link_to(page, path.with_suffix(".csv"))}
               for path in sorted((folder / "tables").glob("*.md"))]
     return {"tables": tables, "figures": [
-        {"caption": figure["caption"], "path": link_to(page, figure["path"]),
-         "data": link_to(page, data) if (data := Path(figure["path"]).with_suffix(".csv")).is_file() else ""}
-        for figure in figures]}
+        {"caption": text, "path": link_to(page, path),
+         "data": link_to(page, data) if (data := path.with_suffix(".csv")).is_file() else ""}
+        for path, text in figures.items()]}
 
 
 def write_paper_page(paper: dict, cells: pd.DataFrame, run: Mapping, page: str | Path) -> None:

@@ -10,14 +10,15 @@ from cupel.evaluation.redirection import redirected
 from cupel.evaluation.settings import GATE, NO_VICTIM, NOT_RUN, SETTING, validity
 from cupel.files import read_json, write_text
 
-IDENTITY = ["stage", "dataset", "model", "recipe", "attack", "attack_variant", "poison_rate", "defence", "budget",
-            "variant", "seed"]
 #: what a row of a long table is named by: means are over seeds alone
 KEYS = (*SETTING, "method", "label", "metric")
 METRICS = ("acc", "asr", "ra", "der", "arr", "rdr")
-COLUMNS = ["paper", *IDENTITY, "metric", "value", "n", "low", "high", "rate_reached", "seconds", "peak_memory_mb",
+COLUMNS = ["paper", "stage", "dataset", "model", "recipe", "attack", "attack_variant", "poison_rate", "defence", "budget",
+           "variant", "seed", "metric", "value", "n", "low", "high", "rate_reached", "seconds", "peak_memory_mb",
            "peak_vram_mb", "clean_samples", "device", "precision", "threads", "unchanged", "status", "reason", "path",
            "attack_parameters", "defence_parameters"]
+NUMBERS = ("poison_rate", "value", "low", "high", "rate_reached", "seconds", "peak_memory_mb", "peak_vram_mb",
+           "clean_samples", "threads")
 
 
 def gather(cells: list[dict], gates: Mapping[str, Mapping[str, float]] = {}) -> pd.DataFrame:
@@ -48,11 +49,9 @@ def gather(cells: list[dict], gates: Mapping[str, Mapping[str, float]] = {}) -> 
             record = {**cell, "attack": attack, "attack_variant": attack_variant, "defence": defence,
                       "variant": variant, "budget": cell.get("budget", ""), "poison_rate": float(cell["rate"]),
                       "seed": int(cell["seed"]), "status": status, "reason": reason}
-        base = {key: record.get(key) for key in (*IDENTITY, "rate_reached", "seconds", "peak_memory_mb", "peak_vram_mb",
-                                                 "clean_samples", "device", "precision", "threads", "status",
-                                                 "attack_parameters", "defence_parameters")}
-        base |= {"paper": cell["paper"], "path": cell["folder"], "reason": record.get("reason", ""),
-                 "unchanged": bool(record.get("unchanged", False))}
+        base = {key: record.get(key) for key in COLUMNS} | {
+            "paper": cell["paper"], "path": cell["folder"], "reason": record.get("reason", ""),
+            "unchanged": bool(record.get("unchanged", False))}
         failed = record["status"] != "ok"
         nothing = {"value": np.nan, "n": 0, "low": np.nan, "high": np.nan}
         if "rows" in record:
@@ -66,9 +65,7 @@ def gather(cells: list[dict], gates: Mapping[str, Mapping[str, float]] = {}) -> 
         # what has pictures alone, and no number, is a cell all the same
         rows += [{**base, **nothing, **row} for row in found or [{"metric": ""}]]
     table = pd.DataFrame(rows, columns=COLUMNS)
-    table = table.astype({"poison_rate": float, "value": float, "low": float, "high": float, "n": int, "seed": int,
-                          "rate_reached": float, "seconds": float, "peak_memory_mb": float, "peak_vram_mb": float,
-                          "clean_samples": float, "threads": float})
+    table = table.astype({"n": int, "seed": int, **dict.fromkeys(NUMBERS, float)})
     valid = [validity(part, gates.get(paper, GATE)).implanted for paper, part in table.groupby("paper", sort=False)]
     return table.assign(valid=pd.concat(valid))
 
@@ -267,11 +264,7 @@ def write_table(grid: pd.DataFrame, stem: str | Path, caption: str, index: str =
     flat = grid.set_axis(names, axis=1).rename_axis(index)
     write_text(stem.with_suffix(".csv"), flat.to_csv())
     write_text(stem.with_suffix(".md"), f"{caption}\n\n{flat.to_markdown(disable_numparse=True)}\n")
-    latex = grid.map(lambda text: str(text).replace("%", r"\%"))
-    if isinstance(grid.columns, pd.MultiIndex):
-        latex.columns = pd.MultiIndex.from_tuples([tuple(map(_latex, column)) for column in grid.columns])
-    else:
-        latex.columns = list(map(_latex, grid.columns))
-    latex.index = list(map(_latex, grid.index))
+    latex = grid.map(lambda text: str(text).replace("%", r"\%")).rename(index=_latex, columns=_latex).rename_axis(index=None)
+    latex.columns.names = [None] * latex.columns.nlevels
     write_text(stem.with_suffix(".tex"), latex.to_latex(caption=caption.replace("%", r"\%"), escape=False,
                                                         multicolumn_format="c"))

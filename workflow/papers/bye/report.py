@@ -454,8 +454,7 @@ def dose_points(numbers: Numbers, settings: list[Setting]) -> pd.DataFrame:
 def histogram_panels(folder: Path, record: dict, labels: dict[str, str], most: int = 8) -> list[dict]:
     """Panels for `entropy_histograms`: what BYE and its variants decide on, and the layers with the largest separation."""
     values = pd.read_parquet(folder / "entropies.parquet").filter(regex=r"^layer_\d+$").to_numpy(np.float64)  # Shannon's
-    poisoned = np.zeros(len(values), bool)
-    poisoned[record["poisoned"]] = True
+    poisoned = np.isin(np.arange(len(values)), record["poisoned"])
     decided = [{"title": f"{labels[name]}:\nmean of {len(layers)} sensitive layer(s)", "poisoned": poisoned,
                 "values": values[:, layers].mean(1), "mixture": entry["record"]["aggregated"]}
                for name, entry in record["filters"].items()
@@ -578,24 +577,24 @@ def layer_separation(settings: dict[str, list[dict]], tau: float):
     """Separation of the two components in every layer, by both formulas, and how well low entropy tells poisoned samples;
     by title of the setting one dict per layer with `layer`, `bsi_rss`, `bsi_sum` and `auroc` (or None)."""
     figure, axes = panels(2 * len(settings), 2, 4.5, 2.6)
-    for (left, right), (title, layers) in zip(axes, settings.items(), strict=True):
-        x = np.array([layer["layer"] for layer in layers])
+    table = pd.concat([pd.DataFrame(layers).assign(setting=title) for title, layers in settings.items()])
+    table = table[["setting", "layer", "bsi_rss", "bsi_sum", "auroc"]]
+    for (left, right), (title, layers) in zip(axes, table.groupby("setting", sort=False), strict=True):
+        x = layers.layer.to_numpy()
         for k, (key, label) in enumerate((("bsi_rss", "|Δμ| / √(σ₁² + σ₂²) (paper)"), ("bsi_sum", "|Δμ| / (σ₁ + σ₂) (code)"))):
-            left.bar(x + 0.4 * (k - 0.5), [layer[key] for layer in layers], 0.4, color=(COLOURS[2], COLOURS[5])[k], label=label)
+            left.bar(x + 0.4 * (k - 0.5), layers[key], 0.4, color=(COLOURS[2], COLOURS[5])[k], label=label)
         left.axhline(tau, color=POISONED, lw=1, ls="--", label=f"τ = {tau:g}: above it a layer is sensitive")
         ticks = x if len(x) < 17 else x[::4]
         left.set(xlabel="layer", ylabel="separation", ylim=(0, max(1.15 * tau, left.get_ylim()[1])), xticks=ticks)
         left.set_title(title, fontsize=9)
-        known = [layer for layer in layers if layer["auroc"] is not None]
-        right.plot([layer["layer"] for layer in known], [layer["auroc"] for layer in known], color=CLEAN, marker="o")
+        known = layers.dropna(subset="auroc")
+        right.plot(known.layer, known.auroc.astype(float), color=CLEAN, marker="o")
         right.axhline(0.5, color="grey", lw=0.8, ls=":")
         right.set(xlabel="layer", ylabel="AUROC of low entropy", ylim=(0, 1.03), xticks=ticks)
-        if not known:
+        if known.empty:
             right.text(0.5, 0.5, "no poisoned samples", transform=right.transAxes, ha="center")
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=3, fontsize=8)
-    rows = [{"setting": title, **{name: layer[name] for name in ("layer", "bsi_rss", "bsi_sum", "auroc")}}
-            for title, layers in settings.items() for layer in layers]
-    return figures.with_numbers(figure, pd.DataFrame(rows))
+    return figures.with_numbers(figure, table)
 
 
 def dose_response(points: pd.DataFrame):

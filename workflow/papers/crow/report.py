@@ -47,8 +47,8 @@ SWITCHES = {"crow~code": "zero perturbation, wiped accumulation", "crow~zero": "
             "crow~random_sign": "random signs", "crow~pairs_code": "N − 2 pairs", "crow~pairs_embeddings": "N pairs",
             "crow~padding": "padding counted", "embedding_only": "penalty on the embeddings",
             "finetune~lr1e3": "no consistency term", "finetune": "no consistency term, a fifth of the rate"}
-#: what the figure over learning rates shows
-RATED = {"asr_template_all": "ASR, template, all answers", "perplexity": "perplexity, held-out"}
+#: what figures of CROW's settings show
+SHOWN = {"asr_template_all": "ASR, template, all answers", "perplexity": "perplexity, held-out"}
 #: what switches set in a cell's record
 TERM = ["perturbation", "accumulated", "pairs", "distance", "padding", "term"]
 #: what ASR is counted over: name by metric
@@ -220,7 +220,7 @@ def rate_table(pool: pd.DataFrame, records: pd.DataFrame) -> pd.DataFrame:
     plain = tuned[tuned.alpha.isna()].merge(crow[[*keys, "updates"]], on=[*keys, "updates"]).assign(line="fine-tuning")
     same = pd.concat([term, plain]).drop_duplicates([*keys, "line", "lr"])
     same = same[same.groupby([*keys, "line"]).lr.transform("nunique") > 1]
-    found = pool[pool.metric.isin(RATED)].merge(same[[*keys, "method", "line", "lr", "updates"]], on=[*keys, "method"])
+    found = pool[pool.metric.isin(SHOWN)].merge(same[[*keys, "method", "line", "lr", "updates"]], on=[*keys, "method"])
     setting = found.dataset + ", " + found.model_label + ": " + found.attack_label
     return found.assign(setting=setting).sort_values(["setting", "line", "lr"], kind="stable")
 
@@ -386,7 +386,7 @@ def _figures(paper: Paper, pool: pd.DataFrame, records: pd.DataFrame, who: str, 
                              xlabel="ASR (lower is better)")
         paper.figure(f"asr_{model}", drawn, f"{who}attack success by defence, under both prompts and denominators, with 95 % "
                      "intervals.")
-    if {"asr_template_all", "perplexity"} <= set(pool.metric[pool.value.notna()]):
+    if SHOWN.keys() <= set(pool.metric[pool.value.notna()]):
         sides = sideways(pool.assign(panel=pool.dataset + ", " + pool.attack_label), [*SETTING, "panel", "method", "label"],
                          ("perplexity", "asr_template_all"))
         log = "log" if sides.perplexity.max() > 3 * sides.perplexity.min() else "linear"
@@ -401,12 +401,10 @@ def _figures(paper: Paper, pool: pd.DataFrame, records: pd.DataFrame, who: str, 
                      "consistent than clean ones.")
     for column in ("alpha", "epsilon"):
         if len(table := sweep_table(pool, records, column)):
-            drawn = figures.lines(table, column, {"asr_template_all": "ASR, template, all answers",
-                                                  "perplexity": "perplexity, held-out"}, "setting")
-            paper.figure(f"{column}_{model}", drawn, f"{who}CROW over {column} (Tables 5 and 6), with 95 % "
-                         "intervals.")
+            paper.figure(f"{column}_{model}", figures.lines(table, column, SHOWN, "setting"),
+                         f"{who}CROW over {column} (Tables 5 and 6), with 95 % intervals.")
     if len(table := rate_table(pool, records)):
-        drawn = figures.lines(table, "lr", RATED, "line", "setting", xlabel="learning rate")
+        drawn = figures.lines(table, "lr", SHOWN, "line", "setting", xlabel="learning rate")
         paper.figure(f"rates_{model}", drawn, f"{who}the loss or the rate? CROW and fine-tuning on the same items, at equal "
                      "updates, over the learning rate, with 95 % intervals. Where the lines fall together the rate removes the "
                      "backdoor, and where CROW's lies lower its consistency term does.")
@@ -433,8 +431,7 @@ def square_means(pool: pd.DataFrame, square: pd.DataFrame) -> tuple[pd.DataFrame
     kept = has[has == has.groupby("dataset").transform("max")].reset_index()[SETTING]
     kept = kept.merge(kept.drop_duplicates("dataset")[["dataset", "recipe", "poison_rate"]])
     chosen = pool.merge(kept, on=SETTING)
-    chosen = chosen[chosen.budget.isin(["", square.budget.iloc[0]])]
-    chosen = chosen[chosen.metric.isin(["asr_template_all", "perplexity"])]
+    chosen = chosen[chosen.budget.isin(["", square.budget.iloc[0]]) & chosen.metric.isin(SHOWN)]
     keys = ["dataset", "metric", "method", "label"]
     over = pd.DataFrame([(*key, *pooled_value(part)) for key, part in chosen.groupby(keys, sort=False)],
                         columns=[*keys, "value", "low", "high", "n"])
@@ -457,8 +454,7 @@ def two_by_two(table: pd.DataFrame, references: pd.DataFrame):
 
     The tables are those of `square_means`; the references are lines to compare with.
     """
-    titles = {"asr_template_all": "ASR, template, all answers", "perplexity": "perplexity, held-out"}
-    table, references = (rows.assign(panel=rows.dataset + ": " + rows.metric.map(titles)) for rows in (table, references))
+    table, references = (rows.assign(panel=rows.dataset + ": " + rows.metric.map(SHOWN)) for rows in (table, references))
     table = table.assign(group="accumulation " + table.accumulated, label=table.perturbation + " perturbation", failed=0)
     figure = figures.bars(table, ["real perturbation", "zero perturbation"],
                           {"accumulation kept": COLOURS[5], "accumulation wiped": COLOURS[1]}, most=2, sharey=False)

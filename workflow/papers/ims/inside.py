@@ -10,6 +10,7 @@ import torch
 from cupel.cells import read_tensors
 from cupel.files import read_json
 from cupel.images import datasets, models
+from cupel.images.defences.base import defence
 from cupel.images.defences.ims import inverse_mask, perturb
 from cupel.images.stages import clean_budget, make_attack
 from cupel.reporting.figures import COLOURS, nothing, picture_rows, plt, save, with_numbers
@@ -58,19 +59,18 @@ def perturbations(network, kept: Mapping[str, Mapping], images: np.ndarray, sett
     """What the inner problem adds to images [N, H, W, C] at the last masks: δ as float [N, H, W, C], and the network's
     predictions before and after, int [N] each."""
     device = next(network.parameters()).device
-    x = to_pixels(torch.from_numpy(images)).to(device)
+    x, settings = to_pixels(torch.from_numpy(images)).to(device), defence.settings("ims", settings)
     tensors = {}
     for name, masks in kept.items():
         convolution = network.get_submodule(name)
-        scale = inverse_mask(masks["a"], masks["s"], settings.get("temperature", 20.0)).to(device)
+        scale = inverse_mask(masks["a"], masks["s"], settings["temperature"]).to(device)
         tensors[f"{name}.weight"] = convolution.weight.detach() * scale.view(-1, 1, 1, 1)
         if convolution.bias is not None:
             tensors[f"{name}.bias"] = convolution.bias.detach() * scale
     network.requires_grad_(False)
     clean = network(x)
-    settings = {key: settings.get(key, default)
-                for key, default in (("norm_bound", 1.0), ("lr_perturb", 0.001), ("steps_perturb", 20))}
-    delta, _ = perturb(network, lambda z: torch.func.functional_call(network, tensors, (z,)), x, clean, **settings)
+    steps = {key: settings[key] for key in ("norm_bound", "lr_perturb", "steps_perturb")}
+    delta, _ = perturb(network, lambda z: torch.func.functional_call(network, tensors, (z,)), x, clean, **steps)
     return delta.permute(0, 2, 3, 1).cpu().numpy(), clean.argmax(1).tolist(), network(x + delta).argmax(1).tolist()
 
 

@@ -10,8 +10,9 @@ from cupel.reporting.paper import Paper, history
 def draw(paper: Paper) -> None:
     """What every paper on image classifiers shows, the stages of IMS, and where several steps were run, their reach."""
     images.draw(paper)
-    reach = {name: reach_of(entry["settings"]) for name, entry in paper.facts["defences"].items()
-             if entry["function"] == "ims"}
+    # how far the inner steps can move a pixel
+    reach = {name: entry["settings"]["lr_perturb"] * entry["settings"]["steps_perturb"]
+             for name, entry in paper.facts["defences"].items() if entry["function"] == "ims"}
     own, table = images.prepared(paper)
     for names, part in table[table.method.isin(reach)].groupby([*images.PLACE, "budget"], sort=False):
         paper.table(f"stages_{'_'.join(names)}", stages(part), f"IMS after each stage, in percent with 95 % intervals of the "
@@ -45,11 +46,6 @@ def stages(table: pd.DataFrame) -> pd.DataFrame:
     rows["rate"] = rows.rate.str.upper()
     across = [(rate, f"after {stage}") for rate in ("ASR", "ACC", "RA") for stage in ("I", "II", "III")]
     return tables.spread(rows, "row", ["rate", "stage"], across=across)
-
-
-def reach_of(hyperparameters: dict) -> float:
-    """How far the inner steps can move a pixel: the step times their number."""
-    return hyperparameters.get("lr_perturb", 0.001) * hyperparameters.get("steps_perturb", 20)
 
 
 def flip_rate(folder: str) -> float:

@@ -123,12 +123,10 @@ class Report:
         rows = rows[rows.value.notna()]
         if rows.empty:
             return
-        headings = [column(row) for row in rows.itertuples()]
-        rows = rows.assign(column=headings, text=[f"{100 * value if percent else value:.{digits}f}" for value in rows.value])
+        rows = rows.assign(column=[column(row) for row in rows.itertuples()],
+                           text=[f"{100 * value if percent else value:.{digits}f}" for value in rows.value])
         grid = tables.spread(rows, "label", "column")
         grid = grid.reindex(label for label in self.order if label in grid.index or label in self.without).fillna("")
-        if isinstance(headings[0], tuple):
-            grid.columns = pd.MultiIndex.from_tuples(grid.columns)
         for label in grid.index[(grid == "").all(axis=1)]:
             grid.loc[label] = self.without.get(label, "")
         self.paper.table(f"{kind}_{self.name}", grid, f"{self.paper.title}: {caption} ({self.where}).", "method")
@@ -156,16 +154,15 @@ class Report:
         self.table("ata_steps", ata[ata.steps > 0].sort_values(["eps_value", "steps"]),
                    lambda row: (at_eps(row), f"{row.steps} steps"),
                    "accuracy in percent under PGD by number of steps; k steps reach no further than 0.01 k")
-        self.figure("ata", curves(last, "eps_value", self.order, xlabel="ε of the attack", title="accuracy under PGD",
-                                  mark=train_eps, ticks=dict(zip(last.eps_value, last.eps, strict=True))),
+        self.figure("ata", against_eps(last, self.order, "accuracy under PGD", train_eps),
                     f"Accuracy under {last.steps.max()}-step PGD against ε; bands are 95 % intervals of {self.points} points")
         beyond = ata[(ata.eps_value > train_eps) & (ata.steps > 0)]
         for kind, rows in (("steps", ata[np.isclose(ata.eps_value, train_eps)]),
                            ("steps_beyond", beyond[beyond.eps_value == beyond.eps_value.max()])):
             if rows.value.notna().any() and len(steps) > 1:
-                self.figure(kind, curves(rows, "steps", self.order, xlabel="steps of PGD", xscale="log",
-                                         title=f"accuracy, ε = {rows.eps.iloc[0]}"),
-                            f"Accuracy against the number of PGD steps at ε = {rows.eps.iloc[0]}")
+                eps = rows.eps.iloc[0]
+                self.figure(kind, curves(rows, "steps", self.order, f"accuracy, ε = {eps}", xlabel="steps of PGD"),
+                            f"Accuracy against the number of PGD steps at ε = {eps}")
 
     def stronger(self) -> None:
         """Random restarts and ART's attacks beside plain PGD (our addition)."""
@@ -192,8 +189,7 @@ class Report:
             self.table("tau", tau, at_eps, "Kendall's τ between clean and attacked class activation map "
                        "(attack against interpretability, top 8), over the points that keep their prediction; empty where none "
                        "does", percent=False, digits=3)
-            self.figure("tau", curves(tau, "eps_value", self.order, xlabel="ε of the attack", title="Kendall's τ",
-                                      mark=fraction(self.train_eps), ticks=dict(zip(tau.eps_value, tau.eps, strict=True))),
+            self.figure("tau", against_eps(tau, self.order, "Kendall's τ", fraction(self.train_eps)),
                         "Rank correlation of clean and attacked class activation maps under the attack against "
                         "interpretability; higher is more robust")
         isa = self.part[self.part.attack == "isa"]
@@ -355,9 +351,7 @@ def report_released(records: dict[str, str], labels: dict[str, str], table: str 
                        "Kendall's τ under the attack against interpretability, at the published 200 points (seed 99). These "
                        "are not numbers of the paper." + "".join(f" {label} failed: {why}." for label, why in failed.items()),
                        index="method")
-    drawn = curves(last, "eps_value", list(dict.fromkeys(last.label)), xlabel="ε of the attack", title="accuracy under PGD",
-                   ticks=dict(zip(last.eps_value, last.eps, strict=True)))
-    figures.save(drawn, figure)
+    figures.save(against_eps(last, list(dict.fromkeys(last.label)), "accuracy under PGD"), figure)
 
 
 def judge_released(claims: dict, records: dict[str, str], table: str | Path, scale: str, trained: Sequence[str] = ()) -> None:
@@ -399,11 +393,16 @@ def verdict_text(row) -> str:
 # ------------------------------------------------------------------------------------------------------------------ figures
 
 
-def curves(table: pd.DataFrame, x: str, order: Sequence[str], *, title: str, mark: float | None = None, **settings):
-    """A metric against x, one line per label; at `mark` a dotted line says "ε of the training". See
-    `cupel.reporting.figures.lines`."""
+def curves(table: pd.DataFrame, x: str, order: Sequence[str], title: str, **settings):
+    """A metric against x, one line per label; see `cupel.reporting.figures.lines`."""
     rows = table.assign(metric=title).sort_values("label", key=lambda labels: labels.map(list(order).index), kind="stable")
-    figure = figures.lines(rows, x, {title: title}, "label", **{"xscale": "linear", **settings})
+    return figures.lines(rows, x, {title: title}, "label", **settings)
+
+
+def against_eps(table: pd.DataFrame, order: Sequence[str], title: str, mark: float | None = None):
+    """`curves` against the ε of the attack; at `mark` a dotted line says "ε of the training"."""
+    ticks = dict(zip(table.eps_value, table.eps, strict=True))
+    figure = curves(table, "eps_value", order, title, xlabel="ε of the attack", ticks=ticks, xscale="linear")
     if mark is not None:
         figure.axes[0].axvline(mark, color="grey", ls=":", lw=1)
         figure.axes[0].annotate("ε of the training", (mark, 1), xycoords=("data", "axes fraction"), va="top", rotation=90,
