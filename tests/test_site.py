@@ -290,6 +290,13 @@ def test_a_cell_shows_its_classes_and_its_trigger(browser, address, site):
     assert "By class" not in panel.text and "null" not in panel.text and not panel.find_elements("css selector", "figure img")
 
 
+def test_a_cell_of_two_papers_is_found_under_both(site):
+    papers = pd.read_parquet(site / "cells.parquet").groupby("path").paper.unique()
+    shared = {"|".join(names) for names in papers if len(names) > 1}
+    found = set(re.findall(r'data-paper="([^"]+)"', (site / "cells.html").read_text()))
+    assert shared and shared <= found
+
+
 @pytest.mark.parametrize("name", ["cross.html", "cells.html"])
 def test_tables_sort_and_filter(browser, address, name):
     show(browser, f"{address}/{name}")
