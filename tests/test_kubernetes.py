@@ -3,8 +3,6 @@
 Store and cluster are small stand-ins on the loopback interface; the storage plugin and the executor are the real ones.
 """
 
-import functools
-import http.server
 import importlib.util
 import os
 import shutil
@@ -15,7 +13,7 @@ import pytest
 import yaml
 
 from tests import kubernetes_api, s3
-from tests.conftest import REPOSITORY, served
+from tests.conftest import REPOSITORY
 from tests.test_workflow import Folder, jobs
 
 CELLS = "results/smoke/cells.parquet"
@@ -25,8 +23,6 @@ STORED = ["--default-storage-provider", "s3", "--default-storage-prefix", "s3://
 pytestmark = pytest.mark.skipif(
     not all(importlib.util.find_spec(name) for name in ("snakemake_executor_plugin_kubernetes", "snakemake_storage_plugin_s3")),
     reason="needs the plugins for Kubernetes and S3: pip install '.[cluster]'")
-ready = pytest.mark.skipif("def here(" not in (REPOSITORY / "workflow" / "rules" / "common.smk").read_text(),
-                           reason="the rules do not yet say where the local copies of stored files are")
 
 
 class Remote(Folder):
@@ -35,13 +31,18 @@ class Remote(Folder):
     def __init__(self, path, data, bucket, address, **environment):
         super().__init__(path, data)
         self.set(papers=["fst"], data={"folder": "data"})
-        kept = bucket / "run" / "data" / "images" / "cifar10"
-        kept.mkdir(parents=True)
-        for file in (data / "images" / "cifar10").iterdir():
-            os.link(file, kept / file.name)
+        self.store = bucket / "run"
+        self.keep(data / "images" / "cifar10")
         self.environment = {**s3.ENVIRONMENT, "SNAKEMAKE_STORAGE_S3_ENDPOINT_URL": address, **environment}
         # what pods are given is what git tracks
         subprocess.run("git init -q . && git add .", cwd=path, shell=True, check=True)
+
+    def keep(self, prepared):
+        """Put a prepared data set of images into the store."""
+        kept = self.store / "data" / "images" / prepared.name
+        kept.mkdir(parents=True)
+        for file in prepared.iterdir():
+            os.link(file, kept / file.name)
 
     def run(self, *arguments):
         with mock.patch.dict(os.environ, self.environment):
@@ -54,7 +55,7 @@ def remote(tmp_path, cifar10):
     (store / "cupel-test").mkdir(parents=True)
     with s3.store(store) as address, kubernetes_api.cluster(tmp_path / "cluster") as (cluster, config):
         folder = Remote(tmp_path / "run", cifar10.parents[1].resolve(), store / "cupel-test", address, KUBECONFIG=str(config))
-        folder.store, folder.cluster = store / "cupel-test" / "run", cluster
+        folder.cluster = cluster
         folder.edit("profiles/kubernetes/profile.v9+.yaml", "s3://my-bucket/cupel", "s3://cupel-test/run")
         yield folder
 
@@ -68,10 +69,15 @@ def test_the_profile_plans(remote):
     assert not remote.cluster.jobs
 
 
-@ready
 def test_the_whole_report_plans_from_a_store(remote):
     output = remote.finish("-n", "--workflow-profile", "profiles/kubernetes")
     assert jobs(output)["index"] == 1 and "prepare_images" not in jobs(output)
+
+
+def test_what_no_store_keeps_is_refused(remote):
+    remote.set(papers=["fst", "crow"], report={"allow_missing": True})
+    code, output = remote.run("-n", *STORED)
+    assert code and "config.yaml: not with files in a store: crow, report.allow_missing, see" in output
 
 
 def test_what_the_profile_replaces_stands_in_it():
@@ -87,39 +93,31 @@ def test_what_the_profile_replaces_stands_in_it():
         assert {**own, "disk_mb": there["disk_mb"]}.items() <= there.items()
 
 
-@ready
+def timeless(folder):
+    """Metrics of a run, without those that are times."""
+    found = folder.metrics()
+    for record in found.values():
+        record["rows"] = [row for row in record.get("rows", []) if row["metric"] != "seconds_per_epoch"]
+    return found
+
+
 @pytest.mark.slow
-def test_a_run_with_all_files_in_a_store_equals_a_local_one(remote, tmp_path):
+@pytest.mark.parametrize("asked", [{"papers": ["fst"]}, {"papers": ["ims", "proper_interpretability"], "jobs": "victim"}],
+                         ids=["cells", "victims"])
+def test_a_run_with_all_files_in_a_store_equals_a_local_one(remote, tmp_path, mnist, asked):
+    remote.keep(mnist)
     local = Folder(tmp_path / "local", remote.data)
+    local.set(**asked)
     local.finish("--", CELLS)
+    remote.set(**asked)
     remote.finish(*STORED)
     assert (remote.store / "results" / "smoke" / "index.html").is_file() and not (remote.path / "results").exists()
     shutil.copytree(remote.store / "results", remote.path / "results")
-    assert remote.metrics() == local.metrics()
+    assert timeless(remote) == timeless(local)
     shutil.rmtree(remote.path / "results")
     assert "Nothing to be done" in remote.finish("-n", *STORED)
 
 
-def website(folder):
-    """A folder on a web server; gives its address."""
-    handler = type("Quiet", (http.server.SimpleHTTPRequestHandler,), {"log_message": lambda *_: None})
-    return served(functools.partial(handler, directory=str(folder)))
-
-
-@ready
-@pytest.mark.slow
-def test_data_sets_on_a_web_server(tmp_path, cifar10):
-    local, folder = (Folder(tmp_path / name, cifar10.parents[1].resolve()) for name in ("local", "run"))
-    assert local.run("--", VICTIM)[0] == 0
-    with website(cifar10.parents[1]) as address:
-        folder.set(data={"folder": address})
-        planned = jobs(folder.run("-n")[1])
-        assert "prepare_images" not in planned and planned["index"] == 1
-        folder.finish("--", VICTIM)
-    assert folder.metrics() == local.metrics() and not (folder.path / "data").exists()
-
-
-@ready
 @pytest.mark.slow
 def test_pods_make_a_victim(remote, tmp_path):
     local = Folder(tmp_path / "local", remote.data)

@@ -81,6 +81,12 @@ def test_lines_of_a_run(handler, tmp_path):
     assert max(map(len, text.splitlines())) <= terminal.LONGEST
 
 
+def test_a_job_may_fail_without_a_log_here(handler):
+    send(handler, LogEvent.JOB_INFO, **job(1))
+    send(handler, LogEvent.JOB_ERROR, jobid=1, rule_name="train_victim", rule_msg=None, log=["s3://bucket/job.log"])
+    assert handler.stream.getvalue().endswith("FAILED  victim  BadNets 5 %, ResNet-18, CIFAR-10\n    no reason was given\n")
+
+
 def test_a_large_run_has_few_lines(handler):
     send(handler, cupel={"jobs": {}})
     send(handler, LogEvent.RUN_INFO, stats={"total": 5000})

@@ -305,7 +305,8 @@ def test_a_failed_cell_does_not_stop_the_report(finished, tmp_path):
     ("workflow/papers/fst/claims.yaml", "statement:", "statment:", ["claims.yaml: claims.0: unknown key 'statment'"]),
     ("config.yaml", "scale: smoke", "scale: smoke\nresults: o{u}t",
      ["config.yaml: results: 'o{u}t' is not a path without { and }"]),
-], ids=["config", "experiment", "claims", "path"])
+    ("config.yaml", "  folder: ", "  folder: https://lab", ["config.yaml: data.folder: https://lab", "is an address"]),
+], ids=["config", "experiment", "claims", "path", "address"])
 def test_wrong_settings_are_refused_before_any_job(tmp_path, file, old, new, texts):
     folder = Folder(tmp_path / "wrong", tmp_path / "data")
     folder.edit(file, old, new)

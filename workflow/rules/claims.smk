@@ -5,7 +5,7 @@ rule judge_claims:
     """Verdicts on the claims of one paper; a paper may have none."""
     input:
         cells=f"{RESULTS}/cells.parquet",
-        claims=lambda wildcards: paper_file(wildcards.paper, "claims.yaml"),
+        claims=lambda wildcards: local(paper_file(wildcards.paper, "claims.yaml")),
     output:
         report(f"{PAPER}/claims.csv", caption="../captions/claims.rst", category="{paper}", labels={"what": "claims"}),
     log:

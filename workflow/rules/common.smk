@@ -1,9 +1,11 @@
 # Configuration, checked before any job, and what the rules of all families share.
+import copy
 import gc
 import os
 import re
 import shlex
 import sys
+import tempfile
 from pathlib import Path
 
 from snakemake.cli import get_argument_parser
@@ -56,6 +58,8 @@ config.update(typed(config, schema("config")))
 checked(check_schema)(config, schema("config"), "config.yaml")
 validate(config, "../schemas/config.schema.yaml")  # fills in the defaults
 for part, key, name in ((config, "results", "results"), (config["data"], "folder", "data.folder")):
+    if "://" in part[key]:
+        raise WorkflowError(f"The configuration is wrong; nothing was run.\nconfig.yaml: {name}: {part[key]} is an address")
     part[key] = os.path.normpath(os.path.expanduser(part[key]))  # `out/` is `out`, and `~` no folder of that name
     if os.path.isfile(part[key]):
         raise WorkflowError(f"The configuration is wrong; nothing was run.\nconfig.yaml: {name}: {part[key]} is a file")
@@ -78,6 +82,40 @@ DATA, RESULTS = PATHS.data, PATHS.root
 # not workflow.basedir, which differs between Snakefile and workflow/Snakefile
 ROOT, SCRIPTS = str(LIBRARY.parents[1]), LIBRARY.parent / "scripts"
 TEMPLATES = sorted((LIBRARY / "reporting").glob("*.j2"))
+
+# whether data and results are kept in a store, and here are only copies of what a job needs (docs/cluster.md)
+STORED = workflow.storage_settings.default_storage_provider is not None
+
+
+def stored(path):
+    """The path as Snakemake makes it of a rule's file: that of the copy here, which knows where in the store it is from."""
+    return workflow.modifier.path_modifier.apply_default_storage(path)
+
+
+def here(path):
+    """Where a job finds a file or folder of the run: with a store at its copy. Of inputs and outputs Snakemake knows that; paths
+    in parameters must say it."""
+    return str(stored(path)) if STORED else path
+
+
+def brought(files):
+    """Files that a job finds beside its inputs. From a store inputs alone are fetched, so there they are inputs too."""
+    return list(files) if STORED else []
+
+
+# what makes or reads files that no rule names, and which are therefore not kept in a store
+UNNAMED = [name for family in (TEXT, VISION_LANGUAGE) for name in family.papers]
+UNNAMED += [key for key in ("own", "released_weights") if config[key]]
+UNNAMED += [f"report.{key}" for key, value in config["report"].items() if value]
+if STORED and UNNAMED:
+    raise WorkflowError(
+        "The configuration is wrong; nothing was run.\n"
+        f"config.yaml: not with files in a store: {', '.join(UNNAMED)}, see docs/cluster.md"
+    )
+
+# the settings as they were given, for pages; scripts look up the folder of prepared data in `config`
+SETTINGS = copy.deepcopy(config)
+config["data"]["folder"] = here(DATA)
 
 
 wildcard_constraints:
@@ -107,7 +145,7 @@ def before_the_first_job():
     try:
         if workflow.local_exec and (said := devices.check(config["device"])):
             logger.warning(said)
-        locks.hold(config["results"], logger.warning)
+        locks.hold(here(config["results"]), logger.warning)
         made = (Path(file) for job in workflow.dag.needrun_jobs() for file in job.output if "manifest" in file)
         locks.prepare(sorted({file.parent for file in made if file.name == "manifest.json" and file.is_relative_to(DATA)}))
     except (RuntimeError, OSError) as error:
@@ -184,13 +222,30 @@ TRIGGER, VICTIM, PURIFIED = (PATHS.stage("images", stage) for stage in ("trigger
 
 def image_content(cell):
     """What the data set of a cell holds. Prepared data count by this parameter, not by the age of their files."""
-    return content(f"{DATA}/images/{cell['dataset']}")
+    folder = f"{DATA}/images/{cell['dataset']}"
+    return stored_content(folder) if STORED else content(folder)
+
+
+STORED_CONTENT = {}
+
+
+def stored_content(folder):
+    """As `content`, by the manifest in the store, which is asked until there is one."""
+    if not STORED_CONTENT.get(folder):
+        manifest = stored(f"{folder}/manifest.json").flags["storage_object"]
+        with tempfile.TemporaryDirectory() as copied:
+            manifest.set_local_path(Path(copied, "manifest.json"))
+            if manifest.exists():
+                manifest.retrieve_object()
+            STORED_CONTENT[folder] = content(copied)
+    return STORED_CONTENT[folder]
 
 
 def image_files(wildcards):
     """Arrays of a data set."""
     folder = f"{DATA}/images/{wildcards['dataset']}"
-    return [f"{folder}/{split}_{part}.npy" for split in ("train", "test") for part in ("images", "labels")]
+    arrays = [f"{folder}/{split}_{part}.npy" for split in ("train", "test") for part in ("images", "labels")]
+    return arrays + brought([f"{folder}/manifest.json"])
 
 
 def prepared_trigger(wildcards):

@@ -21,9 +21,9 @@ rule make_crate:
     benchmark:
         PATHS.benchmark(RESULTS, "crate")
     params:
-        config=config,
+        config=SETTINGS,
         papers=lambda wildcards: [paper_header(paper) for paper in GRID.papers],
-        benchmarks=f"{config['results']}/benchmark/{config['scale']}",
+        benchmarks=here(f"{config['results']}/benchmark/{config['scale']}"),
         root=ROOT,
         code=code("crate.py"),
     script:

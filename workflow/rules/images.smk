@@ -103,7 +103,7 @@ rule purify:
 # where the scale says `jobs: victim`, one job does all defences of a victim, see docs/extending.md. These rules have no
 # wildcards, so Snakemake prefers them. `gather_cells` takes their outputs as files that know their rule: to look for the
 # rule of each of 18,000 files takes half a minute. history.csv is written beside the model and not declared: every declared file
-# costs time to plan, and one figure alone reads it.
+# costs time to plan, and one figure alone reads it. A store keeps what is declared, and nothing else.
 BLOCK_METRICS, BLOCK_LOGS = {}, {}
 
 for block in GRID.blocks():
@@ -122,6 +122,7 @@ for block in GRID.blocks():
         output:
             metrics=[f"{PATHS.cell(cell)}/metrics.json" for cell in block],
             model=[f"{PATHS.cell(cell)}/model.safetensors" for cell in block],
+            history=brought([f"{PATHS.cell(cell)}/history.csv" for cell in block]),
         log:
             PATHS.log(f"{RESULTS}/images/blocks/{block_name}", "purify"),
         benchmark:

@@ -27,9 +27,10 @@ rule gather_cells:
 rule report_paper:
     """Tables and figures of one paper."""
     input:
+        lambda wildcards: brought(histories(wildcards.paper)),
         unpack(lambda wildcards: report_of(wildcards.paper)["files"]),
         cells=f"{RESULTS}/cells.parquet",
-        reported=lambda wildcards: sorted(str(path) for path in GRID.file(wildcards.paper, "reported").glob("*.csv")),
+        reported=lambda wildcards: local(sorted(str(path) for path in GRID.file(wildcards.paper, "reported").glob("*.csv"))),
     output:
         tables=report(
             directory(f"{PAPER}/tables"),
@@ -67,9 +68,7 @@ rule report_paper:
 rule feature_maps:
     """Maps of penultimate features of victims and purified models."""
     input:
-        lambda wildcards: [
-            panel[key] for panel in feature_figure(wildcards.paper)["spec"]["panels"] for key in ("model", "trigger")
-        ],
+        lambda wildcards: feature_figure(wildcards.paper)["files"],
         ancient(lambda wildcards: image_files({"dataset": Path(feature_figure(wildcards.paper)["folder"]).name})),
     output:
         figure=report(
@@ -111,8 +110,11 @@ rule contact_sheet:
         sheet="figures|zoo|gallery",
     localrule: True
     params:
-        attacks=lambda wildcards: sheet_attacks(wildcards.sheet, wildcards.dataset),
-        folder=f"{DATA}/images/{{dataset}}",
+        attacks=lambda wildcards: {
+            name: (attack, path and here(path))
+            for name, (attack, path) in sheet_attacks(wildcards.sheet, wildcards.dataset).items()
+        },
+        folder=here(f"{DATA}/images/{{dataset}}"),
         code=sheet_code,
     script:
         "../scripts/contact_sheet.py"
@@ -121,13 +123,14 @@ rule contact_sheet:
 rule notebook:
     """The notebook of one paper, executed, and its card."""
     input:
-        notebook=lambda wildcards: str(notebook_file(wildcards.paper)),
-        card=lambda wildcards: paper_file(wildcards.paper, "card.yaml"),
+        notebook=lambda wildcards: local(str(notebook_file(wildcards.paper))),
+        card=lambda wildcards: local(paper_file(wildcards.paper, "card.yaml")),
         cells=f"{RESULTS}/cells.parquet",
         claims=f"{PAPER}/claims.csv",
         tables=f"{PAPER}/tables",
         figures=f"{PAPER}/figures",
         pictures=lambda wildcards: [picture["path"] for picture in page_pictures(wildcards.paper)],
+        numbers=lambda wildcards: brought(picture_tables(wildcards.paper)),
     output:
         notebook=f"{PAPER}/report.ipynb",
         card=f"{PAPER}/card.md",
@@ -140,7 +143,7 @@ rule notebook:
         mem_mb=memory_of(2000),
     params:
         parameters=lambda wildcards, input: {
-            "folder": PAPER.format(**wildcards),
+            "folder": here(PAPER.format(**wildcards)),
             "scale": config["scale"],
             "pictures": list(map(str, input.pictures)),
         },
@@ -152,13 +155,14 @@ rule notebook:
 rule paper_page:
     """The page of one paper."""
     input:
-        card=lambda wildcards: paper_file(wildcards.paper, "card.yaml"),
-        claims=lambda wildcards: paper_file(wildcards.paper, "claims.yaml"),
+        card=lambda wildcards: local(paper_file(wildcards.paper, "card.yaml")),
+        claims=lambda wildcards: local(paper_file(wildcards.paper, "claims.yaml")),
         cells=f"{RESULTS}/cells.parquet",
         verdicts=f"{PAPER}/claims.csv",
         tables=f"{PAPER}/tables",
         figures=f"{PAPER}/figures",
         pictures=lambda wildcards: [picture["path"] for picture in page_pictures(wildcards.paper)],
+        numbers=lambda wildcards: brought(picture_tables(wildcards.paper)),
         notebook=f"{PAPER}/report.ipynb",
     output:
         page=report(f"{PAPER}/report.html", caption="../captions/paper.rst", category="{paper}", labels={"what": "page"}),
@@ -181,6 +185,7 @@ rule cells_page:
         cells=f"{RESULTS}/cells.parquet",
         sheets=[f"{RESULTS}/figures/triggers_{dataset}.png" for dataset in sorted(IMAGES.used("dataset"))],
         triggers=[f"{RESULTS}/figures/triggers_{dataset}" for dataset in sorted(IMAGES.used("dataset"))],
+        cell_files=lambda wildcards: brought([*cell_files(), *histories(), *used_manifests().values()]),
     output:
         page=report(f"{RESULTS}/cells.html", caption="../captions/cells.rst", category="all papers"),
     log:
@@ -190,7 +195,12 @@ rule cells_page:
     localrule: True
     params:
         cells=expected_cells(),
-        run={**SITE, "config": config, "data": f"{DATA}/images", "families": known_entries()},
+        run={
+            **SITE,
+            "config": {**SETTINGS, "results": here(config["results"])},
+            "data": here(f"{DATA}/images"),
+            "families": known_entries(),
+        },
         code=code_digest(SCRIPTS / "cells_page.py", *TEMPLATES),
     script:
         "../scripts/cells_page.py"
@@ -214,12 +224,12 @@ rule index:
     params:
         papers=[paper_header(paper) for paper in GRID.papers],
         run={
-            "config": config,
+            "config": SETTINGS,
             "root": ROOT,
-            "data": DATA,
+            "data": here(DATA),
             "datasets": list(used_manifests()),
             "seeds": sorted({int(cell["seed"]) for cell in GRID.cells()}),
-            "benchmarks": f"{config['results']}/benchmark/{config['scale']}",
+            "benchmarks": here(f"{config['results']}/benchmark/{config['scale']}"),
             "budgets": planned_budgets(),
             "compare": SITE["compare"],
         },

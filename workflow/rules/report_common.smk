@@ -24,21 +24,27 @@ def feature_figure(paper):
     cells = [(attack, title, cell) for attack, title, cell in cells if present([f"{PATHS.cell(cell)}/model.safetensors"])]
     if not cells:
         return None
+    files = [(f"{PATHS.cell(cell)}/model.safetensors", f"{VICTIM.format(**cell)}/trigger.npz") for _, _, cell in cells]
     panels = [
         {
             "row": attack,
             "title": title,
-            "model": f"{PATHS.cell(cell)}/model.safetensors",
-            "trigger": f"{VICTIM.format(**cell)}/trigger.npz",
+            "model": here(model),
+            "trigger": here(trigger),
             "attack": IMAGES.attack(cell["attack"], cell["dataset"]),
         }
-        for attack, title, cell in cells
+        for (attack, title, cell), (model, trigger) in zip(cells, files, strict=True)
     ]
     first = cells[0][2]
     recipe = IMAGES.recipe(first)
     spec = {"panels": panels, "target": recipe.get("target", 0), "test_size": recipe.get("test_size")}
     looked_up = {IMAGES.code(kind, cell[kind]) for _, _, cell in cells for kind in ("attack", "model")}
-    return {"spec": spec, "folder": f"{DATA}/images/{first['dataset']}", "code": sorted(filter(None, looked_up))}
+    return {
+        "spec": spec,
+        "folder": here(f"{DATA}/images/{first['dataset']}"),
+        "code": sorted(filter(None, looked_up)),
+        "files": sum(files, ()),
+    }
 
 
 def sheet_attacks(sheet, dataset):
@@ -67,11 +73,16 @@ def used_manifests():
 def expected_cells():
     """Cells of every paper with their folders: one that two papers share stands in the table once for each."""
     return [
-        {**cell, "folder": folder, "logs": BLOCK_LOGS.get(folder) or PATHS.log(folder, "*")}
+        {**cell, "folder": here(folder), "logs": here(BLOCK_LOGS.get(folder) or PATHS.log(folder, "*"))}
         for paper in GRID.papers
         for cell in GRID.of_paper(paper)
         for folder in [PATHS.cell(cell)]
     ]
+
+
+def histories(paper=None):
+    """The course of training of every cell that was trained."""
+    return [f"{PATHS.cell(cell)}/history.csv" for cell in GRID.cells(paper=paper) if cell["stage"] != "attacked"]
 
 
 @functools.cache
@@ -103,6 +114,11 @@ def page_pictures(paper):
     return features + PICTURES[paper]
 
 
+def picture_tables(paper):
+    """The numbers of the figure of features, which stand beside it."""
+    return [f"{PATHS.paper(paper)}/features.csv"] if feature_figure(paper) else []
+
+
 def registry(paper):
     """Names of all defences of a paper's family, also those that are not run: by these each has its colour."""
     return list(GRID.family(paper).labels("defences").values())
@@ -115,8 +131,8 @@ def paper_header(paper):
         "title": GRID.experiments[paper]["title"],
         "reference": GRID.experiments[paper].get("reference", ""),
         "note": GRID.experiments[paper]["scales"][config["scale"]].get("note", ""),
-        "folder": PATHS.paper(paper),
-        "pictures": page_pictures(paper),
+        "folder": here(PATHS.paper(paper)),
+        "pictures": [{**picture, "path": here(picture["path"])} for picture in page_pictures(paper)],
         **{name: paper_file(paper, f"{name}.yaml") for name in ("card", "claims")},
     }
 
@@ -178,7 +194,9 @@ def index_files(wildcards):
         "sheets": [f"{RESULTS}/figures/triggers_{dataset}.png" for dataset in sorted(IMAGES.used("dataset"))],
         "triggers": [f"{RESULTS}/figures/triggers_{dataset}" for dataset in sorted(IMAGES.used("dataset"))],
         "manifests": list(used_manifests().values()),
-        "texts": [file for paper in GRID.papers for name in ("card", "claims") if (file := paper_file(paper, f"{name}.yaml"))],
+        "texts": local(
+            [file for paper in GRID.papers for name in ("card", "claims") if (file := paper_file(paper, f"{name}.yaml"))]
+        ),
     }
 
 

@@ -27,8 +27,8 @@ def announce():
     """Tell the logger what will run."""
     cores = workflow.resource_settings.cores or os.cpu_count()
     jobs, patterns = plan.jobs_of(workflow)
-    costs = plan.measured(config["results"], config["scale"], jobs.values(), patterns)
-    plan.keep_graph(f"{config['results']}/benchmark/{config['scale']}", jobs.values())
+    costs = plan.measured(here(config["results"]), config["scale"], jobs.values(), patterns)
+    plan.keep_graph(here(f"{config['results']}/benchmark/{config['scale']}"), jobs.values())
     times = plan.Times(config["scale"], [*costs, *plan.read_costs(plan.COSTS)], plan.hardware(RESULTS))
     todo = {
         workflow.dag.jobid(job): (known.rule, dict(known.wildcards), known.cells, times.of(known), known.threads)

@@ -24,7 +24,7 @@ rule zoo_report:
         PATHS.benchmark(ZOO_FOLDER, "report")
     localrule: True
     params:
-        cells=[{**cell, "folder": PATHS.cell(cell)} for cell in ZOO.cells("victim")],
+        cells=[{**cell, "folder": here(PATHS.cell(cell))} for cell in ZOO.cells("victim")],
         scale=config["scale"],
         root=ROOT,
         code=code_digest(SCRIPTS / "zoo_report.py", *TEMPLATES),

@@ -157,7 +157,8 @@ class LogHandler(LogHandlerBase):
         logs = [Path(path) for path in record.log if Path(path).is_file()]
         text = reason(logs[0].read_text(encoding="utf-8", errors="replace")) if logs else ""
         text = text or str(record.rule_msg or "no reason was given")
-        self._write(f"FAILED  {words}" + f" ({logs[0]})" * bool(logs), *(f"    {line}" for line in text.splitlines()[:15]))
+        where = f" ({logs[0]})" if logs else ""
+        self._write(f"FAILED  {words}{where}", *(f"    {line}" for line in text.splitlines()[:15]))
         self.run.failed[record.jobid] = f"{words}: {text.splitlines()[0]}"
 
     def _plain(self, record: logging.LogRecord) -> None:
