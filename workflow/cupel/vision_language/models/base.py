@@ -183,6 +183,10 @@ def fitting_batch(model: VisionLanguageModel, length: int, largest: int = 256) -
 @contextlib.contextmanager
 def inference(model: VisionLanguageModel):
     """Eval mode without gradients, in which outputs that are not finite raise `Diverged`."""
+    was = model.network.training
     model.network.eval()
-    with torch.inference_mode(), finite_outputs(model.network):
-        yield
+    try:
+        with torch.inference_mode(), finite_outputs(model.network):
+            yield
+    finally:
+        model.network.train(was)
