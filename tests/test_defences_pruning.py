@@ -664,6 +664,13 @@ def test_fp_prunes_in_order_of_mean_activation(tiny):
     assert fp_file.classifier_input(build("vgg19_bn", num_classes=4, seed=0)) == "extractor.classifier.0"
 
 
+@pytest.mark.parametrize("name", ["anp", "fp"])
+def test_one_image_of_each_class_is_too_few_to_choose_by(name, tiny):
+    victim, budget = tiny
+    with pytest.raises(ValueError, match="no class has two: a larger budget"):
+        purify(name, victim, budget.take(np.arange(4)), rng(0), **FEW[name])
+
+
 # ---------------------------------------------------------------- what holds for all
 
 

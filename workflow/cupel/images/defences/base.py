@@ -49,12 +49,17 @@ class Budget:
         """A training and a validation part: max(1, int(ratio·n)) validation images of each class of n (ims SPEC 4).
 
         A class with a single image stays in the training part.
+
+        Raises:
+            ValueError: no class has two images.
         """
         held = []
         for c in range(self.classes):
             members = rng.permutation(np.flatnonzero(self.labels == c))
             if len(members) > 1:
                 held.append(members[: max(1, int(ratio * len(members)))])
+        if not held:
+            raise ValueError("it sets images of each class aside to choose by, and no class has two: a larger budget")
         validation = np.sort(np.concatenate(held))
         return self.take(np.setdiff1d(np.arange(len(self)), validation)), self.take(validation)
 
