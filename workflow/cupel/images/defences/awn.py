@@ -42,7 +42,7 @@ def awn(victim, budget, rng, *, lr=0.01, gamma=0.9, epochs=20, trigger_norm=1000
         clamp: `pixel`: x + d is clamped to valid images; `normalised`: to [0, 1] after normalisation, as released.
 
     Raises:
-        ValueError: unknown `clamp`, or the network has no BatchNorm.
+        ValueError: the network has no BatchNorm.
     """
     seed = int(rng.integers(2**62))
     model = copy.deepcopy(victim).to(budget.device, memory_format=torch.channels_last)

@@ -86,7 +86,7 @@ def fmp(victim, budget, rng, *, eps=1 / 255, samples=32, fraction=1 / 64, epochs
     The network is in eval mode while channels are ranked; the released code leaves it in train mode.
 
     Raises:
-        ValueError: unknown `clamp`, or the network has no convolutions.
+        ValueError: the network has no convolutions.
     """
     model = copy.deepcopy(victim).to(budget.device, memory_format=torch.channels_last).eval()
     convolutions = layers(model, nn.Conv2d, "fmp")

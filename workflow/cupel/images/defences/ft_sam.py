@@ -78,12 +78,7 @@ def ft_sam(victim, budget, rng, *, rho=2.0, label_smoothing=0.1, lr=0.01, epochs
         t_max: period of the cosine.
         schedule_per: what the period counts: `epoch`, or `batch` as in the released code, where the learning rate
             falls and rises again as soon as there are more than t_max batches.
-
-    Raises:
-        ValueError: another `schedule_per`.
     """
-    if schedule_per not in ("epoch", "batch"):
-        raise ValueError(f"schedule_per is 'epoch' or 'batch', not {schedule_per!r}")
     model = copy.deepcopy(victim).to(budget.device)
     per_batch = schedule_per == "batch"
     recipe = budget.recipe(epochs, lr, batch_size=batch_size, momentum=momentum, weight_decay=weight_decay,

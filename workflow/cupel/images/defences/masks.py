@@ -142,16 +142,11 @@ def clamp_normalised(model: nn.Module, z: torch.Tensor, space: str) -> torch.Ten
 
     AWN and FMP perturb normalised images. The released ports clamp those to [0, 1] (`normalised`), which cuts off
     everything darker than the mean; `pixel` clamps to what is a valid image, [0, 1] before normalisation.
-
-    Raises:
-        ValueError: another `space`.
     """
     if space == "normalised":
         return z.clamp(0, 1)
-    if space == "pixel":
-        zero = torch.zeros_like(z[:1])
-        return torch.minimum(torch.maximum(z, model.normalize(zero)), model.normalize(zero + 1))
-    raise ValueError(f"clamp must be 'pixel' or 'normalised', not {space!r}")
+    zero = torch.zeros_like(z[:1])
+    return torch.minimum(torch.maximum(z, model.normalize(zero)), model.normalize(zero + 1))
 
 
 def denormalise(model: nn.Module, z: torch.Tensor) -> torch.Tensor:
