@@ -19,9 +19,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from cupel.images.defences.base import defence
-from cupel.images.defences.passes import batches, watched
+from cupel.images.defences.passes import batches, train, watched
 from cupel.images.models.attachments import attach
-from cupel.training.engine import fit
 from cupel.training.hook import Hook
 
 
@@ -113,7 +112,5 @@ def mm_bd(victim, budget, rng, *, epochs=50, lr=1e-3, weight=0.5, factor=1.2, ev
 
     bounds = [clamp.bound for clamp in clamps]
     recipe = budget.recipe(epochs, lr, batch_size=batch_size, optimizer="adam", weight_decay=0.0, schedule="constant")
-    history = fit(model, budget.images, budget.labels, recipe, seed=seed, device=budget.device, objective=objective,
-                  hook=ClampPenalty(bounds, weight, factor, every, accuracy - allowance), parameters=bounds,
-                  checkpoint=budget.checkpoint, title="mm_bd")
-    return model, history
+    penalty = ClampPenalty(bounds, weight, factor, every, accuracy - allowance)
+    return model, train(model, budget, recipe, seed, objective=objective, hook=penalty, parameters=bounds, title="mm_bd")

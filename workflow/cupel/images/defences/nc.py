@@ -17,6 +17,7 @@ And its median of an even number of classes is the smaller of the middle two; he
 """
 
 import copy
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -24,8 +25,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cupel.images.defences.base import defence
-from cupel.images.defences.passes import batches, stage
-from cupel.training.engine import cuts, fit
+from cupel.images.defences.passes import batches, stage, train
+from cupel.training.engine import cuts
 
 
 def unit(u: Tensor) -> Tensor:
@@ -86,8 +87,7 @@ class Search:
         chosen = torch.from_numpy(better).to(mask.device)
         self.mask[chosen], self.pattern[chosen] = mask[chosen], pattern[chosen]
 
-        with np.errstate(invalid="ignore"):
-            same = np.isfinite(self.best) & (self.best >= 0.99 * self.best_before)
+        same = np.isfinite(self.best) & (self.best >= 0.99 * self.best_before)
         self.stale = np.where(same, self.stale + 1, np.where(np.isfinite(self.best), 0, self.stale))
         self.best_before = np.minimum(self.best_before, self.best)
         self.active &= ~(self.rose & self.fell & (self.stale >= self.stop_patience))
@@ -181,7 +181,6 @@ def nc(victim, budget, rng, *, search_epochs=80, mask_lr=0.1, cost=1e-3, cost_fa
         stamped = (1 - mask) * budget.images[carriers] + mask * pattern * 255
         images.append(np.clip(stamped, 0, 255).astype(np.uint8))
         labels.append(budget.labels[carriers])
+    mixed = replace(budget, images=np.concatenate(images), labels=np.concatenate(labels))
     recipe = budget.recipe(epochs, lr, batch_size=batch_size, momentum=momentum, weight_decay=weight_decay)
-    rows = fit(model, np.concatenate(images), np.concatenate(labels), recipe, seed=int(rng.integers(2**62)),
-               device=budget.device, checkpoint=budget.checkpoint, title="nc")
-    return model, history + stage("unlearn", rows)
+    return model, history + stage("unlearn", train(model, mixed, recipe, rng, title="nc"))

@@ -13,10 +13,11 @@ from cupel.training.augment import Draws, augment, to_pixels
 from cupel.training.engine import Recipe, cuts, fit, upload
 
 
-def train(model: nn.Module, budget: Budget, recipe: Recipe, rng: np.random.Generator, **settings) -> list[dict]:
-    """`fit` on the budget, with its checkpoint and a seed from `rng`; `settings` as there. Returns the history."""
-    return fit(model, budget.images, budget.labels, recipe, seed=int(rng.integers(2**62)), device=budget.device,
-               checkpoint=budget.checkpoint, **settings)
+def train(model: nn.Module, budget: Budget, recipe: Recipe, rng: np.random.Generator | int, **settings) -> list[dict]:
+    """`fit` on the budget, with its checkpoint; `rng` draws the seed, or is it; `settings` as there. Returns the history."""
+    seed = rng if isinstance(rng, int) else int(rng.integers(2**62))
+    return fit(model, budget.images, budget.labels, recipe, seed=seed, device=budget.device, checkpoint=budget.checkpoint,
+               **settings)
 
 
 @contextlib.contextmanager

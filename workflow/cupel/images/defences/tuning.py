@@ -21,9 +21,8 @@ def reinitialise(linear: nn.Linear, generator: torch.Generator) -> None:
     """Draw weight and bias from U(−1/√d, 1/√d), d the input width (fst SPEC 2, step 2)."""
     bound = 1 / math.sqrt(linear.in_features)
     with torch.no_grad():
-        for tensor in filter(lambda t: t is not None, (linear.weight, linear.bias)):
-            fresh = torch.empty(tensor.shape).uniform_(-bound, bound, generator=generator)
-            tensor.copy_(fresh)
+        for tensor in linear.parameters():
+            tensor.copy_(torch.empty(tensor.shape).uniform_(-bound, bound, generator=generator))
 
 
 def project(linear: nn.Linear, norm: torch.Tensor) -> None:
@@ -96,7 +95,7 @@ def tune(victim, budget: Budget, rng, *, lr: float, epochs: int, batch_size: int
         for linear, norm in zip(linears, norms, strict=True):
             project(linear, norm)
 
-    recipe = budget.recipe(epochs, lr, batch_size=batch_size, momentum=momentum, weight_decay=0.0, schedule="cosine")
+    recipe = budget.recipe(epochs, lr, batch_size=batch_size, momentum=momentum, weight_decay=0.0)
     penalty = Penalty(alpha, linears, original, epochs) if alpha else None
     history = train(model, budget, recipe, rng, after_step=constrain if projected else None, parameters=trained, hook=penalty,
                     title="tune")
