@@ -23,18 +23,15 @@ def train(model: nn.Module, budget: Budget, recipe: Recipe, rng: np.random.Gener
 @contextlib.contextmanager
 def watched(modules: dict[str, nn.Module], look: Callable, *, inputs: bool = False) -> Iterator[None]:
     """In here `look(name, tensor)` is called with the output of each module, or its input; what it returns replaces that."""
-    def hook(name):
+    def hang(name, module):
         if inputs:
-            return lambda module, given: look(name, given[0])
-        return lambda module, given, output: look(name, output)
+            return module.register_forward_pre_hook(lambda _, given: look(name, given[0]))
+        return module.register_forward_hook(lambda _, given, output: look(name, output))
 
-    handles = [module.register_forward_pre_hook(hook(name)) if inputs else module.register_forward_hook(hook(name))
-               for name, module in modules.items()]
-    try:
+    with contextlib.ExitStack() as hooks:
+        for name, module in modules.items():
+            hooks.enter_context(hang(name, module))
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def batches(budget: Budget, batch_size: int, seed: int, number: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
