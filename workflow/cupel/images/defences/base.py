@@ -1,5 +1,6 @@
 """What a defender is given, and nothing else: the victim, some clean images, and a random stream."""
 
+import copy
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -62,6 +63,10 @@ class Budget:
             raise ValueError("it sets images of each class aside to choose by, and no class has two: a larger budget")
         validation = np.sort(np.concatenate(held))
         return self.take(np.setdiff1d(np.arange(len(self)), validation)), self.take(validation)
+
+    def copy_of(self, network: torch.nn.Module) -> torch.nn.Module:
+        """A copy of the victim, or of another network, on this budget's device: what a defence may change."""
+        return copy.deepcopy(network).to(self.device)
 
     def keep(self, **arrays: np.ndarray) -> None:
         """Leave arrays for figures: the workflow writes them as `details.npz` beside the checkpoint."""

@@ -8,7 +8,6 @@ In each layer the 1/64 of channels whose x_c are classified worst are taken for 
 and γ, β of a BatchNorm that directly follows in module order. Then all weights are tuned.
 """
 
-import copy
 import itertools
 
 import torch
@@ -89,7 +88,7 @@ def fmp(victim, budget, rng, *, eps=1 / 255, samples=32, fraction=1 / 64, epochs
     Raises:
         ValueError: the network has no convolutions.
     """
-    model = copy.deepcopy(victim).to(budget.device, memory_format=torch.channels_last).eval()
+    model = budget.copy_of(victim).to(memory_format=torch.channels_last).eval()
     convolutions = layers(model, nn.Conv2d, "fmp")
     seed = int(rng.integers(2**62))
     chosen = rng.permutation(len(budget))[:samples]

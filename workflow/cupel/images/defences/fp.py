@@ -8,7 +8,6 @@ The released code keeps one step too many, because its "last good" network is th
 here the last good one is kept.
 """
 
-import copy
 import math
 
 import torch
@@ -43,16 +42,15 @@ def fp(victim, budget, rng, *, tolerance=0.1, step=0.01, validation=0.1, epochs=
         validation: share of each class kept apart; it is neither ranked nor tuned on.
         epochs, lr, momentum, weight_decay, batch_size: of tuning by SGD, cosine to zero.
     """
-    model = copy.deepcopy(victim).to(budget.device).eval()
+    model = budget.copy_of(victim).eval()
     training, held = budget.split(validation, rng)
     name = classifier_input(model)
     weight = model.get_submodule(name).weight
     original = weight.detach().clone()
     order = mean_activations(model, name, training).argsort(stable=True)
-    size = math.ceil(len(order) * step)
     keep = torch.ones_like(original[0])
     initial, history = accuracy(model, held), []
-    for count in range(0, len(order), size):
+    for count in range(0, len(order), math.ceil(len(order) * step)):
         candidate = torch.ones_like(keep)
         candidate[order[:count]] = 0
         with torch.no_grad():

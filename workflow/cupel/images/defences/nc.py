@@ -16,7 +16,6 @@ indexing, so that the rest of it cannot take all colours and masks come out larg
 And its median of an even number of classes is the smaller of the middle two; here it is their mean, as in numpy.
 """
 
-import copy
 from dataclasses import replace
 
 import numpy as np
@@ -132,9 +131,7 @@ def search(model, budget, seed: int, *, epochs: int, lr: float, batch_size: int,
                 targets = chunk.repeat_interleave(len(x))
                 norm = m.flatten(1).norm(p=1, dim=1)
                 entropy = F.cross_entropy(logits, targets, reduction="none").view(len(chunk), -1).mean(1)
-                slopes = torch.autograd.grad((entropy + costs[chunk] * norm).sum(), [u, v])
-                for variable, slope in zip((u, v), slopes, strict=True):
-                    variable.grad = slope if variable.grad is None else variable.grad + slope
+                (entropy + costs[chunk] * norm).sum().backward(inputs=[u, v])
                 reached[chunk] += (logits.argmax(1) == targets).view(len(chunk), -1).float().mean(1)
                 norms[chunk] += norm.detach()
             optimizer.step()
@@ -161,7 +158,7 @@ def nc(victim, budget, rng, *, search_epochs=80, mask_lr=0.1, cost=1e-3, cost_fa
     Returns:
         The model, and a history that begins with one row per class: norm of its mask, anomaly index, flagged or not.
     """
-    model = copy.deepcopy(victim).to(budget.device)
+    model = budget.copy_of(victim)
     found = search(model, budget, int(rng.integers(2**62)), epochs=search_epochs, lr=mask_lr, batch_size=batch_size,
                    together=together, cost=cost, up=cost_factor, patience=patience, success=success,
                    stop_patience=stop_patience)

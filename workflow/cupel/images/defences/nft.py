@@ -9,7 +9,6 @@ SPC is the number of samples per class. Train mode throughout: the running stati
 moved. The mask, soft, is multiplied into γ.
 """
 
-import copy
 import math
 
 import torch
@@ -58,7 +57,7 @@ def nft(victim, budget, rng, *, lr=0.1, lr_min=0.02, momentum=0.95, epochs=100, 
     Raises:
         ValueError: the network has no BatchNorm.
     """
-    masked = MaskedBatchNorms(copy.deepcopy(victim).to(budget.device), "nft")
+    masked = MaskedBatchNorms(budget.copy_of(victim), "nft")
     low = floors(masked.channels, alpha, beta).to(masked.mask)
     mixup, weight = MixUp(), l1_weight / (len(budget) / budget.classes)
 

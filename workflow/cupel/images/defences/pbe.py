@@ -4,8 +4,6 @@ Each round is one pass of adversarial training and one of normal training. The a
 the cross-entropy from a random start in the L∞ ball, against the network in train mode, as released.
 """
 
-import copy
-
 import torch
 import torch.nn.functional as F
 
@@ -63,7 +61,7 @@ def pbe(victim, budget, rng, *, eps=0.02, step_size=0.004, steps=7, rounds=20, l
             batch of an adversarial pass, which amounts to none there.
         clamp: `pixel` or `normalised` (as released), see `AdversarialTraining`.
     """
-    model = copy.deepcopy(victim).to(budget.device)
+    model = budget.copy_of(victim)
     adversarial = AdversarialTraining(model, eps, steps, step_size, clamp)
     budget.resume(model=model)
     history = []

@@ -6,7 +6,6 @@
 3. Prune: γ of the victim's channels with a mask below a rising threshold is set to zero, while the accuracy holds.
 """
 
-import copy
 import math
 
 import torch
@@ -81,7 +80,7 @@ def rnp(victim, budget, rng, *, unlearn_lr=0.001, unlearn_epochs=20, unlearn_thr
     diverged = []
     budget.resume(diverged=diverged)
     for attempt in range(len(diverged), ATTEMPTS):
-        forgetful = copy.deepcopy(victim).to(budget.device, memory_format=torch.channels_last).requires_grad_(True)
+        forgetful = budget.copy_of(victim).to(memory_format=torch.channels_last).requires_grad_(True)
         try:
             forgotten = unlearn(forgetful, budget, seed, lr=unlearn_lr / 10**attempt, momentum=momentum,
                                 weight_decay=weight_decay, epochs=unlearn_epochs, threshold=unlearn_threshold,
@@ -98,7 +97,7 @@ def rnp(victim, budget, rng, *, unlearn_lr=0.001, unlearn_epochs=20, unlearn_thr
                 raise
     history = stage("unlearn", forgotten) + stage("recover", recovered)
 
-    best = copy.deepcopy(victim).to(budget.device).eval()
+    best = budget.copy_of(victim).eval()
     initial = accuracy(best, budget)
     for k in range(math.ceil(1 / threshold_step - 1e-9)):
         threshold = round(k * threshold_step, 10)
