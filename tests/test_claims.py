@@ -11,7 +11,8 @@ from scipy.stats import t, ttest_1samp
 from cupel.evaluation import agreement
 from cupel.evaluation.claims import SEEDS, judge, judge_all
 from cupel.evaluation.intervals import wilson
-from cupel.evaluation.settings import destroyed, validity
+from cupel.evaluation.metrics import destroyed
+from cupel.evaluation.settings import validity
 from cupel.evaluation.variation import least_effect, mean_effect
 from cupel.experiment import PAPERS, Grid
 from cupel.reporting.paper import load

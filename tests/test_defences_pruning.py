@@ -78,6 +78,10 @@ def randomise_batchnorms(model, seed=0):
     return model.eval()
 
 
+def ims_settings(**changed):
+    return ims_file.Settings(**{**ims_file.ims.__kwdefaults__, **changed})
+
+
 def pixels(count, size=32, seed=1):
     return torch.rand(count, 3, size, size, generator=torch.Generator().manual_seed(seed))
 
@@ -129,8 +133,7 @@ def test_gradient_of_a_step_against_finite_differences():
     model = randomise_batchnorms(build("preactresnet18", num_classes=4, width=8, stem_stride=2, seed=3)).double()
     model.requires_grad_(False)
     masked = ims_file.ConvolutionMasks(model)
-    settings = ims_file.Settings(**ims_file.ims.__kwdefaults__)
-    state = ims_file.Refinement(masked, settings, "cpu")
+    state = ims_file.Refinement(masked, ims_settings(), "cpu")
     generator = torch.Generator().manual_seed(0)
     n = masked.channels.total
     state.a, state.s = ((0.3 + 0.4 * torch.rand(n, generator=generator, dtype=torch.float64)).requires_grad_()
@@ -237,7 +240,7 @@ def test_only_a_batchnorm_that_alone_reads_a_convolution_follows_it():
 
 def test_early_stop_counts_rounds_without_two_percent():
     state = ims_file.Refinement.__new__(ims_file.Refinement)
-    state.settings = ims_file.Settings(**{**ims_file.ims.__kwdefaults__, "patience": 2})
+    state.settings = ims_settings(patience=2)
     state.best, state.waited = math.inf, 0
     assert [state.finished(loss) for loss in (1.0, 0.985, 0.97, 0.96, 0.955, 0.952)] == [False] * 5 + [True]
 
@@ -257,13 +260,13 @@ def test_inner_problem_raises_the_flip_rate_within_its_step_budget(tiny):
 
     flips = {}
     for lr in (0.001, 0.01):
-        delta, terms = ims_file.perturb(model, model, x, clean, norm_bound=1.0, lr_perturb=lr, steps_perturb=20)
+        delta, terms = ims_file.perturb(model, model, x, clean, ims_settings(lr_perturb=lr))
         assert 0.5 * lr * 20 < delta.abs().max() < 1.1 * lr * 20
         assert objective(delta) < objective(torch.zeros_like(x))
         assert not delta.requires_grad and terms.shape == (2,)
         flips[lr] = float((model(x + delta).argmax(1) != clean.argmax(1)).float().mean())
     assert flips[0.01] > max(flips[0.001], 0.2)
-    delta, _ = ims_file.perturb(model, model, x, clean, norm_bound=0.005, lr_perturb=0.01, steps_perturb=20)
+    delta, _ = ims_file.perturb(model, model, x, clean, ims_settings(norm_bound=0.005, lr_perturb=0.01))
     assert delta.abs().max() == pytest.approx(0.005)
 
 
@@ -278,11 +281,11 @@ def test_bf16_reads_pixels_in_float32_and_finds_perturbations_as_good(tiny):
         logits = {precision: fixed[precision](x + 1 / 4096) for precision in fixed}
     assert torch.equal(outputs[1], outputs[0].bfloat16()) and not torch.equal(logits["fp32"], logits["bf16"])
     torch.testing.assert_close(logits["bf16"], logits["fp32"], atol=0.03 * float(logits["fp32"].abs().max()), rtol=0)
-    ends, settings = {}, {"norm_bound": 1.0, "lr_perturb": 0.001, "steps_perturb": 20}
+    ends = {}
     exact, inverse, clean = masked.fixed(torch.ones_like(scale)), fixed["fp32"], model(x)
     for precision in fixed:
         reference = masked.fixed(torch.ones_like(scale), precision)
-        delta, _ = ims_file.perturb(reference, fixed[precision], x, clean, **settings)
+        delta, _ = ims_file.perturb(reference, fixed[precision], x, clean, ims_settings())
         answer = exact(x + delta)
         ends[precision] = float(ims_file.agree(inverse(x + delta), answer) + ims_file.disagree(answer, clean))
     begun = float(ims_file.agree(inverse(x), clean) + ims_file.disagree(clean, clean))
@@ -662,6 +665,13 @@ def test_fp_prunes_in_order_of_mean_activation(tiny):
     assert pruned > 0 and sorted(zero.tolist()) == sorted(order[:pruned].tolist())
     assert rows[0]["pruned"] == 0 and rows[1]["pruned"] == pytest.approx(7 / 64)
     assert fp_file.classifier_input(build("vgg19_bn", num_classes=4, seed=0)) == "extractor.classifier.0"
+
+
+@pytest.mark.parametrize("name", ["anp", "fp"])
+def test_one_image_of_each_class_is_too_few_to_choose_by(name, tiny):
+    victim, budget = tiny
+    with pytest.raises(ValueError, match="no class has two: a larger budget"):
+        purify(name, victim, budget.take(np.arange(4)), rng(0), **FEW[name])
 
 
 # ---------------------------------------------------------------- what holds for all

@@ -3,15 +3,19 @@
 All rates are fractions. ASR and RA share a denominator: test images whose true class is not the target.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 
 from cupel.evaluation.intervals import wilson
 
-#: a purified model that keeps less than this share of its victim's ACC is destroyed (ours; a third of all accuracy is no price
+#: a purified model that keeps less than this share of its victim's use is destroyed (ours; a third of all accuracy is no price
 #: that any of the papers calls acceptable)
 KEPT = 2 / 3
+#: what tells that a purified model is of use, one metric for each family: accuracy, clean performance, and the inverse of the
+#: perplexity, which is the mean probability of a held-out token. Robust training has no victim that a defence could destroy
+USE = {"acc": 1, "cp": 1, "perplexity": -1}
 
 
 @dataclass(frozen=True)
@@ -87,9 +91,10 @@ def effects(before: dict, after: dict, stream: np.random.Generator) -> dict[str,
     return found
 
 
-def destroyed(before: dict, after: dict) -> bool:
-    """Whether a purified model keeps less than `KEPT` of its victim's ACC."""
-    return after["acc"] < KEPT * before["acc"]
+def destroyed(before: Mapping, after: Mapping) -> bool:
+    """Whether a purified model keeps less than `KEPT` of its victim's use (`USE`); of flat records."""
+    return any(after[name] ** sign < KEPT * before[name] ** sign for name, sign in USE.items()
+               if name in before and name in after)
 
 
 def der(acc_before: float, acc_after: float, asr_before: float, asr_after: float) -> float:

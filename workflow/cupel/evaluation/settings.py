@@ -8,25 +8,16 @@ from collections.abc import Mapping
 
 import pandas as pd
 
-from cupel.evaluation.metrics import KEPT
+from cupel.evaluation.metrics import KEPT, USE, destroyed  # noqa: F401 (`destroyed`: for jobs that ask for it here)
 
 VICTIM = ["dataset", "model", "recipe", "attack", "attack_variant", "poison_rate"]
 SETTING = [*VICTIM, "budget"]
 #: a victim with less of one of these has no backdoor to remove, or is no classifier; what was not measured says nothing
 GATE = {"asr": 0.8, "acc": 0.2}
-#: what tells that a purified model is of use, one metric for each family: accuracy, clean performance, and the inverse of the
-#: perplexity, which is the mean probability of a held-out token. Robust training has no victim that a defence could destroy
-USE = {"acc": 1, "cp": 1, "perplexity": -1}
 #: what readers are told of its cells. Their numbers are numbers, so their status is ok; they are in no mean and no verdict
 NO_VICTIM = "no valid victim"
 #: status of a cell that a report asks for and whose job has not begun
 NOT_RUN = "not run"
-
-
-def destroyed(before: Mapping, after: Mapping) -> bool:
-    """Whether a purified model keeps less than `KEPT` of its victim's use; of flat records."""
-    return any(after[name] ** sign < KEPT * before[name] ** sign for name, sign in USE.items()
-               if name in before and name in after)
 
 
 def validity(cells: pd.DataFrame, gate: Mapping[str, float] | None = None) -> pd.DataFrame:

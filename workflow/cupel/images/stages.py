@@ -12,16 +12,20 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from cupel.cells import fail, failure, identity, past, read_tensors, write_history, write_tensors
 from cupel.evaluation.metrics import confusion, destroyed, effects, rates
 from cupel.files import digest, kept, noted, publish, read_json, write_json
-from cupel.images import datasets, models
+from cupel.images import datasets, defences, models
 from cupel.images.attacks import Attack, ImpossibleRate, PoisonRecord, build
 from cupel.images.datasets import Dataset, splits
+from cupel.images.defences.masks import write
 from cupel.job import costs, separately
 from cupel.prepared import content
 from cupel.rng import derive, rng
+from cupel.training.engine import Recipe, fit, predict
+from cupel.training.precision import settled
 
 
 @dataclass(frozen=True)
@@ -60,6 +64,12 @@ def training_split(train: Dataset, settings: dict, seed: int) -> splits.Split:
                         remove=settings.get("remove_held_out", True))
 
 
+def training_set(spec: dict, data: str) -> Dataset:
+    """What a victim is trained on, before poisoning."""
+    train = datasets.load(f"{data}/{spec['dataset']}", "train")
+    return train.take(training_split(train, spec["settings"], spec["seed"]).train)
+
+
 def make_attack(spec: dict, tensors: dict[str, np.ndarray] | None = None) -> Attack | None:
     """The attack of a cell, None for clean training. `smaller` is a setting of the preparation, not of the attack."""
     if spec["function"] == "none":
@@ -75,8 +85,7 @@ def prepare_trigger(spec: dict, data: str, model: str | None, out: str, device: 
 
     Where the method fails, the file says so, and every victim that needs the trigger becomes a failed cell.
     """
-    train = datasets.load(f"{data}/{spec['dataset']}", "train")
-    clean = train.take(training_split(train, spec["settings"], spec["seed"]).train)
+    clean = training_set(spec, data)
     try:
         attack = make_attack(spec["attack"])
         network = models.load(model).to(device).eval() if model else None
@@ -90,8 +99,7 @@ def prepare_trigger(spec: dict, data: str, model: str | None, out: str, device: 
 
 def poison(spec: dict, data: str, trigger: str | None, out: str) -> None:
     """Write the poison record of a victim. An impossible request is written in its place, and the victim reports it."""
-    train = datasets.load(f"{data}/{spec['dataset']}", "train")
-    clean = train.take(training_split(train, spec["settings"], spec["seed"]).train)
+    clean = training_set(spec, data)
     target = spec["settings"].get("target", 0)
     stream = rng(spec["seed"], "poison", spec["attack"]["function"])
     try:
@@ -114,8 +122,6 @@ def stored(model, path: str | Path, images: np.ndarray, device: str):
             the network that its `spec` builds (classes, layers, types).
         Diverged: weights or answers are not finite.
     """
-    from cupel.training.engine import predict
-
     given = predict(model, images, device=device)
     models.save(model, path)
     again = models.load(path)
@@ -133,8 +139,6 @@ def answers(model, images: np.ndarray, classes: int, device: str, precision: str
         ValueError: the network does not have one output for each class.
         Diverged: an output is not finite.
     """
-    from cupel.training.engine import predict
-
     logits = predict(model, images, device=device, precision=precision)
     if logits.shape != (len(images), classes):
         raise ValueError(f"the network gives outputs of shape {logits.shape} for {len(images)} images of {classes} classes")
@@ -173,19 +177,14 @@ def train_victim(spec: dict, inputs: Inputs, outputs: dict, device: str) -> None
         inputs: `data`, `record`, and `trigger` where the attack has one prepared.
         outputs: paths `model`, `trigger`, `history`, `metrics`.
     """
-    from cupel.training.engine import Recipe, fit
-    from cupel.training.precision import settled
-
     started = time.perf_counter()
     base = identity(spec, "victim")
     try:
         manifest = read_json(f"{inputs.data}/{spec['dataset']}/manifest.json")
-        train = datasets.load(f"{inputs.data}/{spec['dataset']}", "train")
         settings, seed = settled(spec["settings"], device), spec["seed"]
         target = settings.get("target", 0)
-        clean = train.take(training_split(train, settings, seed).train)
-        refused = read_tensors(inputs.record).get("failed")
-        if refused is not None:
+        clean = training_set(spec, inputs.data)
+        if (refused := read_tensors(inputs.record).get("failed")) is not None:
             raise ValueError(str(refused))
         poisoned = PoisonRecord.load(inputs.record)
         images, labels, groups = clean.images, clean.labels.copy(), np.zeros(len(clean), np.int64)
@@ -256,12 +255,6 @@ def purify(spec: dict, defence: dict, inputs: Inputs, outputs: dict, device: str
         inputs: `data`, `victim`, `trigger`, `before`.
         outputs: paths `model`, `history`, `metrics`, and `details`: arrays that the defence keeps, if it keeps any.
     """
-    import torch
-
-    from cupel.images import defences
-    from cupel.images.defences.masks import write
-    from cupel.training.precision import settled
-
     base = identity(spec, "purified", defence)
     try:
         victim = past(inputs.before, inputs.victim)

@@ -92,8 +92,7 @@ def train(network: nn.Module, optimizer: torch.optim.Optimizer, task: Task, keep
                 restore(value, state["weights"][name])
             optimizer.load_state_dict(state["optimizer"])
             done, history, sums = state["step"], state["history"], state["sums"]
-    updates = task.updates(0)
-    per_epoch = len(updates)
+    per_epoch = len(task.updates(0))
     total = per_epoch * task.epochs
     progress = Progress(task.title, total, done, unit="updates")
     network.train()

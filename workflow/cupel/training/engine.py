@@ -54,11 +54,8 @@ def finite_outputs(network: nn.Module) -> Iterator[None]:
         logits = getattr(output, "logits", output).detach()
         require_finite([logits[:, -1] if logits.ndim == 3 else logits], "outputs")
 
-    handle = network.register_forward_hook(look)
-    try:
+    with network.register_forward_hook(look):
         yield
-    finally:
-        handle.remove()
 
 
 @dataclass(frozen=True)
@@ -209,8 +206,7 @@ def fit(model: nn.Module, images: np.ndarray | torch.Tensor, labels: np.ndarray 
     hook = hook or Hook()
     trained = list(parameters if parameters is not None else model.parameters())
     optimizer = make_optimizer(trained, recipe)
-    size = min(recipe.batch_size, len(target))
-    parts = cuts(len(target), size, recipe.drop_last)
+    parts = cuts(len(target), recipe.batch_size, recipe.drop_last)
     if recipe.drop_last and len(target) < recipe.batch_size:
         raise ValueError(f"{len(target)} samples do not fill one batch of {recipe.batch_size}, and drop_last is on")
     scheduler = make_scheduler(optimizer, recipe, len(parts))
@@ -227,8 +223,7 @@ def fit(model: nn.Module, images: np.ndarray | torch.Tensor, labels: np.ndarray 
         model.eval()
         return keeper.finished
     history, begin = [], 0
-    state = keeper.load(device) if keeper else None
-    if state:
+    if keeper and (state := keeper.load(device)):
         with keeper.restoring():
             model.load_state_dict(state["model"])
             optimizer.load_state_dict(state["optimizer"])

@@ -1,7 +1,7 @@
 """Defences, one file each, with one interface: `purify(name, victim, budget, rng, **hyperparameters)`."""
 
 import inspect
-from dataclasses import fields, replace
+from dataclasses import replace
 
 import numpy as np
 
@@ -38,8 +38,7 @@ def purify(name: str, victim, budget: Budget, rng: np.random.Generator | int, **
         identity = {"defence": name, "hyperparameters": settings,
                     "victim": [*weights, fingerprint(weights.values())], "stream": rng.bit_generator.state,
                     "data": fingerprint((budget.images, budget.labels)),
-                    **{field.name: str(getattr(budget, field.name)) for field in fields(budget)
-                       if field.name not in ("images", "labels", "checkpoint", "details", "snapshots")}}
+                    **{name: str(getattr(budget, name)) for name in ("classes", "crop", "flip", "device", "precision")}}
         budget = replace(budget, checkpoint=Resume(budget.checkpoint, identity, budget.device))
     found = DEFENCES[name](victim, budget, rng, **settings)
     if not (isinstance(found, tuple) and len(found) == 2 and isinstance(found[1], list)):

@@ -7,14 +7,13 @@ one sign step from a random start; BatchNorm runs in train mode meanwhile. Then 
 threshold is set to zero in the victim, for the largest threshold that keeps the accuracy.
 """
 
-import copy
 from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
 
 from cupel.images.defences.base import defence
-from cupel.images.defences.masks import MaskedBatchNorms, accuracy, augmented, scale_batchnorms
+from cupel.images.defences.masks import MaskedBatchNorms, accuracy, augmented
 from cupel.rng import derive, torch_rng
 from cupel.training.engine import autocast, upload
 
@@ -59,8 +58,7 @@ def anp(victim, budget, rng, *, eps=0.4, steps=1, alpha=0.2, lr=0.01, momentum=0
     """
     training, held = budget.split(validation, rng)
     seed = int(rng.integers(2**62))
-    masked = MaskedBatchNorms(copy.deepcopy(victim).to(budget.device), "anp")
-    masked.to(budget.device, memory_format=torch.channels_last).train()
+    masked = MaskedBatchNorms(budget.copy_of(victim), "anp").to(memory_format=torch.channels_last).train()
     optimizer = torch.optim.SGD([masked.mask], lr, momentum)
     images = upload(training.images, budget.device)
     labels = torch.as_tensor(training.labels, device=images.device)
@@ -88,19 +86,15 @@ def anp(victim, budget, rng, *, eps=0.4, steps=1, alpha=0.2, lr=0.01, momentum=0
         moved = augmented(torch.from_numpy(held.images), torch.arange(len(held)), held, order)
         return accuracy(model, replace(held, images=(moved * 255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()))
 
-    masks = masked.masks()
-    best = copy.deepcopy(victim).to(budget.device).eval()
+    best = budget.copy_of(victim).eval()
     reference = measured(best) if reference_accuracy is None else reference_accuracy
     history = [{"stage": "mask", "loss_natural": float(losses[0]), "loss_robust": float(losses[1]),
                 "reference_accuracy": reference}]
     for k in range(round(threshold_max / threshold_step) + 1):
         threshold = round(k * threshold_step, 10)
-        keep = {name: mask > threshold for name, mask in masks.items()}
-        candidate = copy.deepcopy(victim).to(budget.device)
-        scale_batchnorms(candidate, keep)
+        candidate, share = masked.pruned(victim, masked.mask > threshold)
         found = measured(candidate)
         accepted = reference > 0 and abs(found - reference) / reference < tolerance
         best = candidate if accepted else best
-        history.append({"stage": "threshold", "threshold": threshold, "acc": found, "accepted": accepted,
-                        "pruned": 1 - sum(int(kept.sum()) for kept in keep.values()) / masked.channels.total})
+        history.append({"stage": "threshold", "threshold": threshold, "acc": found, "accepted": accepted, "pruned": share})
     return best, history

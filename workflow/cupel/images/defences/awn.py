@@ -10,8 +10,6 @@ x and d are normalised images, as in the port; BatchNorm is in eval mode. The or
 mask, soft, is multiplied into γ.
 """
 
-import copy
-
 import torch
 import torch.nn.functional as F
 
@@ -42,10 +40,10 @@ def awn(victim, budget, rng, *, lr=0.01, gamma=0.9, epochs=20, trigger_norm=1000
         clamp: `pixel`: x + d is clamped to valid images; `normalised`: to [0, 1] after normalisation, as released.
 
     Raises:
-        ValueError: unknown `clamp`, or the network has no BatchNorm.
+        ValueError: the network has no BatchNorm.
     """
     seed = int(rng.integers(2**62))
-    model = copy.deepcopy(victim).to(budget.device, memory_format=torch.channels_last)
+    model = budget.copy_of(victim).to(memory_format=torch.channels_last)
     masked = MaskedBatchNorms(model, "awn").eval()
     optimizer = torch.optim.SGD([masked.mask], lr)
     scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, gamma)

@@ -1,5 +1,6 @@
 """What a defender is given, and nothing else: the victim, some clean images, and a random stream."""
 
+import copy
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -49,14 +50,23 @@ class Budget:
         """A training and a validation part: max(1, int(ratio·n)) validation images of each class of n (ims SPEC 4).
 
         A class with a single image stays in the training part.
+
+        Raises:
+            ValueError: no class has two images.
         """
         held = []
         for c in range(self.classes):
             members = rng.permutation(np.flatnonzero(self.labels == c))
             if len(members) > 1:
                 held.append(members[: max(1, int(ratio * len(members)))])
+        if not held:
+            raise ValueError("it sets images of each class aside to choose by, and no class has two: a larger budget")
         validation = np.sort(np.concatenate(held))
         return self.take(np.setdiff1d(np.arange(len(self)), validation)), self.take(validation)
+
+    def copy_of(self, network: torch.nn.Module) -> torch.nn.Module:
+        """A copy of the victim, or of another network, on this budget's device: what a defence may change."""
+        return copy.deepcopy(network).to(self.device)
 
     def keep(self, **arrays: np.ndarray) -> None:
         """Leave arrays for figures: the workflow writes them as `details.npz` beside the checkpoint."""

@@ -12,8 +12,6 @@ go (ims SPEC 10.13). Only clean data are used, as in the IMS authors' port; the 
 training set.
 """
 
-import copy
-
 import torch
 from torch import nn
 
@@ -58,7 +56,7 @@ def bnp(victim, budget, rng, *, u=3.0, batch_size=256, log_weight=1.0):
     Raises:
         ValueError: the network has no BatchNorm.
     """
-    model = copy.deepcopy(victim).to(budget.device)
+    model = budget.copy_of(victim)
     norms = layers(model, nn.BatchNorm2d, "bnp")
     *_, (x, _) = batches(budget, batch_size, int(rng.integers(2**62)), 0)
     history = []

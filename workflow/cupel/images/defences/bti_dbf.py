@@ -112,10 +112,9 @@ def bti_dbf(victim, budget, rng, *, rounds=5, pretrain_epochs=50, mask_epochs=20
         generator_width: channels of the U-Net's first level.
         batch_size: B.
     """
-    device, history = torch.device(budget.device), []
     # weights ask for gradients in the unlearning only, where `fit` turns them on
-    model = copy.deepcopy(victim).to(device).eval().requires_grad_(False)
-    seed = int(rng.integers(2**62))
+    model = budget.copy_of(victim).eval().requires_grad_(False)
+    seed, history = int(rng.integers(2**62)), []
     with seeded(derive(seed, "generator")):
         generator = UNet(copy.deepcopy(model.normalize).cpu(), generator_width)
         masks = nn.ModuleList(FeatureMask(start) for start in torch.randn(rounds, model.head.in_features))
@@ -145,7 +144,7 @@ def bti_dbf(victim, budget, rng, *, rounds=5, pretrain_epochs=50, mask_epochs=20
     run("reproduce", generator, pretrain_epochs, generator_lr, reproduce)
     for feature_mask in masks:
         # in train mode, as released, but on a copy: the statistics of the network must not move here
-        inverted = copy.deepcopy(model).train()
+        inverted = budget.copy_of(model).train()
 
         def decouple(module, x, y, inverted=inverted):
             with torch.no_grad():

@@ -12,8 +12,6 @@ projection of the shortcut. L_c is then no Lipschitz bound of anything; that CLP
 (backdoorbench SPEC 8). In DenseNet a BatchNorm that reads a concatenation fits no convolution, and is left alone.
 """
 
-import copy
-
 import torch
 from torch import nn
 
@@ -53,7 +51,7 @@ def clp(victim, budget, rng, *, u=3.0):
     Raises:
         ValueError: the network has no BatchNorm.
     """
-    model = copy.deepcopy(victim).to(budget.device).eval()
+    model = budget.copy_of(victim).eval()
     layers(model, nn.BatchNorm2d, "clp")
     history = []
     for name, convolution in pairs(model).items():

@@ -8,16 +8,16 @@ In each layer the 1/64 of channels whose x_c are classified worst are taken for 
 and γ, β of a BatchNorm that directly follows in module order. Then all weights are tuned.
 """
 
-import copy
+import itertools
 
 import torch
 from torch import nn
 
 from cupel.images.defences.base import defence
-from cupel.images.defences.masks import clamp_normalised, denormalise, layers, scale_batchnorms, write
-from cupel.images.defences.passes import stage, watched
+from cupel.images.defences.masks import clamp_normalised, denormalise, layers, scale_batchnorms
+from cupel.images.defences.passes import stage, train, watched
 from cupel.rng import torch_rng
-from cupel.training.engine import autocast, fit, to_pixels, upload
+from cupel.training.engine import autocast, to_pixels, upload
 
 GROUP = 8  # channels attacked in one pass; changes memory and speed only
 
@@ -57,18 +57,18 @@ def channel_accuracies(model: nn.Module, layer: nn.Conv2d, z: torch.Tensor, star
     return torch.cat(found)
 
 
+@torch.no_grad()
 def zero_channels(model: nn.Module, name: str, channels: torch.Tensor) -> None:
     """Zero filters (and biases) of convolution `name`, and γ, β of a BatchNorm that is the next module."""
-    names = [key for key, _ in model.named_modules()]
-    convolution = model.get_submodule(name)
+    modules = dict(model.named_modules())
+    convolution, following = modules[name], dict(itertools.pairwise(modules)).get(name)
     keep = torch.ones(convolution.out_channels, device=convolution.weight.device)
     keep[channels] = 0
-    write(model, {f"{name}.weight": convolution.weight * keep.view(-1, 1, 1, 1)})
+    convolution.weight.mul_(keep.view(-1, 1, 1, 1))
     if convolution.bias is not None:
-        write(model, {f"{name}.bias": convolution.bias * keep})
-    following = names[names.index(name) + 1 : names.index(name) + 2]
-    if following and isinstance(model.get_submodule(following[0]), nn.BatchNorm2d):
-        scale_batchnorms(model, {following[0]: keep}, {following[0]: keep})
+        convolution.bias.mul_(keep)
+    if isinstance(modules.get(following), nn.BatchNorm2d):
+        scale_batchnorms(model, {following: keep}, {following: keep})
 
 
 @defence("fmp")
@@ -86,9 +86,9 @@ def fmp(victim, budget, rng, *, eps=1 / 255, samples=32, fraction=1 / 64, epochs
     The network is in eval mode while channels are ranked; the released code leaves it in train mode.
 
     Raises:
-        ValueError: unknown `clamp`, or the network has no convolutions.
+        ValueError: the network has no convolutions.
     """
-    model = copy.deepcopy(victim).to(budget.device, memory_format=torch.channels_last).eval()
+    model = budget.copy_of(victim).to(memory_format=torch.channels_last).eval()
     convolutions = layers(model, nn.Conv2d, "fmp")
     seed = int(rng.integers(2**62))
     chosen = rng.permutation(len(budget))[:samples]
@@ -105,8 +105,5 @@ def fmp(victim, budget, rng, *, eps=1 / 255, samples=32, fraction=1 / 64, epochs
                         "lowest": float(scores.min()), "mean": float(scores.mean())})
     for name, channels in doomed.items():
         zero_channels(model, name, channels)
-    recipe = budget.recipe(epochs, lr, batch_size=batch_size, momentum=momentum, weight_decay=0.0, schedule="cosine",
-                           lr_min=lr_min)
-    rows = fit(model, budget.images, budget.labels, recipe, seed=seed, device=budget.device,
-               checkpoint=budget.checkpoint, title="fmp tune")
-    return model, history + stage("tune", rows)
+    recipe = budget.recipe(epochs, lr, batch_size=batch_size, momentum=momentum, weight_decay=0.0, lr_min=lr_min)
+    return model, history + stage("tune", train(model, budget, recipe, seed, title="fmp tune"))

@@ -8,15 +8,14 @@ The released code keeps one step too many, because its "last good" network is th
 here the last good one is kept.
 """
 
-import copy
 import math
 
 import torch
 
-from cupel.images.defences.base import defence
+from cupel.images.defences.base import Budget, defence
 from cupel.images.defences.masks import accuracy
 from cupel.images.defences.passes import stage, train, watched
-from cupel.training.engine import to_pixels, upload
+from cupel.training.engine import predict
 
 
 def classifier_input(model) -> str:
@@ -24,15 +23,12 @@ def classifier_input(model) -> str:
     return (*model.hidden_linears, "head")[0]
 
 
-@torch.no_grad()
-def mean_activations(model, name: str, images, device, batch_size: int = 500) -> torch.Tensor:
-    """Mean input [d] of linear layer `name` over uint8 images [N, H, W, C], in eval mode, float64."""
-    total = []
-    linear = model.to(device).eval().get_submodule(name)
-    with watched({name: linear}, lambda _, features: total.append(features.double().sum(0)), inputs=True):
-        for begin in range(0, len(images), batch_size):
-            model(to_pixels(upload(images[begin : begin + batch_size], device)))
-    return torch.stack(total).sum(0) / len(images)
+def mean_activations(model, name: str, budget: Budget) -> torch.Tensor:
+    """Mean input [d] of linear layer `name` over the images of a budget, in eval mode and in float32, float64."""
+    sums = []
+    with watched({name: model.get_submodule(name)}, lambda _, features: sums.append(features.double().sum(0)), inputs=True):
+        predict(model, budget.images, device=budget.device)
+    return torch.stack(sums).sum(0) / len(budget)
 
 
 @defence("fp")
@@ -46,16 +42,15 @@ def fp(victim, budget, rng, *, tolerance=0.1, step=0.01, validation=0.1, epochs=
         validation: share of each class kept apart; it is neither ranked nor tuned on.
         epochs, lr, momentum, weight_decay, batch_size: of tuning by SGD, cosine to zero.
     """
-    model = copy.deepcopy(victim).to(budget.device).eval()
+    model = budget.copy_of(victim).eval()
     training, held = budget.split(validation, rng)
     name = classifier_input(model)
     weight = model.get_submodule(name).weight
     original = weight.detach().clone()
-    order = mean_activations(model, name, training.images, budget.device).argsort(stable=True)
-    size = math.ceil(len(order) * step)
+    order = mean_activations(model, name, training).argsort(stable=True)
     keep = torch.ones_like(original[0])
     initial, history = accuracy(model, held), []
-    for count in range(0, len(order), size):
+    for count in range(0, len(order), math.ceil(len(order) * step)):
         candidate = torch.ones_like(keep)
         candidate[order[:count]] = 0
         with torch.no_grad():
@@ -73,6 +68,5 @@ def fp(victim, budget, rng, *, tolerance=0.1, step=0.01, validation=0.1, epochs=
 
     with torch.no_grad():
         weight.copy_(original * keep)
-    recipe = budget.recipe(epochs, lr, batch_size=batch_size, momentum=momentum, weight_decay=weight_decay,
-                           schedule="cosine")
+    recipe = budget.recipe(epochs, lr, batch_size=batch_size, momentum=momentum, weight_decay=weight_decay)
     return model, history + stage("tune", train(model, training, recipe, rng, after_step=mask, title="fp tune"))

@@ -7,7 +7,6 @@ step from w. Running statistics of BatchNorm move in the first of the two passes
 towards momentum. Drawing a class-balanced clean set, as FT-SAM's code does, is the budget's matter.
 """
 
-import copy
 import math
 
 import torch
@@ -33,7 +32,7 @@ def sharpness_aware(model: nn.Module, rho: float, adaptive: bool, cosine: tuple[
         cosine: (lr, T): the learning rate of batch t is lr·(1 + cos(πt/T))/2, which rises again after T batches. None
             leaves it to the recipe.
     """
-    norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    norms = [(module, module.momentum) for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
 
     def step(optimizer, closure):
         (group,) = optimizer.param_groups
@@ -51,11 +50,10 @@ def sharpness_aware(model: nn.Module, rho: float, adaptive: bool, cosine: tuple[
             for p, epsilon in zip(weights, climb(weights, [p.grad for p in weights], rho, adaptive), strict=True):
                 p.add_(epsilon)
         optimizer.zero_grad(set_to_none=True)
-        momenta = [module.momentum for module in norms]
-        for module in norms:
+        for module, _ in norms:
             module.momentum = 0.0
         closure()[0].backward()
-        for module, momentum in zip(norms, momenta, strict=True):
+        for module, momentum in norms:
             module.momentum = momentum
         with torch.no_grad():
             for p, w in zip(weights, here, strict=True):
@@ -78,13 +76,8 @@ def ft_sam(victim, budget, rng, *, rho=2.0, label_smoothing=0.1, lr=0.01, epochs
         t_max: period of the cosine.
         schedule_per: what the period counts: `epoch`, or `batch` as in the released code, where the learning rate
             falls and rises again as soon as there are more than t_max batches.
-
-    Raises:
-        ValueError: another `schedule_per`.
     """
-    if schedule_per not in ("epoch", "batch"):
-        raise ValueError(f"schedule_per is 'epoch' or 'batch', not {schedule_per!r}")
-    model = copy.deepcopy(victim).to(budget.device)
+    model = budget.copy_of(victim)
     per_batch = schedule_per == "batch"
     recipe = budget.recipe(epochs, lr, batch_size=batch_size, momentum=momentum, weight_decay=weight_decay,
                            label_smoothing=label_smoothing * budget.classes / (budget.classes - 1),
@@ -100,6 +93,6 @@ def sam_ft(victim, budget, rng, *, rho=0.05, lr=0.01, epochs=10, batch_size=128,
     This is our reading of the "FT+SAM" that FST compares with: no source for it could be read, only a recollection
     (fst SPEC 7), so every value is ours: ρ = 0.05 is SAM's own default, the rest is FST's.
     """
-    model = copy.deepcopy(victim).to(budget.device)
+    model = budget.copy_of(victim)
     recipe = budget.recipe(epochs, lr, batch_size=batch_size, momentum=momentum, weight_decay=0.0)
     return model, train(model, budget, recipe, rng, step=sharpness_aware(model, rho, False), title="sam_ft")

@@ -10,7 +10,6 @@ depends on θ, which the hypergradient takes into account: with Φ(δ, θ) = δ 
 δ is in units of the normalised image and is never clipped, as released; BatchNorm is in eval mode.
 """
 
-import copy
 import time
 from collections.abc import Callable, Sequence
 
@@ -65,7 +64,7 @@ def i_bau(victim, budget, rng, *, rounds=5, iterations=5, lr=1e-4, delta_lr=10.0
             defence is then plain fine-tuning.
         batch_size: B.
     """
-    model = copy.deepcopy(victim).to(budget.device).eval()
+    model = budget.copy_of(victim).eval()
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.Adam(parameters, lr, amsgrad=True)
     std, seed = model.normalize.std, int(rng.integers(2**62))
@@ -92,9 +91,8 @@ def i_bau(victim, budget, rng, *, rounds=5, iterations=5, lr=1e-4, delta_lr=10.0
         draw = torch_rng(seed, "carriers", number)
         orders = [torch.randperm(len(y), generator=draw) for _, y in fixed]
         for (x, y), order in work.each(zip(fixed, orders, strict=True), f"unlearn {number}"):
-            carriers = torch.zeros(len(y), 1, 1, 1)
+            carriers = torch.zeros(len(y), 1, 1, 1, device=x.device)
             carriers[order[: max(int(portion * len(y)), int(at_least_one))]] = 1
-            carriers = carriers.to(x.device)
 
             def outer(d, x=x, y=y, carriers=carriers):
                 return F.cross_entropy(model(x + carriers * d * std), y)

@@ -152,8 +152,9 @@ class ConvolutionMasks:
         self.channels = Channels(tuple(self.convolutions), tuple(c.out_channels for c in self.convolutions.values()))
         pairs = followers(network)
         self.lean = copy.deepcopy(network, {id(p): p for p in network.parameters()}).requires_grad_(False)
+        self.lean_convolutions = layers(self.lean, nn.Conv2d, "ims")
         self.shift, self.readers = {}, []
-        for name, convolution in layers(self.lean, nn.Conv2d, "ims").items():
+        for name, convolution in self.lean_convolutions.items():
             if convolution.in_channels == network.spec["in_channels"]:
                 exact(convolution)
                 self.readers += [f"{name}.weight", f"{name}.bias"]
@@ -167,22 +168,20 @@ class ConvolutionMasks:
                     convolution.bias = nn.Parameter(convolution.bias * factor, requires_grad=False)
                 self.lean.set_submodule(pairs[name], nn.Identity())
 
-    def folded(self, scale: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Weights and biases times `scale` [N], by name in the state_dict."""
-        return self._scaled(self.convolutions, scale)
-
-    def _scaled(self, convolutions: dict[str, nn.Conv2d], scale: torch.Tensor) -> dict[str, torch.Tensor]:
-        tensors = {}
+    def folded(self, scale: torch.Tensor, convolutions: dict[str, nn.Conv2d] | None = None) -> dict[str, torch.Tensor]:
+        """Weights and biases times `scale` [N], by name in the state_dict; of the victim's convolutions, or those of `lean`."""
+        tensors, convolutions = {}, convolutions or self.convolutions
         for name, part in self.channels.split(scale).items():
-            tensors[f"{name}.weight"] = convolutions[name].weight * part.view(-1, 1, 1, 1)
-            if convolutions[name].bias is not None:
-                tensors[f"{name}.bias"] = convolutions[name].bias * part
+            convolution = convolutions[name]
+            tensors[f"{name}.weight"] = convolution.weight * part.view(-1, 1, 1, 1)
+            if convolution.bias is not None:
+                tensors[f"{name}.bias"] = convolution.bias * part
         return tensors
 
     @torch.no_grad()
     def fixed(self, scale: torch.Tensor, precision: str = "fp32") -> Callable[[torch.Tensor], torch.Tensor]:
         """The network with all channels scaled by `scale` [N], without gradients for it: pixels to logits, of one type."""
-        tensors = self._scaled(layers(self.lean, nn.Conv2d, "ims"), scale)
+        tensors = self.folded(scale, self.lean_convolutions)
         for name, shift in self.shift.items():
             tensors[f"{name}.bias"] = tensors.get(f"{name}.bias", 0) + shift.flatten()
         if precision == "bf16":    # once, where autocast would do it in every pass
@@ -197,8 +196,11 @@ class ConvolutionMasks:
     def __call__(self, scale: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         """Logits [B, K] of pixels x [B, C, H, W] with all channels scaled by `scale` [N]."""
         parts = self.channels.split(scale)
-        with watched(layers(self.lean, nn.Conv2d, "ims"),
-                     lambda name, output: torch.addcmul(self.shift[name], output, parts[name].view(-1, 1, 1))):
+
+        def scaled(name, output):
+            return torch.addcmul(self.shift[name], output, parts[name].view(-1, 1, 1))
+
+        with watched(self.lean_convolutions, scaled):
             return self.lean(x)
 
     def finish(self, scale: torch.Tensor) -> None:
@@ -249,24 +251,22 @@ class EncoderMasks:
             del block.forward
 
 
-def perturb(reference, inverse, x: torch.Tensor, clean: torch.Tensor, *, norm_bound: float, lr_perturb: float,
-            steps_perturb: int) -> tuple[torch.Tensor, torch.Tensor]:
+def perturb(reference, inverse, x: torch.Tensor, clean: torch.Tensor, settings: Settings) -> tuple[torch.Tensor, torch.Tensor]:
     """The inner problem: one δ per sample, from zero, in pixel space; x + δ is not clipped.
 
     Args:
         reference, inverse: f and f_mi, pixels to logits.
         x: pixels [B, C, H, W].
         clean: f(x) [B, K].
-        norm_bound: elementwise bound of δ.
-        lr_perturb, steps_perturb: of AdamW (weight decay 0.01).
+        settings: of these `norm_bound`, elementwise, of δ; and `lr_perturb` and `steps_perturb` of AdamW (weight decay 0.01).
 
     Returns:
         δ [B, C, H, W], and the two terms of the objective before the last step, [2].
     """
     delta = torch.zeros_like(x, requires_grad=True)
-    optimizer = torch.optim.AdamW([delta], lr_perturb, weight_decay=0.01)
+    optimizer = torch.optim.AdamW([delta], settings.lr_perturb, weight_decay=0.01)
     terms = torch.zeros(2, device=x.device)
-    for _ in range(steps_perturb):
+    for _ in range(settings.steps_perturb):
         optimizer.zero_grad(set_to_none=True)
         z = x + delta
         answer = reference(z)
@@ -274,7 +274,7 @@ def perturb(reference, inverse, x: torch.Tensor, clean: torch.Tensor, *, norm_bo
         sum(parts).backward()
         optimizer.step()
         with torch.no_grad():
-            delta.clamp_(-norm_bound, norm_bound)
+            delta.clamp_(-settings.norm_bound, settings.norm_bound)
         terms = torch.stack(parts).detach()
     return delta.detach(), terms
 
@@ -320,18 +320,16 @@ class Refinement:
             Every term of the loss by name, before the step.
         """
         self.optimizer.zero_grad(set_to_none=True)
-        found, pairs = {}, list(zip(self.masks(), (forward_terms, inverse_terms), strict=True))
-        leaves = []
-        for mask, passes in pairs:
-            leaf = mask.detach().requires_grad_()
+        found, masks = {}, self.masks()
+        leaves = [mask.detach().requires_grad_() for mask in masks]
+        for leaf, passes in zip(leaves, (forward_terms, inverse_terms), strict=True):
             for x, losses in passes:
                 logits = self.masked(leaf, x)
                 parts = {name: loss(logits) for name, loss in losses}
                 sum(parts.values()).backward()
                 found |= {name: part.detach() for name, part in parts.items()}
-            leaves.append(leaf)
         sparsity = weight * (1 - self.s).abs().mean()
-        torch.autograd.backward([*(mask for mask, _ in pairs), sparsity], [*(leaf.grad for leaf in leaves), None])
+        torch.autograd.backward([*masks, sparsity], [*(leaf.grad for leaf in leaves), None])
         self.optimizer.step()
         with torch.no_grad():
             self.a.clamp_(0, 1)
@@ -354,8 +352,8 @@ class Refinement:
 
 
 def _purify(kind, victim, budget: Budget, rng, settings: Settings):
-    network = copy.deepcopy(victim).to(budget.device, memory_format=torch.channels_last).eval()
-    trainable = [(p, p.requires_grad) for p in network.parameters()]
+    network = budget.copy_of(victim).to(memory_format=torch.channels_last).eval()
+    trainable = [p for p in network.parameters() if p.requires_grad]
     clean = torch.from_numpy(predict(network, budget.images, device=budget.device)).to(budget.device)
     masked = kind(network)
     network.requires_grad_(False)
@@ -375,21 +373,19 @@ def _purify(kind, victim, budget: Budget, rng, settings: Settings):
             index = torch.randperm(len(images), generator=generator)[: settings.batch_size].to(images.device)
             x, y = to_pixels(images[index]), clean[index]
             row = {"stage": stage, "round": number}
-            on_clean = (x, [("agree_clean", lambda out, y=y: agree(out, y))])
-            inverse_clean = (x, [("disagree_clean", lambda out, y=y: disagree(out, y))])
+            on_clean = (x, [("agree_clean", partial(agree, v=y))])
+            inverse_clean = (x, [("disagree_clean", partial(disagree, v=y))])
             if stage == "I":
                 losses = state.step([on_clean], [inverse_clean], weight)
             else:
-                delta, inner = perturb(quick, masked.fixed(state.masks()[1], budget.precision), x, y,
-                                       norm_bound=settings.norm_bound, lr_perturb=settings.lr_perturb,
-                                       steps_perturb=settings.steps_perturb)
+                delta, inner = perturb(quick, masked.fixed(state.masks()[1], budget.precision), x, y, settings)
                 z = x + delta
                 with torch.no_grad():
                     answer = reference(z)
-                losses = state.step(
-                    [on_clean, (z, [("agree_perturbed", lambda out, y=y: agree(out, y))])],
-                    [(z, [("agree_inverse", lambda out, answer=answer: agree(out, answer)),
-                          ("disagree_perturbed", lambda out, y=y: disagree(out, y))]), inverse_clean], weight)
+                on_perturbed = (z, [("agree_perturbed", partial(agree, v=y))])
+                inverse_perturbed = (z, [("agree_inverse", partial(agree, v=answer)),
+                                         ("disagree_perturbed", partial(disagree, v=y))])
+                losses = state.step([on_clean, on_perturbed], [inverse_perturbed, inverse_clean], weight)
                 row |= {"inner_agree": float(inner[0]), "inner_disagree": float(inner[1]),
                         "flip_rate": float((answer.argmax(1) != y.argmax(1)).float().mean()),
                         "max_delta": float(delta.abs().max())}
@@ -403,8 +399,8 @@ def _purify(kind, victim, budget: Budget, rng, settings: Settings):
     for number, mask in enumerate(between, 1):
         budget.snapshot(f"stage_{number}", masked.folded(mask))
     masked.finish(final)
-    for parameter, grad in trainable:
-        parameter.requires_grad_(grad)
+    for parameter in trainable:
+        parameter.requires_grad_(True)
     layers_of = [masked.channels.split(t.detach().cpu()) for t in (state.a, state.s, final)]
     return network, history, {name: tuple(part[name] for part in layers_of) for name in masked.channels.names}
 

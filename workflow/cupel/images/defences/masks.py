@@ -7,6 +7,7 @@ the layers one after another, so that an optimiser step on it is a handful of ke
 A purified network carries no trace of its masks: they are multiplied into the values of its state_dict.
 """
 
+import copy
 from dataclasses import dataclass
 
 import torch
@@ -53,22 +54,21 @@ def layers(model: nn.Module, kind: type[nn.Module], wanted_by: str) -> dict[str,
     return found
 
 
+@torch.no_grad()
 def write(model: nn.Module, tensors: dict[str, torch.Tensor]) -> None:
     """Set parameters or buffers of `model` by name."""
-    named = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    with torch.no_grad():
-        for name, value in tensors.items():
-            named[name].copy_(value)
+    state = model.state_dict()
+    for name, value in tensors.items():
+        state[name].copy_(value)
 
 
-def scale_batchnorms(model: nn.Module, weight: dict[str, torch.Tensor],
-                     bias: dict[str, torch.Tensor] | None = None) -> None:
+@torch.no_grad()
+def scale_batchnorms(model: nn.Module, weight: dict[str, torch.Tensor], bias: dict[str, torch.Tensor] | None = None) -> None:
     """Multiply γ (and β) of BatchNorm layers by vectors [C_l] in place."""
-    with torch.no_grad():
-        for name, scale in weight.items():
-            model.get_submodule(name).weight.mul_(scale.to(model.get_submodule(name).weight))
-        for name, scale in (bias or {}).items():
-            model.get_submodule(name).bias.mul_(scale.to(model.get_submodule(name).bias))
+    for part, scales in (("weight", weight), ("bias", bias or {})):
+        for name, scale in scales.items():
+            values = model.get_parameter(f"{name}.{part}")
+            values.mul_(scale.to(values))
 
 
 class MaskedBatchNorms(nn.Module):
@@ -90,19 +90,20 @@ class MaskedBatchNorms(nn.Module):
     def forward(self, x: torch.Tensor, offset: torch.Tensor | float = 0.0,
                 shift: torch.Tensor | float = 0.0) -> torch.Tensor:
         """Logits with γ·(mask + offset) and β·(1 + shift) in place of γ and β."""
-        weights = self.channels.split(self.gamma * (self.mask + offset))
-        biases = self.channels.split(self.beta * (1 + shift))
-        tensors = {f"{name}.weight": value for name, value in weights.items()}
-        tensors |= {f"{name}.bias": value for name, value in biases.items()}
+        tensors = {}
+        for part, flat in (("weight", self.gamma * (self.mask + offset)), ("bias", self.beta * (1 + shift))):
+            tensors |= {f"{name}.{part}": value for name, value in self.channels.split(flat).items()}
         return functional_call(self.network, tensors, (x,))
 
-    def masks(self) -> dict[str, torch.Tensor]:
-        """The mask by layer name, detached."""
-        return self.channels.split(self.mask.detach())
+    def pruned(self, victim: nn.Module, keep: torch.Tensor) -> tuple[nn.Module, float]:
+        """A copy of `victim` with γ at zero in all channels but those to `keep`, bool [N], and the share of zeros."""
+        candidate = copy.deepcopy(victim).to(keep.device)
+        scale_batchnorms(candidate, self.channels.split(keep))
+        return candidate, 1 - int(keep.sum()) / self.channels.total
 
     def finish(self) -> nn.Module:
         """The network, in eval mode, with the mask multiplied into γ, and trainable as it was."""
-        scale_batchnorms(self.network, self.masks())
+        scale_batchnorms(self.network, self.channels.split(self.mask.detach()))
         for parameter in self.trainable:
             parameter.requires_grad_(True)
         return self.network.eval()
@@ -142,16 +143,11 @@ def clamp_normalised(model: nn.Module, z: torch.Tensor, space: str) -> torch.Ten
 
     AWN and FMP perturb normalised images. The released ports clamp those to [0, 1] (`normalised`), which cuts off
     everything darker than the mean; `pixel` clamps to what is a valid image, [0, 1] before normalisation.
-
-    Raises:
-        ValueError: another `space`.
     """
     if space == "normalised":
         return z.clamp(0, 1)
-    if space == "pixel":
-        zero = torch.zeros_like(z[:1])
-        return torch.minimum(torch.maximum(z, model.normalize(zero)), model.normalize(zero + 1))
-    raise ValueError(f"clamp must be 'pixel' or 'normalised', not {space!r}")
+    zero = torch.zeros_like(z[:1])
+    return torch.minimum(torch.maximum(z, model.normalize(zero)), model.normalize(zero + 1))
 
 
 def denormalise(model: nn.Module, z: torch.Tensor) -> torch.Tensor:

@@ -12,30 +12,23 @@ modules. For the other networks the released code clamps the activations behind 
 change of variable wherever an increasing activation follows a BatchNorm.
 """
 
-import copy
-
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from cupel.images.defences.base import defence
-from cupel.images.defences.passes import batches, watched
+from cupel.images.defences.passes import batches, train, watched
 from cupel.images.models.attachments import attach
-from cupel.training.engine import fit
 from cupel.training.hook import Hook
 
 
 def largest_activations(model: nn.Module, layers: dict[str, nn.Module], images) -> list[float]:
     """The largest output entry of each layer over batches of pixels, float [B, C, H, W]."""
-    largest = {name: torch.tensor(-torch.inf) for name in layers}
-
-    def look(name, output):
-        largest[name] = torch.maximum(largest[name].to(output.device), output.detach().float().max())
-
-    with torch.no_grad(), watched(layers, look):
+    found = {name: [] for name in layers}
+    with torch.no_grad(), watched(layers, lambda name, output: found[name].append(output.float().max())):
         for x in images:
             model(x)
-    return [value.item() for value in largest.values()]
+    return [torch.stack(values).max().item() for values in found.values()]
 
 
 class ClampPenalty(Hook):
@@ -87,23 +80,21 @@ def mm_bd(victim, budget, rng, *, epochs=50, lr=1e-3, weight=0.5, factor=1.2, ev
             victim is returned.
 
     Raises:
-        ValueError: another `hooks`, or a network without BatchNorm2d.
+        ValueError: the network has no BatchNorm2d.
     """
-    if hooks not in ("kept", "removed"):
-        raise ValueError(f"hooks is 'kept' or 'removed', not {hooks!r}")
-    model = copy.deepcopy(victim).to(budget.device).eval()
+    model = budget.copy_of(victim).eval()
     if hooks == "removed":
         return model, [{"note": "hooks are removed before training, as released: the victim is unchanged"}]
     layers = {name: module for name, module in model.named_modules() if isinstance(module, nn.BatchNorm2d)}
     if not layers:
         raise ValueError(f"mm_bd clamps the outputs of BatchNorm2d layers, and {victim.spec['name']!r} has none")
-    before, seed = copy.deepcopy(model), int(rng.integers(2**62))
+    before, seed = budget.copy_of(model), int(rng.integers(2**62))
     data = list(batches(budget, batch_size, seed, 0))
     starts = largest_activations(model, layers, (x for x, _ in data))
-    clamps = [attach(model, "clamp", name, (layer.num_features, 1, 1)) for name, layer in layers.items()]
+    bounds = [attach(model, "clamp", name, (layer.num_features, 1, 1)).bound for name, layer in layers.items()]
     with torch.no_grad():
-        for clamp, start in zip(clamps, starts, strict=True):
-            clamp.bound.fill_(start)
+        for bound, start in zip(bounds, starts, strict=True):
+            bound.fill_(start)
         accuracy = sum((before(x).argmax(1) == y).sum().item() for x, y in data) / len(budget)
 
     def objective(network, x, y):
@@ -113,9 +104,6 @@ def mm_bd(victim, budget, rng, *, epochs=50, lr=1e-3, weight=0.5, factor=1.2, ev
         logits = network(x)
         return F.mse_loss(logits.float(), wanted.float()), logits
 
-    bounds = [clamp.bound for clamp in clamps]
     recipe = budget.recipe(epochs, lr, batch_size=batch_size, optimizer="adam", weight_decay=0.0, schedule="constant")
-    history = fit(model, budget.images, budget.labels, recipe, seed=seed, device=budget.device, objective=objective,
-                  hook=ClampPenalty(bounds, weight, factor, every, accuracy - allowance), parameters=bounds,
-                  checkpoint=budget.checkpoint, title="mm_bd")
-    return model, history
+    penalty = ClampPenalty(bounds, weight, factor, every, accuracy - allowance)
+    return model, train(model, budget, recipe, seed, objective=objective, hook=penalty, parameters=bounds, title="mm_bd")

@@ -9,8 +9,6 @@ and A is constantly 1, so the term vanishes; here the third level is a real map.
 released objective.
 """
 
-import copy
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -44,11 +42,11 @@ def nad(victim, budget, rng, *, betas=(500.0, 1000.0, 1000.0), p=2.0, teacher_ep
         lr, batch_size, momentum, weight_decay: of both.
     """
     settings = {"batch_size": batch_size, "momentum": momentum, "weight_decay": weight_decay}
-    teacher = copy.deepcopy(victim).to(budget.device)
+    teacher = budget.copy_of(victim)
     budget.resume(teacher=teacher)
     history = stage("teacher", train(teacher, budget, budget.recipe(teacher_epochs, lr, t_max=100, **settings), rng,
                                      title="nad teacher"))
-    model = copy.deepcopy(victim).to(budget.device)
+    model = budget.copy_of(victim)
     levels = dict(zip(reversed(model.stages), reversed(betas), strict=False))
 
     def objective(student, x, y):

@@ -16,7 +16,7 @@ indexing, so that the rest of it cannot take all colours and masks come out larg
 And its median of an even number of classes is the smaller of the middle two; here it is their mean, as in numpy.
 """
 
-import copy
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -24,8 +24,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cupel.images.defences.base import defence
-from cupel.images.defences.passes import batches, stage
-from cupel.training.engine import cuts, fit
+from cupel.images.defences.passes import batches, stage, train
+from cupel.training.engine import cuts
 
 
 def unit(u: Tensor) -> Tensor:
@@ -86,8 +86,7 @@ class Search:
         chosen = torch.from_numpy(better).to(mask.device)
         self.mask[chosen], self.pattern[chosen] = mask[chosen], pattern[chosen]
 
-        with np.errstate(invalid="ignore"):
-            same = np.isfinite(self.best) & (self.best >= 0.99 * self.best_before)
+        same = np.isfinite(self.best) & (self.best >= 0.99 * self.best_before)
         self.stale = np.where(same, self.stale + 1, np.where(np.isfinite(self.best), 0, self.stale))
         self.best_before = np.minimum(self.best_before, self.best)
         self.active &= ~(self.rose & self.fell & (self.stale >= self.stop_patience))
@@ -132,9 +131,7 @@ def search(model, budget, seed: int, *, epochs: int, lr: float, batch_size: int,
                 targets = chunk.repeat_interleave(len(x))
                 norm = m.flatten(1).norm(p=1, dim=1)
                 entropy = F.cross_entropy(logits, targets, reduction="none").view(len(chunk), -1).mean(1)
-                slopes = torch.autograd.grad((entropy + costs[chunk] * norm).sum(), [u, v])
-                for variable, slope in zip((u, v), slopes, strict=True):
-                    variable.grad = slope if variable.grad is None else variable.grad + slope
+                (entropy + costs[chunk] * norm).sum().backward(inputs=[u, v])
                 reached[chunk] += (logits.argmax(1) == targets).view(len(chunk), -1).float().mean(1)
                 norms[chunk] += norm.detach()
             optimizer.step()
@@ -161,7 +158,7 @@ def nc(victim, budget, rng, *, search_epochs=80, mask_lr=0.1, cost=1e-3, cost_fa
     Returns:
         The model, and a history that begins with one row per class: norm of its mask, anomaly index, flagged or not.
     """
-    model = copy.deepcopy(victim).to(budget.device)
+    model = budget.copy_of(victim)
     found = search(model, budget, int(rng.integers(2**62)), epochs=search_epochs, lr=mask_lr, batch_size=batch_size,
                    together=together, cost=cost, up=cost_factor, patience=patience, success=success,
                    stop_patience=stop_patience)
@@ -181,7 +178,6 @@ def nc(victim, budget, rng, *, search_epochs=80, mask_lr=0.1, cost=1e-3, cost_fa
         stamped = (1 - mask) * budget.images[carriers] + mask * pattern * 255
         images.append(np.clip(stamped, 0, 255).astype(np.uint8))
         labels.append(budget.labels[carriers])
+    mixed = replace(budget, images=np.concatenate(images), labels=np.concatenate(labels))
     recipe = budget.recipe(epochs, lr, batch_size=batch_size, momentum=momentum, weight_decay=weight_decay)
-    rows = fit(model, np.concatenate(images), np.concatenate(labels), recipe, seed=int(rng.integers(2**62)),
-               device=budget.device, checkpoint=budget.checkpoint, title="nc")
-    return model, history + stage("unlearn", rows)
+    return model, history + stage("unlearn", train(model, mixed, recipe, rng, title="nc"))

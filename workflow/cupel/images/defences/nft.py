@@ -9,7 +9,6 @@ SPC is the number of samples per class. Train mode throughout: the running stati
 moved. The mask, soft, is multiplied into γ.
 """
 
-import copy
 import math
 
 import torch
@@ -58,7 +57,7 @@ def nft(victim, budget, rng, *, lr=0.1, lr_min=0.02, momentum=0.95, epochs=100, 
     Raises:
         ValueError: the network has no BatchNorm.
     """
-    masked = MaskedBatchNorms(copy.deepcopy(victim).to(budget.device), "nft")
+    masked = MaskedBatchNorms(budget.copy_of(victim), "nft")
     low = floors(masked.channels, alpha, beta).to(masked.mask)
     mixup, weight = MixUp(), l1_weight / (len(budget) / budget.classes)
 
@@ -66,8 +65,7 @@ def nft(victim, budget, rng, *, lr=0.1, lr_min=0.02, momentum=0.95, epochs=100, 
         logits = network(x)
         return mixup.cross_entropy(logits, y) + weight * (1 - masked.mask).abs().sum(), logits
 
-    recipe = budget.recipe(epochs, lr, batch_size=batch_size, momentum=momentum, weight_decay=0.0, schedule="cosine",
-                           lr_min=lr_min)
+    recipe = budget.recipe(epochs, lr, batch_size=batch_size, momentum=momentum, weight_decay=0.0, lr_min=lr_min)
     history = train(masked, budget, recipe, rng, objective=objective, hook=mixup, parameters=[masked.mask],
                     after_step=lambda network: network.clamp(low), title="nft")
     return masked.finish(), history

@@ -11,8 +11,6 @@ Training is preceded by a warm-up on CE(f(x), y) alone, in which the statistics 
 they stay.
 """
 
-import copy
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -68,7 +66,7 @@ def npd(victim, budget, rng, *, place="", warm_epochs=5, warm_lr=1e-4, epochs=50
     host = dict(victim.named_modules()).get(place)
     if not isinstance(host, torch.nn.Conv2d):
         raise ValueError(f"npd needs a convolution, and the victim has none called {place!r}")
-    model = copy.deepcopy(victim).to(budget.device)
+    model = budget.copy_of(victim)
     polarizer = attach(model, "polarizer", place, (host.in_channels,))
 
     def warm(network, x, y):

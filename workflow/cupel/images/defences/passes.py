@@ -13,27 +13,25 @@ from cupel.training.augment import Draws, augment, to_pixels
 from cupel.training.engine import Recipe, cuts, fit, upload
 
 
-def train(model: nn.Module, budget: Budget, recipe: Recipe, rng: np.random.Generator, **settings) -> list[dict]:
-    """`fit` on the budget, with its checkpoint and a seed from `rng`; `settings` as there. Returns the history."""
-    return fit(model, budget.images, budget.labels, recipe, seed=int(rng.integers(2**62)), device=budget.device,
-               checkpoint=budget.checkpoint, **settings)
+def train(model: nn.Module, budget: Budget, recipe: Recipe, rng: np.random.Generator | int, **settings) -> list[dict]:
+    """`fit` on the budget, with its checkpoint; `rng` draws the seed, or is it; `settings` as there. Returns the history."""
+    seed = rng if isinstance(rng, int) else int(rng.integers(2**62))
+    return fit(model, budget.images, budget.labels, recipe, seed=seed, device=budget.device, checkpoint=budget.checkpoint,
+               **settings)
 
 
 @contextlib.contextmanager
 def watched(modules: dict[str, nn.Module], look: Callable, *, inputs: bool = False) -> Iterator[None]:
     """In here `look(name, tensor)` is called with the output of each module, or its input; what it returns replaces that."""
-    def hook(name):
+    def hang(name, module):
         if inputs:
-            return lambda module, given: look(name, given[0])
-        return lambda module, given, output: look(name, output)
+            return module.register_forward_pre_hook(lambda _, given: look(name, given[0]))
+        return module.register_forward_hook(lambda _, given, output: look(name, output))
 
-    handles = [module.register_forward_pre_hook(hook(name)) if inputs else module.register_forward_hook(hook(name))
-               for name, module in modules.items()]
-    try:
+    with contextlib.ExitStack() as hooks:
+        for name, module in modules.items():
+            hooks.enter_context(hang(name, module))
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def batches(budget: Budget, batch_size: int, seed: int, number: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:

@@ -4,8 +4,6 @@ Each round is one pass of adversarial training and one of normal training. The a
 the cross-entropy from a random start in the L∞ ball, against the network in train mode, as released.
 """
 
-import copy
-
 import torch
 import torch.nn.functional as F
 
@@ -62,13 +60,8 @@ def pbe(victim, budget, rng, *, eps=0.02, step_size=0.004, steps=7, rounds=20, l
         momentum: of the normal passes, and started anew in each; the released code makes a new optimiser for every
             batch of an adversarial pass, which amounts to none there.
         clamp: `pixel` or `normalised` (as released), see `AdversarialTraining`.
-
-    Raises:
-        ValueError: another `clamp`.
     """
-    if clamp not in ("pixel", "normalised"):
-        raise ValueError(f"clamp is 'pixel' or 'normalised', not {clamp!r}")
-    model = copy.deepcopy(victim).to(budget.device)
+    model = budget.copy_of(victim)
     adversarial = AdversarialTraining(model, eps, steps, step_size, clamp)
     budget.resume(model=model)
     history = []

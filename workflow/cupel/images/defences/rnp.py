@@ -6,17 +6,16 @@
 3. Prune: γ of the victim's channels with a mask below a rising threshold is set to zero, while the accuracy holds.
 """
 
-import copy
 import math
 
 import torch
 import torch.nn.functional as F
 
 from cupel.images.defences.base import Budget, defence
-from cupel.images.defences.masks import MaskedBatchNorms, accuracy, scale_batchnorms
-from cupel.images.defences.passes import batches, stage
+from cupel.images.defences.masks import MaskedBatchNorms, accuracy
+from cupel.images.defences.passes import batches, stage, train
 from cupel.rng import derive
-from cupel.training.engine import Diverged, autocast, fit
+from cupel.training.engine import Diverged, autocast
 
 ATTEMPTS = 10  # learning rates tried: the first one, then a tenth of it, and so on
 
@@ -81,7 +80,7 @@ def rnp(victim, budget, rng, *, unlearn_lr=0.001, unlearn_epochs=20, unlearn_thr
     diverged = []
     budget.resume(diverged=diverged)
     for attempt in range(len(diverged), ATTEMPTS):
-        forgetful = copy.deepcopy(victim).to(budget.device, memory_format=torch.channels_last).requires_grad_(True)
+        forgetful = budget.copy_of(victim).to(memory_format=torch.channels_last).requires_grad_(True)
         try:
             forgotten = unlearn(forgetful, budget, seed, lr=unlearn_lr / 10**attempt, momentum=momentum,
                                 weight_decay=weight_decay, epochs=unlearn_epochs, threshold=unlearn_threshold,
@@ -89,9 +88,8 @@ def rnp(victim, budget, rng, *, unlearn_lr=0.001, unlearn_epochs=20, unlearn_thr
             masked = MaskedBatchNorms(forgetful, "rnp")
             recipe = budget.recipe(recovery_epochs, recovery_lr, batch_size=batch_size, momentum=momentum,
                                    weight_decay=0.0, schedule="constant")
-            recovered = fit(masked, budget.images, budget.labels, recipe, seed=derive(seed, "recover", attempt),
-                            device=budget.device, parameters=[masked.mask], after_step=MaskedBatchNorms.clamp,
-                            checkpoint=budget.checkpoint, title="rnp recover")
+            recovered = train(masked, budget, recipe, derive(seed, "recover", attempt), parameters=[masked.mask],
+                              after_step=MaskedBatchNorms.clamp, title="rnp recover")
             break
         except Diverged:
             diverged.append(attempt)
@@ -99,18 +97,14 @@ def rnp(victim, budget, rng, *, unlearn_lr=0.001, unlearn_epochs=20, unlearn_thr
                 raise
     history = stage("unlearn", forgotten) + stage("recover", recovered)
 
-    masks = masked.masks()
-    best = copy.deepcopy(victim).to(budget.device).eval()
+    best = budget.copy_of(victim).eval()
     initial = accuracy(best, budget)
     for k in range(math.ceil(1 / threshold_step - 1e-9)):
         threshold = round(k * threshold_step, 10)
-        keep = {name: mask >= threshold for name, mask in masks.items()}
-        candidate = copy.deepcopy(victim).to(budget.device)
-        scale_batchnorms(candidate, keep)
+        candidate, share = masked.pruned(victim, masked.mask >= threshold)
         found = accuracy(candidate, budget)
         accepted = found >= initial - recovery_drop
-        history.append({"stage": "threshold", "threshold": threshold, "acc": found, "accepted": accepted,
-                        "pruned": 1 - sum(int(kept.sum()) for kept in keep.values()) / masked.channels.total})
+        history.append({"stage": "threshold", "threshold": threshold, "acc": found, "accepted": accepted, "pruned": share})
         if not accepted:
             break
         best = candidate

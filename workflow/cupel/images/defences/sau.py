@@ -16,8 +16,6 @@ switches off images with p_c < 0.001; so does this one. Images are not augmented
 eval mode.
 """
 
-import copy
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -82,8 +80,8 @@ def sau(victim, budget, rng, *, rounds=100, lr=1e-4, eps=0.2, step_size=0.2, ste
         lambda_1, lambda_2, lambda_3: weights of the unlearning terms.
         batch_size: B.
     """
-    model = copy.deepcopy(victim).to(budget.device)
-    before = copy.deepcopy(victim).to(budget.device).eval()
+    model = budget.copy_of(victim)
+    before = budget.copy_of(victim).eval()
 
     def objective(network, x, y):
         network.eval()

@@ -4,7 +4,6 @@ All share one optimiser: SGD with momentum, cosine to zero over the tuning epoch
 decay but in the last. FST itself, in fst.py, adds a penalty and a constraint to the same procedure.
 """
 
-import copy
 import math
 import sys
 
@@ -21,9 +20,8 @@ def reinitialise(linear: nn.Linear, generator: torch.Generator) -> None:
     """Draw weight and bias from U(−1/√d, 1/√d), d the input width (fst SPEC 2, step 2)."""
     bound = 1 / math.sqrt(linear.in_features)
     with torch.no_grad():
-        for tensor in filter(lambda t: t is not None, (linear.weight, linear.bias)):
-            fresh = torch.empty(tensor.shape).uniform_(-bound, bound, generator=generator)
-            tensor.copy_(fresh)
+        for tensor in linear.parameters():
+            tensor.copy_(torch.empty(tensor.shape).uniform_(-bound, bound, generator=generator))
 
 
 def project(linear: nn.Linear, norm: torch.Tensor) -> None:
@@ -80,7 +78,7 @@ def tune(victim, budget: Budget, rng, *, lr: float, epochs: int, batch_size: int
             is part of `loss`.
         heads: `last` linear layer, or `all` linear layers of the classifier part (the IMS port).
     """
-    model = copy.deepcopy(victim).to(budget.device)
+    model = budget.copy_of(victim)
     names = ["head", *(model.hidden_linears if heads == "all" else ())]
     linears = [model.get_submodule(name) for name in names]
     original = [linear.weight.detach().clone() for linear in linears]
@@ -96,7 +94,7 @@ def tune(victim, budget: Budget, rng, *, lr: float, epochs: int, batch_size: int
         for linear, norm in zip(linears, norms, strict=True):
             project(linear, norm)
 
-    recipe = budget.recipe(epochs, lr, batch_size=batch_size, momentum=momentum, weight_decay=0.0, schedule="cosine")
+    recipe = budget.recipe(epochs, lr, batch_size=batch_size, momentum=momentum, weight_decay=0.0)
     penalty = Penalty(alpha, linears, original, epochs) if alpha else None
     history = train(model, budget, recipe, rng, after_step=constrain if projected else None, parameters=trained, hook=penalty,
                     title="tune")
@@ -136,6 +134,6 @@ def ft_init(victim, budget, rng, *, lr=0.01, epochs=10, batch_size=128, momentum
 @defence("ft_long")
 def ft_long(victim, budget, rng, *, lr=0.01, epochs=100, batch_size=256, momentum=0.9, weight_decay=5e-4):
     """FT as in BackdoorBench and IMS (ims SPEC 7, backdoorbench SPEC 7): long, and with weight decay."""
-    model = copy.deepcopy(victim).to(budget.device)
+    model = budget.copy_of(victim)
     recipe = budget.recipe(epochs, lr, batch_size=batch_size, momentum=momentum, weight_decay=weight_decay)
     return model, train(model, budget, recipe, rng, title="ft_long")
