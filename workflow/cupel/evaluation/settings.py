@@ -8,7 +8,7 @@ from collections.abc import Mapping
 
 import pandas as pd
 
-from cupel.evaluation.metrics import KEPT, USE, destroyed  # noqa: F401 (`destroyed`: for jobs that ask for it here)
+from cupel.evaluation.metrics import KEPT, USE
 
 VICTIM = ["dataset", "model", "recipe", "attack", "attack_variant", "poison_rate"]
 SETTING = [*VICTIM, "budget"]

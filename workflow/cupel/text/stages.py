@@ -19,7 +19,7 @@ from pathlib import Path
 
 from cupel.cells import fail, failure, identity, past, write_history
 from cupel.digest import code_digest
-from cupel.evaluation.settings import destroyed
+from cupel.evaluation.metrics import destroyed
 from cupel.files import digest, read_json, workspace, write_json
 from cupel.rng import derive
 from cupel.text.data import poison, sources

@@ -17,7 +17,7 @@ import torch
 from torch.nn import functional as F
 
 from cupel import cells, job
-from cupel.evaluation.settings import destroyed
+from cupel.evaluation.metrics import destroyed
 from cupel.files import write_json
 from cupel.limits import check
 from cupel.registry import Registry

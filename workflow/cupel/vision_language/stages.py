@@ -13,7 +13,7 @@ from collections.abc import Collection
 from pathlib import Path
 
 from cupel import cells, job
-from cupel.evaluation.settings import destroyed
+from cupel.evaluation.metrics import destroyed
 from cupel.files import atomic, digest, read_json, write_json
 from cupel.vision_language import datasets, prepared
 from cupel.vision_language.inputs import Inputs
