@@ -7,6 +7,7 @@ used: what was cut off, damaged or exchanged in the cache is fetched again.
 """
 
 import errno
+import glob
 import os
 import shutil
 import subprocess
@@ -248,7 +249,7 @@ def _in_mirror(raw: Raw | Tree, mirror: Path) -> Path:
             if raw.verified(path):
                 return path
         raise SourceError(f"neither {mirror / raw.name} nor {mirror} is {raw.checksum}")
-    found = [path for path in sorted(mirror.rglob(Path(raw.name).name)) if path.is_file()]
+    found = [path for path in sorted(mirror.rglob(glob.escape(Path(raw.name).name))) if path.is_file()]
     if not found:
         raise SourceError(f"no file {Path(raw.name).name} in {mirror}")
     for path in found:
