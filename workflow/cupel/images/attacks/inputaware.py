@@ -27,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cupel.images.attacks._batch import BatchHook, others, stamp_pixels, stored
+from cupel.images.attacks._batch import BatchHook, arrays, others, stamp_pixels, stored
 from cupel.images.attacks.base import Attack, attack
 from cupel.rng import derive, seeded, torch_rng
 from cupel.training.augment import Draws, augment, to_pixels
@@ -167,9 +167,7 @@ class InputAwareHook(BatchHook):
         self.pairs = None
 
     def tensors(self):
-        networks = {"generator": self.pattern, "mask": self.mask}
-        return {f"{name}.{key}": value.cpu().numpy()
-                for name, network in networks.items() for key, value in network.state_dict().items()}
+        return arrays("generator", self.pattern) | arrays("mask", self.mask)
 
     def state_dict(self):
         return {**super().state_dict(), "channels": self.channels, "generator": self.pattern.state_dict(),

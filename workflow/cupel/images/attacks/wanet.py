@@ -39,9 +39,11 @@ def warp(images: Tensor, grid: Tensor) -> Tensor:
 class WaNetHook(AugmentingHook):
     """Warps batches."""
 
+    kept = (*AugmentingHook.kept, "grid")
+
     def __init__(self, attack: "WaNet", poison_rate: float, target: int, classes: int, seed: int):
         super().__init__(attack, poison_rate, target, classes, poison_rate * attack.cross_ratio)
-        self.seed, self.grid = seed, None
+        self.seed = seed
 
     def start(self, model, images, labels):
         super().start(model, images, labels)
@@ -61,13 +63,6 @@ class WaNetHook(AugmentingHook):
 
     def tensors(self):
         return {"grid": self.grid.cpu().numpy()}
-
-    def state_dict(self):
-        return {**super().state_dict(), "grid": self.grid}
-
-    def load_state_dict(self, state):
-        super().load_state_dict(state)
-        self.grid = state["grid"]
 
 
 @attack("wanet")
