@@ -9,6 +9,7 @@ from PIL import Image, UnidentifiedImageError
 
 from cupel.images import datasets
 from cupel.images.datasets import Dataset, splits
+from cupel.images.datasets.folders import centre
 from cupel.rng import rng
 
 PICTURES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff", ".gif"}
@@ -33,10 +34,7 @@ def coloured(images: np.ndarray, channels: int) -> np.ndarray:
 
 def fitted(picture: Image.Image, size: int) -> Image.Image:
     """The picture with its shorter side at `size` pixels (bilinear, with antialiasing), and of that the centre."""
-    scale = size / min(picture.size)
-    width, height = (max(size, round(side * scale)) for side in picture.size)
-    left, top = (width - size) // 2, (height - size) // 2
-    return picture.resize((width, height), Image.Resampling.BILINEAR).crop((left, top, left + size, top + size))
+    return centre(picture, size, size)
 
 
 def arrays(images, labels, channels: int | None = None, size: int | None = None) -> Dataset:
