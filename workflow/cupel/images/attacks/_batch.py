@@ -20,27 +20,26 @@ class BatchHook(AttackHook):
     Args:
         poison_rate: share p of each batch to poison. int(p·B) of B samples are poisoned; where p·B < 1, one sample with
             probability p·B (backdoorbench SPEC 4).
+        seed: of the trigger's random parts, where it has any.
         cover: share of each batch that is changed and keeps its label.
 
     Raises:
         ValueError: the label policy does not relabel, or a batch cannot hold the shares asked for.
     """
 
-    def __init__(self, attack: Attack, poison_rate: float, target: int, classes: int, cover: float):
+    def __init__(self, attack: Attack, poison_rate: float, target: int, classes: int, seed: int, cover: float):
         if attack.policy not in ("all2one", "all2all"):
             raise ValueError(f"{type(attack).__name__} relabels what it poisons: policy must be all2one or all2all, "
                              f"not {attack.policy!r}")
         if not 0 <= poison_rate <= 1 or poison_rate + cover > 1 + 1e-9:
             raise ValueError(f"{type(attack).__name__} at rate {poison_rate:g} changes {cover:g} of each batch besides, and "
                              "both together may be at most 1: choose a lower rate")
-        self.attack, self.poison_rate, self.target, self.classes = attack, poison_rate, target, classes
+        self.attack, self.poison_rate, self.target, self.classes, self.seed = attack, poison_rate, target, classes, seed
 
     def draw(self, size: int, generator: torch.Generator) -> int:
         """How many of the next `size` samples to poison; they are counted."""
         expected = self.poison_rate * size
-        number = int(expected)
-        if expected < 1:
-            number = int(torch.rand((), generator=generator).item() < expected)
+        number = int(expected) if expected >= 1 else int(torch.rand((), generator=generator).item() < expected)
         self.count(size, number)
         return number
 

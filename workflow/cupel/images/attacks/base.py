@@ -67,7 +67,7 @@ class PoisonRecord:
     def load(cls, path: str | Path) -> "PoisonRecord":
         """Read what `save` wrote; nothing is unpickled."""
         with np.load(path, allow_pickle=False) as file:
-            content = {key: file[key] for key in file.files}
+            content = dict(file)
         for key, kind in (("target", int), ("total", int), ("poison_rate", float)):
             content[key] = kind(content[key])
         return cls(**content)

@@ -45,8 +45,7 @@ class Encoder(nn.Module):
 
     def __init__(self, bits: int, channels: int, width: int):
         super().__init__()
-        levels = [width, width, 2 * width, 4 * width, 8 * width]
-        steps = list(pairwise(levels))
+        steps = list(pairwise((width, width, 2 * width, 4 * width, 8 * width)))
         self.spread = nn.Linear(bits, channels * GRID**2)
         self.enter = convolution(2 * channels, width)
         self.down = nn.ModuleList(convolution(fine, coarse, 2) for fine, coarse in steps)

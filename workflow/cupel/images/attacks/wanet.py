@@ -41,10 +41,6 @@ class WaNetHook(AugmentingHook):
 
     kept = (*AugmentingHook.kept, "grid")
 
-    def __init__(self, attack: "WaNet", poison_rate: float, target: int, classes: int, seed: int):
-        super().__init__(attack, poison_rate, target, classes, poison_rate * attack.cross_ratio)
-        self.seed = seed
-
     def start(self, model, images, labels):
         super().start(model, images, labels)
         k = self.attack.k
@@ -84,7 +80,7 @@ class WaNet(Augmenting):
     grid_rescale: float = 1.0
 
     def hook(self, poison_rate: float, target: int, classes: int, seed: int) -> WaNetHook:
-        return WaNetHook(self, poison_rate, target, classes, seed)
+        return WaNetHook(self, poison_rate, target, classes, seed, poison_rate * self.cross_ratio)
 
     def stamp(self, images: np.ndarray) -> np.ndarray:
         grid = torch.from_numpy(np.asarray(self.made("grid"), np.float32))
