@@ -107,7 +107,7 @@ def attach(model: nn.Module, kind: str, place: str, shape: tuple[int, ...]) -> A
     one_of("attachment", kind, KINDS)
     hosts = {name: module for name, module in model.named_modules() if name}
     one_of("module to attach to", place, hosts)
-    attachment = KINDS[kind](place, tuple(shape)).to(model.head.weight.device)
+    attachment = KINDS[kind](place, shape).to(model.head.weight.device)
     model.attachments.append(attachment)
     if attachment.before:
         hosts[place].register_forward_pre_hook(attachment.on_input)
