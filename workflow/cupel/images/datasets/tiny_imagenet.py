@@ -30,8 +30,7 @@ def read_zip(paths: list[Path]) -> dict:
     index = {wnid: c for c, wnid in enumerate(NAME)}
     wnids, annotations = archives.read(archive, f"{root}wnids.txt", f"{root}val/val_annotations.txt")
     present = folders.labels(wnids.decode().split(), index)
-    rows = [line.split("\t") for line in annotations.decode().splitlines()]
-    class_of = {row[0]: row[1] for row in rows if row[0]}
+    class_of = dict(line.split("\t")[:2] for line in annotations.decode().splitlines() if line)
 
     train = folders.found(archive, rf"{root}train/(n\d{{8}})/images/\1_(\d+)\.JPEG")
     train.sort(key=lambda match: (index.get(match[1], -1), int(match[2])))
