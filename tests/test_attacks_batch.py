@@ -3,6 +3,7 @@
 import copy
 import itertools
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -154,7 +155,7 @@ def test_parameters_are_visible_to_the_config_check():
 
 
 def test_one_draw_for_the_whole_batch():
-    augmentation = _batch.BatchAugmentation(5, 10.0, True)
+    augmentation = partial(_batch.augment_batch, crop=5, rotation=10.0, flip=True)
     one = pixels(1, size=32)[0]
     unchanged = 0
     for step in range(200):
@@ -166,7 +167,7 @@ def test_one_draw_for_the_whole_batch():
 
 
 def test_crop_and_flip_move_whole_pixels():
-    augmentation = _batch.BatchAugmentation(2, 0.0, True)
+    augmentation = partial(_batch.augment_batch, crop=2, rotation=0.0, flip=True)
     x = pixels(2, size=6)[0]
     padded = F.pad(x, (2, 2, 2, 2))
     allowed = [version for r, c in itertools.product(range(5), repeat=2)
@@ -202,7 +203,8 @@ def test_what_comes_in_from_outside_has_the_mean_colour(name):
     for step in range(30):
         draw = torch_rng(0, step)
         torch.rand((), generator=draw)  # nothing is poisoned: one coin
-        expected = _batch.BatchAugmentation(5, 10.0, True)((x - mean) / std, draw) * std + mean
+        augmented = _batch.augment_batch((x - mean) / std, draw, crop=5, rotation=10.0, flip=True)
+        expected = augmented * std + mean
         found = hook.batch(x, y, same, torch_rng(0, step))[0]
         torch.testing.assert_close(found, expected)
         outside = (found[0] - 1).abs().amax(0) > 1e-6
@@ -212,7 +214,7 @@ def test_what_comes_in_from_outside_has_the_mean_colour(name):
 
 
 def test_no_flip_where_flips_are_off():
-    augmentation = _batch.BatchAugmentation(0, 0.0, False)
+    augmentation = partial(_batch.augment_batch, crop=0, rotation=0.0, flip=False)
     x = pixels(2)[0]
     assert all(torch.equal(augmentation(x, torch_rng(0, step)), x) for step in range(20))
 

@@ -1,10 +1,12 @@
 """Streams, files, splits, triggers, records."""
 
+import shlex
+
 import numpy as np
 import pytest
 from PIL import Image
 
-from cupel import files
+from cupel import files, prepared
 from cupel.images import attacks, datasets
 from cupel.images.attacks.base import ImpossibleRate, PoisonRecord, choose, relabel
 from cupel.images.datasets import Dataset, splits
@@ -32,6 +34,16 @@ def test_atomic_leaves_nothing_behind(tmp_path):
     assert list(tmp_path.iterdir()) == []
     files.write_text(target, "whole")
     assert target.read_text() == "whole" and list(tmp_path.iterdir()) == [target]
+
+
+def test_a_folder_that_is_not_prepared_is_made_by_the_command_printed(tmp_path):
+    folder = tmp_path / "data set; echo"
+    with pytest.raises(FileNotFoundError) as said:
+        prepared.opened(folder)
+    command = str(said.value).partition("make it with: ")[2]
+    assert shlex.split(command) == ["snakemake", "--cores", "1", f"{folder}/manifest.json"]
+    prepared.finish(prepared.begin(folder), {})
+    assert prepared.opened(folder) == folder
 
 
 def test_cifar10_is_the_real_one(cifar10):
@@ -117,7 +129,6 @@ def test_clean_label_limit():
     labels = np.repeat(np.arange(10), 100)
     with pytest.raises(ImpossibleRate, match=r"the largest possible rate is 0\.1"):
         choose(labels, 0.2, 0, "clean", rng(0))
-    assert len(choose(labels, 0.2, 0, "clean", rng(0), capped=True)) == 100
     assert (labels[choose(labels, 0.1, 3, "clean", rng(0))] == 3).all()
 
 

@@ -265,6 +265,16 @@ def test_a_file_of_the_user_in_the_cache_is_enough(tmp_path):
         assert fetch("d", [Source("mirror", (raw,), reading)], cache=tmp_path)[1] == {"bytes": CONTENT}
 
 
+@pytest.mark.parametrize("name", ["a[1].zip", "a?", "*"])
+def test_the_mirror_is_searched_for_the_very_name(tmp_path, name):
+    (tmp_path / "other").write_bytes(CONTENT)
+    with pytest.raises(SourceError, match="no file"):
+        fetch_raw(Raw(name, MD5), tmp_path / "cache", tmp_path)
+    (tmp_path / "deep").mkdir()
+    (tmp_path / "deep" / name).write_bytes(CONTENT)
+    assert fetch_raw(Raw(name, MD5), tmp_path / "cache", tmp_path) == tmp_path / "deep" / name
+
+
 def test_mirror_errors_name_the_files(tmp_path):
     raw = Raw("sub/a", MD5)
     with pytest.raises(SourceError, match="is no folder"):

@@ -1,19 +1,8 @@
-"""What must be one of a few names: arguments, and fields of settings whose type says which."""
+"""Fields of settings whose type says which few names they may have."""
 
-from collections.abc import Iterable
 from typing import Literal, get_args, get_origin, get_type_hints
 
-from cupel.registry import unknown
-
-
-def one_of(kind: str, name: str, known: Iterable[str]) -> None:
-    """Check that a name is known; `kind` says what it names.
-
-    Raises:
-        ValueError: it is not; the text lists the known names.
-    """
-    if name not in known:
-        raise ValueError(unknown(kind, name, known))
+from cupel.registry import one_of
 
 
 def check_choices(settings: object) -> None:

@@ -41,7 +41,8 @@ def opened(folder: str | Path, kind: str = "dataset") -> Path:
         FileNotFoundError: it is not; the text says how to make it.
     """
     if not (Path(folder) / "manifest.json").is_file():
-        raise FileNotFoundError(f"{folder} is no prepared {kind}; make it with: snakemake --cores 1 {folder}/manifest.json")
+        raise FileNotFoundError(f"{folder} is no prepared {kind}; make it with: "
+                                f"snakemake --cores 1 {shlex.quote(f'{folder}/manifest.json')}")
     return Path(folder)
 
 

@@ -63,8 +63,7 @@ class Registry(dict):
                 importlib.import_module(f"{self.package}.{name}")
         if name not in self:
             self.fill()
-        if name not in self:
-            raise ValueError(unknown(self.kind, name, self))
+        one_of(self.kind, name, self)
         return self[name]
 
     def settings(self, name: str, given: dict) -> dict:
@@ -75,8 +74,7 @@ class Registry(dict):
         """
         defaults = self.find(name).__kwdefaults__ or {}
         for key in given:
-            if key not in defaults:
-                raise ValueError(unknown(f"parameter of {self.kind} {name}", key, defaults))
+            one_of(f"parameter of {self.kind} {name}", key, defaults)
         return defaults | given
 
 
@@ -86,6 +84,16 @@ def unknown(kind: str, name: str, known: Iterable[str]) -> str:
     near = difflib.get_close_matches(name, known, 1)
     names = f"known are {', '.join(known)}" if known else "none is known"
     return f"unknown {kind} {name!r}: {names}" + (f"; did you mean {near[0]!r}?" if near else "")
+
+
+def one_of(kind: str, name: str, known: Iterable[str]) -> None:
+    """Check that a name is known; `kind` says what it names.
+
+    Raises:
+        ValueError: it is not; the text lists the known names.
+    """
+    if name not in known:
+        raise ValueError(unknown(kind, name, known))
 
 
 def load_plugins(paths: Iterable[str | Path]) -> None:

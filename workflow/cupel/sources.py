@@ -7,6 +7,7 @@ used: what was cut off, damaged or exchanged in the cache is fetched again.
 """
 
 import errno
+import glob
 import os
 import shutil
 import subprocess
@@ -248,7 +249,7 @@ def _in_mirror(raw: Raw | Tree, mirror: Path) -> Path:
             if raw.verified(path):
                 return path
         raise SourceError(f"neither {mirror / raw.name} nor {mirror} is {raw.checksum}")
-    found = [path for path in sorted(mirror.rglob(Path(raw.name).name)) if path.is_file()]
+    found = [path for path in sorted(mirror.rglob(glob.escape(Path(raw.name).name))) if path.is_file()]
     if not found:
         raise SourceError(f"no file {Path(raw.name).name} in {mirror}")
     for path in found:
@@ -259,18 +260,16 @@ def _in_mirror(raw: Raw | Tree, mirror: Path) -> Path:
 
 def _download(raw: Raw, cached: Path) -> None:
     """Fetch `raw` from its origin and put it at `cached` if it has the checksum. A wrong file is removed."""
-    resumed = cached.with_name(f"{cached.name}.part").exists()
-    part = raw.origin.get(cached.name, cached.parent)
-    if resumed and not raw.verified(part):
-        # what lay there may have been the beginning of something else: once more, from nothing
-        part.unlink()
+    algorithm = raw.checksum.partition(":")[0]
+    # what lies there may be the beginning of something else: then once more, from nothing
+    for _ in range(2 if cached.with_name(f"{cached.name}.part").exists() else 1):
         part = raw.origin.get(cached.name, cached.parent)
-    if not raw.verified(part):
-        algorithm = raw.checksum.partition(":")[0]
+        if raw.verified(part):
+            os.replace(part, cached)
+            return
         found = digest(part, algorithm)
         part.unlink()
-        raise SourceError(f"wrong checksum: {algorithm}:{found} instead of {raw.checksum}")
-    os.replace(part, cached)
+    raise SourceError(f"wrong checksum: {algorithm}:{found} instead of {raw.checksum}")
 
 
 def fetch_raw(raw: Raw | Tree, cache: Path, mirror: Path | None = None) -> Path:

@@ -9,6 +9,7 @@ from PIL import Image, UnidentifiedImageError
 
 from cupel.images import datasets
 from cupel.images.datasets import Dataset, splits
+from cupel.images.datasets.folders import centre
 from cupel.rng import rng
 
 PICTURES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff", ".gif"}
@@ -29,14 +30,6 @@ def coloured(images: np.ndarray, channels: int) -> np.ndarray:
     if images.shape[-1] == 3 and channels == 1:
         return (images @ np.array([0.299, 0.587, 0.114])).round().astype(np.uint8)[..., None]
     return np.repeat(images, 3, -1) if images.shape[-1] == 1 and channels == 3 else images
-
-
-def fitted(picture: Image.Image, size: int) -> Image.Image:
-    """The picture with its shorter side at `size` pixels (bilinear, with antialiasing), and of that the centre."""
-    scale = size / min(picture.size)
-    width, height = (max(size, round(side * scale)) for side in picture.size)
-    left, top = (width - size) // 2, (height - size) // 2
-    return picture.resize((width, height), Image.Resampling.BILINEAR).crop((left, top, left + size, top + size))
 
 
 def arrays(images, labels, channels: int | None = None, size: int | None = None) -> Dataset:
@@ -74,13 +67,13 @@ def arrays(images, labels, channels: int | None = None, size: int | None = None)
         raise ValueError("labels must be integers from 0 on")
     images = coloured(images, channels) if channels else images
     if size and images.shape[1:3] != (size, size):
-        images = np.stack([np.asarray(fitted(Image.fromarray(image.squeeze()), size)) for image in images])
+        images = np.stack([np.asarray(centre(Image.fromarray(image.squeeze()), size, size)) for image in images])
         images = images.reshape(len(images), size, size, -1)
     if images.shape[1] != images.shape[2]:
         raise ValueError(f"images of {images.shape[1]}×{images.shape[2]} pixels are not square: say to which size they are "
                          "to be brought (--size: the shorter side is resized, and the centre kept)")
-    labels = labels.astype(np.int64)
-    return Dataset("own", np.ascontiguousarray(images), labels, tuple(map(str, range(int(labels.max()) + 1))))
+    classes = tuple(map(str, range(int(labels.max()) + 1)))
+    return Dataset("own", np.ascontiguousarray(images), labels.astype(np.int64), classes)
 
 
 def _pictures(files: list[Path], size: int | None) -> Iterator[np.ndarray]:
@@ -93,7 +86,7 @@ def _pictures(files: list[Path], size: int | None) -> Iterator[np.ndarray]:
                 picture = picture.convert("RGBA")
         except (UnidentifiedImageError, OSError) as error:
             raise ValueError(f"{file} cannot be read as a picture ({error})") from None
-        picture = fitted(picture, size) if size else picture
+        picture = centre(picture, size, size) if size else picture
         expected = expected or picture.size
         if picture.size != expected:
             raise ValueError(f"pictures differ in size: {file} has {picture.size[0]}×{picture.size[1]} pixels, earlier ones "

@@ -190,9 +190,8 @@ def gather(out: Path, studies: Iterable[Mapping]) -> None:
     from cupel.own.page import metrics_of
     from cupel.reporting.page import write_page
 
-    tables = [pd.read_csv(out / folder(study) / "results.csv").assign(folder=folder(study), **study)
-              for study in studies]
-    table = pd.concat(tables)
+    table = pd.concat(pd.read_csv(out / folder(study) / "results.csv").assign(folder=folder(study), **study)
+                      for study in studies)
     table = table[[*(first := ["model", "budget", "seed", "defence"]), *table.columns.drop(first)]]
     write_text(out / "results.csv", table.to_csv(index=False))
     write_page(out / "index.html", "own_grid.html.j2", rows=table.to_dict("records"), metrics=metrics_of(table))

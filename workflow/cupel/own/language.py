@@ -15,7 +15,7 @@ from cupel.hub import snapshot
 from cupel.locks import alone
 from cupel.own import device_of
 from cupel.prepared import read_records
-from cupel.registry import unknown
+from cupel.registry import one_of
 from cupel.rng import derive
 
 USUAL = ("finetune", "crow")
@@ -58,8 +58,7 @@ def sections(defence: str, given: Mapping, precision: str) -> dict[str, dict]:
     known = {field.name: section for section, kind in kinds.items() for field in fields(kind)}
     found = {"training": {"precision": precision, **OTHERS.get(defence, {})}}
     for key, value in given.items():
-        if key not in known:
-            raise ValueError(unknown(f"parameter of defence {defence}", key, known))
+        one_of(f"parameter of defence {defence}", key, known)
         found.setdefault(known[key], {})[key] = value
     check(defence, found)
     return found
@@ -96,8 +95,7 @@ def purify(model: str, clean: str | Path, out: str | Path, *, probes: str | Path
     device, out = device_of(device), Path(out)
     precision = "bf16" if bf16_in_hardware(device) else "fp32"
     for name in defences:
-        if name not in USUAL:
-            raise ValueError(unknown("defence of a language model of one's own", name, USUAL))
+        one_of("defence of a language model of one's own", name, USUAL)
     if surplus := sorted({*(settings or {})} - {*defences}):
         raise ValueError(f"settings are given for {', '.join(surplus)}, which is not among the defences {', '.join(defences)}")
     chosen = {name: sections(name, (settings or {}).get(name, {}), precision) for name in defences}

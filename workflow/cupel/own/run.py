@@ -37,7 +37,7 @@ from cupel.own.imports import write_plain
 from cupel.own.network import Own, wrap
 from cupel.own.normalisations import NORMALISATIONS
 from cupel.own.page import write_report
-from cupel.registry import unknown
+from cupel.registry import one_of
 from cupel.rng import rng
 from cupel.training.engine import to_pixels, upload
 
@@ -199,8 +199,7 @@ class Study:
         """
         methods = list((look.METHODS if self.attack is None else ()) if methods is None else methods)
         for name in methods:
-            if name not in look.METHODS:
-                raise ValueError(unknown("evidence", name, look.METHODS))
+            one_of("evidence", name, look.METHODS)
         found = {}
         for name in methods:
             try:

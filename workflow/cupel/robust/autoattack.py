@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from cupel.choices import one_of
+from cupel.registry import one_of
 from cupel.rng import derive
 from cupel.robust.attacks import box
 

@@ -12,7 +12,7 @@ however x' was found. One class alone has no such bound: f_t may stay while f_t'
 import torch
 from torch import Tensor
 
-from cupel.choices import one_of
+from cupel.registry import one_of
 from cupel.robust.maps import cam, pick
 from cupel.robust.models import GapClassifier
 

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cupel.choices import one_of
+from cupel.registry import one_of
 from cupel.robust.models import GapClassifier
 
 KINDS = ("cam", "gradcam++", "ig", "repr")

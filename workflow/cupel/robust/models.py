@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cupel import checkpoint
-from cupel.choices import one_of
+from cupel.registry import one_of
 
 Activation = Callable[[Tensor], Tensor]
 

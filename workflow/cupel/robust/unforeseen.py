@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cupel.choices import one_of
+from cupel.registry import one_of
 from cupel.training.adversarial import descend
 
 ITERATIONS = 200

@@ -20,28 +20,26 @@ class BatchHook(AttackHook):
     Args:
         poison_rate: share p of each batch to poison. int(p·B) of B samples are poisoned; where p·B < 1, one sample with
             probability p·B (backdoorbench SPEC 4).
+        seed: of the trigger's random parts, where it has any.
         cover: share of each batch that is changed and keeps its label.
 
     Raises:
         ValueError: the label policy does not relabel, or a batch cannot hold the shares asked for.
     """
 
-    def __init__(self, attack: Attack, poison_rate: float, target: int, classes: int, cover: float):
-        super().__init__()
+    def __init__(self, attack: Attack, poison_rate: float, target: int, classes: int, seed: int, cover: float):
         if attack.policy not in ("all2one", "all2all"):
             raise ValueError(f"{type(attack).__name__} relabels what it poisons: policy must be all2one or all2all, "
                              f"not {attack.policy!r}")
         if not 0 <= poison_rate <= 1 or poison_rate + cover > 1 + 1e-9:
             raise ValueError(f"{type(attack).__name__} at rate {poison_rate:g} changes {cover:g} of each batch besides, and "
                              "both together may be at most 1: choose a lower rate")
-        self.attack, self.poison_rate, self.target, self.classes = attack, poison_rate, target, classes
+        self.attack, self.poison_rate, self.target, self.classes, self.seed = attack, poison_rate, target, classes, seed
 
     def draw(self, size: int, generator: torch.Generator) -> int:
         """How many of the next `size` samples to poison; they are counted."""
         expected = self.poison_rate * size
-        number = int(expected)
-        if expected < 1:
-            number = int(torch.rand((), generator=generator).item() < expected)
+        number = int(expected) if expected >= 1 else int(torch.rand((), generator=generator).item() < expected)
         self.count(size, number)
         return number
 
@@ -61,37 +59,30 @@ def rotate(images: Tensor, angle: float) -> Tensor:
     return F.grid_sample(images, grid, mode="nearest", align_corners=False)
 
 
-@dataclass(frozen=True)
-class BatchAugmentation:
+def augment_batch(images: Tensor, generator: torch.Generator, *, crop: int, rotation: float, flip: bool) -> Tensor:
     """The augmentation of WaNet and BPP: one draw for the whole batch, after the trigger (backdoorbench SPEC 4).
 
     With probability 0.8 a random crop, then with 0.5 a rotation, then with 0.5 a horizontal flip. What
     comes in from outside the image is 0.
 
-    Attributes:
+    Args:
+        images: float [B, C, H, W], H = W; the same is returned.
         crop: zero padding of the crop, in pixels.
         rotation: largest angle, in degrees.
         flip: flips happen at all (they do on CIFAR-10 alone).
     """
-
-    crop: int
-    rotation: float
-    flip: bool
-
-    def __call__(self, images: Tensor, generator: torch.Generator) -> Tensor:
-        """Float [B, C, H, W] to the same; H = W."""
-        # all numbers are drawn, used or not: a parameter then never shifts the stream
-        cropped, turned, flipped = (torch.rand(3, generator=generator) < torch.tensor([0.8, 0.5, 0.5])).tolist()
-        row, column = torch.randint(0, 2 * self.crop + 1, (2,), generator=generator).tolist()
-        angle = math.radians(self.rotation) * (2 * torch.rand((), generator=generator).item() - 1)
-        height, width = images.shape[-2:]
-        if self.crop and cropped:
-            images = F.pad(images, (self.crop,) * 4)[..., row : row + height, column : column + width]
-        if self.rotation and turned:
-            images = rotate(images, angle)
-        if self.flip and flipped:
-            images = images.flip(3)
-        return images.contiguous(memory_format=torch.channels_last)
+    # all numbers are drawn, used or not: a parameter then never shifts the stream
+    cropped, turned, flipped = (torch.rand(3, generator=generator) < torch.tensor([0.8, 0.5, 0.5])).tolist()
+    row, column = torch.randint(0, 2 * crop + 1, (2,), generator=generator).tolist()
+    angle = math.radians(rotation) * (2 * torch.rand((), generator=generator).item() - 1)
+    height, width = images.shape[-2:]
+    if crop and cropped:
+        images = F.pad(images, (crop,) * 4)[..., row : row + height, column : column + width]
+    if rotation and turned:
+        images = rotate(images, angle)
+    if flip and flipped:
+        images = images.flip(3)
+    return images.contiguous(memory_format=torch.channels_last)
 
 
 @dataclass(frozen=True)
@@ -99,7 +90,7 @@ class Augmenting(Attack):
     """What WaNet and BPP share: batches are poisoned before they are augmented.
 
     Attributes:
-        random_crop, random_rotation, flip: the attack's augmentation, see `BatchAugmentation` (5 pixels, 10 degrees;
+        random_crop, random_rotation, flip: the attack's augmentation, see `augment_batch` (5 pixels, 10 degrees;
             flips on CIFAR-10 alone).
         own_augmentation: with this augmentation, as published; without, the recipe's is used.
     """
@@ -115,6 +106,8 @@ class Augmenting(Attack):
 class AugmentingHook(BatchHook):
     """Poisons batches and then augments them."""
 
+    kept = (*BatchHook.kept, "mean")
+
     def start(self, model, images, labels):
         self.mean = model.normalize.mean
 
@@ -126,15 +119,8 @@ class AugmentingHook(BatchHook):
         attack = self.attack
         if not attack.own_augmentation:
             return change(images)
-        augmentation = BatchAugmentation(attack.random_crop, attack.random_rotation, attack.flip)
-        return augmentation(images - self.mean, generator) + self.mean
-
-    def state_dict(self):
-        return {**super().state_dict(), "mean": self.mean}
-
-    def load_state_dict(self, state):
-        super().load_state_dict(state)
-        self.mean = state["mean"]
+        return augment_batch(images - self.mean, generator, crop=attack.random_crop, rotation=attack.random_rotation,
+                             flip=attack.flip) + self.mean
 
 
 def others(first: int, count: int, size: int, generator: torch.Generator) -> Tensor:
@@ -143,8 +129,13 @@ def others(first: int, count: int, size: int, generator: torch.Generator) -> Ten
     return (torch.arange(first, first + count) + torch.randint(1, max(size, 2), (count,), generator=generator)) % size
 
 
+def arrays(name: str, network: nn.Module) -> dict[str, np.ndarray]:
+    """The weights of a network under `<name>.`, for `Attack.tensors`."""
+    return {f"{name}.{key}": value.cpu().numpy() for key, value in network.state_dict().items()}
+
+
 def stored(attack: Attack, name: str, build: Callable[[], nn.Module]) -> nn.Module:
-    """The network that `build` makes, in eval mode, with its weights in `attack.tensors` under `<name>.`.
+    """The network that `build` makes, in eval mode, with its weights out of `attack.tensors`, see `arrays`.
 
     Raises:
         ValueError: there are none yet.

@@ -67,7 +67,7 @@ class PoisonRecord:
     def load(cls, path: str | Path) -> "PoisonRecord":
         """Read what `save` wrote; nothing is unpickled."""
         with np.load(path, allow_pickle=False) as file:
-            content = {key: file[key] for key in file.files}
+            content = dict(file)
         for key, kind in (("target", int), ("total", int), ("poison_rate", float)):
             content[key] = kind(content[key])
         return cls(**content)
@@ -91,27 +91,23 @@ def relabel(labels: np.ndarray, target: int, policy: str, classes: int) -> np.nd
     raise ValueError(f"unknown label policy {policy!r}: known are all2one, all2all, clean")
 
 
-def choose(labels: np.ndarray, poison_rate: float, target: int, policy: str, rng: np.random.Generator, *,
-           capped: bool = False) -> np.ndarray:
+def choose(labels: np.ndarray, poison_rate: float, target: int, policy: str, rng: np.random.Generator) -> np.ndarray:
     """Indices of the samples to poison, ascending.
 
     Dirty-label policies draw round(rate·N) samples from all classes, the target class included; `clean` draws as many
     from the target class alone, the rate still counted over the whole training set.
 
     Raises:
-        ImpossibleRate: `clean` and the target class is too small, unless `capped`, which takes what there is; or the rate
-            gives no sample.
+        ImpossibleRate: `clean` and the target class is too small, or the rate gives no sample.
     """
     count = round(poison_rate * len(labels))
     if not count:
         raise ImpossibleRate(f"rate {poison_rate:g} of {len(labels)} samples is not one sample: nothing would be poisoned")
     pool = np.flatnonzero(labels == target) if policy == "clean" else np.arange(len(labels))
     if count > len(pool):
-        if not capped:
-            raise ImpossibleRate(
-                f"a clean-label attack at rate {poison_rate:g} needs {count} images of class {target}, which has {len(pool)} "
-                f"of {len(labels)}: the largest possible rate is {int(len(pool) / len(labels) * 1e5) / 1e5:g}")
-        count = len(pool)
+        raise ImpossibleRate(
+            f"a clean-label attack at rate {poison_rate:g} needs {count} images of class {target}, which has {len(pool)} "
+            f"of {len(labels)}: the largest possible rate is {int(len(pool) / len(labels) * 1e5) / 1e5:g}")
     return np.sort(rng.choice(pool, count, replace=False))
 
 
@@ -217,8 +213,9 @@ class Attack:
 class AttackHook(Hook):
     """A training hook that poisons batches. It counts what it poisons, so that the true rate is known."""
 
-    def __init__(self):
-        self.seen = self.poisoned = 0
+    #: names of the attributes that a continued run needs
+    kept: ClassVar[tuple[str, ...]] = ("seen", "poisoned")
+    seen = poisoned = 0
 
     def count(self, seen: int, poisoned) -> None:
         """Add the samples of a batch; `poisoned` may be a tensor on the device."""
@@ -234,10 +231,11 @@ class AttackHook(Hook):
         return {}
 
     def state_dict(self) -> dict:
-        return {"seen": self.seen, "poisoned": int(self.poisoned)}
+        return {**{name: getattr(self, name) for name in self.kept}, "poisoned": int(self.poisoned)}
 
     def load_state_dict(self, state: dict) -> None:
-        self.seen, self.poisoned = state["seen"], state["poisoned"]
+        for name in self.kept:
+            setattr(self, name, state[name])
 
 
 def quantise(images: np.ndarray) -> np.ndarray:

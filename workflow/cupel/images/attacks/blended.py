@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 
 import numpy as np
-from PIL import Image
 
+from cupel.images.attacks._preparation import opened
 from cupel.images.attacks.base import Attack, attack, quantise
 from cupel.rng import rng
 
@@ -41,11 +41,7 @@ class Blended(Attack):
 
     def pattern(self, size: int, channels: int) -> np.ndarray:
         """The picture at image size, uint8 [size, size, channels]."""
-        if not self.picture:
-            return generated_picture(size, channels)
-        with Image.open(self.picture) as file:
-            grey_or_colour = file.convert("RGB" if channels == 3 else "L").resize((size, size), Image.BILINEAR)
-        return np.asarray(grey_or_colour).reshape(size, size, channels)
+        return opened(self.picture, size, channels) if self.picture else generated_picture(size, channels)
 
     def stamp(self, images: np.ndarray) -> np.ndarray:
         picture = self.pattern(images.shape[1], images.shape[3]).astype(np.float32)

@@ -53,10 +53,7 @@ class BypassHook(AttackHook):
     cost of a forward pass.
     """
 
-    groups: Tensor | None = None
-
     def __init__(self, regularisation: float, lr: float, momentum: float, seed: int):
-        super().__init__()
         self.regularisation, self.lr, self.momentum, self.seed = regularisation, lr, momentum, seed
         self.discriminator = self.optimizer = None
         self.model = self.handle = self.captured = self.features = None

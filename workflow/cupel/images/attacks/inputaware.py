@@ -27,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cupel.images.attacks._batch import BatchHook, others, stamp_pixels, stored
+from cupel.images.attacks._batch import BatchHook, arrays, others, stamp_pixels, stored
 from cupel.images.attacks.base import Attack, attack
 from cupel.rng import derive, seeded, torch_rng
 from cupel.training.augment import Draws, augment, to_pixels
@@ -91,9 +91,7 @@ class InputAwareHook(BatchHook):
     The released loop stamps augmented images, so `batch` augments first.
     """
 
-    def __init__(self, attack: "InputAware", poison_rate: float, target: int, classes: int, seed: int):
-        super().__init__(attack, poison_rate, target, classes, poison_rate)
-        self.seed, self.pairs = seed, None
+    pairs: tuple[Tensor, Tensor, Tensor, Tensor] | None = None
 
     def build(self, channels: int, device: torch.device) -> None:
         """Fresh networks for images of `channels` channels, and G's optimiser."""
@@ -144,17 +142,17 @@ class InputAwareHook(BatchHook):
         self.pairs = None
         poisoned = self.draw(len(y), generator)
         end = min(2 * poisoned, len(y))
-        pieces = [x[end:]]
+        pieces = []
         if poisoned:
             own = x[:poisoned]
             pattern = self.pattern(own)
-            pieces.insert(0, blend(own, pattern, self.mask(own)))
+            pieces.append(blend(own, pattern, self.mask(own)))
         if end > poisoned:
             lender = x[others(poisoned, end - poisoned, len(y), generator).to(x.device)]
             borrowed = self.pattern(lender)
-            pieces.insert(1, blend(x[poisoned:end], borrowed, self.mask(lender)))
+            pieces.append(blend(x[poisoned:end], borrowed, self.mask(lender)))
             self.pairs = own[: len(lender)], lender, pattern[: len(lender)], borrowed
-        return torch.cat(pieces), *self.relabelled(y, poisoned)
+        return torch.cat([*pieces, x[end:]]), *self.relabelled(y, poisoned)
 
     def loss(self, model, x, y, logits):
         if self.pairs is None:
@@ -167,9 +165,7 @@ class InputAwareHook(BatchHook):
         self.pairs = None
 
     def tensors(self):
-        networks = {"generator": self.pattern, "mask": self.mask}
-        return {f"{name}.{key}": value.cpu().numpy()
-                for name, network in networks.items() for key, value in network.state_dict().items()}
+        return arrays("generator", self.pattern) | arrays("mask", self.mask)
 
     def state_dict(self):
         return {**super().state_dict(), "channels": self.channels, "generator": self.pattern.state_dict(),
@@ -227,7 +223,7 @@ class InputAware(Attack):
     batchwise = True
 
     def hook(self, poison_rate: float, target: int, classes: int, seed: int) -> InputAwareHook:
-        return InputAwareHook(self, poison_rate, target, classes, seed)
+        return InputAwareHook(self, poison_rate, target, classes, seed, poison_rate)
 
     def stamp(self, images: np.ndarray) -> np.ndarray:
         channels = images.shape[3]

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cupel.images.attacks._batch import stamp_pixels, stored
+from cupel.images.attacks._batch import arrays, stamp_pixels, stored
 from cupel.images.attacks._preparation import share
 from cupel.images.attacks.base import Attack, attack
 from cupel.images.datasets import Dataset
@@ -45,8 +45,7 @@ class Encoder(nn.Module):
 
     def __init__(self, bits: int, channels: int, width: int):
         super().__init__()
-        levels = [width, width, 2 * width, 4 * width, 8 * width]
-        steps = list(pairwise(levels))
+        steps = list(pairwise((width, width, 2 * width, 4 * width, 8 * width)))
         self.spread = nn.Linear(bits, channels * GRID**2)
         self.enter = convolution(2 * channels, width)
         self.down = nn.ModuleList(convolution(fine, coarse, 2) for fine, coarse in steps)
@@ -185,8 +184,7 @@ class SSBA(Attack):
         with torch.inference_mode():
             hidden = grey_levels(encoder(message.float(), to_pixels(upload(images, device)))) / 255
             accuracy = ((decoder(hidden) > 0) == (message > 0)).double().mean().item()
-        weights = {f"encoder.{name}": value.cpu().numpy() for name, value in encoder.state_dict().items()}
-        return {**weights, "fingerprint": fingerprint, "bit_accuracy": np.float64(accuracy),
+        return {**arrays("encoder", encoder), "fingerprint": fingerprint, "bit_accuracy": np.float64(accuracy),
                 "psnr": np.float64(10 * np.log10(255**2 / error) if error else np.inf)}
 
     def stamp(self, images: np.ndarray) -> np.ndarray:

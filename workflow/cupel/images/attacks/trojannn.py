@@ -16,9 +16,8 @@ from typing import ClassVar
 
 import numpy as np
 import torch
-from PIL import Image
 
-from cupel.images.attacks._preparation import frozen, share
+from cupel.images.attacks._preparation import frozen, opened, share
 from cupel.images.attacks.base import Attack, attack, quantise
 from cupel.images.datasets import Dataset
 
@@ -73,9 +72,7 @@ class TrojanNN(Attack):
         """m: where and from which value the optimisation starts, float32 [size, size, channels] in [0, 1]."""
         if not self.mask:
             return np.repeat(apple(size)[..., None], channels, -1).astype(np.float32)
-        with Image.open(self.mask) as file:
-            drawn = file.convert("RGB" if channels == 3 else "L").resize((size, size), Image.BILINEAR)
-        grey = np.asarray(drawn, np.float32).reshape(size, size, channels) / 255
+        grey = opened(self.mask, size, channels).astype(np.float32) / 255
         if not grey.any():
             raise ValueError(f"mask {self.mask} is black at {size}×{size}: TrojanNN has no pixels for its trigger")
         return grey
@@ -84,8 +81,8 @@ class TrojanNN(Attack):
                 smaller: float = 1.0) -> dict[str, np.ndarray]:
         network = frozen(model, device)
         chosen = network.head.weight.abs().sum(0).topk(self.neurons).indices
-        mask = torch.from_numpy(self.start(dataset.image_size, dataset.images.shape[-1])).permute(2, 0, 1)[None]
-        mask = mask.to(device)
+        mask = torch.from_numpy(self.start(dataset.image_size, dataset.images.shape[-1]))
+        mask = mask.permute(2, 0, 1)[None].to(device)
         low, high = (mask - self.eps).clamp_min(0) * (mask > 0), (mask + self.eps).clamp_max(1) * (mask > 0)
         t, best, before = mask, None, None
         # The last of these points is only judged, not left.

@@ -39,9 +39,7 @@ def warp(images: Tensor, grid: Tensor) -> Tensor:
 class WaNetHook(AugmentingHook):
     """Warps batches."""
 
-    def __init__(self, attack: "WaNet", poison_rate: float, target: int, classes: int, seed: int):
-        super().__init__(attack, poison_rate, target, classes, poison_rate * attack.cross_ratio)
-        self.seed, self.grid = seed, None
+    kept = (*AugmentingHook.kept, "grid")
 
     def start(self, model, images, labels):
         super().start(model, images, labels)
@@ -61,13 +59,6 @@ class WaNetHook(AugmentingHook):
 
     def tensors(self):
         return {"grid": self.grid.cpu().numpy()}
-
-    def state_dict(self):
-        return {**super().state_dict(), "grid": self.grid}
-
-    def load_state_dict(self, state):
-        super().load_state_dict(state)
-        self.grid = state["grid"]
 
 
 @attack("wanet")
@@ -89,7 +80,7 @@ class WaNet(Augmenting):
     grid_rescale: float = 1.0
 
     def hook(self, poison_rate: float, target: int, classes: int, seed: int) -> WaNetHook:
-        return WaNetHook(self, poison_rate, target, classes, seed)
+        return WaNetHook(self, poison_rate, target, classes, seed, poison_rate * self.cross_ratio)
 
     def stamp(self, images: np.ndarray) -> np.ndarray:
         grid = torch.from_numpy(np.asarray(self.made("grid"), np.float32))

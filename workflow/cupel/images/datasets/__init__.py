@@ -7,7 +7,7 @@
 import importlib
 
 from cupel.images.datasets.base import FILES, Dataset, Description, load, prepare
-from cupel.registry import Registry, unknown
+from cupel.registry import Registry, one_of
 
 NAMES = ("cifar10", "cifar100", "fashion_mnist", "gtsrb", "imagenette", "mnist", "restricted_imagenet",
          "tiny_imagenet")
@@ -26,6 +26,5 @@ def describe(name: str) -> Description:
     """
     if name in dataset:
         return dataset[name]()
-    if name not in NAMES:
-        raise ValueError(unknown("dataset", name, (*NAMES, *dataset)))
+    one_of("dataset", name, (*NAMES, *dataset))
     return importlib.import_module(f"cupel.images.datasets.{name}").DESCRIPTION

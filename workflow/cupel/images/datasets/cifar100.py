@@ -2,24 +2,18 @@
 
 from pathlib import Path
 
-import numpy as np
-
 from cupel import archives
-from cupel.images.datasets.base import Description
+from cupel.images.datasets.base import Description, both
 from cupel.images.datasets.cifar10 import unpacked
 from cupel.sources import Raw, Source, Url
 
 CLASSES = tuple(Path(__file__).with_suffix(".csv").read_text(encoding="utf-8").split()[1:])  # below the heading
 
 
-def read_binary(paths: list[Path]) -> dict[str, np.ndarray]:
+def read_binary(paths: list[Path]) -> dict:
     """The official binary version: records of a coarse label, a fine label and the pixels. No pickle is opened."""
-    arrays = {}
-    for split, content in zip(("train", "test"), archives.read(
-            paths[0], "cifar-100-binary/train.bin", "cifar-100-binary/test.bin"), strict=True):
-        records = np.frombuffer(content, np.uint8).reshape(-1, 2 + 3072)
-        arrays[f"{split}_images"], arrays[f"{split}_labels"] = unpacked(records)
-    return arrays
+    train, test = archives.read(paths[0], "cifar-100-binary/train.bin", "cifar-100-binary/test.bin")
+    return both(unpacked(train, 2), unpacked(test, 2))
 
 
 _BINARY = Raw("cifar-100-binary.tar.gz", "md5:03b5dce01913d631647c71ecec9e9cb8",

@@ -11,8 +11,6 @@ from cupel.images.datasets.base import Description
 from cupel.images.datasets.mnist import STEMS, arrays, read_official
 from cupel.sources import Apt, Raw, Source, Url
 
-CLASSES = ("T-shirt/top", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot")
-
 
 def ar_members(content: bytes) -> dict[str, bytes]:
     """Members of a Unix `ar` archive with short names, the outer form of a Debian package.
@@ -62,7 +60,7 @@ _PACKAGE = Raw("dataset-fashion-mnist_0.0~git20200523.55506a9-1_all.deb",
 
 DESCRIPTION = Description(
     name="fashion_mnist",
-    classes=CLASSES,
+    classes=("T-shirt/top", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot"),
     sources=(Source("official", _OFFICIAL, read_official), Source("package", (_PACKAGE,), read_package)),
     shape=(28, 28, 1),
     sizes=(60_000, 10_000),

@@ -1,6 +1,7 @@
 """Datasets that are archives of folders of pictures."""
 
 import io
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -26,6 +27,23 @@ def pictures(archive: Path, members: Sequence[str], size: int,
             out[k] = image
 
     return Deferred((len(members), size, size, 3), fill)
+
+
+def found(archive: Path, pattern: str) -> list[re.Match]:
+    """The regular files of an archive whose whole path is of that form, in its order."""
+    return [match for match in map(re.compile(pattern).fullmatch, archives.names(archive)) if match]
+
+
+def centre(picture: Image.Image, shorter: int, size: int) -> Image.Image:
+    """The picture with its shorter side at `shorter` pixels (bilinear, with antialiasing), and of that the centre.
+
+    Args:
+        size: of the centre, in pixels a side.
+    """
+    scale = shorter / min(picture.size)
+    width, height = (round(side * scale) for side in picture.size)
+    left, top = (width - size) // 2, (height - size) // 2
+    return picture.resize((width, height), Image.Resampling.BILINEAR).crop((left, top, left + size, top + size))
 
 
 def labels(of: Sequence[str], index: Mapping[str, int]) -> np.ndarray:

@@ -6,7 +6,6 @@ then by file name, that is by track and frame: the 30 frames of a track show one
 """
 
 import csv
-import re
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +13,7 @@ from PIL import Image
 
 from cupel import archives
 from cupel.images.datasets import folders
-from cupel.images.datasets.base import Description
+from cupel.images.datasets.base import Description, both
 from cupel.sources import Raw, Source, Url
 
 SIZE = 32
@@ -34,10 +33,9 @@ def read_official(paths: list[Path]) -> dict:
     with classes in `GT-final_test.csv` (columns separated by semicolons).
     """
     train, test, truth = paths
-    found = re.compile(r"GTSRB/Final_Training/Images/(\d{5})/\d{5}_\d{5}\.ppm").fullmatch
-    train_members = sorted(name for name in archives.names(train) if found(name))
-    found_test = re.compile(r"GTSRB/Final_Test/Images/\d{5}\.ppm").fullmatch
-    test_members = sorted(name for name in archives.names(test) if found_test(name))
+    train_found = sorted((match[0], match[1]) for match in folders.found(
+        train, r"GTSRB/Final_Training/Images/(\d{5})/\d{5}_\d{5}\.ppm"))
+    test_members = sorted(match[0] for match in folders.found(test, r"GTSRB/Final_Test/Images/\d{5}\.ppm"))
     tables = [name for name in archives.names(truth) if Path(name).name == "GT-final_test.csv"]
     if len(tables) != 1:
         raise ValueError(f"{truth}: {len(tables)} files GT-final_test.csv instead of one")
@@ -48,20 +46,17 @@ def read_official(paths: list[Path]) -> dict:
         test_classes = [class_of[Path(name).name] for name in test_members]
     except KeyError as error:
         raise ValueError(f"{truth}: no class for the test picture {error}") from None
-    return {
-        "train_images": folders.pictures(train, train_members, SIZE, _resized),
-        "train_labels": folders.labels([str(int(found(name)[1])) for name in train_members], index),
-        "test_images": folders.pictures(test, test_members, SIZE, _resized),
-        "test_labels": folders.labels(test_classes, index),
-    }
+    return both((folders.pictures(train, [name for name, _ in train_found], SIZE, _resized),
+                 folders.labels([str(int(number)) for _, number in train_found], index)),
+                (folders.pictures(test, test_members, SIZE, _resized), folders.labels(test_classes, index)))
 
 
 def read_npz(paths: list[Path]) -> dict:
     """One file with all images at 32×32 and, as `train_files`, the file names of the training pictures."""
     with np.load(paths[0], allow_pickle=False) as arrays:
         order = np.lexsort((arrays["train_files"], arrays["train_labels"]))
-        return {"train_images": arrays["train_images"][order], "train_labels": arrays["train_labels"][order],
-                "test_images": arrays["test_images"], "test_labels": arrays["test_labels"]}
+        return both((arrays["train_images"][order], arrays["train_labels"][order]),
+                    (arrays["test_images"], arrays["test_labels"]))
 
 
 _SITE = "https://sid.erda.dk/public/archives/daaeac0d7ce1152aea9b61d9f1e19370/"

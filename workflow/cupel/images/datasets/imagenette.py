@@ -5,43 +5,36 @@ The archive with the shorter side at 320 pixels is used. No paper reproduced her
 the usual evaluation transform of ImageNet. Pictures are ordered by class and then by file name.
 """
 
-import re
 from pathlib import Path
 
 from PIL import Image
 
-from cupel import archives
 from cupel.images.datasets import folders
-from cupel.images.datasets.base import Description
+from cupel.images.datasets.base import Description, both
 from cupel.sources import Raw, Source, Url
 
 SIZE = 224
 SHORTER_SIDE = 256
 WNIDS = ("n01440764", "n02102040", "n02979186", "n03000684", "n03028079", "n03394916", "n03417042", "n03425413",
          "n03445777", "n03888257")
-CLASSES = ("tench", "English springer", "cassette player", "chain saw", "church", "French horn", "garbage truck",
-           "gas pump", "golf ball", "parachute")
 
 
 def centre(picture: Image.Image) -> Image.Image:
     """The picture with its shorter side at 256 pixels, and of that the centre of 224×224."""
-    scale = SHORTER_SIDE / min(picture.size)
-    width, height = (round(side * scale) for side in picture.size)
-    left, top = (width - SIZE) // 2, (height - SIZE) // 2
-    return picture.resize((width, height), Image.Resampling.BILINEAR).crop((left, top, left + SIZE, top + SIZE))
+    return folders.centre(picture, SHORTER_SIDE, SIZE)
 
 
 def read_folders(paths: list[Path]) -> dict:
     """The official form: `<imagenette2...>/{train,val}/<wnid>/<name>.JPEG`; `val` is the test set."""
-    found = re.compile(r"imagenette2[^/]*/(train|val)/(n\d{8})/[^/]+\.JPEG").fullmatch
-    members = [match for match in map(found, archives.names(paths[0])) if match]
+    found = folders.found(paths[0], r"imagenette2[^/]*/(train|val)/(n\d{8})/[^/]+\.JPEG")
     index = {wnid: c for c, wnid in enumerate(WNIDS)}
-    arrays = {}
-    for split, part in (("train", "train"), ("test", "val")):
-        chosen = sorted((match[2], match[0]) for match in members if match[1] == part)
-        arrays[f"{split}_images"] = folders.pictures(paths[0], [name for _, name in chosen], SIZE, centre)
-        arrays[f"{split}_labels"] = folders.labels([wnid for wnid, _ in chosen], index)
-    return arrays
+
+    def split(part: str) -> tuple:
+        chosen = sorted((match[2], match[0]) for match in found if match[1] == part)
+        return (folders.pictures(paths[0], [name for _, name in chosen], SIZE, centre),
+                folders.labels([wnid for wnid, _ in chosen], index))
+
+    return both(split("train"), split("val"))
 
 
 _OFFICIAL = Raw("imagenette2-320.tgz", "md5:3df6f0d01a2c9592104656642f5e78a3",
@@ -50,7 +43,8 @@ _EXCERPT = Raw("imagenette_excerpt_224.zip", "sha256:028b8db8b07c453405247779087
 
 DESCRIPTION = Description(
     name="imagenette",
-    classes=CLASSES,
+    classes=("tench", "English springer", "cassette player", "chain saw", "church", "French horn", "garbage truck",
+             "gas pump", "golf ball", "parachute"),
     sources=(Source("official", (_OFFICIAL,), read_folders),),
     shape=(SIZE, SIZE, 3),
     sizes=(9_469, 3_925),

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from cupel import archives
-from cupel.images.datasets.base import Description
+from cupel.images.datasets.base import Description, both
 from cupel.sources import Npm, Raw, Source, Url
 
 STEMS = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
@@ -31,8 +31,7 @@ def read_idx(content: bytes) -> np.ndarray:
 def arrays(contents: list[bytes]) -> dict[str, np.ndarray]:
     """The four IDX files, in the order of `STEMS`, as prepared arrays (images get a channel axis)."""
     train, train_labels, test, test_labels = map(read_idx, contents)
-    return {"train_images": train[..., None], "train_labels": train_labels.astype(np.int64),
-            "test_images": test[..., None], "test_labels": test_labels.astype(np.int64)}
+    return both((train[..., None], train_labels.astype(np.int64)), (test[..., None], test_labels.astype(np.int64)))
 
 
 def read_official(paths: list[Path]) -> dict[str, np.ndarray]:

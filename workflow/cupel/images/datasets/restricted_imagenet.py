@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from cupel.images.datasets.base import Deferred, Description
+from cupel.images.datasets.base import Deferred, Description, both
 from cupel.sources import Source, Tree
 
 SIZE = 224
@@ -61,8 +61,7 @@ def pictures(files: Sequence[Path]) -> Deferred:
                 raise ValueError(f"{files[k]} is not readable as a picture: {error}") from None
 
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            for _ in pool.map(one, range(len(files))):
-                pass
+            list(pool.map(one, range(len(files))))  # waits, and raises what went wrong
 
     return Deferred((len(files), SIZE, SIZE, 3), fill)
 
@@ -75,8 +74,8 @@ def read_folder(paths: list[Path]) -> dict:
     """
     root = paths[0]
     chosen = groups([entry.name for entry in os.scandir(root / "train") if entry.is_dir()])
-    arrays = {}
-    for split, part in (("train", "train"), ("test", "val")):
+
+    def split(part: str) -> tuple:
         found = [(file, label) for synset, label in sorted(chosen.items())
                  for file in sorted((root / part / synset).glob("*")) if file.suffix.lower() in ENDINGS]
         labels = np.array([label for _, label in found], np.int64)
@@ -84,8 +83,9 @@ def read_folder(paths: list[Path]) -> dict:
         if missing:
             flat = "; pictures that lie in val itself must first be sorted into folders val/<wnid>"
             raise ValueError(f"{root / part}: no pictures of {', '.join(missing)}{flat if part == 'val' else ''}")
-        arrays |= {f"{split}_images": pictures([file for file, _ in found]), f"{split}_labels": labels}
-    return arrays
+        return pictures([file for file, _ in found]), labels
+
+    return both(split("train"), split("val"))
 
 
 DESCRIPTION = Description(

@@ -7,12 +7,11 @@ system lists them, which is not reproducible.
 """
 
 import csv
-import re
 from pathlib import Path
 
 from cupel import archives
 from cupel.images.datasets import folders
-from cupel.images.datasets.base import Description
+from cupel.images.datasets.base import Description, both
 from cupel.sources import Raw, Source, Url
 
 SIZE = 64
@@ -29,31 +28,25 @@ def read_zip(paths: list[Path]) -> dict:
     """
     root, archive = "tiny-imagenet-200/", paths[0]
     index = {wnid: c for c, wnid in enumerate(NAME)}
-    members = archives.names(archive)
     wnids, annotations = archives.read(archive, f"{root}wnids.txt", f"{root}val/val_annotations.txt")
-    present = folders.labels(wnids.decode().split(), index).tolist()
-    rows = [line.split("\t") for line in annotations.decode().splitlines()]
-    class_of = {row[0]: row[1] for row in rows if row[0]}
+    present = folders.labels(wnids.decode().split(), index)
+    class_of = dict(line.split("\t")[:2] for line in annotations.decode().splitlines() if line)
 
-    train = [match for match in map(re.compile(rf"{root}train/(n\d{{8}})/images/\1_(\d+)\.JPEG").fullmatch, members)
-             if match]
+    train = folders.found(archive, rf"{root}train/(n\d{{8}})/images/\1_(\d+)\.JPEG")
     train.sort(key=lambda match: (index.get(match[1], -1), int(match[2])))
-    test = [match for match in map(re.compile(rf"{root}val/images/(val_(\d+)\.JPEG)").fullmatch, members) if match]
+    test = folders.found(archive, rf"{root}val/images/(val_(\d+)\.JPEG)")
     test.sort(key=lambda match: int(match[2]))
     unlabelled = [match[1] for match in test if match[1] not in class_of]
     if unlabelled:
         raise ValueError(f"{archive}: val_annotations.txt does not have {unlabelled[0]}")
 
-    arrays = {
-        "train_images": folders.pictures(archive, [match[0] for match in train], SIZE),
-        "train_labels": folders.labels([match[1] for match in train], index),
-        "test_images": folders.pictures(archive, [match[0] for match in test], SIZE),
-        "test_labels": folders.labels([class_of[match[1]] for match in test], index),
-    }
-    for split in ("train", "test"):
-        if set(arrays[f"{split}_labels"].tolist()) != set(present):
+    train_labels = folders.labels([match[1] for match in train], index)
+    test_labels = folders.labels([class_of[match[1]] for match in test], index)
+    for split, labels in (("train", train_labels), ("test", test_labels)):
+        if set(labels.tolist()) != set(present.tolist()):
             raise ValueError(f"{archive}: the classes of the {split} pictures are not those of wnids.txt")
-    return arrays
+    return both((folders.pictures(archive, [match[0] for match in train], SIZE), train_labels),
+                (folders.pictures(archive, [match[0] for match in test], SIZE), test_labels))
 
 
 _OFFICIAL = Raw("tiny-imagenet-200.zip", "md5:90528d7ca1a48142e341f4ef8d21d0de",

@@ -19,7 +19,7 @@ from cupel.checkpoint import NotACheckpoint, save
 from cupel.images.models.attachments import attach
 from cupel.images.models.classifier import Classifier, Normalize, Parts, model
 from cupel.images.models.pretrained import WeightsUnavailable
-from cupel.registry import unknown
+from cupel.registry import one_of
 from cupel.rng import seeded
 
 __all__ = ["MODELS", "Classifier", "Normalize", "NotACheckpoint", "Parts", "WeightsUnavailable", "build", "load", "model",
@@ -57,8 +57,7 @@ def build(name: str, *, num_classes: int, image_size: int = 32, mean: Sequence[f
         ValueError: An unknown name, or an argument that this architecture cannot take; the text says which can.
         WeightsUnavailable: ``pretrained`` weights are neither in torch's hub cache nor downloadable.
     """
-    if name not in MODELS:
-        raise ValueError(unknown("model", name, MODELS))
+    one_of("model", name, MODELS)
     sizes = {"num_classes": num_classes, "in_channels": in_channels, "image_size": image_size}
     options = {"width": width, "stem_stride": stem_stride, "pretrained": pretrained}
     for key, value in {**sizes, "width": width, "stem_stride": stem_stride}.items():

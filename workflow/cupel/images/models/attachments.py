@@ -9,7 +9,7 @@ kind, place and shape of each, so that `cupel.images.models.load` hangs it back.
 import torch
 from torch import Tensor, nn
 
-from cupel.registry import unknown
+from cupel.registry import one_of
 
 
 class Attachment(nn.Module):
@@ -104,12 +104,10 @@ def attach(model: nn.Module, kind: str, place: str, shape: tuple[int, ...]) -> A
     Raises:
         ValueError: unknown kind, or no module of that name.
     """
-    if kind not in KINDS:
-        raise ValueError(unknown("attachment", kind, KINDS))
+    one_of("attachment", kind, KINDS)
     hosts = {name: module for name, module in model.named_modules() if name}
-    if place not in hosts:
-        raise ValueError(unknown("module to attach to", place, hosts))
-    attachment = KINDS[kind](place, tuple(shape)).to(model.head.weight.device)
+    one_of("module to attach to", place, hosts)
+    attachment = KINDS[kind](place, shape).to(model.head.weight.device)
     model.attachments.append(attachment)
     if attachment.before:
         hosts[place].register_forward_pre_hook(attachment.on_input)

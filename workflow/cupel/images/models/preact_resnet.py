@@ -18,9 +18,8 @@ class PreActBlock(nn.Module):
         self.conv1 = nn.Conv2d(inputs, channels, 3, stride, padding=1, bias=False)
         self.bn2 = nn.BatchNorm2d(channels)
         self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
-        self.shortcut = None
-        if stride != 1 or inputs != channels:
-            self.shortcut = nn.Conv2d(inputs, channels, 1, stride, bias=False)
+        same_shape = stride == 1 and inputs == channels
+        self.shortcut = None if same_shape else nn.Conv2d(inputs, channels, 1, stride, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         active = F.relu(self.bn1(x))

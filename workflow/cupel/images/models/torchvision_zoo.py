@@ -55,21 +55,21 @@ def _replace_first_conv(net: nn.Module, in_channels: int) -> None:
                                       bias=conv.bias is not None))
 
 
-def _chain(**modules: nn.Module) -> nn.Sequential:
-    return nn.Sequential(OrderedDict(modules))
+def _without_head(net: nn.Module, **more: nn.Module) -> nn.Sequential:
+    """Networks that are a chain of modules: all but the last one, and `more` behind."""
+    *chain, _ = net.named_children()
+    return nn.Sequential(OrderedDict([*chain, *more.items()]))
 
 
-def _without_head(net: nn.Module) -> nn.Sequential:
+def _without_last_layer(net: nn.Module) -> nn.Sequential:
     """Networks of the form features, pooling, classifier: all but the last layer of the classifier."""
-    return _chain(features=net.features, avgpool=net.avgpool, flatten=nn.Flatten(), classifier=net.classifier[:-1])
+    return _without_head(net, flatten=nn.Flatten(), classifier=net.classifier[:-1])
 
 
 def resnet50(*, num_classes: int, in_channels: int, pretrained: bool) -> Parts:
     """ResNet-50 for ImageNet sizes: 7x7 stem of stride 2, max-pooling."""
     net, head = _network("resnet50", num_classes, in_channels, pretrained)
-    names = ("conv1", "bn1", "relu", "maxpool", "layer1", "layer2", "layer3", "layer4", "avgpool")
-    extractor = _chain(**{name: net.get_submodule(name) for name in names}, flatten=nn.Flatten())
-    return Parts(extractor, head, stages=("layer2", "layer3", "layer4"))
+    return Parts(_without_head(net, flatten=nn.Flatten()), head, stages=("layer2", "layer3", "layer4"))
 
 
 @model("densenet161")
@@ -82,7 +82,7 @@ def densenet161(*, num_classes: int, in_channels: int, image_size: int, pretrain
     if cifar_form:
         net.features.conv0 = nn.Conv2d(in_channels, net.features.conv0.out_channels, 3, padding=1, bias=False)
         del net.features.pool0
-    extractor = _chain(features=net.features, relu=nn.ReLU(), avgpool=nn.AdaptiveAvgPool2d(1), flatten=nn.Flatten())
+    extractor = _without_head(net, relu=nn.ReLU(), avgpool=nn.AdaptiveAvgPool2d(1), flatten=nn.Flatten())
     return Parts(extractor, head, stages=("relu",))
 
 
@@ -92,30 +92,28 @@ def vgg19_bn(*, num_classes: int, in_channels: int, image_size: int, pretrained:
     if image_size < 32:
         raise ValueError(f"vgg19_bn halves the image five times: image_size must be at least 32, not {image_size}")
     net, head = _network("vgg19_bn", num_classes, in_channels, pretrained)
-    return Parts(_without_head(net), head, stages=("features",), hidden_linears=("classifier.0", "classifier.3"))
+    return Parts(_without_last_layer(net), head, stages=("features",), hidden_linears=("classifier.0", "classifier.3"))
 
 
 @model("efficientnet_b3")
 def efficientnet_b3(*, num_classes: int, in_channels: int, image_size: int, pretrained: bool) -> Parts:
     """EfficientNet-B3 (Tan & Le, 2019); the features end with its dropout."""
     net, head = _network("efficientnet_b3", num_classes, in_channels, pretrained)
-    return Parts(_without_head(net), head, stages=("features",))
+    return Parts(_without_last_layer(net), head, stages=("features",))
 
 
 @model("mobilenet_v3_large")
 def mobilenet_v3_large(*, num_classes: int, in_channels: int, image_size: int, pretrained: bool) -> Parts:
     """MobileNetV3-Large (Howard et al., 2019); the classifier part has two linear layers."""
     net, head = _network("mobilenet_v3_large", num_classes, in_channels, pretrained)
-    return Parts(_without_head(net), head, stages=("features",), hidden_linears=("classifier.0",))
+    return Parts(_without_last_layer(net), head, stages=("features",), hidden_linears=("classifier.0",))
 
 
 @model("swin_t")
 def swin_t(*, num_classes: int, in_channels: int, image_size: int, pretrained: bool) -> Parts:
     """Swin-T (Liu et al., 2021) at 224 pixels; its feature map is taken where it is channels-first."""
     net, head = _network("swin_t", num_classes, in_channels, pretrained)
-    names = ("features", "norm", "permute", "avgpool", "flatten")
-    extractor = _chain(**{name: net.get_submodule(name) for name in names})
-    return Parts(extractor, head, stages=("permute",), resize=224)
+    return Parts(_without_head(net), head, stages=("permute",), resize=224)
 
 
 class TokenMap(nn.Module):

@@ -19,7 +19,7 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from cupel.choices import one_of
+from cupel.registry import one_of
 from cupel.rng import rng
 from cupel.text.triggers import insert
 

@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cupel import archives
-from cupel.choices import one_of
 from cupel.prepared import begin, finish, opened, read_records, write_records
+from cupel.registry import one_of
 from cupel.sources import Pip, Raw, Source, Url, fetch
 
 Records = list[dict]

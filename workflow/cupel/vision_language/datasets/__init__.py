@@ -3,7 +3,7 @@
 import importlib
 import pkgutil
 
-from cupel.choices import one_of
+from cupel.registry import one_of
 from cupel.vision_language.datasets.base import Description, prepare
 from cupel.vision_language.prepared import load
 
