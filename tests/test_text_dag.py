@@ -198,7 +198,7 @@ WRONG = [
     (("recipes", "crow", "scales", "demo", "data", "set"), "alpacca",
      ["recipes.crow.scales.demo.data.set", "unknown set of instructions 'alpacca'", "alpaca"]),
     (("recipes", "crow", "scales", "demo", "data", "set"), "humaneval", ["unknown set of instructions 'humaneval'"]),
-    (("recipes", "crow", "scales", "demo", "data", "defence"), 20, ["budget alpaca60 takes 60 clean items", "holds 20"]),
+    (("recipes", "crow", "scales", "demo", "data", "defence"), 20, ["budget alpaca100 takes 100 clean items", "holds 20"]),
     (("budgets", "alpaca100", "settings", "size"), "many", ["budgets.alpaca100.settings.size", "type integer"]),
     (("recipes", "crow", "settings", "training"), {"epochs": 1}, ["training.lr is not set"]),
 ]
