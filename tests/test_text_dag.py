@@ -122,9 +122,13 @@ def test_desk_trains_as_published_and_compares_at_equal_updates(experiment):
     assert {cell["seed"] for cell in grid.cells if cell.get("defence") == "crow~lr5e3"} == {"0", "1", "2"}
 
 
-def test_demo_has_fine_tuning_at_crows_own_rate(experiment):
-    assert {cell["defence"] for cell in planned(experiment, "demo").cells if cell["stage"] == "purified"} == {
-        "crow", "finetune", "finetune~lr1e3"}
+def test_demo_trains_its_defences_as_published_and_fine_tunes_at_the_rates_of_crow(experiment):
+    grid = planned(experiment, "demo")
+    cells = {cell["defence"]: cell for cell in grid.cells if cell["stage"] == "purified"}
+    assert {*cells} == {"crow", "finetune", "finetune~lr1e3", "crow~lr5e3", "finetune~lr5e3"}
+    for name, cell in cells.items():
+        published = experiment["defences"][name]["settings"]["training"]
+        assert grid.defence(cell)["settings"]["training"] == {**published, "precision": "auto"}
 
 
 def test_schema_and_code_have_the_same_settings():

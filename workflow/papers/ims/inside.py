@@ -11,7 +11,7 @@ from cupel.cells import read_tensors
 from cupel.files import read_json
 from cupel.images import datasets, models
 from cupel.images.defences.base import defence
-from cupel.images.defences.ims import inverse_mask, perturb
+from cupel.images.defences.ims import Settings, inverse_mask, perturb
 from cupel.images.stages import clean_budget, make_attack
 from cupel.reporting.figures import COLOURS, nothing, picture_rows, plt, save, with_numbers
 from cupel.reporting.paper import history
@@ -59,18 +59,17 @@ def perturbations(network, kept: Mapping[str, Mapping], images: np.ndarray, sett
     """What the inner problem adds to images [N, H, W, C] at the last masks: δ as float [N, H, W, C], and the network's
     predictions before and after, int [N] each."""
     device = next(network.parameters()).device
-    x, settings = to_pixels(torch.from_numpy(images)).to(device), defence.settings("ims", settings)
+    x, settings = to_pixels(torch.from_numpy(images)).to(device), Settings(**defence.settings("ims", settings))
     tensors = {}
     for name, masks in kept.items():
         convolution = network.get_submodule(name)
-        scale = inverse_mask(masks["a"], masks["s"], settings["temperature"]).to(device)
+        scale = inverse_mask(masks["a"], masks["s"], settings.temperature).to(device)
         tensors[f"{name}.weight"] = convolution.weight.detach() * scale.view(-1, 1, 1, 1)
         if convolution.bias is not None:
             tensors[f"{name}.bias"] = convolution.bias.detach() * scale
     network.requires_grad_(False)
     clean = network(x)
-    steps = {key: settings[key] for key in ("norm_bound", "lr_perturb", "steps_perturb")}
-    delta, _ = perturb(network, lambda z: torch.func.functional_call(network, tensors, (z,)), x, clean, **steps)
+    delta, _ = perturb(network, lambda z: torch.func.functional_call(network, tensors, (z,)), x, clean, settings)
     return delta.permute(0, 2, 3, 1).cpu().numpy(), clean.argmax(1).tolist(), network(x + delta).argmax(1).tolist()
 
 

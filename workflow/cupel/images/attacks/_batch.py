@@ -27,7 +27,7 @@ class BatchHook(AttackHook):
         ValueError: the label policy does not relabel, or a batch cannot hold the shares asked for.
     """
 
-    def __init__(self, attack: Attack, poison_rate: float, target: int, classes: int, seed: int, cover: float):
+    def __init__(self, attack: Attack, poison_rate: float, target: int, classes: int, *, seed: int, cover: float):
         if attack.policy not in ("all2one", "all2all"):
             raise ValueError(f"{type(attack).__name__} relabels what it poisons: policy must be all2one or all2all, "
                              f"not {attack.policy!r}")

@@ -80,7 +80,7 @@ class BPP(Augmenting):
         return (dither if self.dithering else squeeze)(x, self.squeeze_num)
 
     def hook(self, poison_rate: float, target: int, classes: int, seed: int) -> BPPHook:
-        return BPPHook(self, poison_rate, target, classes, seed, self.neg_ratio)
+        return BPPHook(self, poison_rate, target, classes, seed=seed, cover=self.neg_ratio)
 
     def stamp(self, images: np.ndarray) -> np.ndarray:
         return stamp_pixels(images, self.trigger)

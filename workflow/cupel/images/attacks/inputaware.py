@@ -223,7 +223,7 @@ class InputAware(Attack):
     batchwise = True
 
     def hook(self, poison_rate: float, target: int, classes: int, seed: int) -> InputAwareHook:
-        return InputAwareHook(self, poison_rate, target, classes, seed, poison_rate)
+        return InputAwareHook(self, poison_rate, target, classes, seed=seed, cover=poison_rate)
 
     def stamp(self, images: np.ndarray) -> np.ndarray:
         channels = images.shape[3]

@@ -80,7 +80,7 @@ class WaNet(Augmenting):
     grid_rescale: float = 1.0
 
     def hook(self, poison_rate: float, target: int, classes: int, seed: int) -> WaNetHook:
-        return WaNetHook(self, poison_rate, target, classes, seed, poison_rate * self.cross_ratio)
+        return WaNetHook(self, poison_rate, target, classes, seed=seed, cover=poison_rate * self.cross_ratio)
 
     def stamp(self, images: np.ndarray) -> np.ndarray:
         grid = torch.from_numpy(np.asarray(self.made("grid"), np.float32))
