@@ -128,7 +128,7 @@ def test_one_name_one_meaning_in_every_family(folder, family, section):
      r"blocks.0.budgets: defences need at least one budget"),
     ("bye", lambda e: e["defences"]["oracle"]["settings"].update(recall=2),
      r"defences.oracle.settings.recall: 2 is out of range: it must be at most 1"),
-    ("bye", lambda e: e["models"]["small_llava"].pop("pretraining"), r"models.small_llava: .*give pretraining"),
+    ("bye", lambda e: e["models"]["desk_llava"].pop("pretraining"), r"models.desk_llava: .*give pretraining"),
     ("proper_interpretability", lambda e: e["defences"]["adv"].update(settings={"weight": 1}), r"defences.adv.settings.weight"),
     ("proper_interpretability", lambda e: e["recipes"]["main"]["datasets"]["mnist"]["inner"].update(eps="1/0"),
      r"recipes.main.datasets.mnist.inner.eps: '1/0' is not a number"),
