@@ -15,7 +15,7 @@ from cupel.evaluation.claims import VERDICTS
 from cupel.experiment import Grid
 from cupel.files import read_json
 from cupel.reporting import evidence, figures
-from cupel.reporting.cellpage import by_class
+from cupel.reporting.cellpage import by_class, curves
 from cupel.reporting.notebook import card_markdown
 from cupel.settings import PAPERS, ConfigError, check_schema, read_yaml, schema
 from tests.conftest import REPOSITORY
@@ -53,6 +53,13 @@ def test_cards_are_whole(file):
         assert len({len(re.findall(r"(?<!\\)\|", line)) for line in table.splitlines()}) == 1
     with pytest.raises(ConfigError, match="PBE"):
         check_schema({**card, "rows": [{"variable": "a", "stated": "b", "pinned": "c", "PBE)": None}]}, schema("card"), file)
+
+
+def test_a_curve_that_begins_late_has_a_gap_that_json_can_say(tmp_path):
+    """IMS looks for perturbations from its second stage on, RNP recovers after it has unlearned."""
+    (tmp_path / "history.csv").write_text("round,loss,flip_rate\n1,0.5,\n2,0.4,0.25\n3,inf,0.5\n")
+    assert curves(str(tmp_path)) == {"x": "round", "at": [1, 2, 3],
+                                     "curves": {"loss": [0.5, 0.4, None], "flip_rate": [None, 0.25, 0.5]}}
 
 
 @pytest.mark.parametrize("name", PAGES)

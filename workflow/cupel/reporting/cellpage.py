@@ -44,8 +44,8 @@ def curves(folder: str) -> dict | None:
     if x is None or not names:
         return None
     table = table.iloc[:: -(-len(table) // ROWS)]
-    return {"x": x, "at": table[x].map(float).map(known).tolist(),
-            "curves": {name: table[name].map(float).map(known).tolist() for name in names}}
+    at, *drawn = ([known(value) for value in table[name].astype(float)] for name in (x, *names))
+    return {"x": x, "at": at, "curves": dict(zip(names, drawn, strict=True))}
 
 
 def by_class(counts: Mapping[str, Sequence], wanted: Sequence[int]) -> list[dict]:
