@@ -140,6 +140,15 @@ def test_a_destroyed_network_supports_nothing():
     assert found.verdict == "open" and "destroyed" in found.reason
 
 
+@pytest.mark.parametrize("seeds", [1, 3])
+@pytest.mark.parametrize(("compared", "verdict"), [("ft", ["open", "open"]), (["ft"], ["indicated", "supported"])])
+def test_a_destroyed_network_indicates_nothing_either_and_one_of_several_compared_with_counts(seeds, compared, verdict):
+    table = grid(lambda *cell: (strong(*cell), 0.3) if cell[0] == "ft" and cell[1] == "a0" else strong(*cell))
+    claim = {**CLAIM, "test": {**CLAIM["test"], "a": {**CLAIM["test"]["a"], "defence": compared}}}
+    found = judge(claim, table[table.seed < seeds], "demo")
+    assert found.verdict == verdict[seeds == 3] and "destroyed: a0" in found.reason
+
+
 @pytest.mark.parametrize(("metric", "worth"), [("cp", lambda acc: acc), ("perplexity", lambda acc: 9 / acc)])
 def test_models_of_other_families_are_destroyed_as_well(metric, worth):
     """By clean performance, and by a perplexity above one and a half times the victim's."""

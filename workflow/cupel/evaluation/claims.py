@@ -115,8 +115,9 @@ def judge(claim: Mapping, cells: pd.DataFrame, scale: str, gate: Mapping[str, fl
     `SEEDS` trainings of a setting it is never more than `indicated`. Seeds that not all settings have are left out.
 
     Left out are cells whose victim does not reach `gate` (unless the claim says `gated: false`): they earn nobody credit. Where
-    this leaves fewer than `SEEDS` trainings of a setting, it is left out as a whole. A claim is not supported while cells
-    that it asks for failed, or rest on a destroyed network, and never more than `indicated` while some were not run.
+    this leaves fewer than `SEEDS` trainings of a setting, it is left out as a whole. A claim is neither supported nor indicated
+    while cells that it asks for failed, or rest on a destroyed network, and never more than `indicated` while some were not run.
+    Destroyed networks of a side that names several defences, those that a claim compares with, count as they were measured.
 
     Args:
         claim: an entry of claims.yaml (schemas/claims.schema.yaml).
@@ -129,8 +130,9 @@ def judge(claim: Mapping, cells: pd.DataFrame, scale: str, gate: Mapping[str, fl
     test, cells = claim["test"], validity(cells, gate)
     cells = cells.assign(credited=credited(cells) if test.get("gated", True) else True)
     where = test.get("where", {})
-    asked = pd.concat([select(cells, {**where, **test[side]}) for side in "ab" if side in test]).drop_duplicates(
-        ["path", "metric"])
+    sides = [({**where, **test[side]}.get("defence"), select(cells, {**where, **test[side]})) for side in "ab" if side in test]
+    asked = pd.concat([side for _, side in sides]).drop_duplicates(["path", "metric"])
+    claimed = {path for names, side in sides if not isinstance(names, list) for path in side.path}
     measured = (cells.status == "ok") & cells.value.notna()
     try:
         pairs, keys = compared(test, cells[measured & cells.credited])
@@ -154,9 +156,9 @@ def judge(claim: Mapping, cells: pd.DataFrame, scale: str, gate: Mapping[str, fl
     found = {"mean": mean_effect, "every": least_effect}[test["over"]](values, errors)
     least = pairs[settings == grid.index[found.least]].iloc[:1]
     verdict = SUPPORTED if found.low > margin else REFUTED if found.high < margin else OPEN
-    if verdict == SUPPORTED and (len(failed) or len(broken)):
+    if verdict == SUPPORTED and (len(failed) or broken.path.isin(claimed).any()):
         verdict = OPEN
-    if (len(shared) < SEEDS or len(absent)) and not found.low <= margin <= found.high:
+    elif verdict != OPEN and (len(shared) < SEEDS or len(absent)):
         verdict = INDICATED
     return Verdict(verdict, "; ".join(notes), found, "for" if found.value > margin else "against", values.size, len(grid),
                    float(values.mean(1).min()), _names(least, keys, pairs, seeds=False)[0])
