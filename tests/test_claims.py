@@ -81,6 +81,13 @@ def test_fewer_than_three_trainings_give_no_verdict():
     assert judge(CLAIM, grid(strong, seeds=(0,)), "demo").verdict == "indicated"
 
 
+def test_one_training_of_a_metric_without_counts_has_no_interval_and_indicates():
+    """An AUROC is no share of anything."""
+    table = grid(strong, seeds=(0,)).assign(n=0, low=np.nan, high=np.nan)
+    found = judge(CLAIM, table, "demo", {})
+    assert found.verdict == "indicated" and np.isnan(found.effect.low)
+
+
 @pytest.mark.parametrize("claim", [CLAIM, EVERY])
 def test_mutations_take_the_support_away(claim):
     """An effect that is gone, one deviant seed, one deviant budget."""

@@ -156,10 +156,10 @@ def judge(claim: Mapping, cells: pd.DataFrame, scale: str, gate: Mapping[str, fl
     found = {"mean": mean_effect, "every": least_effect}[test["over"]](values, errors)
     least = pairs[settings == grid.index[found.least]].iloc[:1]
     verdict = SUPPORTED if found.low > margin else REFUTED if found.high < margin else OPEN
-    if verdict == SUPPORTED and (len(failed) or broken.path.isin(claimed).any()):
+    if found.value > margin and (len(failed) or broken.path.isin(claimed).any()):
         verdict = OPEN
-    elif verdict != OPEN and (len(shared) < SEEDS or len(absent)):
-        verdict = INDICATED
+    elif (len(shared) < SEEDS or len(absent)) and not found.low <= margin <= found.high:
+        verdict = INDICATED  # also where one training of a metric without counts has no interval
     return Verdict(verdict, "; ".join(notes), found, "for" if found.value > margin else "against", values.size, len(grid),
                    float(values.mean(1).min()), _names(least, keys, pairs, seeds=False)[0])
 
