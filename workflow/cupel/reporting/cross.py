@@ -258,7 +258,7 @@ def overview(cross: pd.DataFrame):
     text = (f"Best stands top left. {first['model']} on {first.dataset}, recipe {first.recipe}, budget {first.budget} "
             f"({first.clean_samples:g} clean images); means over the {settings} setting{'s' * (settings > 1)} (attack, poison "
             f"rate) that all {len(means) - 1} defences have gone through, {seeds} seed{'s' * (seeds > 1)}."
-            + f" Not shown, for some of these cells failed, were destroyed or were not run: {', '.join(absent)}." * bool(absent))
+            + f" Not shown, for some of these cells failed, are destroyed or not run: {', '.join(absent)}." * bool(absent))
     return with_numbers(figure, means), text
 
 

@@ -239,7 +239,7 @@ def means(table: pd.DataFrame, order: list[str]) -> pd.DataFrame:
     a network, or gave it back as it was.
     """
     table = table[table.credited]
-    if table.empty:
+    if table.value.isna().all():  # nothing was measured
         return pd.DataFrame()
     values = table.pivot_table(index="label", columns="metric", values="value", aggfunc="mean")
     present = [metric for metric in METRICS if metric in values]

@@ -33,8 +33,17 @@ rule ims_inside:
         "scripts/inside.py"
 
 
+def looked_into(cell):
+    """The files of a run that its pictures are drawn from."""
+    return [f"{VICTIM.format(**cell)}/model.safetensors", f"{PATHS.cell(cell)}/metrics.json"]
+
+
 # for the page: the run on the victim with the highest rate, where the grid has one. A store has not what the defence kept
-runs = [cell for cell in GRID.cells("purified") if (cell["paper"], cell["defence"]) == ("ims", "ims") and not STORED]
+runs = [
+    cell
+    for cell in GRID.cells("purified")
+    if (cell["paper"], cell["defence"]) == ("ims", "ims") and present(looked_into(cell)) == looked_into(cell) and not STORED
+]
 texts = {
     "masks": "One run of IMS: forward masks and selections by layer, and its three stages.",
     "perturbations": "Perturbations that IMS synthesises, with the victim's prediction before and after, and the real trigger.",
