@@ -116,8 +116,8 @@ def judge(claim: Mapping, cells: pd.DataFrame, scale: str, gate: Mapping[str, fl
 
     Left out are cells whose victim does not reach `gate` (unless the claim says `gated: false`): they earn nobody credit. Where
     this leaves fewer than `SEEDS` trainings of a setting, it is left out as a whole. A claim is neither supported nor indicated
-    while cells that it asks for failed, or rest on a destroyed network, and never more than `indicated` while some were not run.
-    Destroyed networks of a side that names several defences, those that a claim compares with, count as they were measured.
+    while cells that it asks for failed, or rest on a destroyed network, and never more than `indicated` while some were not
+    run. Destroyed networks of a side that names several defences, those that a claim compares with, count as measured.
 
     Args:
         claim: an entry of claims.yaml (schemas/claims.schema.yaml).
