@@ -28,7 +28,7 @@ from cupel.reporting.paper import Paper, load, read_reported, write_report
 from cupel.reporting.paperpage import paper_section
 from cupel.reporting.pictures import contact_sheet
 from cupel.reporting.planning import feature_cells, notebook_file, report_file
-from cupel.reporting.tables import gather, interval_text, spread
+from cupel.reporting.tables import gather, interval_text, means, spread
 from cupel.reporting.zoo import victims_beside_twins
 from cupel.settings import LIBRARY, PAPERS, read_yaml
 from cupel.text.data import sources
@@ -634,13 +634,21 @@ def test_claims_of_crow(reports):
     assert claims.verdict["crow-removes"] == "not judged"
 
 
-def test_crow_without_any_result(tmp_path):
+def test_means_count_the_settings_that_were_measured():
+    cell = {"credited": True, "label": "IMS", "metric": "acc", "seconds": 2.0} | dict.fromkeys(
+        ("failed", "destroyed", "unchanged"), False)
+    table = pd.DataFrame([{**cell, "value": 0.5}, {**cell, "value": 0.7}, {**cell, "value": np.nan, "seconds": np.nan}])
+    assert means(table, ["IMS"])["mean"].loc["IMS", ["ACC", "settings", "seconds"]].tolist() == ["60.0", "2", "2.0"]
+    assert means(table.assign(value=np.nan), ["IMS"]).empty
+
+
+def test_a_paper_of_which_no_cell_was_run_has_an_empty_report(tmp_path):
     same = {"paper": "crow", "folder": str(tmp_path / "none"), "dataset": "negsentiment", "model": "small", "recipe": "crow",
             "attack": "badnets", "rate": "0.5", "seed": "0"}
     paper = made("crow", "demo", [{**same, "stage": "victim"}, {**same, "stage": "purified", "defence": "crow", "budget": "b"}],
                  tmp_path, labels={**LANGUAGE, "attacks": {}, "models": {}}, facts={"manifests": {}})
-    assert "not run" in (tmp_path / "tables" / "victims.md").read_text()
-    assert read_json(tmp_path / "figures" / "captions.json") == paper.captions
+    assert not list((tmp_path / "tables").iterdir())
+    assert read_json(tmp_path / "figures" / "captions.json") == paper.captions == {}
 
 
 # --------------------------------------------------------------------------------------------------- Proper Interpretability

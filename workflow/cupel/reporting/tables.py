@@ -233,7 +233,7 @@ def by_setting(table: pd.DataFrame, order: list[str], metrics: tuple[str, ...] =
 
 
 def means(table: pd.DataFrame, order: list[str]) -> pd.DataFrame:
-    """Rows: defence; columns: mean over settings of every metric in percent, of seconds, and the number of settings.
+    """Rows: defence; columns: mean over settings of every metric in percent, of seconds, and the number of settings measured.
 
     Settings of victims without a backdoor are left out; `destroyed` and `unchanged` count settings in which a defence destroyed
     a network, or gave it back as it was.
@@ -246,7 +246,7 @@ def means(table: pd.DataFrame, order: list[str]) -> pd.DataFrame:
     grid = values[present].map(lambda value: "" if np.isnan(value) else f"{100 * value:.1f}")
     first = table[table.metric == present[0]].groupby("label")
     grid["seconds"] = first.seconds.mean().map("{:.1f}".format)
-    grid["settings"] = first.size().astype(str)
+    grid["settings"] = first.value.count().astype(str)
     for name in ("failed", "destroyed", "unchanged"):
         grid[name] = first[name].sum().astype(str)
     grid.columns = pd.MultiIndex.from_tuples([("mean", name.upper() if name in METRICS else name) for name in grid.columns])
