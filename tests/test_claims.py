@@ -156,6 +156,12 @@ def test_a_destroyed_network_indicates_nothing_either_and_one_of_several_compare
     assert found.verdict == verdict[seeds == 3] and "destroyed: a0" in found.reason
 
 
+def test_a_claim_of_several_defences_alone_is_no_comparison_with_them():
+    several = changed(EVERY, a={"defence": ["fst"]})
+    table = grid(lambda *cell: (strong(*cell), 0.3) if cell[0] == "fst" and cell[1] == "a0" else strong(*cell))
+    assert judge(several, grid(strong), "demo").verdict == "supported" and judge(several, table, "demo").verdict == "open"
+
+
 @pytest.mark.parametrize(("metric", "worth"), [("cp", lambda acc: acc), ("perplexity", lambda acc: 9 / acc)])
 def test_models_of_other_families_are_destroyed_as_well(metric, worth):
     """By clean performance, and by a perplexity above one and a half times the victim's."""

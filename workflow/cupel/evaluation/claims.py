@@ -130,9 +130,10 @@ def judge(claim: Mapping, cells: pd.DataFrame, scale: str, gate: Mapping[str, fl
     test, cells = claim["test"], validity(cells, gate)
     cells = cells.assign(credited=credited(cells) if test.get("gated", True) else True)
     where = test.get("where", {})
-    sides = [({**where, **test[side]}.get("defence"), select(cells, {**where, **test[side]})) for side in "ab" if side in test]
-    asked = pd.concat([side for _, side in sides]).drop_duplicates(["path", "metric"])
-    claimed = {path for names, side in sides if not isinstance(names, list) for path in side.path}
+    sides = [{**where, **test[side]} for side in "ab" if side in test]
+    asked = pd.concat([select(cells, side) for side in sides]).drop_duplicates(["path", "metric"])
+    of_one = [side for side in sides if not isinstance(side.get("defence"), list)]  # the others are what it is compared with
+    claimed = pd.concat([select(cells, side) for side in of_one or sides]).path
     measured = (cells.status == "ok") & cells.value.notna()
     try:
         pairs, keys = compared(test, cells[measured & cells.credited])
