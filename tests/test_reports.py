@@ -634,6 +634,15 @@ def test_claims_of_crow(reports):
     assert claims.verdict["crow-removes"] == "not judged"
 
 
+def test_an_image_paper_without_any_result(tmp_path):
+    cells = [{**cell, "folder": str(tmp_path / "none")} for cell in Grid(["fst"], "demo").cells(paper="fst")]
+    family = Grid(["fst"], "demo").families["images"]
+    labels = {name: family.labels(name) for name in ("attacks", "defences")}
+    paper = made("fst", "demo", cells, tmp_path, labels=labels, facts={"kinds": {}, "defences": {}})
+    assert "not run" in (tmp_path / "tables" / "settings_cifar10_resnet18_fst_heldout.md").read_text()
+    assert paper.captions == {}
+
+
 def test_means_count_the_settings_that_were_measured():
     cell = {"credited": True, "label": "IMS", "metric": "acc", "seconds": 2.0} | dict.fromkeys(
         ("failed", "destroyed", "unchanged"), False)
@@ -642,13 +651,13 @@ def test_means_count_the_settings_that_were_measured():
     assert means(table.assign(value=np.nan), ["IMS"]).empty
 
 
-def test_a_paper_of_which_no_cell_was_run_has_an_empty_report(tmp_path):
+def test_crow_without_any_result(tmp_path):
     same = {"paper": "crow", "folder": str(tmp_path / "none"), "dataset": "negsentiment", "model": "small", "recipe": "crow",
             "attack": "badnets", "rate": "0.5", "seed": "0"}
     paper = made("crow", "demo", [{**same, "stage": "victim"}, {**same, "stage": "purified", "defence": "crow", "budget": "b"}],
                  tmp_path, labels={**LANGUAGE, "attacks": {}, "models": {}}, facts={"manifests": {}})
-    assert not list((tmp_path / "tables").iterdir())
-    assert read_json(tmp_path / "figures" / "captions.json") == paper.captions == {}
+    assert "not run" in (tmp_path / "tables" / "victims.md").read_text()
+    assert read_json(tmp_path / "figures" / "captions.json") == paper.captions
 
 
 # --------------------------------------------------------------------------------------------------- Proper Interpretability

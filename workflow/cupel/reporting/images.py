@@ -42,7 +42,8 @@ def draw(paper: Paper) -> None:
             if len(costs):
                 paper.table(f"clean_{stem}", tables.by_setting(costs, order, ("acc", "arr")), f"{paper.title}: what a defence "
                             f"costs a network without a backdoor, in percent ({where}).", "setting: defence")
-            _figures(paper, chosen, order, stem, place)
+            if chosen.value.notna().any():
+                _figures(paper, chosen, order, stem, place)
             paper.table(f"sensitivity_{stem}", sensitivity(chosen, paper.facts["defences"]), f"{paper.title}: how much one "
                         f"hyperparameter decides, in percent ({where}).", "defence: hyperparameter")
         if part.budget.nunique() > 2:

@@ -12,7 +12,6 @@ from types import ModuleType
 
 import pandas as pd
 
-from cupel.evaluation.settings import NOT_RUN
 from cupel.files import read_json, write_text
 from cupel.reporting import figures, tables
 
@@ -93,13 +92,11 @@ def load(file: str | Path) -> ModuleType:
 
 
 def write_report(paper: Paper, file: str | Path) -> None:
-    """Write `tables/` and `figures/` (with captions.json) of a paper, as `file`, a report.py, draws them; none where no cell
-    was run."""
+    """Write `tables/` and `figures/` (with captions.json) of a paper, as `file`, a report.py, draws them."""
     for folder in ("tables", "figures"):
         (paper.out / folder).mkdir(parents=True, exist_ok=True)
     figures.register(paper.registry)
-    if (paper.cells.status != NOT_RUN).any():
-        load(file).draw(paper)
+    load(file).draw(paper)
     # not sorted: the page shows the figures in this order
     write_text(paper.out / "figures" / "captions.json", json.dumps(paper.captions, indent=1, ensure_ascii=False) + "\n")
 
