@@ -135,7 +135,7 @@ def test_a_victim_without_backdoor_earns_nobody_credit():
     assert not validity(weak).query("attack == 'a1' and seed == 1").implanted.any()
     found = judge(CLAIM, weak, "demo")
     assert (found.verdict, found.settings) == ("supported", 2) and "a1" in found.reason  # too few trainings of a1 are left
-    assert judge({**CLAIM, "min_settings": 3}, weak, "demo").verdict == "not judged"
+    assert judge({**CLAIM, "min_settings": 3}, weak, "demo").verdict == "indicated"
     assert judge(changed(gated=False), weak, "demo").settings == 3
     assert judge(CLAIM, grid(strong, victim=(0.1, 1.0)), "demo").verdict == "not judged"
     assert judge(CLAIM, grid(strong, victim=(0.86, 0.5)), "demo", {"asr": 0.4}).verdict == "supported"

@@ -112,7 +112,8 @@ def judge(claim: Mapping, cells: pd.DataFrame, scale: str, gate: Mapping[str, fl
     The test compares a metric (a side may name another) of side A with that of side B, or with a constant, and asks for an
     effect A − B above a margin: in the mean over settings (`over: mean`), or in every one of them (`over: every`). The verdict
     is `supported` when the whole interval lies above the margin, `refuted` when it lies below, else `open`. With fewer than
-    `SEEDS` trainings of a setting it is never more than `indicated`. Seeds that not all settings have are left out.
+    `SEEDS` trainings of a setting, or fewer settings than the claim's `min_settings`, it is never more than `indicated`. Seeds
+    that not all settings have are left out.
 
     Left out are cells whose victim does not reach `gate` (unless the claim says `gated: false`): they earn nobody credit. Where
     this leaves fewer than `SEEDS` trainings of a setting, it is left out as a whole. A claim is neither supported nor indicated
@@ -149,17 +150,19 @@ def judge(claim: Mapping, cells: pd.DataFrame, scale: str, gate: Mapping[str, fl
     settings = pairs.groupby(keys, dropna=False, sort=False).ngroup() if keys else pd.Series(0, index=pairs.index)
     grid = pairs.assign(setting=settings).pivot(index="setting", columns="seed", values=["effect", "error"])
     shared = [seed for seed in sorted(set(pairs.seed)) if grid["effect"][seed].notna().all()] if len(pairs) else []
-    few = claim.get("min_settings", 1)
-    if len(grid) < few or not shared:
-        short = f"{len(grid)} settings, at least {few} are needed" if len(grid) < few else "no seed that every setting has"
+    if not shared:
+        short = "no seed that every setting has" if len(grid) else "no cells to compare"
         return Verdict(NOT_JUDGED, "; ".join([short, *notes[1:]]), n=len(pairs), settings=len(grid))
+    few = len(grid) < claim.get("min_settings", 1)
+    if few:
+        notes.append(f"no more than indicated with fewer than {claim['min_settings']} settings")
     values, errors = (grid[name][shared].to_numpy(float) for name in ("effect", "error"))
     found = {"mean": mean_effect, "every": least_effect}[test["over"]](values, errors)
     least = pairs[settings == grid.index[found.least]].iloc[:1]
     verdict = SUPPORTED if found.low > margin else REFUTED if found.high < margin else OPEN
     if found.value > margin and (len(failed) or broken.path.isin(claimed).any()):
         verdict = OPEN
-    elif (len(shared) < SEEDS or len(absent)) and not found.low <= margin <= found.high:
+    elif (len(shared) < SEEDS or len(absent) or few) and not found.low <= margin <= found.high:
         verdict = INDICATED  # also where one training of a metric without counts has no interval
     return Verdict(verdict, "; ".join(notes), found, "for" if found.value > margin else "against", values.size, len(grid),
                    float(values.mean(1).min()), _names(least, keys, pairs, seeds=False)[0])
