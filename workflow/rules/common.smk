@@ -192,10 +192,6 @@ GPU = 0 if config["device"] == "cpu" else 1
 # of jobs that much waits for: victims, before the defences of those that are there
 FIRST = 100
 
-# jobs that a whole chain waits for cannot fill two cores side by side; at demo scale each of them takes both
-CHAIN_THREADS = 2 if config["scale"] == "demo" else 1
-
-
 def memory_of(megabytes):
     """Memory of a job, raised by half with every attempt."""
 

@@ -40,7 +40,6 @@ rule train_text_victim:
     benchmark:
         PATHS.benchmark(TEXT_VICTIM, "victim")
     retries: 1
-    threads: CHAIN_THREADS
     resources:
         **training(text_needs("vram_mb"), text_needs("mem_mb"), demo=20, bench=60, paper=480),
     params:
@@ -73,7 +72,6 @@ rule purify_text:
     benchmark:
         PATHS.benchmark(TEXT_PURIFIED, "purify")
     retries: 1
-    threads: CHAIN_THREADS
     resources:
         **training(text_needs("vram_mb"), text_needs("mem_mb"), demo=20, bench=60, paper=480),
     params:

@@ -14,7 +14,6 @@ rule build_model:
         PATHS.log(BASE, "build"),
     benchmark:
         PATHS.benchmark(BASE, "build")
-    threads: CHAIN_THREADS
     resources:
         **training(24000, 4000, demo=15, bench=60, paper=240),
     params:
@@ -75,7 +74,6 @@ rule train_vision_language_victim:
     benchmark:
         PATHS.benchmark(POISONED_MODEL, "victim")
     retries: 1
-    threads: CHAIN_THREADS
     resources:
         **training(40000, 4000, demo=15, bench=60, paper=720),
     params:
