@@ -192,6 +192,7 @@ GPU = 0 if config["device"] == "cpu" else 1
 # of jobs that much waits for: victims, before the defences of those that are there
 FIRST = 100
 
+
 def memory_of(megabytes):
     """Memory of a job, raised by half with every attempt."""
 
