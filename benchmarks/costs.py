@@ -85,9 +85,16 @@ def draw(rows: dict[str, list[dict]], file: Path) -> None:
             part = [row for row in found if name in (row["name"], row["kind"])]
             for place, metric in ((0, "seconds"), (1, "memory_mb")):
                 axes[place, column].plot([row[axis] for row in part], [row[metric] for row in part], "o-", ms=4, label=name)
-        axes[0, column].set(xscale="log", yscale="log")
-        axes[1, column].set(xscale="log", xlabel=axis, ylim=(0, None))
-        axes[0, column].legend(fontsize=7)
+        values = sorted({row[axis] for row in found})
+        values = [value for value, last in zip(values, [0, *values], strict=False) if value >= 2 * last]
+        for place in (0, 1):
+            axes[place, column].set_xscale("log")
+            axes[place, column].set_xticks(values, [f"{value:,}" for value in values], fontsize=7)
+            axes[place, column].minorticks_off()
+        axes[0, column].set(yscale="log", ylim=(1, 300))
+        axes[0, column].yaxis.set_major_formatter("{x:g}")
+        axes[1, column].set(xlabel=axis, ylim=(0, None))
+        axes[0, column].legend(fontsize=7, ncols=2)
     axes[0, 0].set_ylabel("CPU seconds")
     axes[1, 0].set_ylabel("peak memory, MB")
     save(figure, file)

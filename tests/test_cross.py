@@ -8,6 +8,7 @@ from scipy.stats import rankdata
 from cupel.evaluation.metrics import der
 from cupel.files import write_json
 from cupel.reporting import cross as c
+from cupel.reporting.evidence import best_buys
 from cupel.reporting.tables import gather
 from cupel.rng import rng
 
@@ -56,6 +57,18 @@ def make(tmp_path):
 GRID = [("badnets", "ft", 0.9), ("badnets", "fst", 0.1), ("badnets", "anp", 0.5),
         ("blended", "ft", 0.2), ("blended", "fst", 0.2), ("blended", "anp", 0.4),
         ("wanet", "ft", 0.3), ("wanet", "fst", 0.1), ("wanet", "anp", 0.05)]
+
+
+def test_the_best_buy_of_a_budget(make):
+    def buys(cells):
+        return best_buys(c.cross_table(cells, LABELS), {"heldout": ["demo"], "spc100": ["bench", "paper"]})
+
+    found, absent = buys(make(GRID))
+    assert (found["best"], found["settings"], found["defences"], found["images"]) == ("FST", 3, 3, 50)
+    assert found["der"] == pytest.approx(np.mean([der(ACC, 0.8, ASR, asr) for asr in (0.1, 0.2, 0.1)]))
+    assert found["near"] == ["ANP", "FT"]
+    assert absent["why"] == "not enough cells to say: not run; it is at scale bench, paper"
+    assert buys(make(GRID[:3]))[0]["why"] == "not enough cells to say: 3 defences in 1 setting in common"
 
 
 def test_gather_keeps_the_costs(make):

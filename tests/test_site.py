@@ -76,9 +76,9 @@ def test_pages_have_no_holes(site, name):
 def test_the_first_page_answers(site):
     text, page = words(site / "index.html"), (site / "index.html").read_text()
     assert "FST removes more of the backdoor than plain fine-tuning at low poisoning rates" in text  # and how sure
-    assert re.search(r"not established: FST removes .{60,90}points.{0,60}95 % .{5,30}; \d settings × 1 seed, n = \d+", text)
+    assert re.search(r"not established: FST removes .{60,90}points.{0,60}95 % .{5,30}; 1 setting × 1 seed, n = 1\b", text)
     assert "Perturbation (paper: epsilon times the sign of the gradient (Eq. 5); code: zero)" in text
-    assert re.search(r"spc2 20 clean images \S+ DER 0\.\d{3}", text)
+    assert "spc2 20 clean images not enough cells to say: 8 defences in 1 setting in common" in text
     assert "spc10 not enough cells to say: not run; it is at scale bench, paper" in text
     assert re.search(r"\d+ claims: this scale is too small for the claim. It would take scale bench: one GPU", text)
     assert "git checkout" in page and "'papers=[fst,ims,bye,crow,proper_interpretability]'" in page.replace("&#39;", "'")

@@ -11,6 +11,7 @@ from cupel.evaluation.claims import NOT_JUDGED, OVER, SEEDS, VERDICTS, credited,
 from cupel.evaluation.settings import GATE, NO_VICTIM, SETTING, validity
 from cupel.reporting.cross import comparable
 from cupel.reporting.tables import method_name, setting_name
+from cupel.reporting.terminal import counted
 
 #: what a run at a scale takes
 TAKES = {"smoke": "a minute on 2 cores", "demo": "minutes on 2 cores", "desk": "hours on 2 cores with bf16",
@@ -164,7 +165,8 @@ def best_buys(cross: pd.DataFrame, planned: Mapping[str, list[str]]) -> list[dic
         row = {"budget": budget, "place": ", ".join(place), "settings": len(grid), "defences": grid.shape[1],
                "seeds": int(part.seeds.max()), "images": part.clean_samples.max()}
         if len(grid) < 2 or grid.shape[1] < 2:
-            rows.append({**row, "why": f"not enough cells to say: {grid.shape[1]} defences in {len(grid)} settings in common"})
+            rows.append({**row, "why": "not enough cells to say: "
+                         f"{counted(grid.shape[1], 'defence')} in {counted(len(grid), 'setting')} in common"})
             continue
         order = grid.mean().sort_values(ascending=False)
         best = block[block.label == order.index[0]]
