@@ -79,6 +79,10 @@ def shell(command: str, folder: Folder) -> subprocess.CompletedProcess:
 def test_commands_of_the_pages_plan(tmp_path, cifar10):
     folder = Folder(tmp_path / "run", cifar10.parents[1].resolve())
     folder.set(scale="demo", seeds=None)
+    other = folder.path / "elsewhere" / "results" / "demo"  # a run that a page compares with
+    other.mkdir(parents=True)
+    for name in ("cells.parquet", "claims.csv"):
+        (other / name).touch()
     assert len(planned()) >= 8
     for command in planned():
         words = command.replace("snakemake", "snakemake -n --quiet rules reason", 1)
