@@ -2,8 +2,8 @@
 
     python benchmarks/seeds.py bf16=results/demo/cells.parquet fp32=elsewhere/demo/cells.parquet [--claims fst-beats-ft ...]
 
-Every claim is judged on each seed alone. A row gives its effect with each seed, and on how many it lies on the side of the
-margin that the claim asks for. `--out` writes the rows, one for each claim, run and seed, as CSV.
+Every claim is judged on each seed alone. Prints a table: by claim and run the effect with each seed, above or below the line
+that the claim asks for. `--out` writes a row for each claim, run and seed as CSV.
 """
 
 import argparse
@@ -17,14 +17,17 @@ from cupel.settings import read_yaml
 PAPERS = Path(__file__).parents[1] / "workflow" / "papers"
 
 
-def effects(label: str, cells: pd.DataFrame) -> pd.DataFrame:
-    """The verdicts of every seed alone, with the name of the run and the seed."""
+def effects(run: str, cells: pd.DataFrame) -> pd.DataFrame:
+    """Effects of every seed alone, less the margin, in points where they compare shares; with the name of the run."""
     found = []
     for paper in cells.paper.unique():
-        claims = read_yaml(PAPERS / paper / "claims.yaml")
+        content = read_yaml(PAPERS / paper / "claims.yaml")
+        margins = {claim["id"]: claim["test"]["margin"] for claim in content["claims"]}
         for seed, part in cells[cells.paper == paper].groupby("seed"):
-            found.append(judge_all(claims, part, paper, "demo").assign(run=label, seed=seed))
-    return pd.concat(found).dropna(subset="effect")
+            rows = judge_all(content, part, paper, "demo").dropna(subset="effect")
+            beyond = (rows.effect - rows.claim.map(margins)) * rows.unit.str.contains("fraction").map({True: 100, False: 1})
+            found.append(rows[["paper", "claim", "statement"]].assign(run=run, seed=seed, beyond=beyond.round(2)))
+    return pd.concat(found)
 
 
 if __name__ == "__main__":
@@ -33,11 +36,10 @@ if __name__ == "__main__":
     parser.add_argument("--claims", nargs="+", help="default: all that can be judged")
     parser.add_argument("--out", type=Path)
     asked = parser.parse_args()
-    rows = pd.concat(effects(label, pd.read_parquet(file)) for label, _, file in (run.partition("=") for run in asked.runs))
+    rows = pd.concat(effects(name, pd.read_parquet(file)) for name, _, file in (run.partition("=") for run in asked.runs))
     rows = rows[rows.claim.isin(asked.claims)] if asked.claims else rows
-    rows = rows[["paper", "claim", "run", "seed", "effect", "direction", "unit"]]
     if asked.out:
-        asked.out.write_text(rows.round(4).to_csv(index=False))
-    for (paper, claim, run), part in rows.groupby(["paper", "claim", "run"], sort=False):
-        numbers = ", ".join(f"{effect:+.3f}" for effect in part.effect)
-        print(f"| {paper} | {claim} | {run} | {numbers} | {(part.direction == 'for').sum()} of {len(part)} for |")
+        asked.out.write_text(rows.to_csv(index=False))
+    rows = rows.assign(beyond=rows.beyond.map("{:+.3g}".format))
+    texts = rows.groupby(["paper", "statement", "run"], sort=False).beyond.agg(", ".join).unstack(fill_value="")
+    print(texts.reset_index().to_markdown(index=False))
