@@ -3,18 +3,15 @@
     python benchmarks/seeds.py bf16=results/demo/cells.parquet fp32=elsewhere/demo/cells.parquet [--claims fst-beats-ft ...]
 
 Every claim is judged on each seed alone. Prints a table: by claim and run the effect with each seed, above or below the line
-that the claim asks for. `--out` writes a row for each claim, run and seed as CSV.
+that the claim asks for.
 """
 
 import argparse
-from pathlib import Path
 
 import pandas as pd
 
 from cupel.evaluation.claims import judge_all
-from cupel.settings import read_yaml
-
-PAPERS = Path(__file__).parents[1] / "workflow" / "papers"
+from cupel.settings import PAPERS, read_yaml
 
 
 def effects(run: str, cells: pd.DataFrame) -> pd.DataFrame:
@@ -34,12 +31,9 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", metavar="NAME=FILE", help="the tidy table of a run")
     parser.add_argument("--claims", nargs="+", help="default: all that can be judged")
-    parser.add_argument("--out", type=Path)
     asked = parser.parse_args()
     rows = pd.concat(effects(name, pd.read_parquet(file)) for name, _, file in (run.partition("=") for run in asked.runs))
     rows = rows[rows.claim.isin(asked.claims)] if asked.claims else rows
-    if asked.out:
-        asked.out.write_text(rows.to_csv(index=False))
     rows = rows.assign(beyond=rows.beyond.map("{:+.3g}".format))
     texts = rows.groupby(["paper", "statement", "run"], sort=False).beyond.agg(", ".join).unstack(fill_value="")
     print(texts.reset_index().to_markdown(index=False))

@@ -15,6 +15,7 @@ from cupel.evaluation.metrics import destroyed
 from cupel.evaluation.settings import validity
 from cupel.evaluation.variation import least_effect, mean_effect
 from cupel.experiment import PAPERS, Grid
+from cupel.reporting.evidence import not_reproduced
 from cupel.reporting.paper import load
 from cupel.settings import ConfigError, read_yaml
 from tests.conftest import REPOSITORY
@@ -137,7 +138,10 @@ def test_a_victim_without_backdoor_earns_nobody_credit():
     assert (found.verdict, found.settings) == ("supported", 2) and "a1" in found.reason  # too few trainings of a1 are left
     assert judge({**CLAIM, "min_settings": 3}, weak, "demo").verdict == "indicated"
     assert judge(changed(gated=False), weak, "demo").settings == 3
-    assert judge(CLAIM, grid(strong, victim=(0.1, 1.0)), "demo").verdict == "not judged"
+    none = judge(CLAIM, grid(strong, victim=(0.1, 1.0)), "demo")
+    assert none.verdict == "not judged"
+    row = pd.DataFrame([{"verdict": none.verdict, "test": none.reason}])
+    assert not_reproduced(row, {})[0]["why"] == "too few settings with a valid victim were run"
     assert judge(CLAIM, grid(strong, victim=(0.86, 0.5)), "demo", {"asr": 0.4}).verdict == "supported"
 
 

@@ -12,6 +12,8 @@ from cupel.evaluation.variation import Effect, least_effect, mean_effect
 #: trainings of every setting that a verdict rests on
 SEEDS = 3
 SUPPORTED, REFUTED, INDICATED, OPEN, NOT_JUDGED = VERDICTS = ("supported", "refuted", "indicated", "open", "not judged")
+#: why nothing could be compared
+NOT_COMPARED = NO_CELLS, NO_SEED = "no cells to compare", "no seed that every setting has"
 COLUMNS = ["paper", "claim", "statement", "source", "scale", "verdict", "direction", "effect", "low", "high", "unit", "n",
            "settings", "seeds", "least", "least_in", "test"]
 #: what tells cells apart; cells of one setting and seed that differ in one of these are averaged only if the claim says so
@@ -151,8 +153,8 @@ def judge(claim: Mapping, cells: pd.DataFrame, scale: str, gate: Mapping[str, fl
     grid = pairs.assign(setting=settings).pivot(index="setting", columns="seed", values=["effect", "error"])
     shared = [seed for seed in sorted(set(pairs.seed)) if grid["effect"][seed].notna().all()] if len(pairs) else []
     if not shared:
-        short = "no seed that every setting has" if len(grid) else "no cells to compare"
-        return Verdict(NOT_JUDGED, "; ".join([short, *notes[1:]]), n=len(pairs), settings=len(grid))
+        lacks = NO_SEED if len(grid) else NO_CELLS
+        return Verdict(NOT_JUDGED, "; ".join([lacks, *notes[1:]]), n=len(pairs), settings=len(grid))
     few = len(grid) < claim.get("min_settings", 1)
     if few:
         notes.append(f"no more than indicated with fewer than {claim['min_settings']} settings")

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 import numpy as np
 import pandas as pd
 
-from cupel.evaluation.claims import NOT_JUDGED, OVER, SEEDS, VERDICTS, credited, judge, select
+from cupel.evaluation.claims import NOT_COMPARED, NOT_JUDGED, OVER, SEEDS, VERDICTS, credited, judge, select
 from cupel.evaluation.settings import GATE, NO_VICTIM, SETTING, validity
 from cupel.reporting.cross import comparable
 from cupel.reporting.tables import method_name, setting_name
@@ -189,7 +189,7 @@ def not_reproduced(claims: pd.DataFrame, cards: Mapping[str, dict]) -> list[dict
         if reason.startswith("can be judged at: "):
             scale = reason.removeprefix("can be judged at: ").split(", ")[0]
             why, takes = "this scale is too small for the claim", f"scale {scale}: {TAKES[scale]}"
-        elif "are needed" in reason or "no seed" in reason:
+        elif reason in NOT_COMPARED:
             why = "too few settings with a valid victim were run"
             takes = "more victims: a larger scale, or seeds whose victims learn their trigger"
         else:
