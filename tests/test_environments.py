@@ -1,6 +1,5 @@
 """All environments ask for the same versions: pyproject, constraints, conda, container images, and what runs here."""
 
-import importlib.util
 import re
 import subprocess
 import sys
@@ -13,6 +12,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
 
+from cupel.registry import module
 from tests.conftest import REPOSITORY
 
 ENVS = REPOSITORY / "envs"
@@ -21,10 +21,7 @@ RECIPES = {"docker": (ENVS / "Dockerfile").read_text(), "apptainer": (ENVS / "cu
 
 @pytest.fixture(scope="module")
 def make():
-    spec = importlib.util.spec_from_file_location("envs_make", ENVS / "make.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return module(ENVS / "make.py", "envs_make")
 
 
 def constraints():

@@ -1,6 +1,5 @@
 """A network that the library does not know, from its file to a purified one in its own form."""
 
-import importlib.util
 import json
 import os
 import re
@@ -22,7 +21,7 @@ from cupel.compat import ensure_torchvision
 from cupel.images import datasets
 from cupel.images.defences import DEFENCES
 from cupel.own import cli, data, grid, imports, language, network, normalisations, run
-from cupel.registry import load_plugins
+from cupel.registry import load_plugins, module
 from cupel.settings import ConfigError
 from cupel.training.engine import Diverged, Recipe, fit
 from tests.conftest import REPOSITORY
@@ -53,13 +52,6 @@ def stamp(images):
     return images
 '''
 TARGET = 5
-
-
-def module(path):
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    found = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(found)
-    return found
 
 
 class Case:

@@ -17,6 +17,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from cupel.digest import imports_of, read_python
@@ -96,6 +97,14 @@ def one_of(kind: str, name: str, known: Iterable[str]) -> None:
         raise ValueError(unknown(kind, name, known))
 
 
+def module(file: str | Path, name: str = "") -> ModuleType:
+    """A Python file as a module, executed; Python knows it by `name` (the file's without one): dataclasses look theirs up."""
+    spec = importlib.util.spec_from_file_location(name or Path(file).stem, file)
+    found = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(found)
+    return found
+
+
 def load_plugins(paths: Iterable[str | Path]) -> None:
     """Execute the user's plugin files, which register what is theirs, and may import files beside them.
 
@@ -108,11 +117,8 @@ def load_plugins(paths: Iterable[str | Path]) -> None:
             raise FileNotFoundError(f"plugin {path} does not exist (config.yaml, key plugins)")
         if (folder := str(path.resolve().parent)) not in sys.path:
             sys.path.append(folder)
-        spec = importlib.util.spec_from_file_location(f"cupel_plugin_{path.stem}", path)
-        # dataclasses look their module up by its name
-        module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
         try:
-            spec.loader.exec_module(module)
+            module(path, f"cupel_plugin_{path.stem}")
         except Exception as error:
             raise ImportError(f"plugin {path} cannot be executed: {type(error).__name__}: {error}") from error
 

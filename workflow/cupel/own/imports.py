@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from cupel.cells import failure
 from cupel.compat import ensure_torchvision
 from cupel.files import atomic
-from cupel.registry import unknown
+from cupel.registry import module, unknown
 
 #: keys under which checkpoints keep weights, the likelier first; then any other
 USUAL = ("state_dict", "model_state_dict", "model", "net", "netC", "weights", "params", "model_state", "network")
@@ -51,13 +51,11 @@ def from_file(text: str) -> Any:
                          "net.py:WideResNet(16, width=1)") from None
     if str(path.parent.resolve()) not in sys.path:
         sys.path.insert(0, str(path.parent.resolve()))
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    module = sys.modules[path.stem] = importlib.util.module_from_spec(spec)
     with said(f"{path} cannot be executed"):
-        spec.loader.exec_module(module)
-    if not hasattr(module, name):
-        raise ValueError(unknown(f"name in {path}", name, (key for key in vars(module) if not key.startswith("_"))))
-    found = getattr(module, name)
+        theirs = module(path)
+    if not hasattr(theirs, name):
+        raise ValueError(unknown(f"name in {path}", name, (key for key in vars(theirs) if not key.startswith("_"))))
+    found = getattr(theirs, name)
     if not isinstance(node, ast.Call):
         return found
     with said(f"{text} cannot be called"):

@@ -4,7 +4,6 @@ A file `workflow/papers/<key>/report.py` has one function, `draw(paper)`, that w
 :class:`Paper`. A paper without such a file gets `cupel.reporting.default`.
 """
 
-import importlib.util
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +12,7 @@ from types import ModuleType
 import pandas as pd
 
 from cupel.files import read_json, write_text
+from cupel.registry import module
 from cupel.reporting import figures, tables
 
 
@@ -85,10 +85,7 @@ def read_reported(paths: list[str]) -> pd.DataFrame:
 
 def load(file: str | Path) -> ModuleType:
     """A Python file in a paper's folder as a module."""
-    spec = importlib.util.spec_from_file_location(f"cupel_{Path(file).parent.name}_{Path(file).stem}", file)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return module(file, f"cupel_{Path(file).parent.name}_{Path(file).stem}")
 
 
 def write_report(paper: Paper, file: str | Path) -> None:

@@ -212,14 +212,15 @@ def sweep_table(pool: pd.DataFrame, records: pd.DataFrame, column: str) -> pd.Da
 
 def rate_table(pool: pd.DataFrame, records: pd.DataFrame) -> pd.DataFrame:
     """Pooled rows of CROW and of fine-tuning that differ from CROW in the learning rate alone, or in the rate and the lack of a
-    second term; `line` says which of the two, `lr` at which rate, `updates` how many. Empty where a line has one rate only."""
+    second term; `line` says which of the two, `lr` at which rate, `updates` how many. Empty where neither has two rates."""
     keys, fixed = ["model", *SETTING, "budget"], ["alpha", "epsilon", *TERM]
     tuned = records[(records.stage == "purified") & records.lr.notna()]
     crow = tuned[tuned.method == "crow"].drop_duplicates(keys)
     term = tuned.merge(crow[[*keys, *fixed, "updates"]], on=[*keys, *fixed, "updates"]).assign(line="CROW")
     plain = tuned[tuned.alpha.isna()].merge(crow[[*keys, "updates"]], on=[*keys, "updates"]).assign(line="fine-tuning")
     same = pd.concat([term, plain]).drop_duplicates([*keys, "line", "lr"])
-    same = same[same.groupby([*keys, "line"]).lr.transform("nunique") > 1]
+    rates = same.groupby([*keys, "line"]).lr.transform("nunique")
+    same = same[same.assign(rates=rates).groupby(keys).rates.transform("max") > 1]  # one rate is a point beside many
     found = pool[pool.metric.isin(SHOWN)].merge(same[[*keys, "method", "line", "lr", "updates"]], on=[*keys, "method"])
     setting = found.dataset + ", " + found.model_label + ": " + found.attack_label
     return found.assign(setting=setting).sort_values(["setting", "line", "lr"], kind="stable")
