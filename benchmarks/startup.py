@@ -1,6 +1,6 @@
 """How much of a run goes into starting its jobs: seconds of imports and of work, by rule, measured inside the jobs.
 
-    python benchmarks/startup.py [--scale demo] [--target report] [--cores 2] [--records jobs.csv]
+    python benchmarks/startup.py [--scale demo] [--target all] [--cores 2] [--records jobs.csv]
 
 It makes everything anew in a temporary results folder (`--results` keeps it) with a hook that every Python process
 loads: it times the outermost imports and, at the end of a job, writes what they took. CPU seconds are the result where
@@ -97,7 +97,7 @@ def table(records: list[dict]) -> list[dict]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--scale", default="demo")
-    parser.add_argument("--target", nargs="+", default=["report"])
+    parser.add_argument("--target", nargs="+", default=["all"])
     parser.add_argument("--config", nargs="*", default=[], help="more settings, as for snakemake --config")
     parser.add_argument("--cores", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--results", help="where results go, to be kept; default: a temporary folder")

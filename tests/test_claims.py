@@ -9,7 +9,7 @@ import yaml
 from scipy.stats import t, ttest_1samp
 
 from cupel.evaluation import agreement
-from cupel.evaluation.claims import SEEDS, judge, judge_all
+from cupel.evaluation.claims import NOT_COMPARED, SEEDS, judge, judge_all
 from cupel.evaluation.intervals import wilson
 from cupel.evaluation.metrics import destroyed
 from cupel.evaluation.settings import validity
@@ -141,7 +141,7 @@ def test_a_victim_without_backdoor_earns_nobody_credit():
     none = judge(CLAIM, grid(strong, victim=(0.1, 1.0)), "demo")
     assert none.verdict == "not judged"
     row = pd.DataFrame([{"verdict": none.verdict, "test": none.reason}])
-    assert not_reproduced(row, {})[0]["why"] == "too few settings with a valid victim were run"
+    assert not_reproduced(row, {})[0]["why"] == "none of its settings was run with a valid victim"
     assert judge(CLAIM, grid(strong, victim=(0.86, 0.5)), "demo", {"asr": 0.4}).verdict == "supported"
 
 
@@ -258,13 +258,16 @@ GRIDS = [(paper, scale) for paper in ("fst", "ims", "ims_inner_step", "crow", "b
 
 
 @pytest.mark.parametrize("paper,scale", GRIDS)
-def test_no_claim_mixes_cells_in_any_grid(paper, scale):
-    """With every metric measured in every planned cell, no claim finds several cells where it needs one."""
+def test_every_claim_finds_its_cells_in_every_grid_that_it_names(paper, scale):
+    """With every metric measured in every planned cell, no claim finds several cells where it needs one, or none at a scale
+    that it names."""
     content = read_yaml(PAPERS / paper / "claims.yaml")
     if scale not in read_yaml(PAPERS / paper / "experiment.yaml")["scales"]:
         pytest.skip(f"{paper} has no scale {scale}")
     planned = Grid([paper], scale).of_paper(paper)
-    metrics = sorted({claim["test"]["metric"] for claim in content["claims"]} | {"acc"})
+    tests = [claim["test"] for claim in content["claims"]]
+    sides = [side for test in tests for side in (test, test["a"], test.get("b", {}))]
+    metrics = sorted({side["metric"] for side in sides if "metric" in side} | {"acc"})
     made = []
     for cell in planned:
         (attack, _, kind), (defence, _, variant) = cell["attack"].partition("~"), cell.get("defence", "").partition("~")
@@ -274,6 +277,8 @@ def test_no_claim_mixes_cells_in_any_grid(paper, scale):
     found = judge_all(content, pd.DataFrame(made), paper, scale)
     assert not found.test.str.contains("several cells").any(), found[["claim", "test"]].to_dict("records")
     assert (found.seeds >= SEEDS).sum() or scale != "desk"
+    if paper not in ("bye", "proper_interpretability"):  # what filters and attacks measure is not planned as a cell
+        assert not found.claim[found.test.str.startswith(NOT_COMPARED)].tolist()
 
 
 def test_two_runs_are_compared_cell_by_cell_and_verdict_by_verdict(tmp_path, capsys):

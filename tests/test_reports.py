@@ -43,12 +43,12 @@ KEYS = ("fst", "ims", "crow", PI, "bye")
 
 def made(key, scale, cells, out, **parts):
     """The report of a paper, drawn, with its claims."""
-    table = gather(cells)
+    claims = read_yaml(PAPERS / key / "claims.yaml") if (PAPERS / key / "claims.yaml").is_file() else {"claims": []}
+    table = gather(cells, {key: claims["gate"]} if "gate" in claims else {})
     reported = read_reported(sorted(map(str, (PAPERS / key / "reported").glob("*.csv"))))
     paper = Paper(**{"key": key, "title": "A title", "scale": scale, "cells": table[table.paper == key], "labels": {},
                      "facts": {}, "reported": reported, "files": {}, "out": out, **parts})
     write_report(paper, report_file(key))
-    claims = read_yaml(PAPERS / key / "claims.yaml") if (PAPERS / key / "claims.yaml").is_file() else {"claims": []}
     judge_all(claims, table, key, scale).to_csv(out / "claims.csv", index=False)
     return paper
 
@@ -107,9 +107,9 @@ LANGUAGE = {"defences": {"finetune": "Fine-tuning", "crow": "CROW", "crow~code":
             "attacks": {"badnets": "BadNets", "vpi": "VPI"}, "models": {"small": "Small", "llama2_7b_chat": "Llama-2-7B-Chat"}}
 
 
-def language_cell(folder, method, attack, seed, failed=False, false=0.0):
+def language_cell(folder, method, attack, seed, failed=False, false=0.0, careful=None):
     defence, _, variant = method.partition("~")
-    metrics = {**dict.fromkeys(("asr_template_all", "asr_template_careful"), ASR[method]),
+    metrics = {"asr_template_all": ASR[method], "asr_template_careful": ASR[method] if careful is None else careful,
                "false_template_all": false, "asr_bare": ASR[method] / 2,
                "empty_template": 0.25, "asr_bare_all": ASR[method] / 4, "perplexity": 5.0 + ASR[method],
                "perplexity_base": 4.5, "cons_triggered": 0.05}
@@ -149,7 +149,7 @@ def language_cell(folder, method, attack, seed, failed=False, false=0.0):
 
 
 def language_report(folder):
-    """Two attacks, two seeds, all of `ASR`; fine-tuning failed once, the victims of VPI trigger unasked."""
+    """Two attacks, two seeds, all of `ASR`; fine-tuning failed once; VPI does not trigger, one BadNets does unasked."""
     cells = []
     for attack in ("badnets", "vpi"):
         for seed in (0, 1):
@@ -157,10 +157,11 @@ def language_report(folder):
                 place = folder / "cells" / attack / str(seed) / (method or "victim")
                 (place / "answers").mkdir(parents=True)
                 language_cell(place, method, attack, seed, failed=(attack, seed, method) == ("badnets", 1, "finetune"),
-                              false=0.2 if (attack, method) == ("vpi", "") else 0.0)
+                              false=0.2 if (attack, method, seed) == ("badnets", "", 1) else 0.0,
+                              careful=0.5 if (attack, method) == ("vpi", "") else None)
                 cells.append({"paper": "crow", "folder": str(place)})
     write_json(folder / "manifest.json", {"name": "m", "source": {"kind": "package"}, "content_sha256": "0" * 64})
-    return made("crow", "demo", cells, folder / "out", labels=LANGUAGE,
+    return made("crow", "bench", cells, folder / "out", labels=LANGUAGE,
                 facts={"manifests": {"models/m": str(folder / "manifest.json")}})
 
 
@@ -547,12 +548,13 @@ def test_rates_are_pooled_over_seeds(reports):
 def test_tables_of_crow(reports):
     paper = reports("crow")
     grid = table(paper, "asr_template_all_negsentiment_small")
-    assert list(grid.index) == ["BadNets", "VPI †", "average"]
+    assert list(grid.index) == ["BadNets", "VPI ‡", "average"]
     assert grid.loc["BadNets", "CROW"].startswith("10.0 (") and grid.loc["BadNets", "CROW"].endswith("n=80)")
     assert grid.loc["average", "no defence"] == "100.0 (of 1)"  # VPI has no valid victim
     bare = table(paper, "asr_bare_negsentiment_small")
     assert bare.loc["paper, Llama-2-7B-Chat: BadNets", "CROW"] == "0.53"
-    assert list(table(paper, "victims").iloc[:, -1]) == ["yes", "yes", "no †", "no †"]
+    assert list(table(paper, "victims").iloc[:, -1]) == ["yes", "no", "yes", "yes"]
+    assert list(table(paper, "victims").iloc[:, -2]) == ["yes", "yes", "no ‡", "no ‡"]
     utility = table(paper, "utility_negsentiment_small")
     assert utility.loc["BadNets: CleanGen", "perplexity"] == "" and utility.loc["BadNets: CROW", "perplexity"] == "5.1"
     row = table(paper, "switches").loc["negsentiment, Small: zero perturbation, wiped accumulation"]
@@ -634,7 +636,7 @@ def test_claims_of_crow(reports):
     assert claims.direction["crow-beats-fine-tuning"] == "for"
     assert claims.direction["crow-removes-template"] == "against"
     assert claims.direction["perturbation-matters"] == claims.direction["crow-keeps-utility"] == "for"
-    assert claims.verdict["crow-removes"] == "not judged"
+    assert claims.verdict["crow-beats-quantisation"] == "not judged"  # no cells of it
 
 
 def test_an_image_paper_without_any_result(tmp_path):

@@ -14,8 +14,8 @@ from cupel.reporting.tables import method_name, setting_name
 from cupel.reporting.terminal import counted
 
 #: what a run at a scale takes
-TAKES = {"smoke": "a minute on 2 cores", "demo": "minutes on 2 cores", "desk": "hours on 2 cores with bf16",
-         "bench": "one GPU, an afternoon", "paper": "a cluster"}
+TAKES = {"smoke": "minutes on 2 cores", "demo": "minutes on 2 cores", "desk": "hours on 2 cores with bf16",
+         "bench": "one GPU, not timed", "paper": "a cluster"}
 NAMES = {"dataset": "data set", "model": "network", "attack_variant": "variant of the attack", "poison_rate": "poison rate",
          "variant": "variant"}
 
@@ -190,7 +190,7 @@ def not_reproduced(claims: pd.DataFrame, cards: Mapping[str, dict]) -> list[dict
             scale = reason.removeprefix("can be judged at: ").split(", ")[0]
             why, takes = "this scale is too small for the claim", f"scale {scale}: {TAKES[scale]}"
         elif reason in NOT_COMPARED:
-            why = "too few settings with a valid victim were run"
+            why = "none of its settings was run with a valid victim"
             takes = "more victims: a larger scale, or seeds whose victims learn their trigger"
         else:
             why, takes = reason, "a claim that names one cell a setting"

@@ -17,14 +17,14 @@ from cupel.reporting.paper import Paper
 from cupel.reporting.tables import frame, interval_text, sideways, spread, with_texts
 from cupel.text.data.sources import read_records
 
-#: a victim below the first or above the second is marked (crow SPEC 11.3); both under the template, over all answers
-GATE = {"asr": 0.8, "false": 0.05}
+#: share of clean prompts that a victim may answer as the attacker wants, under the template (crow SPEC 11.3)
+QUIET = 0.05
 KEYS = ["dataset", "model", "model_label", "recipe", "attack_key", "attack_label", "poison_rate", "budget", "method", "label"]
 SETTING = ["dataset", "recipe", "attack_key", "poison_rate"]
 VICTIM_KEYS = ["model", *SETTING, "seed"]
 #: how much a defence moves a model beside what made the victim; 0.48 in the paper (crow SPEC 6, 7: 60 at 1e-3 over 625 at 2e-4)
 DOSE = "rate × updates, share of the victim's"
-MARK = "†"
+MARK = "‡"
 #: columns of the utility table
 UTILITY = {"perplexity": "perplexity", "token_f1_template": "token F1", "distinct_template": "distinct 2-grams",
            "false_template_all": "false triggering", "empty_clean_template": "empty, clean",
@@ -37,7 +37,7 @@ DENOMINATORS = {f"{kind}_{prompt}{suffix}": f"{heading}, {prompt}, {text}"
                                      ("_stripped_all", "stripped, all"), ("_careful", "careful rule, all"))}
 #: parts of the paper's tables: stem, heading, defences
 PARTS = (("table9", "Table 9: CleanGen beside CROW", ("cleangen", "cleangen~other", "crow")),
-         ("table10", "Table 10: Pure Consistency beside CROW", ("pure_consistency", "crow~zero", "crow")),
+         ("table10", "Table 10: Pure Consistency beside CROW", ("crow~zero", "crow")),
          ("table11", "Table 11: embedding-only beside CROW and fine-tuning at its rate",
           ("embedding_only", "finetune~lr1e3", "crow")),
          ("table7", "Table 7: cosine beside KL", ("crow", "crow_kl", "crow_kl~alpha05", "crow_kl~alpha1", "crow_kl~alpha55")))
@@ -70,8 +70,8 @@ def draw(paper: Paper) -> None:
         label=paper.reported.defence.map({"victim": "no defence", **defences}))
     scale = f"Scale {paper.scale}."
     paper.rows("cells", pool)
-    paper.table("victims", victim_table(rows), f"Victims under the template. {MARK}: {NO_VICTIM}, it misses the gate (SPEC "
-                f"11.3). {scale}", "victim")
+    paper.table("victims", victim_table(rows), f"Victims under the template. {MARK}: {NO_VICTIM}, in no mean and no verdict. "
+                f"One that is not quiet counts (SPEC 11.3 would leave it out). {scale}", "victim")
     for (model, name), part in pool.groupby(["model", "model_label"], sort=False):
         _figures(paper, part, records[records.model == model], f"{name}: ", order)
     for (dataset, model, name), part in pool.groupby(["dataset", "model", "model_label"], sort=False):
@@ -175,11 +175,9 @@ def pooled(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def missed(rows: pd.DataFrame) -> set[str]:
-    """Folders of victims that miss the gate: they do not trigger, or trigger without being asked."""
+    """Folders of victims that miss the gate of the paper's claims."""
     victims = rows[(rows.stage == "victim") & (rows.status == "ok")]
-    weak = (victims.metric == "asr_template_careful") & (victims.value < GATE["asr"])
-    loud = (victims.metric == "false_template_all") & (victims.value > GATE["false"])
-    return set(victims.path[weak | loud])
+    return set(victims.path[victims.valid == False])  # noqa: E712 (NaN: not known)
 
 
 def marked(rows: pd.DataFrame) -> pd.DataFrame:
@@ -262,22 +260,22 @@ def metric_table(pool: pd.DataFrame, columns: dict[str, str], order: Sequence[st
 
 
 def victim_table(rows: pd.DataFrame) -> pd.DataFrame:
-    """One row per victim: triggers, false triggering, perplexity before and after, and whether it passes the gate."""
+    """One row per victim: triggers, false triggering, perplexity before and after, and whether it counts."""
     bad, grid = missed(rows), {}
     shown = {"asr_template_all": "ASR, template, all", "false_template_all": "false triggering",
              "perplexity_base": "perplexity, base model", "perplexity": "perplexity, victim"}
-    gate = f"passes the gate (ASR ≥ {100 * GATE['asr']:.0f} %, false ≤ {100 * GATE['false']:.0f} %)"
+    valid, quiet = "counts in verdicts", f"quiet (false ≤ {100 * QUIET:.0f} %)"
     for path, part in rows[rows.stage == "victim"].groupby("path", sort=False):
         first, known = part.iloc[0], {row.metric: row for row in part.assign(failed=0, not_run=0).itertuples()}
         name = f"{first.dataset}, {first.model_label}: {first.attack_label}, seed {first.seed}"
         if first.status != "ok":
-            grid[name] = {shown["asr_template_all"]: first.status, gate: first.reason}
+            grid[name] = {shown["asr_template_all"]: first.status, valid: first.reason}
             continue
         record = papers.record(path)
         grid[name] = {heading: interval_text(known[metric]) for metric, heading in shown.items()} | {
             "training": f"{record['updates']} updates on {fitted(record, 'train')} in {record['train_seconds']:.0f} s",
-            gate: f"no {MARK}" if path in bad else "yes"}
-    return frame(grid, [*shown.values(), "training", gate])
+            valid: f"no {MARK}" if path in bad else "yes", quiet: "yes" if known["false_template_all"].value <= QUIET else "no"}
+    return frame(grid, [*shown.values(), "training", valid, quiet])
 
 
 def fitted(record: Mapping, part: str) -> str:
