@@ -109,6 +109,14 @@ def test_one_bad_setting_refutes_every_and_not_the_mean():
     assert judge(CLAIM, table, "demo").verdict == "supported"
 
 
+def test_one_counterexample_refutes_every_however_few_settings_were_run():
+    table = grid(lambda *cell: strong("ft", *cell[1:]) if cell[1] == "a1" else strong(*cell))
+    table.loc[(table.defence == "fst") & (table.attack == "a2"), ["status", "value"]] = ["not run", np.nan]
+    assert judge({**EVERY, "min_settings": 9}, table, "demo").verdict == "refuted"
+    assert judge({**EVERY, "min_settings": 9}, table[table.attack == "a0"], "demo").verdict == "indicated"
+    assert judge({**changed(EVERY, over="mean"), "min_settings": 9}, table, "demo").verdict != "refuted"
+
+
 def test_nothing_is_averaged_that_the_claim_does_not_name():
     """Two budgets are two settings, two recipes likewise; two variants of one side are refused, or pooled where it says so."""
     assert judge(CLAIM, grid(strong, budgets=("b", "c")), "demo").settings == 6

@@ -114,13 +114,13 @@ def judge(claim: Mapping, cells: pd.DataFrame, scale: str, gate: Mapping[str, fl
     The test compares a metric (a side may name another) of side A with that of side B, or with a constant, and asks for an
     effect A − B above a margin: in the mean over settings (`over: mean`), or in every one of them (`over: every`). The verdict
     is `supported` when the whole interval lies above the margin, `refuted` when it lies below, else `open`. With fewer than
-    `SEEDS` trainings of a setting, or fewer settings than the claim's `min_settings`, it is never more than `indicated`. Seeds
-    that not all settings have are left out.
+    `SEEDS` trainings of a setting, or fewer settings than the claim's `min_settings`, it is never more than `indicated`; but one
+    setting that lies below refutes a claim about every one. Seeds that not all settings have are left out.
 
     Left out are cells whose victim does not reach `gate` (unless the claim says `gated: false`): they earn nobody credit. Where
     this leaves fewer than `SEEDS` trainings of a setting, it is left out as a whole. A claim is neither supported nor indicated
     while cells that it asks for failed, or rest on a destroyed network, and never more than `indicated` while some were not
-    run. Destroyed networks of a side that names several defences, those that a claim compares with, count as measured.
+    run (refuted, as above). Destroyed networks of a side that names several defences, those that a claim compares with, count as measured.
 
     Args:
         claim: an entry of claims.yaml (schemas/claims.schema.yaml).
@@ -155,16 +155,17 @@ def judge(claim: Mapping, cells: pd.DataFrame, scale: str, gate: Mapping[str, fl
     if not shared:
         lacks = NO_SEED if len(grid) else NO_CELLS
         return Verdict(NOT_JUDGED, "; ".join([lacks, *notes[1:]]), n=len(pairs), settings=len(grid))
-    few = len(grid) < claim.get("min_settings", 1)
-    if few:
-        notes.append(f"no more than indicated with fewer than {claim['min_settings']} settings")
     values, errors = (grid[name][shared].to_numpy(float) for name in ("effect", "error"))
     found = {"mean": mean_effect, "every": least_effect}[test["over"]](values, errors)
     least = pairs[settings == grid.index[found.least]].iloc[:1]
     verdict = SUPPORTED if found.low > margin else REFUTED if found.high < margin else OPEN
+    counterexample = test["over"] == "every" and verdict == REFUTED
+    few = len(grid) < claim.get("min_settings", 1) and not counterexample
+    if few:
+        notes.append(f"no more than indicated with fewer than {claim['min_settings']} settings")
     if found.value > margin and (len(failed) or broken.path.isin(claimed).any()):
         verdict = OPEN
-    elif (len(shared) < SEEDS or len(absent) or few) and not found.low <= margin <= found.high:
+    elif (len(shared) < SEEDS or few or len(absent) and not counterexample) and not found.low <= margin <= found.high:
         verdict = INDICATED  # also where one training of a metric without counts has no interval
     return Verdict(verdict, "; ".join(notes), found, "for" if found.value > margin else "against", values.size, len(grid),
                    float(values.mean(1).min()), _names(least, keys, pairs, seeds=False)[0])
