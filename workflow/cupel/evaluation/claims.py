@@ -113,14 +113,15 @@ def judge(claim: Mapping, cells: pd.DataFrame, scale: str, gate: Mapping[str, fl
 
     The test compares a metric (a side may name another) of side A with that of side B, or with a constant, and asks for an
     effect A − B above a margin: in the mean over settings (`over: mean`), or in every one of them (`over: every`). The verdict
-    is `supported` when the whole interval lies above the margin, `refuted` when it lies below, else `open`. With fewer than
-    `SEEDS` trainings of a setting, or fewer settings than the claim's `min_settings`, it is never more than `indicated`; but one
-    setting that lies below refutes a claim about every one. Seeds that not all settings have are left out.
+    is `supported` when the whole interval lies above the margin, `refuted` when it lies below, else `open`. It is never more
+    than `indicated` with fewer than `SEEDS` trainings of a setting, with fewer settings than the claim's `min_settings`, and
+    while cells that it asks for were not run; but one setting that lies below refutes a claim about every one, however many
+    others there are. Seeds that not all settings have are left out.
 
     Left out are cells whose victim does not reach `gate` (unless the claim says `gated: false`): they earn nobody credit. Where
     this leaves fewer than `SEEDS` trainings of a setting, it is left out as a whole. A claim is neither supported nor indicated
-    while cells that it asks for failed, or rest on a destroyed network, and never more than `indicated` while some were not
-    run (refuted, as above). Destroyed networks of a side that names several defences, those that a claim compares with, count as measured.
+    while cells that it asks for failed, or rest on a destroyed network. Destroyed networks of a side that names several
+    defences, those that a claim compares with, count as measured.
 
     Args:
         claim: an entry of claims.yaml (schemas/claims.schema.yaml).
