@@ -166,7 +166,7 @@ def judge(claim: Mapping, cells: pd.DataFrame, scale: str, gate: Mapping[str, fl
         notes.append(f"no more than indicated with fewer than {claim['min_settings']} settings")
     if found.value > margin and (len(failed) or broken.path.isin(claimed).any()):
         verdict = OPEN
-    elif (len(shared) < SEEDS or few or len(absent) and not counterexample) and not found.low <= margin <= found.high:
+    elif (len(shared) < SEEDS or few or (len(absent) and not counterexample)) and not found.low <= margin <= found.high:
         verdict = INDICATED  # also where one training of a metric without counts has no interval
     return Verdict(verdict, "; ".join(notes), found, "for" if found.value > margin else "against", values.size, len(grid),
                    float(values.mean(1).min()), _names(least, keys, pairs, seeds=False)[0])
