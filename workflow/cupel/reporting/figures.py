@@ -169,7 +169,7 @@ def bars(table: pd.DataFrame, order: Sequence[str], colours: dict[str, str], *, 
         axes_settings: of every panel, as `xlabel`.
     """
     parts = table.groupby("panel", sort=False)
-    size = (3.4, 0.9 + 0.34 * len(order)) if lying else (4.4, 3.3)
+    size = (3.4, 0.9 + 0.34 * len(order)) if lying else (max(4.4, 0.3 * len(order)), 3.3)
     figure, axes = panels(parts.ngroups, most, *size, extra=3.2 if lying else 0, sharex=lying, sharey=sharey)
     places = np.arange(len(order))
     for axis, (title, part) in zip(axes.ravel(), parts, strict=False):
