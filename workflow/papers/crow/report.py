@@ -217,8 +217,8 @@ def rate_table(pool: pd.DataFrame, records: pd.DataFrame) -> pd.DataFrame:
     term = tuned.merge(crow[[*keys, *fixed, "updates"]], on=[*keys, *fixed, "updates"]).assign(line="CROW")
     plain = tuned[tuned.alpha.isna()].merge(crow[[*keys, "updates"]], on=[*keys, "updates"]).assign(line="fine-tuning")
     same = pd.concat([term, plain]).drop_duplicates([*keys, "line", "lr"])
-    rates = same.groupby([*keys, "line"]).lr.transform("nunique")
-    same = same[same.assign(rates=rates).groupby(keys).rates.transform("max") > 1]  # one rate is a point beside many
+    same = same.assign(rates=same.groupby([*keys, "line"]).lr.transform("nunique"))
+    same = same[same.groupby(keys).rates.transform("max") > 1]  # one rate is a point beside many
     found = pool[pool.metric.isin(SHOWN)].merge(same[[*keys, "method", "line", "lr", "updates"]], on=[*keys, "method"])
     setting = found.dataset + ", " + found.model_label + ": " + found.attack_label
     return found.assign(setting=setting).sort_values(["setting", "line", "lr"], kind="stable")
