@@ -13,7 +13,7 @@ from scipy.stats import kendalltau
 from cupel.rng import torch_rng
 from cupel.robust import aai, attacks, isa, objectives, released, unforeseen
 from cupel.robust.discrepancy import classes_of, discrepancy, lower_bound, tightness
-from cupel.robust.maps import cam, integrated_gradients, interpret
+from cupel.robust.maps import integrated_gradients, interpret
 from cupel.robust.models import Chain, GapClassifier, Residual, SameConv2d, build, initialise, pad_same, same_padding
 from cupel.training.engine import Recipe, fit
 
@@ -59,10 +59,20 @@ def test_sizes_of_the_networks(name, colours, classes, side, parameters, shape):
     assert torch.equal(before, torch.random.get_rng_state())
     assert sum(p.numel() for p in model.parameters()) == parameters
     x = torch.rand(2, colours, side, side, generator=torch.Generator().manual_seed(0))
-    features = model.feature_map(x)
+    features = model.feature_map(model.hidden(x))
     assert features.shape == (2, *shape) and (features < 0).any()
-    assert (cam(model, features).mean((2, 3)) - model(x)).abs().max() < 1e-5
+    assert (model.class_maps(model.hidden(x)).mean((2, 3)) - model(x)).abs().max() < 1e-5
     assert model.head.bias is None
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize(("kernel", "height", "width"), [(7, 7, 7), (4, 8, 8), (3, 5, 8), (5, 3, 4), (1, 6, 6)])
+def test_mean_and_mixture_of_a_convolution_are_those_of_its_output(kernel, height, width, stride):
+    draw = torch.Generator().manual_seed(0)
+    layer = SameConv2d(3, 5, kernel, stride).double()
+    x, weight = (torch.randn(shape, generator=draw, dtype=torch.double) for shape in ((2, 3, height, width), (4, 5)))
+    torch.testing.assert_close(layer.mean(x), layer(x).mean((2, 3)))
+    torch.testing.assert_close(layer.mixed(x, weight), torch.einsum("kd,bdij->bkij", weight, layer(x)))
 
 
 def test_residual_network_equals_its_description():
@@ -79,7 +89,7 @@ def test_residual_network_equals_its_description():
         else:
             u, side = F.conv2d(h.relu(), a.weight, a.bias, padding=1), h
         h = F.conv2d(u.relu(), b.weight, b.bias, padding=1) + side
-    assert torch.allclose(model.feature_map(x), h)
+    assert torch.allclose(model.feature_map(model.hidden(x)), h)
     assert torch.allclose(model(x), h.mean((2, 3)) @ model.head.weight.T)
 
 
@@ -98,15 +108,15 @@ def test_wrong_requests_are_named():
 
 def test_gradient_maps_equal_their_definitions():
     model, (x, y) = tiny(), batch()
-    features = model.feature_map(x).detach().requires_grad_()
+    features = model.feature_map(model.hidden(x)).detach().requires_grad_()
     logits = model.head(features.mean((2, 3)))
     for c in range(CLASSES):
         (slope,) = torch.autograd.grad(logits[:, c].sum(), features, retain_graph=True)
         weighted = (slope.mean((2, 3), keepdim=True) * features).sum(1) * features[0, 0].numel()
-        assert torch.allclose(cam(model, features)[:, c], weighted)
+        wanted = torch.full_like(y[:, None], c)
+        assert torch.allclose(interpret(model, x, wanted)[:, 0], weighted)
         positive = (slope.clamp(min=0) * features).sum(1) * features[0, 0].numel()
-        assert torch.allclose(cam(model, features, "gradcam++")[:, c], positive)
-    assert torch.equal(interpret(model, x, y[:, None])[:, 0], cam(model, features)[torch.arange(3), y])
+        assert torch.allclose(interpret(model, x, wanted, "gradcam++")[:, 0], positive)
 
 
 def test_integrated_gradients_equal_the_plain_sum():
@@ -195,7 +205,7 @@ def afresh(model, x, changed, y, method, as_released=True):
         ce, ce_changed = -fa.log_softmax(0)[c], -fb.log_softmax(0)[c]
         s = fb.softmax(0)
         s = [s[j] / sum(s[k] for k in range(CLASSES) if k != c) for j in range(CLASSES)]
-        difference = model.feature_map(a)[0] - model.feature_map(b)[0]
+        difference = (model.feature_map(model.hidden(a)) - model.feature_map(model.hidden(b)))[0]
         apart = [sum(weight[j, d] * difference[d] for d in range(len(difference))).abs().sum() for j in range(CLASSES)]
         base, penalty = (ce_changed if method in ("adv", "intadv", "int2adv", "igsum", "intigadv") else ce), 0.0
         if method == "trades":
@@ -353,7 +363,7 @@ def test_agreement_is_kendalls_tau_by_hand():
     model, (x, y), (other, _) = tiny(), batch(4), batch(4, seed=9)
     tau, stayed = aai.agreement(model, x, other, y)
     for i in range(4):
-        maps = [cam(model, model.feature_map(z[i : i + 1]))[0, y[i]].detach().numpy().ravel() for z in (x, other)]
+        maps = [model.class_maps(model.hidden(z[i : i + 1]))[0, y[i]].detach().numpy().ravel() for z in (x, other)]
         assert tau[i] == pytest.approx(tau_b(*maps))
     assert np.array_equal(stayed, (model(x).argmax(1) == model(other).argmax(1)).numpy())
     tau, stayed = aai.agreement(model, x, x, y)

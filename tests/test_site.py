@@ -182,6 +182,21 @@ def test_a_switch_has_its_effect(site):
     assert found["effect"].value == pytest.approx((both["unprojected"] - both[""]).mean()) and found["settings"] == len(both)
 
 
+def test_a_budget_is_a_switch_too():
+    rows = [{"paper": "ims", "stage": "purified", "status": "ok", "defence": defence, "variant": "", "budget": budget, "seed": 0,
+             "attack": "badnets", "attack_variant": "", "poison_rate": rate, "metric": metric, "value": value, "n": 100, "low": 0.0, "high": 1.0,
+             "path": f"{defence}/{budget}/{rate}", "reason": "", "destroyed": False, "clean_samples": 100,
+             "dataset": "cifar10", "model": "resnet18", "recipe": "fst", "victim_acc": 0.9, "victim_asr": 1.0}
+            for defence, base in (("fst", 0.1), ("ft_long", 0.5)) for rate in (0.1, 0.01)
+            for budget, more in (("spc10", 0.0), ("spc10_unseen", 0.2 * rate + 0.1))
+            for metric, value in (("asr", base + more), ("acc", 0.8))]
+    difference = {"what": "x", "paper": "p", "code": "c", "switch": "budget spc10_unseen", "budgets": ["spc10_unseen", "spc10"]}
+    (entry,) = evidence.switch_effects({"differences": [difference]}, pd.DataFrame(rows))
+    (found,) = entry["effects"]
+    assert (found["name"], found["base"]) == ("spc10_unseen", "spc10")
+    assert found["effect"].value == pytest.approx(0.111) and found["settings"] == 4
+
+
 # -------------------------------------------------------------------------------------------------------------------- browser
 
 

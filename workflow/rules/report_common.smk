@@ -21,10 +21,11 @@ def feature_figure(paper):
     if not asked:
         return None
     cells = feature_cells(GRID.cells("victim", paper), GRID.cells("purified", paper), asked["defences"])
-    cells = [(attack, title, cell) for attack, title, cell in cells if present([f"{PATHS.cell(cell)}/model.safetensors"])]
-    if not cells:
+    needed = ((f"{PATHS.cell(cell)}/model.safetensors", f"{VICTIM.format(**cell)}/trigger.npz") for _, _, cell in cells)
+    drawn = [(cell, files) for cell, files in zip(cells, needed, strict=True) if present(files) == list(files)]
+    if not drawn:
         return None
-    files = [(f"{PATHS.cell(cell)}/model.safetensors", f"{VICTIM.format(**cell)}/trigger.npz") for _, _, cell in cells]
+    cells, files = zip(*drawn, strict=True)
     panels = [
         {
             "row": attack,
@@ -66,8 +67,10 @@ def sheet_code(wildcards):
 
 
 def used_manifests():
-    """All data that the chosen papers use: by its folder below that of all data, its manifest."""
-    return {name: f"{DATA}/{name}/manifest.json" for family in GRID.families.values() for name in family.data()}
+    """All data that the chosen papers use, with report.allow_missing as far as prepared: by its folder below that of all data,
+    its manifest."""
+    names = (name for family in GRID.families.values() for name in family.data())
+    return {name: file for name in names for file in present([f"{DATA}/{name}/manifest.json"])}
 
 
 def expected_cells():

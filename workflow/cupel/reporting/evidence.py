@@ -119,7 +119,8 @@ def switch_effects(card: Mapping, cells: pd.DataFrame, gate: Mapping[str, float]
     An effect is the mean over settings of a metric with the switch less that without, in the same settings and seeds.
 
     Args:
-        card: of a paper. `metric` is what is compared (ASR without it); an entry may name two `metrics` that are the switch.
+        card: of a paper. `metric` is what is compared (ASR without it); an entry may name two `metrics` or two `budgets` that
+            are the switch, the changed one first.
         cells: its rows of the tidy table.
         gate: lowest values of a victim by metric.
     """
@@ -138,9 +139,13 @@ def switch_effects(card: Mapping, cells: pd.DataFrame, gate: Mapping[str, float]
         if "metrics" in entry:
             first, second = entry["metrics"]
             sides.append((first, second, first, {"stage": "victim"}, {"stage": "victim", "metric": second}))
+        if "budgets" in entry:
+            first, second = entry["budgets"]
+            sides.append((first, second, metric, {"budget": first}, {"budget": second}))
         effects = []
         for name, base, measured, a, b in sides:
-            test = {"over": "mean", "metric": measured, "a": a, "b": b, "margin": 0.0, "gated": a.get("stage") != "victim"}
+            test = {"over": "mean", "metric": measured, "a": a, "b": b, "margin": 0.0, "gated": a.get("stage") != "victim",
+                    **({"paired": ["defence", "variant"]} if "budgets" in entry else {})}
             found = judge({"scales": ["any"], "test": test}, cells, "any", gate)
             if found.effect is not None:
                 effects.append({"name": name, "base": base, "metric": measured, "effect": found.effect,

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from cupel.registry import one_of
-from cupel.robust.maps import cam, pick
+from cupel.robust.maps import pick
 from cupel.robust.models import GapClassifier
 
 SCOPES = ("one", "two", "all")
@@ -76,6 +76,6 @@ def tightness(model: GapClassifier, x: Tensor, changed: Tensor, true: Tensor, ta
         true, target: int64 [B].
     """
     classes = torch.stack([true, target], 1)
-    clean = cam(model, model.feature_map(x))
-    maps = pick(clean, classes), pick(cam(model, model.feature_map(changed)), classes)
+    clean = model.class_maps(model.hidden(x))
+    maps = pick(clean, classes), pick(model.class_maps(model.hidden(changed)), classes)
     return discrepancy(*maps) / clean[0, 0].numel(), lower_bound(clean.mean((2, 3)), true, target)

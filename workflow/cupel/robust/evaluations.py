@@ -280,7 +280,7 @@ def features(subject: Subject, *, count: int = 6, steps: int = 100, step_size: f
         length = gradient.flatten(1).norm(dim=1).clamp(min=1e-12)[:, None, None, None]
         return (x - step_size * gradient / length).clamp(0, 1)
 
-    reached = descend(start, lambda x: -model.features(x).gather(1, neurons[:, None]).sum(), step, steps=steps)
+    reached = descend(start, lambda x: -model.features(model.hidden(x)).gather(1, neurons[:, None]).sum(), step, steps=steps)
     filters = next(model.parameters()).detach()  # those of the first convolution
     arrays = {"filters": filters, "start": start, "reached": reached, "neurons": neurons}
     return Found(arrays={name: value.cpu().numpy() for name, value in arrays.items()})

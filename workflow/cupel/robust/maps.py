@@ -20,12 +20,6 @@ from cupel.robust.models import GapClassifier
 KINDS = ("cam", "gradcam++", "ig", "repr")
 
 
-def cam(model: GapClassifier, features: Tensor, kind: str = "cam") -> Tensor:
-    """Class activation maps or GradCAM++ of all classes, float [B, K, h, w], from A [B, d, h, w]."""
-    weight = model.head.weight.clamp(min=0) if kind == "gradcam++" else model.head.weight
-    return torch.einsum("kd,bdij->bkij", weight, features)
-
-
 def path_gradients(function: Callable[[Tensor], Tensor], start: Tensor, end: Tensor, points: int, *,
                    differentiable: bool) -> Tensor:
     """Integrated gradients along a straight path, right Riemann sum, float [B, S, C, H, W].
@@ -73,11 +67,11 @@ def interpret(model: GapClassifier, x: Tensor, classes: Tensor, kind: str = "cam
     """
     if kind == "ig":
         return integrated_gradients(model, x, classes, differentiable=differentiable)
-    features = model.feature_map(x)
+    hidden = model.hidden(x)
     if kind == "repr":
-        return features[:, None]
+        return model.feature_map(hidden)[:, None]
     one_of("map", kind, KINDS)
-    return pick(cam(model, features, kind), classes)
+    return pick(model.class_maps(hidden, model.head.weight.clamp(min=0) if kind == "gradcam++" else None), classes)
 
 
 def pick(maps: Tensor, classes: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from torch import Tensor
 from cupel.rng import torch_rng
 from cupel.robust.attacks import ascend
 from cupel.robust.discrepancy import distances
-from cupel.robust.maps import cam, path_gradients
+from cupel.robust.maps import path_gradients
 from cupel.robust.models import GapClassifier
 from cupel.training.hook import Hook
 
@@ -50,22 +50,22 @@ class View:
         self.graph = torch.no_grad if frozen else contextlib.nullcontext
 
     @cached_property
-    def features(self) -> Tensor:
-        """A(x), float [B, d, h, w]."""
+    def hidden(self) -> Tensor:
+        """Of which logits and maps are made."""
         with self.graph():
-            return self.model.feature_map(self.x)
+            return self.model.hidden(self.x)
 
     @cached_property
     def logits(self) -> Tensor:
         """f(x), float [B, K]."""
         with self.graph():
-            return self.model.head(self.features.mean((2, 3)))
+            return self.model.head(self.model.features(self.hidden))
 
     @cached_property
     def cams(self) -> Tensor:
         """Class activation maps, float [B, K, h, w]."""
         with self.graph():
-            return cam(self.model, self.features)
+            return self.model.class_maps(self.hidden)
 
 
 def _two_class(apart: Tensor, logits: Tensor, y: Tensor) -> Tensor:
