@@ -183,10 +183,11 @@ def test_a_switch_has_its_effect(site):
 
 
 def test_a_budget_is_a_switch_too():
-    rows = [{"paper": "ims", "stage": "purified", "status": "ok", "defence": defence, "variant": "", "budget": budget, "seed": 0,
-             "attack": "badnets", "attack_variant": "", "poison_rate": rate, "metric": metric, "value": value, "n": 100, "low": 0.0, "high": 1.0,
-             "path": f"{defence}/{budget}/{rate}", "reason": "", "destroyed": False, "clean_samples": 100,
-             "dataset": "cifar10", "model": "resnet18", "recipe": "fst", "victim_acc": 0.9, "victim_asr": 1.0}
+    same = {"paper": "ims", "stage": "purified", "status": "ok", "variant": "", "seed": 0, "attack": "badnets",
+            "attack_variant": "", "n": 100, "low": 0.0, "high": 1.0, "reason": "", "destroyed": False, "clean_samples": 100,
+            "dataset": "cifar10", "model": "resnet18", "recipe": "fst", "victim_acc": 0.9, "victim_asr": 1.0}
+    rows = [{**same, "defence": defence, "budget": budget, "poison_rate": rate, "metric": metric, "value": value,
+             "path": f"{defence}/{budget}/{rate}"}
             for defence, base in (("fst", 0.1), ("ft_long", 0.5)) for rate in (0.1, 0.01)
             for budget, more in (("spc10", 0.0), ("spc10_unseen", 0.2 * rate + 0.1))
             for metric, value in (("asr", base + more), ("acc", 0.8))]
