@@ -55,7 +55,14 @@ class SameConv2d(nn.Conv2d):
     """Square convolution with bias and "SAME" padding."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(pad_same(x, self.kernel_size[0], self.stride[0]))
+        return self.convolve(x, self.weight, self.bias)
+
+    def convolve(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        """x [B, C, H, W] convolved with another kernel in this layer's way."""
+        pads = [same_padding(size, self.kernel_size[0], self.stride[0]) for size in x.shape[2:]]
+        if all(before == after for before, after in pads):  # what torch pads itself costs no copy
+            return F.conv2d(x, weight, bias, self.stride, tuple(before for before, _ in pads))
+        return F.conv2d(pad_same(x, self.kernel_size[0], self.stride[0]), weight, bias, self.stride)
 
     def mean(self, x: Tensor) -> Tensor:
         """The mean of the output over space, float [B, d], of which no more is computed."""
@@ -64,8 +71,7 @@ class SameConv2d(nn.Conv2d):
 
     def mixed(self, x: Tensor, weight: Tensor) -> Tensor:
         """Sums of the output's channels, weight [K, d] times output, float [B, K, h, w], of which no more is computed."""
-        kernel = torch.einsum("kd,dcij->kcij", weight, self.weight)
-        return F.conv2d(pad_same(x, self.kernel_size[0], self.stride[0]), kernel, weight @ self.bias, self.stride)
+        return self.convolve(x, torch.einsum("kd,dcij->kcij", weight, self.weight), weight @ self.bias)
 
 
 class Chain(nn.Module):
