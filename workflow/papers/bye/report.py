@@ -91,7 +91,7 @@ class Numbers:
         functions: function by trigger.
         settings: of the victims.
         mains: of every data set and model its main victim: first recipe, first trigger of the file, at 10 % or the highest
-            rate.
+            rate. A model of which no victim is purified stands in the curves alone, unless all are like that.
     """
 
     def __init__(self, paper: Paper):
@@ -102,8 +102,10 @@ class Numbers:
                      for row in tables.summary(part).itertuples()}
         self.settings = list(dict.fromkeys(Setting.of(row) for row in named[named.stage == VICTIM].itertuples()))
         order, groups = list(self.attacks), {}
+        purified = {(row.dataset, row.model) for row in named[named.stage == "purified"].itertuples()}
         for setting in self.settings:
-            groups.setdefault((setting.dataset, setting.model), []).append(setting)
+            if not purified or (setting.dataset, setting.model) in purified:
+                groups.setdefault((setting.dataset, setting.model), []).append(setting)
         self.mains = [min(group, key=lambda setting, first=group[0].recipe: (
             setting.recipe != first, order.index(setting.trigger), setting.rate != MAIN_RATE, -setting.rate))
             for group in groups.values()]
