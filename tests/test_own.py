@@ -18,9 +18,9 @@ from torch import nn
 import cupel
 from cupel import cells, digest, files, locks
 from cupel.compat import ensure_torchvision
-from cupel.images import datasets
+from cupel.images import datasets, models
 from cupel.images.defences import DEFENCES
-from cupel.own import cli, data, grid, imports, language, network, normalisations, run
+from cupel.own import cli, data, grid, imports, language, network, normalisations, run, suspect
 from cupel.registry import load_plugins, module
 from cupel.settings import ConfigError
 from cupel.training.engine import Diverged, Recipe, fit
@@ -598,6 +598,9 @@ def test_a_network_of_names_a_plugin_and_a_script_file(tmp_path, monkeypatch):
         assert imports.architecture("of_a_plugin", 3, 32)(torch.rand(2, 3, 32, 32)).shape == (2, 3)
     finally:
         del MODELS["of_a_plugin"]
+    torch.save(models.build("preactresnet18", num_classes=4, image_size=16, in_channels=1).state_dict(), tmp_path / "grey.pt")
+    grey, _ = suspect.opened_network(str(tmp_path / "grey.pt"), "preactresnet18", 16)
+    assert grey(torch.rand(2, 1, 16, 16)).shape == (2, 4) and imports.Weights(tmp_path / "grey.pt").channels() == 1
     (tmp_path / "wide.py").write_text("from torch import nn\n\ndef net(d, width=1):\n    return nn.Linear(d, width)\n")
     assert imports.architecture(f"{tmp_path}/wide.py:net(4, width=3)", 10, 32).weight.shape == (3, 4)
     with pytest.raises(ValueError, match="a call with plain values"):

@@ -75,13 +75,13 @@ def said(what: str) -> Iterator[None]:
         raise ValueError(f"{what}: {failure(error)}") from None
 
 
-def architecture(text: str, classes: int, image_size: int) -> nn.Module:
+def architecture(text: str, classes: int, image_size: int, channels: int = 3) -> nn.Module:
     """A network with any weights.
 
     Args:
         text: `file.py:name`, a function that builds it, a class, or a finished network; or a name: of torchvision, of timm
             where that is installed, or of a network that a plugin registers with `@model`.
-        classes, image_size: given to those builders that ask for them.
+        classes, image_size, channels: given to those builders that ask for them; torchvision's take three channels.
 
     Raises:
         ValueError: unknown, or what it names builds no network.
@@ -105,9 +105,9 @@ def architecture(text: str, classes: int, image_size: int) -> nn.Module:
     if text in list_models() and not plugin:
         return get_model(text, num_classes=classes)
     if timm and text in timm.list_models() and not plugin:
-        return timm.create_model(text, num_classes=classes)
+        return timm.create_model(text, num_classes=classes, in_chans=channels)
     if text in MODELS:
-        return build(text, num_classes=classes, image_size=image_size)
+        return build(text, num_classes=classes, image_size=image_size, in_channels=channels)
     near = difflib.get_close_matches(text, [*list_models(), *MODELS, *(timm.list_models() if timm else ())], 1)
     raise ValueError(f"unknown architecture {text!r}{f', did you mean {near[0]!r}?' if near else ''}: give a name of "
                      f"torchvision{' or timm' if timm else ' (timm is not installed)'}, of a plugin's @model, or "
@@ -196,6 +196,11 @@ class Weights:
         """Number of classes, by the last matrix or vector of the file."""
         sizes = [len(tensor) for name, tensor in self.tensors.items() if tensor.ndim in (1, 2) and "running_" not in name]
         return sizes[-1] if sizes else 0
+
+    def channels(self) -> int:
+        """Number of image channels, by the first kernel of the file; 3 where that says neither 1 nor 3."""
+        first = next((tensor.shape[1] for tensor in self.tensors.values() if tensor.ndim == 4), 3)
+        return first if first in (1, 3) else 3
 
     def put(self, network: nn.Module) -> None:
         """Load the weights into a network; `module.` and prefixes that all names share are no difference.

@@ -26,7 +26,7 @@ def opened_network(checkpoint: str, arch: str | None, size: int | None) -> tuple
         return network, imports.write_plain
     weights = imports.Weights(checkpoint)
     if arch:
-        network = imports.architecture(arch, weights.classes(), size or 32)
+        network = imports.architecture(arch, weights.classes(), size or 32, weights.channels())
     elif "cupel" in (weights.metadata or {}):
         network = models.load(checkpoint)
     else:
