@@ -10,6 +10,7 @@ takes the mean before it, and the maps the sum over d: of Small's 8 million mult
 """
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -42,13 +43,12 @@ def pad_same(x: Tensor, kernel: int, stride: int, value: float = 0.0) -> Tensor:
 
 @functools.cache
 def taps(height: int, width: int, kernel: int, stride: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """[H · W, kernel²]: the mean, over the places of a "SAME" window on a picture, of what each of its taps sees."""
+    """[H · W, kernel²]: at how many places of a "SAME" window on a picture each of its taps sees each pixel."""
     def line(size: int) -> Tensor:
-        places = -(-size // stride)
-        seen = torch.arange(places) * stride + torch.arange(kernel)[:, None] - same_padding(size, kernel, stride)[0]
-        return F.one_hot(seen.clamp(-1, size) + 1, size + 2)[:, :, 1:-1].sum(1).to(dtype) / places
+        seen = torch.arange(-(-size // stride)) * stride + torch.arange(kernel)[:, None] - same_padding(size, kernel, stride)[0]
+        return F.one_hot(seen.clamp(-1, size) + 1, size + 2)[:, :, 1:-1].sum(1)
 
-    return torch.kron(line(height), line(width)).T.contiguous().to(device)
+    return torch.kron(line(height), line(width)).T.contiguous().to(device, dtype)
 
 
 class SameConv2d(nn.Conv2d):
@@ -67,7 +67,8 @@ class SameConv2d(nn.Conv2d):
     def mean(self, x: Tensor) -> Tensor:
         """The mean of the output over space, float [B, d], of which no more is computed."""
         seen = x.flatten(2) @ taps(*x.shape[2:], self.kernel_size[0], self.stride[0], x.dtype, x.device)
-        return F.linear(seen.flatten(1), self.weight.flatten(1), self.bias)
+        places = math.prod(-(-size // self.stride[0]) for size in x.shape[2:])  # divided by here: counts are exact in bf16
+        return F.linear(seen.flatten(1) / places, self.weight.flatten(1), self.bias)
 
     def mixed(self, x: Tensor, weight: Tensor) -> Tensor:
         """Sums of the output's channels, weight [K, d] times output, float [B, K, h, w], of which no more is computed."""
