@@ -260,7 +260,7 @@ def lines(table: pd.DataFrame, x: str, metrics: dict[str, str], colour: str, mar
     marks = (dict(zip(dict.fromkeys(table[marked]), itertools.cycle(MARKERS), strict=False)) if marked
              else {name: mark for name, (_, mark) in styles(table[colour]).items()})
     if ticks is None:
-        ticks = {value: f"{value:g}" for value in sorted(set(table[x]))}
+        ticks = {value: f"{value:,.6g}" if value < 1e6 else f"{value:,.0f}" for value in sorted(set(table[x]))}
     for axis, (metric, title) in zip(axes.ravel(), metrics.items(), strict=False):
         part = table[table.metric == metric].sort_values(x, kind="stable")
         for name, rows in part.groupby([colour, marked or colour], sort=False):

@@ -1,5 +1,6 @@
 """Tables and figures of BYE, from the tidy table and the filters' own records."""
 
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -90,8 +91,9 @@ class Numbers:
         attacks: label by trigger, in the order of the file.
         functions: function by trigger.
         settings: of the victims.
-        mains: of every data set and model its main victim: first recipe, first trigger of the file, at 10 % or the highest
-            rate. A model of which no victim is purified stands in the curves alone, unless all are like that.
+        mains: of every data set and model its main victim: that with the most defences; of these the first recipe, the first
+            trigger of the file, 10 % or the highest rate. A model of which no victim is purified stands in the curves alone,
+            unless all are like that.
     """
 
     def __init__(self, paper: Paper):
@@ -102,13 +104,15 @@ class Numbers:
                      for row in tables.summary(part).itertuples()}
         self.settings = list(dict.fromkeys(Setting.of(row) for row in named[named.stage == VICTIM].itertuples()))
         order, groups = list(self.attacks), {}
-        purified = {(row.dataset, row.model) for row in named[named.stage == "purified"].itertuples()}
+        refitted = named[named.stage == "purified"]
+        defences = Counter(setting for setting, _ in {(Setting.of(row), row.method) for row in refitted.itertuples()})
+        purified = {(setting.dataset, setting.model) for setting in defences}
         for setting in self.settings:
             if not purified or (setting.dataset, setting.model) in purified:
                 groups.setdefault((setting.dataset, setting.model), []).append(setting)
         self.mains = [min(group, key=lambda setting, first=group[0].recipe: (
-            setting.recipe != first, order.index(setting.trigger), setting.rate != MAIN_RATE, -setting.rate))
-            for group in groups.values()]
+            -defences[setting], setting.recipe != first, order.index(setting.trigger), setting.rate != MAIN_RATE,
+            -setting.rate)) for group in groups.values()]
         # the paper's own come last and take the place of others
         published = paper.reported.assign(own=paper.reported.source.str.startswith(OWN)).sort_values("own", kind="stable")
         self.published = {(row.dataset, row.model, row.attack, row.poison_rate, row.defence, row.metric): row
@@ -224,6 +228,8 @@ def _tables(paper: Paper, numbers: Numbers, records: list) -> None:
     paper.table("table9_rates", rates_table(numbers),
                 f"By poison rate, in percent, {place}. At 0 % every removed sample is a false alarm.", "setting")
     paper.table("table9_recipes", recipes_table(numbers), f"By recipe of fine-tuning, in percent, {place}.", "setting")
+    paper.table("table9_models", models_table(numbers),
+                f"By model, in percent, {place}. AUROC is of the mean entropy of all layers.", "setting")
 
 
 def answers_table(numbers: Numbers, settings: list[Setting]) -> pd.DataFrame:
@@ -360,6 +366,19 @@ def recipes_table(numbers: Numbers) -> pd.DataFrame:
         for settings in several for setting in settings})
 
 
+def models_table(numbers: Numbers) -> pd.DataFrame:
+    """BYE's filter by model, for recipes that several models of a data set have."""
+    victims = {"cp": "CP", "asr": "ASR"}
+    groups = {(one.dataset, one.recipe): numbers.like(one, "dataset", "recipe", "trigger", "rate") for one in numbers.settings}
+    several = [settings for settings in groups.values() if len(settings) > 1]
+    return frame({setting.name("dataset", "model", "recipe"): {
+        **numbers.texts(setting, VICTIM, VICTIM, victims),
+        "AUROC": numbers.text(setting, "filtered", "without_bsi", "auroc"),
+        **{f"{numbers.labels[method]}: {heading}": numbers.text(setting, "filtered", method, metric, count=metric not in FOUND)
+           for method in GROWTH for metric, heading in (("sensitive_layers", "layers"), ("f1", "F1"))}}
+        for settings in several for setting in settings})
+
+
 # ------------------------------------------------------------------------------------------------------------------ figures
 
 
@@ -404,7 +423,8 @@ def _comparison_figures(paper: Paper, numbers: Numbers) -> None:
 
 def _growth_figures(paper: Paper, numbers: Numbers, records: list) -> None:
     """The collapse against updates of fine-tuning and against weights, for data sets with several of either."""
-    weights = {(base["dataset"], base["model"]): base["parameters"] for base in map(read_json, paper.files["bases"])}
+    sizes = {(base["dataset"], base["parameters"]): base["model"] for base in reversed([*map(read_json, paper.files["bases"])])}
+    weights = {(dataset, model): size for (dataset, size), model in sizes.items()}  # of one size the first
     victims = paper.cells[paper.cells.stage == VICTIM].drop_duplicates("path")
     updates = {(Setting.of(row), row.seed): rows["step"].iloc[-1] for row in victims.itertuples()
                if len(rows := history(row.path))}
