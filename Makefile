@@ -23,7 +23,8 @@ keep:
 	mkdir -p $(KEPT)
 	cp results/$(SCALE)/cells.parquet results/$(SCALE)/claims.csv results/$(SCALE)/provenance.json $(KEPT)
 	cd results/$(SCALE)/papers && find . \( -name "*.csv" -o -name "*.md" -o -name "*.svg" \) -exec cp --parents {} "$(CURDIR)/$(KEPT)" \;
-	find results/$(SCALE) -name work -prune -o \( -name metrics.json -o -name history.csv -o -name trigger.npz \) -print \
+	find results/$(SCALE) -name work -prune -o \( -name metrics.json -o -name history.csv -o -name trigger.npz \
+	-o -name filters.json -o -name base.json \) -print \
 	| sort | tar -cJf $(KEPT)/cells.tar.xz -T -
 
 # what every change must pass

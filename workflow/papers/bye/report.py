@@ -40,7 +40,7 @@ def draw(paper: Paper) -> None:
     _tables(paper, numbers, records)
     looked: dict[Setting, tuple[dict, Path]] = {}
     for setting, _, record, path in records:
-        if "failed" not in record:
+        if "failed" not in record and (path / "entropies.parquet").is_file():  # what is kept of a run has them not
             looked.setdefault(setting, (record, path))
     for main in (main for main in numbers.mains if main in looked):
         _victim_figures(paper, numbers, main, looked)
