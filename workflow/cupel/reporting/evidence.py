@@ -119,14 +119,14 @@ def switch_effects(card: Mapping, cells: pd.DataFrame, gate: Mapping[str, float]
     An effect is the mean over settings of a metric with the switch less that without, in the same settings and seeds.
 
     Args:
-        card: of a paper. `metric` is what is compared (ASR without it); an entry may name two `metrics` or two `budgets` that
-            are the switch, the changed one first.
+        card: of a paper. `metric`, of an entry or the card, is what is compared (ASR without it); an entry may name two
+            `metrics` or two `budgets` that are the switch, the changed one first.
         cells: its rows of the tidy table.
         gate: lowest values of a victim by metric.
     """
-    metric, out = card.get("metric", "asr"), []
+    out = []
     for entry in card.get("differences", []):
-        sides = []
+        sides, metric = [], entry.get("metric", card.get("metric", "asr"))
         for name in switches(entry):
             base, _, variant = name.partition("~")
             if (cells.defence == base).any():
