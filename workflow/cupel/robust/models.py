@@ -42,13 +42,13 @@ def pad_same(x: Tensor, kernel: int, stride: int, value: float = 0.0) -> Tensor:
 
 
 @functools.cache
-def taps(height: int, width: int, kernel: int, stride: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """[H · W, kernel²]: at how many places of a "SAME" window on a picture each of its taps sees each pixel."""
+def taps(shape: torch.Size, kernel: int, stride: int, *, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """At how many places of a "SAME" window on pictures of `shape` (H, W) each of its taps sees each pixel: [H · W, kernel²]."""
     def line(size: int) -> Tensor:
         seen = torch.arange(-(-size // stride)) * stride + torch.arange(kernel)[:, None] - same_padding(size, kernel, stride)[0]
         return F.one_hot(seen.clamp(-1, size) + 1, size + 2)[:, :, 1:-1].sum(1)
 
-    return torch.kron(line(height), line(width)).T.contiguous().to(device, dtype)
+    return torch.kron(*map(line, shape)).T.contiguous().to(device, dtype)
 
 
 class SameConv2d(nn.Conv2d):
@@ -66,7 +66,7 @@ class SameConv2d(nn.Conv2d):
 
     def mean(self, x: Tensor) -> Tensor:
         """The mean of the output over space, float [B, d], of which no more is computed."""
-        seen = x.flatten(2) @ taps(*x.shape[2:], self.kernel_size[0], self.stride[0], x.dtype, x.device)
+        seen = x.flatten(2) @ taps(x.shape[2:], self.kernel_size[0], self.stride[0], dtype=x.dtype, device=x.device)
         places = math.prod(-(-size // self.stride[0]) for size in x.shape[2:])  # divided by here: counts are exact in bf16
         return F.linear(seen.flatten(1) / places, self.weight.flatten(1), self.bias)
 
