@@ -43,7 +43,7 @@ def pad_same(x: Tensor, kernel: int, stride: int, value: float = 0.0) -> Tensor:
 
 @functools.cache
 def taps(shape: torch.Size, kernel: int, stride: int, *, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """At how many places of a "SAME" window on pictures of `shape` (H, W) each of its taps sees each pixel: [H · W, kernel²]."""
+    """At how many places of a "SAME" window each of its taps sees each pixel of a picture (H, W): [H · W, kernel²]."""
     def line(size: int) -> Tensor:
         seen = torch.arange(-(-size // stride)) * stride + torch.arange(kernel)[:, None] - same_padding(size, kernel, stride)[0]
         return F.one_hot(seen.clamp(-1, size) + 1, size + 2)[:, :, 1:-1].sum(1)
