@@ -75,6 +75,13 @@ def test_mean_and_mixture_of_a_convolution_are_those_of_its_output(kernel, heigh
     torch.testing.assert_close(layer.mixed(x, weight), torch.einsum("kd,bdij->bkij", weight, layer(x)))
 
 
+def test_a_network_that_was_tested_first_can_be_trained():
+    model, (x, y) = tiny(), batch(side=9)  # a size that no other test has made known
+    with torch.inference_mode():
+        model(x)
+    F.cross_entropy(model(x), y).backward()
+
+
 def test_residual_network_equals_its_description():
     model = initialise(GapClassifier(Residual(3, (2, 4, 8), depth=2), CLASSES), 1).double()
     x, _ = batch(2, 8, 3)

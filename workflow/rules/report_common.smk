@@ -21,11 +21,14 @@ def feature_figure(paper):
     if not asked:
         return None
     cells = feature_cells(GRID.cells("victim", paper), GRID.cells("purified", paper), asked["defences"])
-    needed = ((f"{PATHS.cell(cell)}/model.safetensors", f"{VICTIM.format(**cell)}/trigger.npz") for _, _, cell in cells)
-    drawn = [(cell, files) for cell, files in zip(cells, needed, strict=True) if present(files) == list(files)]
-    if not drawn:
+
+    def needed(cell):
+        return [f"{PATHS.cell(cell)}/model.safetensors", f"{VICTIM.format(**cell)}/trigger.npz"]
+
+    cells = [(attack, title, cell) for attack, title, cell in cells if present(needed(cell)) == needed(cell)]
+    if not cells:
         return None
-    cells, files = zip(*drawn, strict=True)
+    files = [needed(cell) for _, _, cell in cells]
     panels = [
         {
             "row": attack,
@@ -44,7 +47,7 @@ def feature_figure(paper):
         "spec": spec,
         "folder": here(f"{DATA}/images/{first['dataset']}"),
         "code": sorted(filter(None, looked_up)),
-        "files": sum(files, ()),
+        "files": sum(files, []),
     }
 
 

@@ -145,7 +145,7 @@ def switch_effects(card: Mapping, cells: pd.DataFrame, gate: Mapping[str, float]
         effects = []
         for name, base, measured, a, b in sides:
             test = {"over": "mean", "metric": measured, "a": a, "b": b, "margin": 0.0, "gated": a.get("stage") != "victim",
-                    **({"paired": ["defence", "variant"]} if "budgets" in entry else {})}
+                    "paired": ["defence", "variant"]}
             found = judge({"scales": ["any"], "test": test}, cells, "any", gate)
             if found.effect is not None:
                 effects.append({"name": name, "base": base, "metric": measured, "effect": found.effect,

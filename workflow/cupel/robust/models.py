@@ -42,6 +42,7 @@ def pad_same(x: Tensor, kernel: int, stride: int, value: float = 0.0) -> Tensor:
 
 
 @functools.cache
+@torch.inference_mode(False)  # kept for gradients too, whoever asks first
 def taps(shape: torch.Size, kernel: int, stride: int, *, dtype: torch.dtype, device: torch.device) -> Tensor:
     """At how many places of a "SAME" window each of its taps sees each pixel of a picture (H, W): [H · W, kernel²]."""
     def line(size: int) -> Tensor:

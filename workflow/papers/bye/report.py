@@ -369,7 +369,10 @@ def recipes_table(numbers: Numbers) -> pd.DataFrame:
 def models_table(numbers: Numbers) -> pd.DataFrame:
     """BYE's filter by model, for recipes that several models of a data set have."""
     victims = {"cp": "CP", "asr": "ASR"}
-    groups = {(one.dataset, one.recipe): numbers.like(one, "dataset", "recipe", "trigger", "rate") for one in numbers.settings}
+    groups = {}
+    for setting in numbers.settings:
+        if any(setting.same(main, "dataset", "trigger", "rate") for main in numbers.mains):
+            groups.setdefault((setting.dataset, setting.recipe), []).append(setting)
     several = [settings for settings in groups.values() if len(settings) > 1]
     return frame({setting.name("dataset", "model", "recipe"): {
         **numbers.texts(setting, VICTIM, VICTIM, victims),
