@@ -11,6 +11,7 @@ import zipfile
 import pytest
 
 from cupel.reporting.crate import check_crate
+from cupel.reporting.provenance import provenance
 from tests.conftest import REPOSITORY
 from tests.test_workflow import Folder
 
@@ -29,6 +30,13 @@ def finished(tmp_path_factory, cifar10):
 def test_every_caption_is_used():
     used = set(re.findall(r"captions/(\w+)\.rst", RULES))
     assert used == {file.stem for file in CAPTIONS.glob("*.rst")}
+
+
+def test_where_a_machine_keeps_things_is_in_no_provenance(tmp_path):
+    config = {"data": {"folder": "data", "mirror": str(tmp_path), "sources": ["hub", "mirror"]}, "plugins": [str(tmp_path / "own.py")], "seeds": None}
+    made = provenance(tmp_path, config, tmp_path, names=[], seeds=[0])
+    assert str(tmp_path.parent) not in json.dumps(made)
+    assert made["config"]["plugins"] == ["own.py"] and made["config"]["data"]["sources"] == ["hub", "mirror"]
 
 
 @pytest.mark.slow

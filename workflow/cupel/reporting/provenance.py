@@ -34,8 +34,18 @@ def processor() -> str:
     return f"{name}, {psutil.cpu_count()} cores, {psutil.virtual_memory().total / 2**30:.0f} GB"
 
 
+def without_folders(value):
+    """A configuration with every absolute path cut to its last name: where a machine keeps things is nobody's result."""
+    if isinstance(value, dict):
+        return {key: without_folders(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [without_folders(part) for part in value]
+    return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
+
+
 def provenance(root: str | Path, config: dict, data: str | Path, *, names: list[str], seeds: list[int]) -> dict:
-    """One flat-ish record for `provenance.json`."""
+    """One flat-ish record for `provenance.json`; paths of the machine are not in it."""
+    config = without_folders(config)
     config_hash = hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
     manifests = {name: read_json(Path(data) / name / "manifest.json") for name in names}
     return {

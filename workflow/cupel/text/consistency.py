@@ -14,6 +14,7 @@ precision the adapters stay float32 and run under autocast; states are compared 
 neighbouring layers is smaller than what bf16 resolves next to 1.
 """
 
+import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
@@ -131,24 +132,20 @@ def weigh(batch: dict[str, Tensor], padding: str = "masked", group: Tensor | Non
     return {**batch, "lm_weight": lm / len(groups), "cons_weight": cons / len(groups)}
 
 
-def _run(model: nn.Module, keep: Tensor | None, **inputs: Tensor) -> Tensor | None:
-    """A forward pass, as far as the logits at the positions `keep` (None: no head)."""
-    inner = causal_lm(model)
-    embedding = inner.get_input_embeddings().weight
-    with autocast("fp32" if embedding.dtype == torch.float32 else "bf16", embedding.device):
-        if keep is None:
-            inner.get_decoder()(**inputs, use_cache=False)
-            return None
-        return inner(**inputs, use_cache=False, logits_to_keep=keep).logits
+def _cast(model: nn.Module) -> contextlib.AbstractContextManager:
+    """Products in the precision of the model's weights."""
+    embedding = causal_lm(model).get_input_embeddings().weight
+    return autocast("fp32" if embedding.dtype == torch.float32 else "bf16", embedding.device)
 
 
 def _lm(model: nn.Module, batch: dict[str, Tensor], **inputs: Tensor) -> Tensor:
-    """L_LM. The head, the most expensive layer of a small model, runs only where some row has a label."""
-    targets, weight = batch["labels"][:, 1:], batch["lm_weight"][:, 1:]
-    keep = weight.any(0).nonzero()[:, 0]
-    logits = _run(model, keep, **inputs).float()
-    loss = F.cross_entropy(logits.flatten(0, 1), targets[:, keep].flatten(), ignore_index=-100, reduction="none")
-    return (loss * weight[:, keep].flatten()).sum()
+    """L_LM. The head, the most expensive layer of a small model, runs only on tokens before one with a label."""
+    inner, labelled = causal_lm(model), batch["lm_weight"] > 0
+    with _cast(model):
+        states = inner.get_decoder()(**inputs, use_cache=False).last_hidden_state
+        logits = inner.get_output_embeddings()(states[:, :-1][labelled[:, 1:]])
+    loss = F.cross_entropy(logits.float(), batch["labels"][labelled], reduction="none")
+    return (loss * batch["lm_weight"][labelled]).sum()
 
 
 def direction(found: Tensor, embeddings: Tensor, counted: Tensor) -> Tensor:
@@ -207,7 +204,7 @@ def parts(model: nn.Module, batch: dict[str, Tensor], settings: Consistency | No
         yield lm, values
         del lm, point, embeddings
         values = {}
-        with captured(model) as states:
-            _run(model, None, inputs_embeds=embed(batch["input_ids"]) + settings.epsilon * move)
+        with captured(model) as states, _cast(model):
+            causal_lm(model).get_decoder()(use_cache=False, inputs_embeds=embed(batch["input_ids"]) + settings.epsilon * move)
         lm, penalty = 0.0, consistency(states)
     yield lm + settings.alpha * penalty, {**values, "loss_cons": penalty.detach()}
