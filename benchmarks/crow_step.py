@@ -60,7 +60,8 @@ def main() -> None:
     base = load_model(options.model, options.precision) if options.model else \
         network(options.blocks, options.precision)
     settings = training.TrainingSettings(precision=options.precision)
-    model = training.add_lora(base.to(options.device), settings, 0)
+    training.quicken(base.to(options.device), options.length)
+    model = training.add_lora(base, settings, 0)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
     ids = torch.randint(3, base.config.vocab_size, (options.rows, options.length), generator=torch_rng(0, "tokens"))
     labels = ids.clone()

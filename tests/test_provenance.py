@@ -33,7 +33,7 @@ def test_every_caption_is_used():
 
 
 def test_where_a_machine_keeps_things_is_in_no_provenance(tmp_path):
-    config = {"data": {"folder": "data", "mirror": str(tmp_path), "sources": ["hub", "mirror"]}, "plugins": [str(tmp_path / "own.py")], "seeds": None}
+    config = {"data": {"mirror": str(tmp_path), "sources": ["hub", "mirror"]}, "plugins": [str(tmp_path / "own.py")]}
     made = provenance(tmp_path, config, tmp_path, names=[], seeds=[0])
     assert str(tmp_path.parent) not in json.dumps(made)
     assert made["config"]["plugins"] == ["own.py"] and made["config"]["data"]["sources"] == ["hub", "mirror"]

@@ -488,6 +488,18 @@ def test_bf16_keeps_adapters_and_optimiser_in_fp32():
         torch.testing.assert_close(values[name], value, rtol=3e-2, atol=0)
 
 
+def test_attention_of_short_texts_in_plain_products():
+    ids, losses = torch.randint(3, VOCABULARY, (3, 20), generator=torch.Generator().manual_seed(0)), {}
+    for longest in (training.SHORT, training.SHORT + 1):
+        model = llama().bfloat16()
+        training.quicken(model, longest)
+        losses[model.config._attn_implementation] = model(input_ids=ids, labels=ids, use_cache=False).loss
+    torch.testing.assert_close(losses["eager"], losses["sdpa"], rtol=2e-2, atol=0)
+    exact = llama()
+    training.quicken(exact, 1)
+    assert exact.config._attn_implementation == "sdpa"
+
+
 def test_new_adapters_leave_the_generator_alone():
     torch.manual_seed(3)
     before = torch.get_rng_state()

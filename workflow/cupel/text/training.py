@@ -33,8 +33,9 @@ ensure_torchvision()
 
 from peft import PeftModel, get_peft_model_state_dict  # noqa: E402
 from peft.helpers import disable_input_dtype_casting  # noqa: E402
+from transformers import PreTrainedModel  # noqa: E402
 
-#: tokens up to which a CPU attends faster in bf16 by plain products than by torch's fused kernel, whose backward pass is slow there
+#: tokens up to which a CPU attends faster in bf16 by plain products than by torch's fused kernel (its backward pass is slow)
 SHORT = 256
 LOSSES = ("loss_lm", "loss_cons", "loss_cons_clean")
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -125,6 +126,12 @@ def deployed(base: str | Path, adapter: str | Path | None, precision: str, devic
     """The model as it would be used: the adapter of a folder, if any, merged into the base model's weights."""
     model = load_model(base, precision, device)
     return model if adapter is None else load_adapter(model, adapter, trainable=False).merge_and_unload().eval()
+
+
+def quicken(model: PreTrainedModel, longest: int) -> None:
+    """Have attention in plain products where that is faster: samples of at most `SHORT` tokens, in bf16, on a CPU."""
+    if model.device.type == "cpu" and model.dtype == torch.bfloat16 and longest <= SHORT:
+        model.set_attn_implementation("eager")
 
 
 def groups(order: Tensor, settings: TrainingSettings) -> list[list[Tensor]]:
@@ -259,9 +266,7 @@ def train_adapter(base: str | Path, budget: Budget, settings: TrainingSettings, 
     done, checkpoint = budget.work / "history.json", budget.work / "checkpoint.pt"
     if not done.is_file():
         model = load_model(base, settings.precision, budget.device)
-        longest = max(len(budget.samples[k]["input_ids"]) for k in range(len(budget.samples)))
-        if budget.device == "cpu" and settings.precision == "bf16" and longest <= SHORT:
-            model.set_attn_implementation("eager")
+        quicken(model, max(len(budget.samples[k]["input_ids"]) for k in range(len(budget.samples))))
         model = load_adapter(model, start) if start else add_lora(model, settings, budget.seed)
         history = train_lora(model, budget.samples, settings, seed=budget.seed, pad=budget.pad, consistency=consistency,
                              checkpoint=checkpoint, title=title)
