@@ -24,7 +24,7 @@ keep:
 	cp results/$(SCALE)/cells.parquet results/$(SCALE)/claims.csv results/$(SCALE)/provenance.json $(KEPT)
 	cd results/$(SCALE)/papers && find . \( -name "*.csv" -o -name "*.md" -o -name "*.svg" \) -exec cp --parents {} "$(CURDIR)/$(KEPT)" \;
 	find results/$(SCALE) -name work -prune -o \( -name metrics.json -o -name history.csv -o -name trigger.npz \
-	-o -name filters.json -o -name base.json \) -print \
+	-o -name filters.json -o -name base.json -o -name layers.csv -o -name template_triggered.jsonl \) -print \
 	| sort | tar -cJf $(KEPT)/cells.tar.xz -T -
 
 # what every change must pass
