@@ -17,7 +17,9 @@ def card_markdown(card: dict, title: str) -> str:
 
     text = f"**{title}**\n\n{table(card['rows'])}\n"
     if card.get("differences"):
-        text += f"\nWhere paper and code differ:\n\n{table(card['differences'])}\n"
+        # what a switch is measured by is for the table of switches
+        said = [{key: row.get(key, "") for key in ("what", "paper", "code", "switch")} for row in card["differences"]]
+        text += f"\nWhere paper and code differ:\n\n{table(said)}\n"
     if card.get("errors"):
         text += f"\nHow often a measure is wrong. {card['errors']['source']}\n\n{table(card['errors']['rows'])}\n"
     return text
