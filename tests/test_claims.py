@@ -279,7 +279,7 @@ def test_every_claim_finds_its_cells_in_every_grid_that_it_names(paper, scale):
     made = []
     for cell in planned:
         (attack, _, kind), (defence, _, variant) = cell["attack"].partition("~"), cell.get("defence", "").partition("~")
-        made += rows(dict.fromkeys(metrics, 0.9), **{
+        made += rows({metric: 0.0 if metric.startswith("false_") else 0.9 for metric in metrics}, **{
             **cell, "attack": attack, "attack_variant": kind, "defence": defence, "variant": variant,
             "budget": cell.get("budget", ""), "poison_rate": float(cell["rate"]), "paper": paper})
     found = judge_all(content, pd.DataFrame(made), paper, scale)

@@ -90,7 +90,7 @@ def test_gather_reads_rows_and_named_metrics(tmp_path):
 
 
 def test_each_paper_has_its_own_gate_and_readers_are_told_the_same_everywhere(tmp_path):
-    from cupel.evaluation.settings import NO_VICTIM
+    from cupel.evaluation.settings import NO_VICTIM, validity
     from cupel.files import write_json
     from cupel.reporting.evidence import cells_behind
     from cupel.reporting.tables import MARKS, gather, marked, summary, with_names
@@ -111,3 +111,6 @@ def test_each_paper_has_its_own_gate_and_readers_are_told_the_same_everywhere(tm
     strict = table[table.paper == "strict"]
     assert [row["state"] for row in cells_behind(claim, strict, {"asr": 0.8}, str)] == [NO_VICTIM]
     assert [row["state"] for row in cells_behind(claim, strict, {"asr": 0.6}, str)] == ["counts"]
+    # of a rate that should be low the gate is the highest
+    noisy = strict.assign(metric=strict.metric.replace("acc", "false_clean"))
+    assert [validity(noisy, {"false_clean": bound}).implanted.all() for bound in (0.89, 0.9)] == [False, True]

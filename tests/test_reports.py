@@ -110,7 +110,7 @@ LANGUAGE = {"defences": {"finetune": "Fine-tuning", "crow": "CROW", "crow~code":
 def language_cell(folder, method, attack, seed, failed=False, false=0.0, careful=None):
     defence, _, variant = method.partition("~")
     metrics = {"asr_template_all": ASR[method], "asr_template_careful": ASR[method] if careful is None else careful,
-               "false_template_all": false, "asr_bare": ASR[method] / 2,
+               "false_template_all": false, "false_template_careful": false, "asr_bare": ASR[method] / 2,
                "empty_template": 0.25, "asr_bare_all": ASR[method] / 4, "perplexity": 5.0 + ASR[method],
                "perplexity_base": 4.5, "cons_triggered": 0.05}
     if method == "cleangen":
@@ -149,7 +149,7 @@ def language_cell(folder, method, attack, seed, failed=False, false=0.0, careful
 
 
 def language_report(folder):
-    """Two attacks, two seeds, all of `ASR`; fine-tuning failed once; VPI does not trigger, one BadNets does unasked."""
+    """Two attacks, two seeds, all of `ASR`; fine-tuning failed once; VPI does not trigger once, and once it does unasked."""
     cells = []
     for attack in ("badnets", "vpi"):
         for seed in (0, 1):
@@ -157,8 +157,8 @@ def language_report(folder):
                 place = folder / "cells" / attack / str(seed) / (method or "victim")
                 (place / "answers").mkdir(parents=True)
                 language_cell(place, method, attack, seed, failed=(attack, seed, method) == ("badnets", 1, "finetune"),
-                              false=0.2 if (attack, method, seed) == ("badnets", "", 1) else 0.0,
-                              careful=0.5 if (attack, method) == ("vpi", "") else None)
+                              false=0.2 if (attack, method, seed) == ("vpi", "", 1) else 0.0,
+                              careful=0.5 if (attack, method, seed) == ("vpi", "", 0) else None)
                 cells.append({"paper": "crow", "folder": str(place)})
     write_json(folder / "manifest.json", {"name": "m", "source": {"kind": "package"}, "content_sha256": "0" * 64})
     return made("crow", "bench", cells, folder / "out", labels=LANGUAGE,
@@ -553,8 +553,7 @@ def test_tables_of_crow(reports):
     assert grid.loc["average", "no defence"] == "100.0 (of 1)"  # VPI has no valid victim
     bare = table(paper, "asr_bare_negsentiment_small")
     assert bare.loc["paper, Llama-2-7B-Chat: BadNets", "CROW"] == "0.53"
-    assert list(table(paper, "victims").iloc[:, -1]) == ["yes", "no", "yes", "yes"]
-    assert list(table(paper, "victims").iloc[:, -2]) == ["yes", "yes", "no ‡", "no ‡"]
+    assert list(table(paper, "victims").iloc[:, -1]) == ["yes", "yes", "no ‡", "no ‡"]
     utility = table(paper, "utility_negsentiment_small")
     assert utility.loc["BadNets: CleanGen", "perplexity"] == "" and utility.loc["BadNets: CROW", "perplexity"] == "5.1"
     row = table(paper, "switches").loc["negsentiment, Small: zero perturbation, wiped accumulation"]

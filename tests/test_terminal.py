@@ -128,7 +128,7 @@ def test_findings_are_five_lines_a_paper(tmp_path):
     cells.to_parquet(tmp_path / "cells.parquet")
     asked = [{"paper": "fst", "folder": folder} for folder in "xyz"]
     found = [summary([("fst", "A paper", tmp_path / "claims.csv")], tmp_path / "cells.parquet", asked[:k]) for k in (1, 2, 3)]
-    assert found[1].endswith("1 cell failed, shown in the report:\n  x: Diverged: at 3\n1 victim below ASR or ACC of the gate: "
+    assert found[1].endswith("1 cell failed, shown in the report:\n  x: Diverged: at 3\n1 victim beyond the gate: "
                              "no valid victim, so no merit of a defence:\n  y")
     assert "1 are in it and not asked for, first y (paper fst)" in found[0]
     assert "1 are asked for and not in it, first z (paper fst)" in found[2]

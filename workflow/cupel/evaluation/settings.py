@@ -29,14 +29,17 @@ def validity(cells: pd.DataFrame, gate: Mapping[str, float] | None = None) -> pd
 
     Args:
         cells: the tidy table (`cupel.reporting.tables.gather`).
-        gate: lowest value by metric, fractions; None: as the table says in `valid`, by the gate of each paper, else `GATE`.
+        gate: lowest value by metric, of a metric `false_*` the highest, fractions; None: as the table says in `valid`, by the
+            gate of each paper, else `GATE`.
     """
     known, gate = gate is None and "valid" in cells, gate or GATE
     keys = [*VICTIM, "seed"]
     rows = cells[cells.metric.isin([*gate, *USE])]
     victims = rows[rows.stage == "victim"].assign(
-        lowest=lambda found: found.metric.map(gate).astype(float)).query("poison_rate > 0 or metric == 'acc'")
-    victims = victims.assign(below=victims.lowest.notna() & ((victims.status == "failed") | (victims.value < victims.lowest)))
+        bound=lambda found: found.metric.map(gate).astype(float)).query("poison_rate > 0 or metric == 'acc'")
+    false = victims.metric.str.startswith("false_")
+    beyond = victims.value.lt(victims.bound).where(~false, victims.value.gt(victims.bound))
+    victims = victims.assign(below=victims.bound.notna() & ((victims.status == "failed") | beyond))
     found = victims.groupby(keys, as_index=False).agg(below=("below", "any"))
     before = rows[(rows.stage == "victim") & rows.metric.isin(USE)].drop_duplicates([*keys, "metric"])
     after = rows[rows.stage == "purified"].merge(before[[*keys, "metric", "value"]], on=[*keys, "metric"],

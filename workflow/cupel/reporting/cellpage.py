@@ -26,7 +26,7 @@ FACTS = {"seconds": "seconds", "peak_memory_mb": "peak memory, MB", "peak_vram_m
 #: what a state means
 STATES = {"destroyed": "less than two thirds of the victim's ACC, CP or mean probability of a token are left",
           "unchanged": "the victim to the bit, which is what the defence made of it",
-          NO_VICTIM: "ASR below 80 % or ACC below 20 %, or below the paper's own gate: in no mean, and no defence's merit"}
+          NO_VICTIM: "ASR below 80 % or ACC below 20 %, or beyond the paper's own gate: in no mean, and no defence's merit"}
 
 
 def known(value):

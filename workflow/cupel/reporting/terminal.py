@@ -127,7 +127,7 @@ def summary(papers: Iterable[tuple[str, str, str | Path]], cells: str | Path | N
             lines.append(f"{counted(waiting, 'cell')} of the report {'was' if waiting == 1 else 'were'} not run")
         weak = table[table.stage.isin(["victim"]) & (table.status == "ok") & ~table.valid].drop_duplicates("path")
         if len(weak):
-            lines.append(f"{counted(len(weak), 'victim')} below ASR or ACC of the gate: {NO_VICTIM}, so no merit of a defence:")
+            lines.append(f"{counted(len(weak), 'victim')} beyond the gate: {NO_VICTIM}, so no merit of a defence:")
             lines += ["  " + shortened(str(path), width - 2) for path in weak.path.head(5)]
         lines += filter(None, [misfit(table, expected)])
     return "\n".join(lines)

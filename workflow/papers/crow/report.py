@@ -17,8 +17,6 @@ from cupel.reporting.paper import Paper
 from cupel.reporting.tables import frame, interval_text, sideways, spread, with_texts
 from cupel.text.data.sources import read_records
 
-#: share of clean prompts that a victim may answer as the attacker wants, under the template (crow SPEC 11.3)
-QUIET = 0.05
 KEYS = ["dataset", "model", "model_label", "recipe", "attack_key", "attack_label", "poison_rate", "budget", "method", "label"]
 SETTING = ["dataset", "recipe", "attack_key", "poison_rate"]
 VICTIM_KEYS = ["model", *SETTING, "seed"]
@@ -70,8 +68,9 @@ def draw(paper: Paper) -> None:
         label=paper.reported.defence.map({"victim": "no defence", **defences}))
     scale = f"Scale {paper.scale}."
     paper.rows("cells", pool)
-    paper.table("victims", victim_table(rows), f"Victims under the template. {MARK}: {NO_VICTIM}, in no mean and no verdict. "
-                f"One that is not quiet counts (SPEC 11.3 would leave it out). {scale}", "victim")
+    paper.table("victims", victim_table(rows), f"Victims under the template. {MARK}: {NO_VICTIM}, in no mean "
+                "and no verdict: it seldom answers triggered prompts as the attacker wants, or often others, too (SPEC 11.3). "
+                f"{scale}", "victim")
     for (model, name), part in pool.groupby(["model", "model_label"], sort=False):
         _figures(paper, part, records[records.model == model], f"{name}: ", order)
     for (dataset, model, name), part in pool.groupby(["dataset", "model", "model_label"], sort=False):
@@ -264,7 +263,7 @@ def victim_table(rows: pd.DataFrame) -> pd.DataFrame:
     bad, grid = missed(rows), {}
     shown = {"asr_template_all": "ASR, template, all", "false_template_all": "false triggering",
              "perplexity_base": "perplexity, base model", "perplexity": "perplexity, victim"}
-    valid, quiet = "counts in verdicts", f"quiet (false ≤ {100 * QUIET:.0f} %)"
+    valid = "counts in verdicts"
     for path, part in rows[rows.stage == "victim"].groupby("path", sort=False):
         first, known = part.iloc[0], {row.metric: row for row in part.assign(failed=0, not_run=0).itertuples()}
         name = f"{first.dataset}, {first.model_label}: {first.attack_label}, seed {first.seed}"
@@ -274,8 +273,8 @@ def victim_table(rows: pd.DataFrame) -> pd.DataFrame:
         record = papers.record(path)
         grid[name] = {heading: interval_text(known[metric]) for metric, heading in shown.items()} | {
             "training": f"{record['updates']} updates on {fitted(record, 'train')} in {record['train_seconds']:.0f} s",
-            valid: f"no {MARK}" if path in bad else "yes", quiet: "yes" if known["false_template_all"].value <= QUIET else "no"}
-    return frame(grid, [*shown.values(), "training", valid, quiet])
+            valid: f"no {MARK}" if path in bad else "yes"}
+    return frame(grid, [*shown.values(), "training", valid])
 
 
 def fitted(record: Mapping, part: str) -> str:
