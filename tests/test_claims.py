@@ -130,6 +130,14 @@ def test_nothing_is_averaged_that_the_claim_does_not_name():
     assert pooled.effect.value == pytest.approx((judge(CLAIM, several, "demo").effect.value + 0.25) / 2, abs=0.01)
 
 
+def test_means_over_matched_variants_are_not_compared_while_one_is_missing():
+    table = grid(strong)
+    test = changed(a={"defence": ["ft", "fst"]}, b={"defence": ["fst", "ft"]}, pooled=["defence"])
+    assert judge(test, table, "demo").verdict != "not judged"
+    table.loc[(table.defence == "fst") & (table.seed == 0), ["status", "value"]] = ["not run", np.nan]
+    assert judge(test, table, "demo").verdict == "not judged"
+
+
 def test_pooled_cells_are_the_same_for_every_seed():
     """A defence that ran for one seed only is no part of the mean."""
     several = grid(strong)

@@ -139,6 +139,9 @@ def judge(claim: Mapping, cells: pd.DataFrame, scale: str, gate: Mapping[str, fl
     of_one = [side for side in sides if not isinstance(side.get("defence"), list)]  # the others are what it is compared with
     claimed = pd.concat([select(cells, side) for side in of_one or sides]).path
     measured = (cells.status == "ok") & cells.value.notna()
+    lists = [[side[column] for side in sides if isinstance(side.get(column), list)] for column in test.get("pooled", [])]
+    if (asked.status == NOT_RUN).any() and any(len(names) == 2 and len(names[0]) == len(names[1]) for names in lists):
+        return Verdict(NOT_JUDGED, "two means over matched variants, some of which were not run")
     try:
         pairs, keys = compared(test, cells[measured & cells.credited])
     except ValueError as error:
