@@ -12,6 +12,7 @@ import tempfile
 from pathlib import Path
 
 import pandas as pd
+from streams import named
 
 from cupel.experiment import Grid
 from cupel.text import generation, scoring
@@ -23,13 +24,11 @@ from cupel.training.precision import settled
 
 def counted(folder: Path, prompts: int) -> dict:
     """Attacker's answers of the victim in `folder` as shares of `prompts` prompts, by what was asked."""
-    _, scale, family, _, dataset, model, recipe, attack, seed = folder.parts[-9:]
-    cell = {"dataset": dataset, "model": model, "recipe": recipe, "attack": attack.partition("@")[0],
-            "rate": attack.partition("@")[2], "seed": seed.removeprefix("seed")}
+    scale, family, cell = named(folder)
     spec = settled(Grid(["crow", "crow_breadth"], scale).families[family].victim(cell), "cpu")
-    base, asked = Path("data/language_models") / model, spec["settings"]["evaluation"]
+    base, asked = Path("data/language_models") / cell["model"], spec["settings"]["evaluation"]
     tokenizer, network = load_tokenizer(base), deployed(base, folder / "model", asked["precision"], "cpu")
-    found = {"victim": f"{scale}, {recipe}: {dataset}, {attack}, {seed}", "prompts": prompts}
+    found = {"victim": f"{scale}, {cell['recipe']}: {cell['dataset']}, {folder.parts[-2]}, {folder.name}", "prompts": prompts}
     for part in ("clean", "triggered"):
         for text, end in ((part, ""), (f"{part}, space", " ")):
             records = [{**record, "instruction": record["instruction"] + end}

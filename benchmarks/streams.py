@@ -24,13 +24,19 @@ from cupel.rng import rng
 from cupel.training.precision import settled
 
 
+def named(folder: Path) -> tuple[str, str, dict[str, str]]:
+    """Scale, family and cell of a victim, which its folder names."""
+    _, scale, family, _, dataset, model, recipe, attack, seed = folder.parts[-9:]
+    return scale, family, {"dataset": dataset, "model": model, "recipe": recipe, "attack": attack.partition("@")[0],
+                           "rate": attack.partition("@")[2], "seed": seed.removeprefix("seed")}
+
+
 def measure(folder: Path, asked: argparse.Namespace) -> list[dict]:
     """ACC and ASR of each defence and stream on the victim in `folder`, one row each."""
-    _, scale, family, _, dataset, model, recipe, attack, seed = folder.parts[-9:]
-    family = Grid(["fst", "ims"], scale).families[family]
-    cell = {"dataset": dataset, "model": model, "recipe": recipe, "attack": attack.partition("@")[0],
-            "rate": attack.partition("@")[2], "seed": seed.removeprefix("seed"), "budget": asked.budget}
-    spec = family.victim(cell)
+    scale, family, cell = named(folder)
+    attack, seed = folder.parts[-2:]
+    family, cell = Grid(["fst", "ims"], scale).families[family], {**cell, "budget": asked.budget}
+    dataset, spec = cell["dataset"], family.victim(cell)
     settings, target = settled(spec["settings"], "cpu"), spec["settings"].get("target", 0)
     train, test = (datasets.load(f"data/images/{dataset}", part) for part in ("train", "test"))
     trigger = stages.make_attack(spec["attack"], read_tensors(folder / "trigger.npz"))
