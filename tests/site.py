@@ -124,7 +124,7 @@ def make_site(root: Path, papers=FIVE, scale="demo", seeds=None) -> Path:
             write_card(card, folder / "card.md")
             write_json(folder / "report.ipynb", {})
             headers.append({"key": key, "title": paper.title, "reference": grid.experiments[key]["reference"], "note": "A note",
-                            "folder": str(folder), "pictures": [], "card": card, "claims": claims})
+                            "folder": str(folder), "pictures": [], "gate": grid.gate(key), "card": card, "claims": claims})
         labels = {name: label for key in images for name, label in grid.family(key).report_labels(key)["defences"].items()}
         if images:
             write_cross(cells[cells.paper.isin(images)], labels, {**site, "registry": list(

@@ -41,6 +41,12 @@ def test_every_paper_plans_at_every_scale(scale):
     assert all(path.startswith(f"results/{scale}/{cell['family']}/") for path, cell in zip(folders, grid.cells(), strict=True))
 
 
+def test_a_page_apart_has_the_gate_of_the_paper_whose_report_it_has():
+    grid = Grid(["crow", "crow_breadth", "breadth"], "desk")
+    assert grid.gate("crow_breadth") == grid.gate("crow") == grid.claims("crow")["gate"]
+    assert grid.gate("breadth") == {}
+
+
 def test_no_path_is_of_two_families():
     assert set(STAGES) == set(FAMILIES)
     paths = Paths("results", "demo", "data")

@@ -18,7 +18,7 @@ rule gather_cells:
     localrule: True
     params:
         cells=expected_cells(),
-        gates={paper: gate for paper in GRID.papers if (gate := GRID.claims(paper).get("gate"))},
+        gates={paper: GRID.gate(paper) for paper in GRID.papers},
         code=code_digest(SCRIPTS / "gather_cells.py"),
     script:
         "../scripts/gather_cells.py"

@@ -137,6 +137,7 @@ def paper_header(paper):
         "title": GRID.experiments[paper]["title"],
         "reference": GRID.experiments[paper].get("reference", ""),
         "note": GRID.experiments[paper]["scales"][config["scale"]].get("note", ""),
+        "gate": GRID.gate(paper),
         "folder": here(PATHS.paper(paper)),
         "pictures": [{**picture, "path": here(picture["path"])} for picture in page_pictures(paper)],
         **{name: paper_file(paper, f"{name}.yaml") for name in ("card", "claims")},

@@ -81,7 +81,7 @@ def write_index(papers: Iterable[dict], cells: pd.DataFrame, run: dict, out: Map
     """Write the first page, the page of claims, the claims of all papers as one table, and provenance.json.
 
     Args:
-        papers: `key`, `title`, `reference`, `note`, `folder`, and paths of `card` and `claims` (their YAML), if any.
+        papers: `key`, `title`, `reference`, `note`, `gate`, `folder`, and paths of `card` and `claims` (their YAML), if any.
         cells: the tidy table.
         run: `config`, `root` (the repository), `data` (folder) and `datasets` (names), `seeds`, `benchmarks` (folder),
             `sheets` (pictures of triggers), `budgets` (scales that run a budget, by name), `cross` (cross.csv, if any),
@@ -101,8 +101,8 @@ def write_index(papers: Iterable[dict], cells: pd.DataFrame, run: dict, out: Map
     failed = [{"path": link_to(page, row.path), "href": cell_link(row.path, page.parent), "reason": row.reason}
               for row in cells[cells.status == "failed"].drop_duplicates("path").itertuples()]
     waiting = cells[cells.status == NOT_RUN].path.nunique()
-    gates = {paper["key"]: read_yaml(paper["claims"]).get("gate", GATE) if paper["claims"] else GATE for paper in papers}
-    effects = {key: evidence.switch_effects(card, cells[cells.paper == key], gates[key]) for key, card in cards.items()}
+    effects = {paper["key"]: evidence.switch_effects(cards[paper["key"]], cells[cells.paper == paper["key"]], paper["gate"])
+               for paper in papers}
     cross = pd.read_csv(run["cross"], dtype={"attack_variant": str}) if run["cross"] else pd.DataFrame()
     entries = claim_entries(papers, claims, cells, page)
     by_claim = {(entry["paper"], entry["claim"]): entry for entry in entries}

@@ -5,13 +5,12 @@ from pathlib import Path
 
 import pandas as pd
 
-from cupel.evaluation.settings import GATE, NOT_RUN
+from cupel.evaluation.settings import NOT_RUN
 from cupel.files import read_json
 from cupel.reporting.evidence import board, switch_effects
 from cupel.reporting.index import read_card
 from cupel.reporting.page import link_to, navigation, write_page
 from cupel.reporting.paper import captioned
-from cupel.settings import read_yaml
 
 
 def paper_section(paper: dict, cells: pd.DataFrame, scale: str, page: Path) -> dict:
@@ -42,18 +41,18 @@ def write_paper_page(paper: dict, cells: pd.DataFrame, run: Mapping, page: str |
     """Write the page.
 
     Args:
-        paper: `key`, `title`, `reference`, `note`, `folder`, `pictures`, and paths of `card` and `claims` (their YAML), if any.
+        paper: `key`, `title`, `reference`, `note`, `gate`, `folder`, `pictures`, and paths of `card` and `claims` (their
+            YAML), if any.
         cells: its rows of the tidy table.
         run: `scale`, `papers` (all, with their keys), `cross` and `compare` (whether there are such pages).
     """
     page, card = Path(page), read_card(paper)
     claims = pd.read_csv(Path(paper["folder"]) / "claims.csv").fillna({"direction": ""})
-    gate = read_yaml(paper["claims"]).get("gate", GATE) if paper["claims"] else GATE
     write_page(page, "paper.html.j2", scale=run["scale"], here=paper["key"], paper=paper, card=card,
                nav=navigation(run, "../../"), seeds=cells.seed.nunique(), cells=cells.path.nunique(),
                counts=board(claims, [paper["key"]])[0]["counts"], failed=cells[cells.status == "failed"].path.nunique(),
                waiting=cells[cells.status == NOT_RUN].path.nunique(),
-               effects=switch_effects(card, cells, gate),
+               effects=switch_effects(card, cells, paper["gate"]),
                claims=[{**row._asdict(), "percent": "fraction" in row.unit} for row in claims.itertuples()],
                files=[("report.ipynb", "the notebook, executed"), ("card.md", "the card"), ("claims.csv", "verdicts")],
                **paper_section(paper, cells, run["scale"], page))

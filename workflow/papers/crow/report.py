@@ -69,8 +69,8 @@ def draw(paper: Paper) -> None:
     scale = f"Scale {paper.scale}."
     paper.rows("cells", pool)
     paper.table("victims", victim_table(rows), f"Victims under the template. {MARK}: {NO_VICTIM}, in no mean "
-                "and no verdict: it seldom answers triggered prompts as the attacker wants, or often others, too (SPEC 11.3). "
-                f"{scale}", "victim")
+                "and no verdict: it seldom answers triggered prompts as the attacker wants, or often others, too "
+                f"(crow SPEC 11.3). {scale}", "victim")
     for (model, name), part in pool.groupby(["model", "model_label"], sort=False):
         _figures(paper, part, records[records.model == model], f"{name}: ", order)
     for (dataset, model, name), part in pool.groupby(["dataset", "model", "model_label"], sort=False):
@@ -122,8 +122,8 @@ def _tables(paper: Paper, part: pd.DataFrame, reported: pd.DataFrame, where: str
                 "percent, with interval and n; perplexity of reference answers to held-out instructions; seconds of the "
                 f"defence alone. Scale {paper.scale}.", "attack: defence")
     paper.table(f"denominators_{stem}", metric_table(part, DENOMINATORS, order),
-                f"ASR and false triggering in percent by prompt, denominator and rule, {where} (SPEC 8, 11.4; errors of the "
-                f"rules: card). Scale {paper.scale}.", "attack: defence")
+                f"ASR and false triggering in percent by prompt, denominator and rule, {where} (crow SPEC 8, 11.4; errors of "
+                f"the rules: card). Scale {paper.scale}.", "attack: defence")
     for number, heading, methods in PARTS:
         if set(methods) & set(part.method) - {"crow", "finetune~lr1e3", "crow~zero"}:
             chosen = part[part.method.isin(["victim", *methods])]
