@@ -36,6 +36,14 @@ def test_a_path_that_a_shell_would_split(tmp_path, cifar10, name):
     assert run.returncode and "The path of Python has a space, a quote or the like" in run.stdout + run.stderr
 
 
+def test_a_clone_does_not_run_with_the_library_of_another(tmp_path, cifar10):
+    folder = Folder(tmp_path / "run", cifar10.parents[1].resolve())
+    elsewhere = {**os.environ, "PYTHONPATH": str(REPOSITORY / "workflow")}
+    run = subprocess.run([sys.executable, "-m", "snakemake", "-n"], cwd=folder.path, env=elsewhere, capture_output=True,
+                         text=True, check=False)
+    assert run.returncode and f"export PYTHONPATH={folder.path / 'workflow'}" in run.stdout + run.stderr
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
 def test_a_device_that_torch_cannot_use(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", Machine(tmp_path, 24000).environment["PATH"])

@@ -26,6 +26,14 @@ from cupel.settings import LIBRARY, PAPERS, ConfigError, check_schema, schema, t
 gc.disable()
 
 
+# one environment and two clones: rules of this folder and papers of another would be run as if they were one
+library = Path(str(workflow.current_basedir)).parent / "cupel"
+if library.is_dir() and not library.samefile(LIBRARY):
+    raise WorkflowError(
+        f"This workflow has its own library, {library}, and Python finds that of another folder: {LIBRARY}\n"
+        f"Use this folder's environment (make .venv/.installed), or: export PYTHONPATH={shlex.quote(str(library.parent))}"
+    )
+
 # Snakemake hands this path to a shell as it is
 if shlex.quote(sys.executable) != sys.executable:
     raise WorkflowError(
