@@ -123,8 +123,9 @@ def make_site(root: Path, papers=FIVE, scale="demo", seeds=None) -> Path:
             write_text(folder / "claims.csv", judge_all(read_yaml(claims), cells, key, scale).to_csv(index=False))
             write_card(card, folder / "card.md")
             write_json(folder / "report.ipynb", {})
-            headers.append({"key": key, "title": paper.title, "reference": grid.experiments[key]["reference"], "note": "A note",
-                            "folder": str(folder), "pictures": [], "gate": grid.gate(key), "card": card, "claims": claims})
+            headers.append({"key": key, "title": paper.title, "reference": grid.experiments[key]["reference"],
+                            "note": "a note of `x` < y", "folder": str(folder), "pictures": [], "gate": grid.gate(key),
+                            "card": card, "claims": claims})
         labels = {name: label for key in images for name, label in grid.family(key).report_labels(key)["defences"].items()}
         if images:
             write_cross(cells[cells.paper.isin(images)], labels, {**site, "registry": list(

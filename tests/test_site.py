@@ -81,6 +81,7 @@ def test_the_first_page_answers(site):
     assert "spc2 20 clean images not enough cells to say: 8 defences in 1 setting in common" in text
     assert "spc10 not enough cells to say: not run; it is at scale bench, paper" in text
     assert re.search(r"\d+ claims: this scale is too small for the claim. It would take scale bench: one GPU", text)
+    assert "<td>a note of <code>x</code> &lt; y</td>" in page
     assert "git checkout" in page and "'papers=[fst,ims,bye,crow,proper_interpretability]'" in page.replace("&#39;", "'")
     claims = pd.read_csv(site / "claims.csv")
     for paper, verdict in set(zip(claims.paper, claims.verdict, strict=True)):

@@ -2,13 +2,14 @@
 
 import json
 import os
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from urllib.parse import quote
 
 import pandas as pd
 from jinja2 import Environment, FileSystemLoader, select_autoescape
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 from cupel.files import write_text
 
@@ -28,6 +29,11 @@ def html_table(frame: pd.DataFrame) -> str:
 def sentence(text: str) -> str:
     """The text with a capital in front."""
     return text[:1].upper() + text[1:]
+
+
+def coded(text: str) -> Markup:
+    """Plain text as HTML, what stands between backticks as code."""
+    return Markup(re.sub("`([^`]+)`", r"<code>\1</code>", str(escape(text))))
 
 
 def embedded(content) -> Markup:
@@ -59,5 +65,5 @@ def write_page(path: str | Path, template: str, **content) -> None:
     environment = Environment(loader=FileSystemLoader(TEMPLATES), autoescape=select_autoescape(["html", "j2"]),
                               trim_blocks=True, lstrip_blocks=True)
     environment.filters.update(percent=told("{:.1f} %", 100), points=told("{:+.1f}", 100), number=told("{:+.3g}"),
-                               plain=told("{:.1f}"), sentence=sentence, table=html_table, embedded=embedded)
+                               plain=told("{:.1f}"), sentence=sentence, coded=coded, table=html_table, embedded=embedded)
     write_text(path, environment.get_template(template).render(**content))
