@@ -476,7 +476,7 @@ def layer_curves(curves: pd.DataFrame, order: list[str]):
     rows = rows.assign(metric=rows.panel, value=100 * rows.difference, low=100 * rows.low, high=100 * rows.high)
     pairs = sorted(curves.number.unique())
     figure = figures.lines(rows, "number", {panel: panel for panel in dict.fromkeys(curves.panel)}, "label", bands=True,
-                           ticks={k: f"{k}-{k + 1}" for k in pairs[:: max(1, len(pairs) // 10)]}, xscale="linear",
+                           ticks={k: f"{k}-{k + 1}" for k in pairs[:: -(-len(pairs) // 7)]}, xscale="linear",
                            xlabel="pair of layers (0: embeddings)")
     for axis in figure.axes:
         axis.axhline(0, color="grey", lw=0.8)
