@@ -1,5 +1,6 @@
 """The plan of a scale: jobs against Snakemake's own table, times against sums by hand."""
 
+import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -10,6 +11,7 @@ import pytest
 from cupel import plan
 from cupel.plan import Cost, Job
 from cupel.reporting.timing import critical_path
+from tests.conftest import REPOSITORY
 from tests.test_workflow import Folder, jobs
 
 CHIP = "a chip, 2 cores, 4 GB"
@@ -24,6 +26,8 @@ def cell(**wildcards):
 def folder(tmp_path_factory, cifar10):
     made = Folder(tmp_path_factory.mktemp("plan"), cifar10.parents[1].resolve())
     made.set(papers=FIVE, jobs="victim")
+    shutil.rmtree(made.path / "workflow")  # planned in this process, whose library it has to be
+    (made.path / "workflow").symlink_to(REPOSITORY / "workflow")
     return made
 
 
