@@ -129,8 +129,10 @@ def test_what_a_job_asks_for(ask, site, tmp_path):
 def test_a_run_with_a_killed_job_equals_a_local_one(site, tmp_path, cifar10):
     scheduler, state = site
     local = Folder(tmp_path / "local", cifar10.parents[1].resolve())
+    local.set(papers=["fst"])
     local.finish("--", CELLS)
     folder = Folder(tmp_path / "run", cifar10.parents[1].resolve())
+    folder.set(papers=["fst"])
     folder.edit("profiles/generic/profile.v9+.yaml", "scheduler.sh pbs", f"scheduler.sh {scheduler}")
     run = folder.start("--workflow-profile", "profiles/generic", "--seconds-between-status-checks", "1", "--latency-wait", "5",
                        "--", CELLS)
