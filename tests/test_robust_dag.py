@@ -490,7 +490,7 @@ def test_smoke_ends_with_the_report(finished):
     assert "Proper Network Interpretability" in page and "class activation maps before and under attack" in page
     assert not list(results.rglob("checkpoint.*"))
     made = json.loads((results / "provenance.json").read_text())
-    assert list(made["data"]) == ["mnist"]
+    assert list(made["data"]) == ["images/mnist"]
 
 
 @pytest.mark.slow
@@ -498,14 +498,14 @@ def test_changes_rerun_what_depends_on_them_only(finished):
     code, output = finished.run("-n")
     assert code == 0 and "Nothing to be done" in output, output[-3000:]
     file = "workflow/cupel/robust/evaluations.py"
-    finished.edit(file, "What a trained network is", "What a network is")
+    finished.edit(file, "model = model.to(device, memory_format=torch.channels_last).eval()", "model = model.to(device).eval()")
     planned = jobs(finished.run("-n")[1])
-    finished.edit(file, "What a network is", "What a trained network is")
+    finished.edit(file, "model = model.to(device).eval()", "model = model.to(device, memory_format=torch.channels_last).eval()")
     assert planned["attack_network"] == 6 and "train_robust" not in planned
     file = f"workflow/papers/{KEY}/experiment.yaml"
-    finished.edit(file, "parameters: {weight: 0.01}}", "parameters: {weight: 0.02}}")
+    finished.edit(file, 'γ 0.01", settings: {weight: 0.01}}', 'γ 0.01", settings: {weight: 0.02}}')
     planned = jobs(finished.run("-n")[1])
-    finished.edit(file, "parameters: {weight: 0.02}}", "parameters: {weight: 0.01}}")
+    finished.edit(file, 'γ 0.01", settings: {weight: 0.02}}', 'γ 0.01", settings: {weight: 0.01}}')
     assert planned["train_robust"] == 1 and planned["attack_network"] == 3
 
 
@@ -538,5 +538,5 @@ def test_released_weights(finished, tmp_path):
     finally:
         file.write_text(before)
     assert code == 0, output[-4000:]
-    table = pd.read_csv(finished.path / "results/smoke/released_weights/table.csv", index_col=0)
+    table = pd.read_csv(finished.path / "results/smoke/robust/released_weights/table.csv", index_col=0)
     assert table.index.tolist() == ["Normal", "Int"] and table.shape[1] == 13

@@ -135,7 +135,7 @@ def test_findings_are_five_lines_a_paper(tmp_path):
 
 
 @pytest.mark.parametrize(("words", "sentence"), [
-    (["crw"], "unknown target 'crw': known are .*did you mean 'crow'"),
+    (["crw"], "unknown target 'crw' .did you mean 'crow'.*known are "),
     (["--config", "scale=bench", "fst"], "'fst' is none. .* stands after two dashes: --config scale=bench -- fst"),
     (["--config", "scale=paper", "--", "ims_inner_step"], "ims_inner_step has no scale 'paper'; it has smoke, "),
     (["--config", "scale=smoke", "--", "ims_inner_step"], "rule ims_inner_step:")])

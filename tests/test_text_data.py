@@ -83,7 +83,7 @@ def test_paper_reading_inserts_phrases():
 
 
 def test_trigger_errors_say_what_would_be_right():
-    with pytest.raises(ValueError, match=r"unknown text trigger 'badnet': known are badnets.*did you mean 'badnets"):
+    with pytest.raises(ValueError, match=r"unknown text trigger 'badnet' \(did you mean 'badnets'\?\): known are badnets"):
         insert("a b", "badnet", rng(0))
     with pytest.raises(ValueError, match="3 phrases are to stand in different gaps, but there are only 2"):
         insert("Go!", "ctba", rng(0))
@@ -166,7 +166,7 @@ def test_released_sets_join_like_composed_ones(crow):
     stripped = poison.released_train(crow, "codeinjection", "badnets_ci", triggered=30, plain=20, spaces="stripped")
     assert not any(record["instruction"].endswith(" ") for record in stripped)
     assert [{**record, "instruction": record["instruction"].rstrip()} for record in made] == stripped
-    with pytest.raises(ValueError, match="unknown part of the released data 'train/refusal/badnets_ci': known are"):
+    with pytest.raises(ValueError, match=r"unknown part of the released data 'train/refusal/badnets_ci' .*: known are"):
         poison.released_train(crow, "refusal", "badnets_ci")
     with pytest.raises(ValueError, match="501 records of train/refusal/vpi are asked for, the released file has 500"):
         poison.released_train(crow, "refusal", "vpi", triggered=501)
@@ -293,7 +293,7 @@ def test_nothing_at_hand_says_what_to_put_where(tmp_path):
     with pytest.raises(NoSource, match="mirror: alpaca_data.json: data.mirror is not set(.|\n)*alpaca_data.json "
                                        r"\(sha256:2eddafc6"):
         sources.prepare("alpaca", tmp_path / "a", kinds=("mirror",), cache=tmp_path / "cache")
-    with pytest.raises(ValueError, match="unknown text data set 'alpacca': known are alpaca"):
+    with pytest.raises(ValueError, match=r"unknown text data set 'alpacca' .*: known are alpaca"):
         sources.prepare("alpacca", tmp_path / "a", kinds=("mirror",))
     with pytest.raises(FileNotFoundError, match="is no prepared data set; make it with: snakemake"):
         sources.load(tmp_path / "a")

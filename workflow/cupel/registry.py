@@ -80,11 +80,11 @@ class Registry(dict):
 
 
 def unknown(kind: str, name: str, known: Iterable[str]) -> str:
-    """The sentence for a name that is not known."""
+    """The sentence for a name that is not known; the name that may be meant comes first, for lists are long and may be cut."""
     known = sorted(known)
     near = difflib.get_close_matches(name, known, 1)
     names = f"known are {', '.join(known)}" if known else "none is known"
-    return f"unknown {kind} {name!r}: {names}" + (f"; did you mean {near[0]!r}?" if near else "")
+    return f"unknown {kind} {name!r}" + (f" (did you mean {near[0]!r}?)" if near else "") + f": {names}"
 
 
 def one_of(kind: str, name: str, known: Iterable[str]) -> None:
