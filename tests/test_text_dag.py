@@ -594,7 +594,7 @@ def test_smoke_ends_with_the_report(folder):
     assert {"asr_template_all", "asr_bare", "perplexity", "cons_triggered"} <= set(cells.metric)
     assert "crow" in (results / "index.html").read_text().lower()
     made = json.loads((results / "provenance.json").read_text())
-    assert set(made["data"]) == {"text/synthetic", "models/tiny"}
+    assert set(made["data"]) == {"text/synthetic", "language_models/tiny"}
     for name in ("report.html", "card.md", "claims.csv", "figures/two_by_two_tiny.svg", "tables/victims.md"):
         assert (results / "papers" / "crow" / name).stat().st_size > 0
     again = start(folder, "-n")
