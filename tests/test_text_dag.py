@@ -24,6 +24,7 @@ from cupel.text import stages
 from cupel.text.data import sources
 from cupel.text.experiment import TASKS
 from tests.conftest import REPOSITORY, planned
+from tests.test_workflow import jobs
 
 FILE = PAPERS / "crow" / "experiment.yaml"
 
@@ -602,8 +603,8 @@ def test_smoke_ends_with_the_report(folder):
     # a change of one defence runs its cells again and no victim
     file = folder / "workflow" / "papers" / "crow" / "experiment.yaml"
     file.write_text(file.read_text().replace("&term {alpha: 5.5, ", "&term {alpha: 5.6, "))
-    planned = start(folder, "-n").stdout.split("Job stats:")[1]
-    assert "train_text_victim" not in planned and "purify_text               2" in planned
+    again = jobs(start(folder, "-n").stdout)
+    assert again["purify_text"] == 2 and "train_text_victim" not in again
 
 
 @pytest.mark.slow
