@@ -398,11 +398,14 @@ class Grid:
         check_schema(content, schema("claims"), file)
         return content
 
+    def report_key(self, paper: str) -> str:
+        """The paper whose report.py draws this one."""
+        return self.experiments[paper].get("report", paper)
+
     def gate(self, paper: str) -> Mapping[str, float]:
         """Bounds of a valid victim, of a paper's claims or those of the paper whose report it has; empty where neither has its
         own, and `cupel.evaluation.settings.GATE` counts."""
-        report = self.experiments[paper].get("report", paper)
-        return self.claims(paper).get("gate") or self.claims(report).get("gate", {})
+        return self.claims(paper).get("gate") or self.claims(self.report_key(paper)).get("gate", {})
 
     def file(self, paper: str, name: str) -> Path:
         """A file in a paper's folder."""

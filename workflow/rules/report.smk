@@ -58,9 +58,9 @@ rule report_paper:
         title=lambda wildcards: GRID.experiments[wildcards.paper]["title"],
         labels=lambda wildcards: report_of(wildcards.paper)["labels"],
         facts=lambda wildcards: report_of(wildcards.paper)["facts"],
-        report=lambda wildcards: report_key(wildcards.paper),
+        report=lambda wildcards: GRID.report_key(wildcards.paper),
         registry=lambda wildcards: registry(wildcards.paper),
-        code=lambda wildcards: code_digest(SCRIPTS / "report_paper.py", report_file(report_key(wildcards.paper))),
+        code=lambda wildcards: code_digest(SCRIPTS / "report_paper.py", report_file(GRID.report_key(wildcards.paper))),
     script:
         "../scripts/report_paper.py"
 

@@ -99,11 +99,6 @@ def report_of(paper):
     return {"labels": family.report_labels(paper), "facts": family.facts(paper, PATHS), "files": files}
 
 
-def report_key(paper):
-    """The paper whose report.py draws this one."""
-    return GRID.experiments[paper].get("report", paper)
-
-
 def paper_file(paper, name):
     """A file in a paper's folder, where there is one."""
     file = GRID.file(paper, name)
